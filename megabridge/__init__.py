@@ -1,0 +1,22 @@
+"""megabridge: train Hugging Face models with Megatron-Core, configured by Hydra, bit-exact both ways.
+
+Importing this package imports neither torch nor megatron: `AutoBridge` is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megabridge.bridge import AutoBridge
+
+__version__ = "0.1.0"
+__all__ = ["AutoBridge", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AutoBridge":
+        from megabridge.bridge import AutoBridge
+
+        return AutoBridge
+    raise AttributeError(f"module 'megabridge' has no attribute {name!r}")
