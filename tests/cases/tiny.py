@@ -1,0 +1,189 @@
+"""A tiny GPTModel, data and Trainer for the training and checkpoint tests. Imported in the ranks' host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import megabridge.platform  # noqa: F401
+
+# isort: split
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+
+from megabridge.config import CheckpointConfig, Config, OptimizerConfig, RecipeConfig, SchedulerConfig
+from megabridge.training import Callback, Trainer, build_optimizer
+
+VOCABULARY, SEQUENCE = 64, 16
+
+
+class Norm:
+    """The local spec's own norm refuses sequence parallel."""
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
+        norm = torch.nn.RMSNorm(hidden_size, eps=eps)
+        norm.weight.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+def model(*, distributed: bool = True, sequence_parallel: bool = False, dtype: str = "float32", **overrides: Any) -> list[Any]:
+    """DDP-wrapped chunks of the running layout, whose parameters don't depend on the layout."""
+    params_dtype = getattr(torch, dtype)
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    vpp = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    config = TransformerConfig(
+        **{
+            "num_layers": 4,
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline_model_parallel_size": pp,
+            "virtual_pipeline_model_parallel_size": vpp,
+            "sequence_parallel": sequence_parallel,
+            "pipeline_dtype": params_dtype,
+            "params_dtype": params_dtype,
+            "bf16": dtype == "bfloat16",
+            "gated_linear_unit": True,
+            "activation_func": F.silu,
+            "add_bias_linear": False,
+            "normalization": "RMSNorm",
+            "bias_activation_fusion": False,
+            "bias_dropout_fusion": False,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "gradient_accumulation_fusion": False,
+            "persist_layer_norm": False,
+            "use_cpu_initialization": True,
+            "calculate_per_token_loss": True,
+            **({"overlap_p2p_comm": True, "batch_p2p_comm": False} if vpp else {}),
+            **overrides,
+        }
+    )
+    chunks = []
+    for stage in range(vpp or 1):
+        place = stage if vpp else None
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+        spec = TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=place), Norm)
+        chunk: Any = GPTModel(
+            config,
+            spec,
+            vocab_size=VOCABULARY,
+            max_sequence_length=SEQUENCE,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=True,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=place),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=place),
+            vp_stage=place,
+        )
+        _fill(chunk)
+        if dtype == "bfloat16":
+            chunk = Float16Module(config, chunk)
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
+        chunks.append(DistributedDataParallel(config, ddp, chunk, disable_bucketing=stage > 0))
+    return chunks
+
+
+def _fill(chunk: torch.nn.Module) -> None:
+    """Values that depend on the place in the whole tensor, not on the rank that holds it."""
+    for name, tensor in shards([chunk]).items():
+        if "norm" in name:
+            continue
+        generator = torch.Generator().manual_seed(sum(map(ord, tensor.key)))
+        whole = torch.randn(tensor.global_shape, generator=generator) * 0.3
+        with torch.no_grad():
+            tensor.data.copy_(whole[tensor.global_slice()])
+
+
+def shards(chunks: Sequence[Any]) -> dict[str, ShardedTensor]:
+    """The sharded parameters of this rank, by global name and place."""
+    found = {}
+    for chunk in unwrap_model(list(chunks)):
+        state = {name: entry for name, entry in chunk.sharded_state_dict().items() if not name.endswith("_extra_state")}
+        apply_factories(state)
+        for entry in nested_values(state):
+            found[f"{entry.key}{list(entry.global_offset)}"] = entry
+    return found
+
+
+class Samples:
+    """Endless random sequences, each with its own number of unmasked tokens; sample i is the same for every dp."""
+
+    def __init__(self, micro_batch_size: int) -> None:
+        self.micro_batch_size = micro_batch_size
+
+    def train_batches(self, consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[dict[str, torch.Tensor]]:
+        size = self.micro_batch_size
+        start = consumed_samples + dp_rank * size
+        while True:
+            yield batch(range(start, start + size))
+            start += size * dp_size
+
+    def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[dict[str, torch.Tensor]]:
+        size = self.micro_batch_size
+        starts = range(10_000, 10_000 + 3 * size, size)
+        return [batch(range(start, start + size)) for start in starts][dp_rank::dp_size]
+
+
+def batch(samples: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The samples with these numbers. Each repeats a short pattern, so that there is something to learn."""
+    rows, masks = [], []
+    for sample in samples:
+        generator = torch.Generator().manual_seed(sample)
+        pattern = torch.randint(0, VOCABULARY, (4,), generator=generator)
+        rows.append(pattern.repeat(SEQUENCE // 4 + 1)[: SEQUENCE + 1])
+        masks.append(torch.arange(SEQUENCE) >= sample * 5 % (SEQUENCE - 1))
+    tokens = torch.stack(rows)
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": torch.stack(masks).float(),
+        "position_ids": torch.arange(SEQUENCE).expand(len(rows), -1).contiguous(),
+    }
+
+
+def config(run_dir: str, *, steps: int, resume: str = "none", save_every: int | None = None, **recipe: Any) -> Config:
+    """A Config for the tiny model."""
+    sizes = {"global_batch_size": 8, "micro_batch_size": 2, "eval_at_start": False, **recipe}
+    return Config(
+        recipe=RecipeConfig(steps=steps, seq_length=SEQUENCE, **sizes),
+        optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.1),
+        scheduler=SchedulerConfig(name="constant", warmup_steps=2),
+        checkpoint=CheckpointConfig(resume=resume, save_every=save_every),
+        run_dir=run_dir,
+    )
+
+
+class Recorder(Callback):
+    """Keeps the metrics of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.calls: list[str] = []
+
+    def after_step(self, trainer: Trainer, metrics: Any) -> None:
+        self.steps.append(dict(metrics))
+
+
+def trainer(config: Config, *, callbacks: Sequence[Callback] = (), loggers: Sequence[Any] = (), **model_options: Any) -> Trainer:
+    """A Trainer over the tiny model in the running layout."""
+    config.optimizer.distributed = model_options.get("distributed", True)
+    chunks = model(**model_options)
+    optimizer, scheduler = build_optimizer(chunks, config.optimizer, config.scheduler, steps=config.recipe.steps)
+    data: Any = Samples(config.recipe.micro_batch_size)
+    return Trainer(
+        config, chunks=chunks, optimizer=optimizer, scheduler=scheduler, data=data, callbacks=callbacks, loggers=loggers
+    )
