@@ -155,14 +155,15 @@ def batch(samples: Sequence[int]) -> dict[str, torch.Tensor]:
     }
 
 
-def config(run_dir: str, *, steps: int, resume: str = "none", save_every: int | None = None, **recipe: Any) -> Config:
-    """A Config for the tiny model."""
-    sizes = {"global_batch_size": 8, "micro_batch_size": 2, "eval_at_start": False, **recipe}
+def config(run_dir: str, *, steps: int, lr: float = 1e-2, **settings: Any) -> Config:
+    """A Config for the tiny model; `settings` are of the groups checkpoint and recipe."""
+    saving = {name: settings.pop(name) for name in list(settings) if name in CheckpointConfig.__dataclass_fields__}
+    sizes = {"global_batch_size": 8, "micro_batch_size": 2, "eval_at_start": False, **settings}
     return Config(
         recipe=RecipeConfig(steps=steps, seq_length=SEQUENCE, **sizes),
-        optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.1),
+        optimizer=OptimizerConfig(lr=lr, weight_decay=0.1),
         scheduler=SchedulerConfig(name="constant", warmup_steps=2),
-        checkpoint=CheckpointConfig(resume=resume, save_every=save_every),
+        checkpoint=CheckpointConfig(**saving),
         run_dir=run_dir,
     )
 
