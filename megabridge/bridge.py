@@ -18,13 +18,14 @@ from megabridge.checkpoint import assets, source
 from megabridge.checkpoint.hf import find_tensors
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion.exporter import Dtypes, export_weights
-from megabridge.conversion.importer import Progress, import_weights, silent
+from megabridge.conversion.importer import import_weights
 from megabridge.conversion.native import survey
 from megabridge.conversion.plan import Plan, make_plan
 from megabridge.conversion.report import Report
 from megabridge.errors import ConfigError
 from megabridge.families import all_families, family_for
 from megabridge.families.registry import architecture_of
+from megabridge.loggers.bars import bytes_bar
 from megabridge.provider import ModelProvider
 
 Model = Sequence[torch.nn.Module]
@@ -59,8 +60,8 @@ class AutoBridge:
                            trust_remote_code: bool = False) -> AutoBridge:  # fmt: skip
         """A bridge to a local folder or a hub model. Only config and tokenizer are fetched now; no code of the model ever runs.
 
-        `dtype` is the parameters' ("bfloat16" or torch.bfloat16), by default config.json's. Raises CheckpointError for what can't be
-        reached or read, ConfigError for an architecture or a setting that isn't supported.
+        `dtype` is the parameters' ("bfloat16" or torch.bfloat16), by default config.json's. Raises CheckpointError for what
+        can't be reached or read, ConfigError for an architecture or a setting that isn't supported.
         """
         if trust_remote_code:
             raise ConfigError(
@@ -139,17 +140,18 @@ class AutoBridge:
         return self._plan[1]
 
     def load_hf_weights(self, model: Model, hf_path: str | Path | None = None, *, allow_missing: Sequence[str] = (),
-                        allow_unexpected: Sequence[str] = (), verify: bool = True, progress: Progress = silent) -> Report:  # fmt: skip
+                        allow_unexpected: Sequence[str] = (), verify: bool = True, show_progress: bool = True) -> Report:  # fmt: skip
         """Fills a model from `hf_path` or the bridge's own source, and compares every copy bit for bit. Collective.
 
-        `allow_missing` and `allow_unexpected` are name patterns; everything else must match exactly (MappingError). An optimizer made
-        before keeps its own copies: make it afterwards, or call its `reload_model_params`.
+        `allow_missing` and `allow_unexpected` are name patterns; everything else must match exactly (MappingError). An optimizer
+        made before keeps its own copies: make it afterwards, or call its `reload_model_params`.
         """
         infos = self._open(hf_path)
         plan = self.plan(model)
-        report = import_weights(
-            plan, infos, allow_missing=allow_missing, allow_unexpected=allow_unexpected, verify=verify, progress=progress
-        )
+        with bytes_bar("import", show=show_progress and agreement.rank() == 0) as progress:
+            report = import_weights(
+                plan, infos, allow_missing=allow_missing, allow_unexpected=allow_unexpected, verify=verify, progress=progress
+            )
         self.aliases = frozenset(plan.aliases.keys() & infos.keys())
         self.source_dtypes = {name: info.dtype for name, info in infos.items()}
         self.import_report = report
@@ -173,22 +175,22 @@ class AutoBridge:
 
     def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, *,
                            weight_dtype: torch.dtype | Literal["source"] | str | None = None,
-                           max_shard_size: str | int = "5GB", verify: bool = True, progress: Progress = silent) -> Report:  # fmt: skip
+                           max_shard_size: str | int = "5GB", verify: bool = True) -> Report:  # fmt: skip
         """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
 
         `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. The folder appears
         by one rename, after every tensor was read back and compared.
         """
-        return self._export(model, Path(path), self.write_assets, weight_dtype, max_shard_size, verify, progress)
+        return self._export(model, Path(path), self.write_assets, weight_dtype, max_shard_size, verify, show_progress)
 
     def save_hf_weights(self, model: Model, path: str | Path, show_progress: bool = True, *,
                         weight_dtype: torch.dtype | Literal["source"] | str | None = None,
-                        max_shard_size: str | int = "5GB", verify: bool = True, progress: Progress = silent) -> Report:  # fmt: skip
+                        max_shard_size: str | int = "5GB", verify: bool = True) -> Report:  # fmt: skip
         """The same with weights only. Collective."""
-        return self._export(model, Path(path), lambda folder, dtype: None, weight_dtype, max_shard_size, verify, progress)
+        return self._export(model, Path(path), lambda folder, dtype: None, weight_dtype, max_shard_size, verify, show_progress)
 
     def _export(self, model: Model, path: Path, write: Callable[[Path, str | None], None], weight_dtype: torch.dtype | str | None,
-                max_shard_size: str | int, verify: bool, progress: Progress) -> Report:  # fmt: skip
+                max_shard_size: str | int, verify: bool, show_progress: bool) -> Report:  # fmt: skip
         plan = self.plan(model)
         dtypes: Dtypes
         if weight_dtype == "source":
@@ -199,16 +201,17 @@ class AutoBridge:
             dtypes = _dtype(weight_dtype)
             used = {spec.dtype for spec in plan.tensors.values()} if dtypes is None else {dtypes}
             name = str(used.pop()).removeprefix("torch.") if len(used) == 1 else None
-        return export_weights(
-            plan,
-            path,
-            write_assets=lambda folder: write(folder, name),
-            dtypes=dtypes,
-            aliases=self.aliases & plan.aliases.keys(),
-            max_shard_size=max_shard_size,
-            verify=verify,
-            progress=progress,
-        )
+        with bytes_bar("export", show=show_progress and agreement.rank() == 0) as progress:
+            return export_weights(
+                plan,
+                path,
+                write_assets=lambda folder: write(folder, name),
+                dtypes=dtypes,
+                aliases=self.aliases & plan.aliases.keys(),
+                max_shard_size=max_shard_size,
+                verify=verify,
+                progress=progress,
+            )
 
     def write_assets(self, folder: Path, dtype: str | None = None) -> None:
         """Writes config, generation config, tokenizer and chat template into `folder`, as they came. One rank calls it.
