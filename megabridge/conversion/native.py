@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 import megabridge.platform  # noqa: F401  first: it lets megatron-core run where there is no CUDA
 from megabridge.errors import MappingError
 from megabridge.mapping import Cut
+
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 @dataclass(frozen=True, eq=False)

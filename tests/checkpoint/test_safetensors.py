@@ -79,7 +79,9 @@ def test_damaged_headers(tmp_path: Path, header: Any, payload: bytes, message: s
     assert time.monotonic() - begin < 5
 
 
-@pytest.mark.parametrize("content", [b"", b"1234567", (2**63).to_bytes(8, "little"), (MAX_HEADER + 1).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"1234567", (2**63).to_bytes(8, "little"), (MAX_HEADER + 1).to_bytes(8, "little") + b"{}"]
+)
 def test_header_lengths_outside_the_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="must begin with a header inside the file"):

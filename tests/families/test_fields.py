@@ -24,7 +24,9 @@ def test_config_round_trip(family: Family) -> None:
 
 
 def test_defaults_are_transformers_own() -> None:
-    native = FAMILY.native({key: value for key, value in tiny().items() if key not in ("num_key_value_heads", "head_dim", "rms_norm_eps")})
+    native = FAMILY.native(
+        {key: value for key, value in tiny().items() if key not in ("num_key_value_heads", "head_dim", "rms_norm_eps")}
+    )
     assert (native["num_query_groups"], native["kv_channels"], native["layernorm_epsilon"]) == (8, 8, 1e-6)
 
 

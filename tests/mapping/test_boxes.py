@@ -15,7 +15,12 @@ def indices(run: Run) -> list[int]:
 
 
 @given(
-    start=st.integers(0, 5), count=st.integers(1, 5), block=st.integers(1, 4), gap=st.integers(0, 3), low=st.integers(0, 45), width=st.integers(0, 45)
+    start=st.integers(0, 5),
+    count=st.integers(1, 5),
+    block=st.integers(1, 4),
+    gap=st.integers(0, 3),
+    low=st.integers(0, 45),
+    width=st.integers(0, 45),
 )
 @settings(max_examples=2000, deadline=None)
 def test_clip_keeps_exactly_the_pairs_inside(start: int, count: int, block: int, gap: int, low: int, width: int) -> None:
