@@ -139,8 +139,8 @@ class AutoBridge:
         assert self._plan is not None
         return self._plan[1]
 
-    def load_hf_weights(self, model: Model, hf_path: str | Path | None = None, *, allow_missing: Sequence[str] = (),
-                        allow_unexpected: Sequence[str] = (), verify: bool = True, show_progress: bool = True) -> Report:  # fmt: skip
+    def load_hf_weights(self, model: Model, hf_path: str | Path | None = None, *, show_progress: bool = True, verify: bool = True,
+                        allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()) -> Report:  # fmt: skip
         """Fills a model from `hf_path` or the bridge's own source, and compares every copy bit for bit. Collective.
 
         `allow_missing` and `allow_unexpected` are name patterns; everything else must match exactly (MappingError). An optimizer

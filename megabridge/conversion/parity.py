@@ -13,7 +13,7 @@ def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor) -> dic
     """How logits `ours` [batch, sequence, vocabulary] of `tokens` [batch, sequence] compare with those of the model in `folder`.
 
     Returns the largest absolute difference, the mean divergence KL(ours || theirs) in nats per token, and the share of positions
-    whose most likely token agrees. Collective: rank 0 loads the model, in the folder's dtype and on the CPU, and every rank gets the
+    whose most likely token agrees. Collective: rank 0 loads the model, in the folder's dtype and on the CPU; every rank gets the
     figures.
     """
     found: dict[str, float] = {}
