@@ -85,9 +85,9 @@ def known_shape(model: ModelConfig) -> Shape:
 
 
 def nearest(word: str, words: list[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `words`, or nothing."""
+    """The end of a sentence: `; did you mean 'x'?` for the closest of `words`, or a full stop."""
     close = get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{close[0]}'?" if close else "."
 
 
 def check_choices(config: Config) -> None:
@@ -148,6 +148,14 @@ def _targets(node: Any, path: str) -> Iterator[str]:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from _targets(value, f"{path}[{index}]")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises ConfigError when nothing says which model it is."""
+    if model.path is None and not model.hf:
+        raise ConfigError(f"model={model.name} has neither model.path nor a shape; give model.path=<folder or hub id>.")
+    if model.load_weights and model.path is None:
+        raise ConfigError("model.load_weights=true needs model.path=<folder or hub id>; set one, or model.load_weights=false.")
 
 
 def check_recipe(target: str) -> None:
