@@ -1,0 +1,159 @@
+"""Process groups of a topology, and the random seeds that belong to a rank's place in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+import megabridge.platform as platform
+from megabridge.errors import ConfigError
+from megabridge.platform import ranks
+from megabridge.topology import Topology
+
+from megatron.core import parallel_state, tensor_parallel
+
+DEFAULT_SEED: Final = 1234
+DEFAULT_TIMEOUT: Final = 600.0
+"""Seconds that a collective waits for the other ranks."""
+
+
+@dataclass
+class _Started:
+    topology: Topology | None = None
+
+
+_started = _Started()
+
+
+def current() -> Topology | None:
+    """The topology whose groups exist in this process, or None."""
+    return _started.topology
+
+
+def start(
+    topology: Topology,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    init_method: str | None = None,
+    seed: int = DEFAULT_SEED,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> None:
+    """Starts torch's process group (gloo on a CPU, nccl on CUDA) and megatron-core's groups. Every rank calls it.
+
+    `rank` and `world_size` default to the environment's RANK and WORLD_SIZE (torchrun, `ranks.fork_ranks`), or to a
+    single process. A process group that exists already is used as it is. Raises ConfigError when the number of
+    processes is not `topology.world_size`, or when MEGABRIDGE_PLATFORM=cuda finds no CUDA device.
+    """
+    if _started.topology is not None:
+        raise ConfigError(f"groups of {_started.topology} exist already; call groups.stop() before groups.start().")
+    if not dist.is_initialized():
+        rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+        world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+        _check_world(topology, world_size)
+        _start_torch(rank, world_size, init_method, timeout)
+    _check_world(topology, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        topology.tp,
+        topology.pp,
+        topology.vpp if topology.vpp > 1 else None,
+        context_parallel_size=topology.cp,
+        expert_model_parallel_size=topology.ep,
+        expert_tensor_parallel_size=topology.expert_tp,
+    )
+    _started.topology = topology
+    _seed(seed)
+
+
+def ensure(topology: Topology) -> None:
+    """Makes the groups of `topology` current, starting them when no group exists. Every rank calls it.
+
+    A plain single process needs no set-up by the user. Only vpp may differ from what runs already: it is a property of
+    the model, not of the groups. Raises ConfigError, with the torchrun command, when more processes are needed.
+    """
+    running = _started.topology
+    if running is None:
+        start(topology)
+        return
+    if dataclasses.replace(running, vpp=1) != dataclasses.replace(topology, vpp=1):
+        raise ConfigError(
+            f"the process groups of this process are {running}, but the model needs {topology}; "
+            "call groups.stop() first or use the same sizes."
+        )
+    if running.vpp != topology.vpp:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(topology.vpp if topology.vpp > 1 else None)
+        _started.topology = topology
+
+
+def world_size(default: int = 1) -> int:
+    """Processes of this job: of the running group, else the environment's WORLD_SIZE, else `default`."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", str(default)))
+
+
+def stop() -> None:
+    """Ends megatron-core's groups and torch's. Does nothing when there are none. Every rank calls it."""
+    _started.topology = None
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed(value: int) -> None:
+    """Seeds Python, numpy, torch and megatron-core's generators for this rank.
+
+    Data-parallel replicas get equal seeds, pipeline stages and tensor-parallel ranks different ones (as
+    megatron/training/initialize.py does). Needs the groups of `start`.
+    """
+    if value < 0:
+        raise ConfigError(f"seed={value} must not be negative.")
+    own = value + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
+    tensor_parallel.model_parallel_cuda_manual_seed(own)
+
+
+def _check_world(topology: Topology, world_size: int) -> None:
+    needed = topology.world_size
+    if needed != world_size:
+        processes = "process runs" if world_size == 1 else "processes run"
+        raise ConfigError(
+            f"{topology} needs {needed} processes, but {world_size} {processes}; "
+            f"start it with `torchrun --nproc-per-node={needed} <script>`, or change the sizes in parallel."
+        )
+
+
+def _start_torch(rank: int, world_size: int, init_method: str | None, timeout: float) -> None:
+    where: dict[str, Any] = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=timeout)}
+    if platform.is_cpu():
+        where["backend"] = "gloo"
+    elif torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count()))
+        torch.cuda.set_device(local_rank)
+        where["backend"] = "nccl"
+    else:
+        raise ConfigError("MEGABRIDGE_PLATFORM=cuda, but torch sees no CUDA device; set it to cpu or auto.")
+    store = ranks.forked_store(rank, world_size)
+    if init_method is not None:
+        where["init_method"] = init_method
+    elif store is not None:
+        where["store"] = store
+    elif world_size == 1:
+        where["store"] = HashStore()
+    else:
+        where["init_method"] = "env://"
+    dist.init_process_group(**where)
+
+
+_seed = seed  # `start` has an argument of that name

@@ -1,0 +1,53 @@
+"""Warnings of megatron-core and torch that say nothing a user could act on. Each is listed here with its reason."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Final, override
+
+# (start of the message as a regular expression, category)
+_WARNINGS: Final[tuple[tuple[str, type[Warning]], ...]] = (
+    # Apex and Transformer Engine are optional: the torch backend does without both.
+    (r"Apex is not installed", UserWarning),
+    (r"Transformer Engine and Apex are not installed", UserWarning),
+    (r"absl\.logging is not installed", UserWarning),
+    # megatron-core imports its own deprecated module while it is imported.
+    (r"The following imports from `dynamic_context\.py`", DeprecationWarning),
+    # megatron-core's source has an escape in a docstring; shown once, when it is compiled to bytecode.
+    (r"invalid escape sequence", SyntaxWarning),
+    (r'"\\-" is an invalid escape sequence', SyntaxWarning),
+)
+
+# (logger, start of the message): records that are dropped
+_RECORDS: Final[tuple[tuple[str, str], ...]] = (
+    # 0.19 still ships and fixes GPTModel; HybridModel has other parameter names, which no tool reads yet.
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    # Printed when CUDA_HOME is set on a host without a CUDA device.
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+)
+
+
+class _Drop(logging.Filter):
+    """Drops the records of one logger that start with `start`."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self.start = start
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.start)
+
+
+def drop(logger: str, start: str) -> None:
+    """Drops what `logger` says when the message starts with `start`."""
+    logging.getLogger(logger).addFilter(_Drop(start))
+
+
+def install() -> None:
+    """Silences the warnings listed above, for this process and what it forks."""
+    for message, category in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    for logger, start in _RECORDS:
+        drop(logger, start)

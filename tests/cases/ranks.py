@@ -1,0 +1,56 @@
+"""What the ranks of tests/platform/test_ranks.py and test_groups.py run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megabridge.errors import ConfigError
+from megabridge.platform import groups
+
+from megatron.core import parallel_state
+
+
+def total(start: int) -> tuple[int, int, int]:
+    """This rank's tensor-parallel and pipeline rank, and the sum over all ranks of rank + start."""
+    value = torch.tensor(dist.get_rank() + start, device="cuda")
+    dist.all_reduce(value)
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        int(value),
+    )
+
+
+def fail(rank: int, how: str, folder: str) -> None:
+    """Rank `rank` fails; the others wait in a collective, each having started a process of its own."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    Path(folder, f"{dist.get_rank()}.pid").write_text(f"{os.getpid()} {child.pid}")
+    dist.barrier()
+    if dist.get_rank() == rank:
+        if how == "error":
+            raise ConfigError("the answer must be 42; it is 41.")
+        if how == "bug":
+            raise KeyError("lost")
+        if how == "killed":
+            os.kill(os.getpid(), 9)
+        if how == "exit":
+            os._exit(7)
+    if how == "hang":
+        time.sleep(300)
+    dist.all_reduce(torch.ones(1))
+
+
+def start_again() -> str:
+    """The message of starting groups twice."""
+    try:
+        groups.start(groups.current() or groups.Topology())
+    except ConfigError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,17 @@
+"""Fixtures that every test folder uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RankServer
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
+    """One host process for the whole session; it imports the stack when the first test asks for ranks."""
+    with RankServer(tmp_path_factory.mktemp("ranks"), root=Path(__file__).parent.parent) as server:
+        yield server

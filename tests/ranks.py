@@ -1,0 +1,188 @@
+"""RankServer: runs functions in real gloo ranks, each set forked in a fraction of a second from one imported stack.
+
+    def test_sum(ranks):
+        results = ranks.run("tests.cases.sums:total", topology=Topology(tp=2, pp=2), kwargs={"start": 3})
+        assert results == [...]  # one per rank
+
+This file has two sides. RankServer lives in the pytest process, which needs no torch for it. Run as a program, the file
+is the host: it imports the stack once and forks `topology.world_size` ranks per request. The module of a request is
+imported in the host, so it must only define things: no tensor is computed there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from megabridge.topology import Topology
+
+START_TIMEOUT: Final = 180.0  # seconds to import the stack on a busy machine
+
+
+@dataclass(frozen=True)
+class RankError(Exception):
+    """A rank failed; `failure` is the host's report of the first one (platform.ranks.FirstFailure as a dict)."""
+
+    failure: dict[str, Any]
+    output: str
+
+    def __str__(self) -> str:
+        parts = [f"rank {self.failure['rank']}: {self.failure['error']}", self.failure["traceback"], self.output]
+        return "\n".join(part for part in parts if part)
+
+
+class RankServer:
+    """The host process, started at the first `run`. Used as a context manager: leaving it ends the host."""
+
+    def __init__(self, folder: Path, *, root: Path) -> None:
+        self.folder = folder
+        self.root = root
+        self.host: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.host is not None:
+            assert self.host.stdin is not None
+            self.host.stdin.close()
+            try:
+                self.host.wait(10)
+            except subprocess.TimeoutExpired:
+                self.host.kill()
+                self.host.wait()
+            self.host = None
+
+    def run(
+        self,
+        target: str,
+        *,
+        topology: Topology | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        timeout: float = 120.0,
+        world_size: int | None = None,
+        threads_each: int = 1,
+    ) -> list[Any]:
+        """Runs `target` ("module:function") with `kwargs` in every rank; returns what each rank returned, by rank.
+
+        With a topology, its groups exist when the function is called; with `world_size` alone, the function makes its
+        own. Arguments and results are pickled. Raises RankError with the first failing rank's traceback and what the
+        ranks printed, also when they take more than `timeout` seconds.
+        """
+        if topology is None and world_size is None:
+            topology = Topology()
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        (folder / "request.pickle").write_bytes(pickle.dumps(dict(kwargs or {})))
+        request = {
+            "target": target,
+            "topology": None if topology is None else asdict(topology),
+            "world_size": world_size if topology is None else topology.world_size,
+            "folder": str(folder),
+            "timeout": timeout,
+            "threads_each": threads_each,
+        }
+        answer = self._ask(request, timeout + 30)
+        if answer is not None:
+            output = folder / "output.txt"
+            raise RankError(answer, output.read_text(errors="replace")[-8000:] if output.exists() else "")
+        return [pickle.loads((folder / f"result_{rank}.pickle").read_bytes()) for rank in range(request["world_size"])]
+
+    def _ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any] | None:
+        if self.host is None or self.host.poll() is not None:
+            self.host = self._started()
+            self._answer(START_TIMEOUT)
+        assert self.host.stdin is not None
+        self.host.stdin.write(json.dumps(request) + "\n")
+        self.host.stdin.flush()
+        return self._answer(timeout)
+
+    def _started(self) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "MEGABRIDGE_PLATFORM": "cpu",
+            "OMP_NUM_THREADS": "1",  # no thread pool in the host; each rank sets its own number
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks"],
+            cwd=self.root,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def _answer(self, timeout: float) -> dict[str, Any] | None:
+        assert self.host is not None and self.host.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.host.stdout, selectors.EVENT_READ)
+            line = self.host.stdout.readline() if selector.select(timeout) else ""
+        if not line:
+            self.host.kill()
+            code = self.host.wait()
+            raise RuntimeError(f"the host of the test ranks gave no answer in {timeout} s (exit code {code}).")
+        answer: dict[str, Any] | None = json.loads(line)
+        return answer
+
+
+def serve() -> None:
+    """The host's loop: a request per line of stdin, an answer per line of stdout (null, or the first failure)."""
+    from megabridge.platform.ranks import fork_ranks
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what imported modules print is not an answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to pytest, which closes stdin
+    print(json.dumps(None), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        module, _, function = request["target"].partition(":")
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            failure = {"rank": -1, "error": f"{module} can't be imported: {error!r}", "traceback": ""}
+            print(json.dumps(failure), file=answers, flush=True)
+            continue
+        first = fork_ranks(
+            request["world_size"],
+            lambda rank, request=request, module=module, function=function: _run(rank, request, module, function),
+            threads_each=request["threads_each"],
+            timeout=request["timeout"],
+        )
+        print(json.dumps(None if first is None else asdict(first)), file=answers, flush=True)
+
+
+def _run(rank: int, request: dict[str, Any], module: str, function: str) -> None:
+    from megabridge.platform import groups
+
+    folder = Path(request["folder"])
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    kwargs = pickle.loads((folder / "request.pickle").read_bytes())
+    if request["topology"] is not None:
+        groups.start(Topology(**request["topology"]))
+    result = getattr(importlib.import_module(module), function)(**kwargs)
+    partial = folder / f"result_{rank}.partial"
+    partial.write_bytes(pickle.dumps(result))
+    partial.rename(folder / f"result_{rank}.pickle")
+    if request["topology"] is not None:
+        groups.stop()
+
+
+if __name__ == "__main__":
+    serve()
