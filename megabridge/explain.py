@@ -94,7 +94,8 @@ def _unknown_key(key: str, conf: Path) -> str:
     candidates = sorted(_known_keys(conf))
     scored = [(_similarity(key, candidate), candidate) for candidate in candidates]
     best, name = max(scored)
-    hint = f"; did you mean '{name}'?" if best >= _CLOSE else f"; the groups are {', '.join(each.name for each in fields(Config))}."
+    top = ", ".join(each.name for each in fields(Config))
+    hint = f"; did you mean '{name}'?" if best >= _CLOSE else f"; at the top there are {top}."
     for node in OPEN_NODES:
         if key.startswith(f"{node}."):
             hint += f" To add it, write +{key}=..."

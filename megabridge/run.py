@@ -1,7 +1,7 @@
-"""`python -m megabridge.run [group=choice ...] [key=value ...]`: composes the config once, checks it, starts the ranks.
+"""`python -m megabridge.run [group=choice ...] [key=value ...]`: composes the config once, checks it, starts ranks.
 
-torch is never imported here. Under torchrun or srun this process takes its place as a rank instead: it composes the same
-config, rank 0 makes the run directory, and it becomes the worker (exec).
+torch is never imported here. Under torchrun or srun this process takes its place as a rank instead: it composes the
+same config, rank 0 makes the run directory, and it becomes the worker (exec).
 
 Exit status: 0 done; 1 a rank failed; 2 the config can't work; 128 + n a rank was ended by signal n; 130 Ctrl-C;
 143 SIGTERM.
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import hydra
-import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -59,7 +58,8 @@ def main() -> None:
 def _main() -> int:
     wants_traceback = FULL_ERROR in os.environ
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: your own classes and recipes are found from a console script too
+        # As `python -m` does: a console script finds your own classes and recipes, too.
+        sys.path.insert(0, str(Path.cwd()))
     sys.argv[1:] = redact.carry(sys.argv[1:])
     config.register()
     try:
@@ -125,7 +125,7 @@ def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | Non
 
 
 def resolve(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], config.Config]:
-    """The config's plain values and its typed form, with `run_dir` made absolute. Raises ConfigError for what can't work."""
+    """The config's plain values and its typed form, `run_dir` made absolute. Raises ConfigError for what can't work."""
     values: Any = _resolved(cfg)
     values["run_dir"] = str(run_dir.absolute())
     typed = config.typed(values)
@@ -148,7 +148,7 @@ def write_config(cfg: DictConfig, values: dict[str, Any]) -> None:
     folder = Path(values["run_dir"])
     folder.mkdir(parents=True, exist_ok=True)
     content = redact.redacted(OmegaConf.to_container(cfg, resolve=False), values)
-    (folder / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
 
 
 def _become_rank(here: place.Place) -> None:

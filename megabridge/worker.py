@@ -1,8 +1,8 @@
 """What a worker process runs: `python -m megabridge.worker --config=FD ...`, started by the launcher, never by hand.
 
-With `--fork=N` it imports the stack once and forks N ranks (CPU). Otherwise it is the rank that RANK says: started by the
-launcher (`--outcome=FD`), or by torchrun or srun. In the latter case the ranks composed their configs apart, and first
-agree on rank 0's.
+With `--fork=N` it imports the stack once and forks N ranks (CPU). Otherwise it is the rank that RANK says: started by
+the launcher (`--outcome=FD`), or by torchrun or srun (`--digest=...`). In the latter case the ranks composed their
+configs apart, and first agree on rank 0's.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Final
 
-import megabridge.platform
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
 from megabridge import config as schema
+from megabridge.checks import nearest
 from megabridge.config import Config
 from megabridge.errors import ConfigError, MegabridgeError
 from megabridge.launchers import local, place, report
 from megabridge.launchers.report import CONFIG_ERROR, Failure
-
-# isort: split
-import torch
-import torch.distributed as dist
-
 from megabridge.platform import groups, ranks
 
 Recipe = Callable[[Config], float | None]
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_rank(values: Mapping[str, Any]) -> float | None:
-    """Runs the recipe on this rank, inside the process groups of `parallel`. Every rank calls it; returns its objective."""
+    """Runs the recipe on this rank, in the process groups of `parallel`; returns its objective. Every rank calls it."""
     config = schema.typed(values)
     recipe = load_recipe(config.recipe.target)
     torch.use_deterministic_algorithms(config.deterministic)
@@ -75,7 +75,8 @@ def load_recipe(target: str) -> Recipe:
     module_name, _, name = target.partition(":")
     members = vars(importlib.import_module(module_name))
     if not callable(members.get(name)):
-        raise ConfigError(f"recipe.target={target!r}: {module_name} has no function {name!r}; it has: {', '.join(members)}.")
+        functions = [known for known, member in members.items() if callable(member) and not known.startswith("_")]
+        raise ConfigError(f"recipe.target={target!r}: {module_name} has no function {name!r}{nearest(name, functions)}")
     recipe: Recipe = members[name]
     return recipe
 
@@ -102,7 +103,7 @@ def _fork(values: Mapping[str, Any], world_size: int, outcome: int) -> int:
 
 
 def _import_targets(config: Config) -> None:
-    """Imports the modules of the `_target_` classes once for all ranks. One that fails is reported where it is built."""
+    """Imports the modules of the `_target_` classes, once for all ranks. A failure is reported where one is built."""
     for node in (config.data, *config.callbacks.values(), *config.logger.values()):
         if node is not None:
             with contextlib.suppress(ImportError):
@@ -119,8 +120,8 @@ def _agreed(values: dict[str, Any], digest: str) -> dict[str, Any]:
     if here is None or here.world_size == 1:
         return values
     wait = timedelta(seconds=_AGREE_SECONDS)
-    rendezvous = dist.rendezvous("env://", here.rank, here.world_size, timeout=wait)
-    store = dist.PrefixStore("megabridge/config", next(rendezvous)[0])
+    shared, _, _ = next(rendezvous("env://", here.rank, here.world_size, timeout=wait))
+    store = PrefixStore("megabridge/config", shared)
     store.set(f"digest/{here.rank}", digest)
     if here.rank == 0:
         digests = [store.get(f"digest/{rank}") for rank in range(here.world_size)]

@@ -1,8 +1,8 @@
 """Starts the ranks of one run on this host and waits for them. No torch.
 
-On a CPU one worker process imports the stack once and forks the ranks (16 in seconds, sharing their memory); on CUDA each
-rank is a process of its own. The workers stand in process groups of their own, so that Ctrl-C reaches only this process,
-which ends them. They get the config through an unnamed file: a secret in it never has a name on disk.
+On a CPU one worker process imports the stack once and forks the ranks (16 in seconds, sharing their memory); on CUDA
+each rank is a process of its own. The workers stand in process groups of their own, so that Ctrl-C reaches only this
+process, which ends them. They get the config through an unnamed file: a secret in it never has a name on disk.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class _Worker:
 def launch(values: Mapping[str, Any], *, world_size: int, platform: str) -> float | None:
     """Runs the recipe of the resolved config `values` on `world_size` ranks; returns rank 0's objective.
 
-    Raises WorkerFailure with the first failure of a rank when the others have ended, and KeyboardInterrupt or Terminated
-    after ending them on SIGINT or SIGTERM. No process is left behind.
+    Raises WorkerFailure with the first failure of a rank when the others have ended, and KeyboardInterrupt or
+    Terminated after ending them on SIGINT or SIGTERM. No process is left behind.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -93,9 +93,7 @@ def threads_each(world_size: int) -> int:
     return max(1, cores() // world_size)
 
 
-def _start(
-    place: Place | None, world_size: int, config: int, outcome: IO[bytes], environ: dict[str, str]
-) -> _Worker:
+def _start(place: Place | None, world_size: int, config: int, outcome: IO[bytes], environ: dict[str, str]) -> _Worker:
     """Starts the rank at `place`, or with None the process that forks all ranks."""
     arguments = [f"--config={config}", f"--outcome={outcome.fileno()}"]
     if place is None:
@@ -127,7 +125,7 @@ def _wait(workers: list[_Worker]) -> float | None:
 
 
 def _first_failure(failed: list[_Worker]) -> Failure:
-    """The cause among the failed: a rank that was killed, since others fail for want of it; else the earliest report."""
+    """The cause among the failed: a rank that was killed, as others fail for want of it; else the earliest report."""
     known = []
     for worker in failed:
         outcome = report.read(worker.outcome.fileno())
@@ -141,8 +139,9 @@ def _cause_of_death(exit_code: int) -> str:
     """What to say of a process that left no report."""
     if exit_code >= 0:
         return f"ended with exit code {exit_code} and without a report; its own output may say why."
-    hints = {-signal.SIGKILL: " (out of memory, or killed from outside)", -signal.SIGBUS: " (a file that it read was truncated)"}
-    return f"was ended by {signal.Signals(-exit_code).name}{hints.get(exit_code, '')}."
+    name = signal.Signals(-exit_code).name
+    hints = {"SIGKILL": " (out of memory, or killed from outside)", "SIGBUS": " (a file that it read was truncated)"}
+    return f"was ended by {name}{hints.get(name, '')}."
 
 
 def _end(workers: list[_Worker]) -> None:
@@ -153,7 +152,7 @@ def _end(workers: list[_Worker]) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated inside, as Ctrl-C raises KeyboardInterrupt. Outside the main thread signals stay as they are."""
+    """SIGTERM raises Terminated inside, as Ctrl-C KeyboardInterrupt. In other threads signals stay as they are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""This process's place among ranks that something else started: torchrun (RANK, ...) or srun (SLURM_PROCID, ...). No torch."""
+"""This process's place among ranks that torchrun (RANK, ...) or srun (SLURM_PROCID, ...) started. No torch."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Place:
 def find(environ: Mapping[str, str]) -> Place | None:
     """The place that `environ` gives this process, or None when the launcher is to start the ranks.
 
-    A task of srun counts when its step has more than one: in a batch script, or a step of one task, SLURM's variables are
-    set too, but nothing else takes part. Raises ConfigError for a half-set environment.
+    A task of srun counts when its step has more than one: in a batch script, or a step of one task, SLURM's variables
+    are set too, but nothing else takes part. Raises ConfigError for a half-set environment.
     """
     if "RANK" in environ:
         return _torchrun(environ)
@@ -57,7 +57,7 @@ def find(environ: Mapping[str, str]) -> Place | None:
 def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = environ.get(name, default)
     if text is None or not text.isdecimal():
-        raise ConfigError(f"{name}={text!r} must be a whole number where RANK is set; start with torchrun or srun.")
+        raise ConfigError(f"{name}={text!r} must be a whole number in a rank of torchrun or srun.")
     return int(text)
 
 
@@ -84,16 +84,17 @@ def _srun(environ: Mapping[str, str]) -> Place | None:
     world_size = _number(environ, "SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")) if in_step else 1
     if world_size == 1:
         return None
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    counts = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size)
+    per_node = expand_counts(counts)
     node = _number(environ, "SLURM_NODEID", "0")
-    per_node = expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size))
-    job, step = (_number({"": re.sub(r"\D", "", environ.get(name, "0")) or "0"}, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    job, step = _number(environ, "SLURM_JOB_ID", "0"), _number(environ, "SLURM_STEP_ID", "0")
     return Place(
         rank=rank,
         world_size=world_size,
         local_rank=_number(environ, "SLURM_LOCALID", "0"),
         local_world_size=per_node[min(node, len(per_node) - 1)],
-        master_addr=environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else "127.0.0.1"),
+        master_addr=environ.get("MASTER_ADDR") or first_host(nodes),
         # Below the ports that Linux hands out (32768), the same on all ranks, different for steps that share a node.
         master_port=_number(environ, "MASTER_PORT", str(20000 + (job * 31 + step) % 12000)),
     )

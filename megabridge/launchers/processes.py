@@ -18,7 +18,7 @@ _POLL: Final = 0.02
 
 
 def die_with_parent(parent: int) -> None:
-    """Asks Linux to kill this process when `parent` ends, also when that is killed. For a child, right after its fork."""
+    """Asks Linux to kill this process when `parent` ends, however it does. For a child, right after its fork."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -29,7 +29,7 @@ def die_with_parent(parent: int) -> None:
 def no_orphans(grace: float) -> Iterator[None]:
     """Whatever is started inside, however deep, has ended at the end.
 
-    Descendants whose own parent ended become children of this process; those that still run after `grace` seconds are killed.
+    Descendants whose own parent ended become children of this process; after `grace` seconds those are killed.
     """
     if sys.platform != "linux":
         yield
@@ -50,7 +50,7 @@ def no_orphans(grace: float) -> Iterator[None]:
 
 
 def end_groups(leaders: Iterable[int], grace: float) -> None:
-    """Ends the process groups: SIGTERM, then SIGKILL to what runs after `grace` seconds. A second Ctrl-C doesn't wait."""
+    """Ends the process groups: SIGTERM, then SIGKILL to what runs after `grace` seconds or a second Ctrl-C."""
     leaders = list(leaders)
     for leader in leaders:
         send(-leader, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What a worker tells its launcher: the recipe's objective, or the first failure. One JSON object in an unnamed file."""
+"""What a worker tells its launcher, in an unnamed file: the recipe's objective, or the first failure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass, field
-
 from typing import Final
 
 from megabridge.errors import MegabridgeError
