@@ -1,8 +1,8 @@
-"""What can be refused before anything is downloaded or started: choices, `_target_` places, layout against shape and host.
+"""What can be refused before anything is downloaded or started: choices, `_target_` places, layout against shape.
 
-No torch. The shape comes from `model.hf`, or from the config.json of a local `model.path`; where neither is known (a hub
-id without a YAML of its own) the checks that need it are left to the ranks, which repeat all of them on the real config.
-All problems of a kind are reported at once.
+No torch. The shape comes from `model.hf`, or from the config.json of a local `model.path`; where neither is known (a
+hub id without a YAML of its own) the checks that need it are left to the ranks, which repeat all of them on the real
+config. All problems of a kind are reported at once.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def known_shape(model: ModelConfig) -> Shape:
 
 
 def nearest(word: str, words: list[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `words`, or nothing."""
+    """The end of a sentence: `; did you mean 'x'?` for the closest of `words`, or a full stop."""
     close = get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{close[0]}'?" if close else "."
 
 
 def check_choices(config: Config) -> None:
@@ -128,7 +128,8 @@ def check_targets(config: Config) -> None:
             node = {key: value for key, value in node.items() if key != "_target_"}
         else:
             problems.append(f"{path}._target_={target!r} must name a class as package.module.Class")
-        problems += [f"{where} is not allowed; a _target_ may stand in {TARGET_PLACES}" for where in _targets(node, path)]
+        rule = f"is not allowed; a _target_ may stand in {TARGET_PLACES}"
+        problems += [f"{where} {rule}" for where in _targets(node, path)]
     for name in ("hf", "provider"):
         node = getattr(config.model, name)
         problems += [f"{where} is not allowed; remove it" for where in _targets(node, f"model.{name}")]
@@ -150,8 +151,16 @@ def _targets(node: Any, path: str) -> Iterator[str]:
             yield from _targets(value, f"{path}[{index}]")
 
 
+def check_model(model: ModelConfig) -> None:
+    """Raises ConfigError when nothing says which model it is."""
+    if model.path is None and not model.hf:
+        raise ConfigError(f"model={model.name} has neither model.path nor a shape; give model.path=<folder or hub id>.")
+    if model.load_weights and model.path is None:
+        raise ConfigError("model.load_weights=true needs model.path=<folder or hub id>; set it, or load_weights=false.")
+
+
 def check_recipe(target: str) -> None:
-    """Raises ConfigError when `target` is not module:function of a module that can be found. Imports its package only."""
+    """Raises ConfigError when `target` is not module:function of a module that exists. Imports its package only."""
     module, colon, function = target.partition(":")
     if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise ConfigError(f"recipe.target={target!r} must be module:function, such as recipes.finetune:main.")
@@ -160,7 +169,7 @@ def check_recipe(target: str) -> None:
     except ModuleNotFoundError:
         found = False
     if not found:
-        raise ConfigError(f"recipe.target={target!r}: no module {module!r} can be found; check the name and PYTHONPATH.")
+        raise ConfigError(f"recipe.target={target!r}: there is no module {module!r}; check the name and PYTHONPATH.")
 
 
 def check_layout(config: Config, topology: Topology) -> None:

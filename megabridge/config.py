@@ -1,9 +1,10 @@
 """The schema of every config group: what a key is called, its type, its default and what it means. No torch.
 
-`register()` puts the schema under the name `schema` into Hydra's ConfigStore; `conf/config.yaml` lists it first, so that
-every YAML and override is checked against it while Hydra composes. The values in `conf/` win over the defaults here.
-A field's `choices` are checked after composition by `megabridge.checks`. Two kinds of node stay open: those whose keys
-belong to others (`model.hf`, `model.provider`, `recipe.options`), and those that hold a `_target_` (data, callbacks, logger).
+`register()` puts the schema under the name `schema` into Hydra's ConfigStore; `conf/config.yaml` lists it first, so
+that every YAML and override is checked against it while Hydra composes. The values in `conf/` win over the defaults
+here. A field's `choices` are checked after composition by `megabridge.checks`. Two kinds of node stay open: those whose
+keys belong to others (`model.hf`, `model.provider`, `recipe.options`), and those that hold a `_target_` (data,
+callbacks, logger).
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run. Nothing in megabridge needs it."""
     load_weights: bool = True
-    """False: random weights of the shape in `hf`, even where `path` names real ones (the tokenizer still comes from there)."""
+    """False: random weights of the shape in `hf`, even where `path` names real ones (still used for the tokenizer)."""
     dtype: str = choice(*DTYPES)
     """Precision of the parameters and activations in training. The optimizer's copy is always float32."""
     hf: dict[str, Any] = field(default_factory=dict)
-    """The content of the checkpoint's config.json that gives its shape: layouts are checked against it before any download."""
+    """What the checkpoint's config.json says of its shape: layouts are checked against it before any download."""
     tokenizer: str | None = None
-    """A local folder, a hub id, or `bytes` for the byte-level tokenizer of megabridge.data.bytes. Null: the one of `path`."""
+    """A local folder, a hub id, or `bytes` for the byte-level one of megabridge.data.bytes. Null: the one of `path`."""
     provider: dict[str, Any] = field(default_factory=dict)
-    """Overrides of the Megatron model: any field of megatron-core's TransformerConfig, e.g. +model.provider.recompute_granularity=full."""
+    """Overrides of the Megatron model: TransformerConfig's fields, e.g. +model.provider.recompute_granularity=full."""
 
 
 @dataclass
@@ -65,7 +66,7 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Whether activations between the matrices are cut along the sequence over the tp ranks."""
     layout: str | None = None
-    """megatron-core's pipeline_model_parallel_layout, e.g. 'Et|tt|tL'. Null: layers spread evenly, first and last stage lighter."""
+    """megatron-core's pipeline_model_parallel_layout, e.g. 'Et|tt|tL'. Null: even, first and last stage lighter."""
 
 
 @dataclass
@@ -97,7 +98,7 @@ class CheckpointConfig:
     save_at_end: bool = True
     """Whether the last step is saved."""
     native: bool = True
-    """Whether a save writes a Megatron distributed checkpoint (parameters, optimizer, progress): what a run resumes from."""
+    """Whether a save writes what a run resumes from: a distributed checkpoint of parameters, optimizer, progress."""
     hf: bool = True
     """Whether a save publishes a Hugging Face folder."""
     resume: str = "none"
@@ -127,7 +128,7 @@ class RecipeConfig:
     log_every: int = 1
     """Steps between log lines."""
     answer_prompt: str | None = None
-    """A question that the source model and the exported one answer at the end, both through transformers. Null: none."""
+    """A question that the source and the exported model answer at the end, both through transformers. Null: none."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of your own recipe: +recipe.options.anything=1."""
 
@@ -161,13 +162,13 @@ class SchedulerConfig:
     min_lr: float = 0.0
     """Learning rate at the end."""
     decay_steps: int | None = None
-    """Steps until `min_lr` is reached; for wsd the length of the last part. Null: up to the last step (wsd: a tenth of them)."""
+    """Steps until `min_lr` is reached (null: all of the run's); for wsd the length of the last part (null: a tenth)."""
 
 
 @dataclass
 class BackendConfig:
     name: str = choice("auto", "torch", "te", "local")
-    """Layer implementation. auto: Transformer Engine where it is installed and there is CUDA, else torch; local: megatron-core's own."""
+    """Layers. auto: Transformer Engine where it is installed and there is CUDA, else torch; local: megatron-core's."""
 
 
 @dataclass
@@ -203,7 +204,7 @@ class Config:
     deterministic: bool = False
     """Whether torch refuses operations whose result may differ from run to run."""
     run_dir: str = "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
-    """The run's directory: config.yaml, metrics.jsonl, checkpoints. Made once, by the parent or rank 0; absolute when a recipe sees it."""
+    """The run's directory: config.yaml, metrics.jsonl, checkpoints. Made by the parent or rank 0, then absolute."""
 
 
 OPEN_NODES: Final = ("model.hf", "model.provider", "recipe.options", "data", "callbacks", "logger")

@@ -39,7 +39,7 @@ def installed_gpus() -> int:
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
-    """GPUs that a process started with `environ` sees: CUDA_VISIBLE_DEVICES as CUDA reads it, up to the first bad entry."""
+    """GPUs that a process with `environ` sees: CUDA_VISIBLE_DEVICES as CUDA reads it, up to the first bad entry."""
     installed = installed_gpus()
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or installed == 0:
@@ -85,7 +85,8 @@ def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: in
         return "cpu"
     if 0 < world <= gpus:
         return "cuda"
-    lines = [f"{name} needs {world} GPU{'s' if world > 1 else ''}, but this host has {gpus or 'none'}. What would work:"]
+    needed = "1 GPU" if world == 1 else f"{world} GPUs"
+    lines = [f"{name} needs {needed}, but this host has {gpus or 'none'}. What would work:"]
     lines += _commands(config, topology, gpus=gpus, on_cpu=small and fits_cpu, overrides=overrides)
     raise ConfigError("\n  ".join(lines))
 
@@ -93,11 +94,11 @@ def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: in
 def _commands(config: Config, topology: Topology, *, gpus: int, on_cpu: bool, overrides: Sequence[str]) -> list[str]:
     """The commands that start the run elsewhere, or something close to it here."""
     world = topology.world_size
-    arguments = shlex.join(overrides)
+    arguments = shlex.join(text for text in overrides if not text.startswith("platform="))
     hosts = ceil(world / GPUS_PER_HOST)
     lines = []
     if world <= GPUS_PER_HOST:
-        lines.append(f"on a host with {world} GPUs: python -m megabridge.run {arguments}")
+        lines.append(f"on a host with {world} or more: python -m megabridge.run {arguments}")
     else:
         each = ceil(world / hosts)
         while each * hosts != world:
@@ -111,10 +112,11 @@ def _commands(config: Config, topology: Topology, *, gpus: int, on_cpu: bool, ov
     if smaller := _smaller(known_shape(config.model), topology, gpus):
         lines.append(f"on this host: python -m megabridge.run {shlex.join([*kept, *smaller])}")
     if on_cpu:
-        lines.append(f"on this host's CPU: python -m megabridge.run {shlex.join([*overrides, 'platform=cpu'])}")
+        lines.append(f"on this host's CPU: python -m megabridge.run {arguments} platform=cpu")
     elif gpus == 0:
         layout = [text for text in overrides if text.partition("=")[0].partition(".")[0] == "parallel"]
-        lines.append(f"the same layout on this host's CPU: python -m megabridge.run model=tiny_llama {shlex.join(layout)}")
+        tiny = shlex.join(["model=tiny_llama", *layout])
+        lines.append(f"the same layout on this host's CPU: python -m megabridge.run {tiny}")
     return [line.rstrip() for line in lines]
 
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from megabridge.checks import nearest
 from megabridge.errors import ConfigError
 
-T = TypeVar("T")
 
-
-def build(node: Mapping[str, Any], base: type[T], *, where: str) -> T:
+def build[T](node: Mapping[str, Any], base: type[T], *, where: str) -> T:
     """An instance of the class that `node["_target_"]` names, with the other keys as its arguments.
 
     `where` is the node's path in the config, for messages. Raises ConfigError when the target can't be found, is not a
@@ -30,10 +28,8 @@ def build(node: Mapping[str, Any], base: type[T], *, where: str) -> T:
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
         for name in arguments:
             if name not in accepted:
-                known = ", ".join(accepted) or "none"
-                raise ConfigError(
-                    f"{where}.{name}: {chosen.__name__} takes no such argument{nearest(name, accepted)} It takes: {known}."
-                )
+                rule = f"{where}.{name}: {chosen.__name__} takes no such argument{nearest(name, accepted)}"
+                raise ConfigError(f"{rule} It takes: {', '.join(accepted) or 'none'}.")
     try:
         signature.bind(**arguments)
     except TypeError as error:
@@ -41,7 +37,7 @@ def build(node: Mapping[str, Any], base: type[T], *, where: str) -> T:
     return chosen(**arguments)
 
 
-def find(target: object, base: type[T], *, where: str) -> type[T]:
+def find[T](target: object, base: type[T], *, where: str) -> type[T]:
     """The class named `target`, as package.module.Class. Raises ConfigError unless it is a subclass of `base`."""
     rule = f"{where}._target_={target!r} must name a subclass of {base.__module__}.{base.__qualname__}"
     if not isinstance(target, str) or "." not in target:

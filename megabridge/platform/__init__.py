@@ -41,6 +41,8 @@ def device() -> torch.device:
     return torch.device("cpu") if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
+# With tensor parallelism megatron-core relies on kernels starting in the order of their calls, and warns without this.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 quiet.install()
 if is_cpu():
     from megabridge.platform import cpu

@@ -84,7 +84,7 @@ def ensure(topology: Topology) -> None:
     if running is None:
         start(topology)
         return
-    if dataclasses.replace(running, vpp=1) != dataclasses.replace(topology, vpp=1):
+    if _groups_of(running) != _groups_of(topology):
         raise ConfigError(
             f"the process groups of this process are {running}, but the model needs {topology}; "
             "call groups.stop() first or use the same sizes."
@@ -92,6 +92,11 @@ def ensure(topology: Topology) -> None:
     if running.vpp != topology.vpp:
         parallel_state.set_virtual_pipeline_model_parallel_world_size(topology.vpp if topology.vpp > 1 else None)
         _started.topology = topology
+
+
+def _groups_of(topology: Topology) -> Topology:
+    """Equal for topologies whose groups are equal."""
+    return dataclasses.replace(topology, vpp=1, etp=topology.expert_tp)
 
 
 def world_size(default: int = 1) -> int:

@@ -23,6 +23,8 @@ _WARNINGS: Final[tuple[tuple[str, type[Warning]], ...]] = (
 _RECORDS: Final[tuple[tuple[str, str], ...]] = (
     # 0.19 still ships and fixes GPTModel; HybridModel has other parameter names, which no tool reads yet.
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    # The layout that it computes itself is the one that it asks callers to compute.
+    ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
     # Printed when CUDA_HOME is set on a host without a CUDA device.
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
 )

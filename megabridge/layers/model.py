@@ -1,0 +1,89 @@
+"""megatron-core's GPTModel with what Hugging Face models need: their rotary settings, and a padded vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megabridge.layers.rotary import HFRotaryEmbedding
+
+from megatron.core.models.gpt import GPTModel
+
+
+class CausalLM(GPTModel):  # type: ignore[misc]
+    """One chunk of a causal language model: the layers of one (pipeline, virtual pipeline) stage.
+
+    `forward(tokens [b, s], position_ids [b, s], None)` gives logits [b, s, vocabulary shard] on the last stage, and
+    with `labels=[b, s]` the losses [b, s]; elsewhere hidden states [s, b, hidden_size]. Columns past `vocab_size` hold
+    the lowest finite value: no probability and no gradient. Their rows in embedding and output layer are zero.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        block_spec: Any,
+        *,
+        vocab_size: int,
+        padded_vocab_size: int,
+        max_sequence_length: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+        share_embeddings_and_output_weights: bool,
+        rope: Mapping[str, Any] | None,
+        rotary_percent: float,
+    ) -> None:
+        super().__init__(
+            config,
+            block_spec,
+            vocab_size=padded_vocab_size,
+            max_sequence_length=max_sequence_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+            position_embedding_type="none" if rope is None else "rope",
+            rotary_percent=rotary_percent,
+            vp_stage=vp_stage,
+        )
+        self.unpadded_vocab_size = vocab_size
+        if rope is not None and not config.multi_latent_attention:
+            self._set_rope(rope, rotary_percent)
+        self._zero_padding()
+        if post_process and vocab_size < padded_vocab_size:
+            self.output_layer.register_forward_hook(self._mask_padding)
+
+    def _set_rope(self, rope: Mapping[str, Any], rotary_percent: float) -> None:
+        self.rotary_pos_emb = HFRotaryEmbedding(
+            rope,
+            kv_channels=self.config.kv_channels,
+            rotary_percent=rotary_percent,
+            interleaved=self.config.rotary_interleaved,
+            cp_group=self.pg_collection.cp,
+        )
+        for layer in self.decoder.layers:
+            # Attention takes this factor from config.yarn_* attributes, which can't express every attention_factor.
+            layer.self_attention._yarn_concentration_factor = self.rotary_pos_emb.attention_factor
+
+    def _real_columns(self, width: int) -> int:
+        """How many of `width` vocabulary entries here are real; `width` is this rank's shard, or the whole."""
+        first = 0 if width == self.vocab_size else self.pg_collection.tp.rank() * width
+        return min(max(self.unpadded_vocab_size - first, 0), width)
+
+    @torch.no_grad()
+    def _zero_padding(self) -> None:
+        weights = []
+        if self.pre_process:
+            weights.append(self.embedding.word_embeddings.weight)
+        if self.post_process and self.output_layer.weight is not None:
+            weights.append(self.output_layer.weight)
+        for weight in weights:
+            weight[self._real_columns(weight.shape[0]) :].zero_()
+
+    def _mask_padding(self, module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
+        """Hides padded columns from whatever reads the logits. A hook, so that losses of every kind see it."""
+        logits, _ = output
+        real = self._real_columns(logits.shape[-1])
+        logits[..., real:] = torch.finfo(logits.dtype).min  # not -inf: p * log p of a padded column would be NaN

@@ -1,0 +1,137 @@
+"""Rotary embeddings of Hugging Face models: the frequencies of each `rope_type`, as transformers computes them.
+
+The formulas are those of transformers/modeling_rope_utils.py (5.23), in the same order and precision, so that the
+frequencies are equal bit for bit. megatron-core's own scaling fixes some factors, and knows no attention factor but
+yarn's default.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from megabridge.errors import ConfigError, listed
+
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+_COMMON: Final = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+# rope_type: (required keys, optional keys)
+_KEYS: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
+    "default": (frozenset(), frozenset()),
+    "linear": (frozenset({"factor"}), frozenset()),
+    "llama3": (
+        frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+        frozenset(),
+    ),
+    "yarn": (
+        frozenset({"factor", "original_max_position_embeddings"}),
+        frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+    ),
+}
+SUPPORTED: Final = tuple(_KEYS)
+
+
+def rope_problems(rope: Mapping[str, Any]) -> list[str]:
+    """Everything in a Hugging Face `rope_parameters` dict that can't be represented, one sentence each."""
+    kind = rope.get("rope_type", "default")
+    if kind not in _KEYS:
+        return [f"rope_type={kind!r} is not supported; use one of {', '.join(SUPPORTED)}."]
+    if rope.get("type", kind) != kind:
+        return [f"rope_type={kind!r} and its old name type={rope['type']!r} must agree; remove type."]
+    required, optional = _KEYS[kind]
+    problems = [
+        f"rope_type={kind!r} needs {name}, which is missing; set it in rope_parameters."
+        for name in sorted((required | {"rope_theta"}) - {name for name, value in rope.items() if value is not None})
+    ]
+    problems += [
+        f"rope_parameters.{name}={rope[name]!r} has no meaning for rope_type={kind!r}; remove it."
+        for name in sorted(set(rope) - required - optional - _COMMON)
+    ]
+    return problems
+
+
+def inverse_frequencies(rope: Mapping[str, Any], dim: int) -> tuple[Tensor, float]:
+    """The fp32 frequencies [dim / 2] on the CPU, and the factor that cosine and sine are multiplied by.
+
+    `dim` is the rotated part of a head. Raises ConfigError for a dict with `rope_problems`.
+    """
+    if problems := rope_problems(rope):
+        raise ConfigError(listed(problems))
+    kind = rope.get("rope_type", "default")
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").to(torch.float) / dim
+    if kind == "yarn":
+        return _yarn(rope, dim, exponents)
+    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
+    if kind == "linear":
+        frequencies /= rope["factor"]
+    if kind == "llama3":
+        frequencies = _llama3(rope, frequencies)
+    return frequencies, 1.0
+
+
+def _llama3(rope: Mapping[str, Any], frequencies: Tensor) -> Tensor:
+    """Llama 3.1: long waves are divided by `factor`, short ones kept, those between interpolated."""
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    positions = rope["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / frequencies
+    scaled = torch.where(wavelength > positions / low, frequencies / factor, frequencies)
+    smooth = (positions / wavelength - low) / (high - low)
+    smoothed = (1 - smooth) * scaled / factor + smooth * scaled
+    is_medium = ~(wavelength < positions / high) & ~(wavelength > positions / low)
+    return torch.where(is_medium, smoothed, scaled)
+
+
+def _yarn(rope: Mapping[str, Any], dim: int, exponents: Tensor) -> tuple[Tensor, float]:
+    """YaRN (arXiv 2309.00071): interpolation of long waves, extrapolation of short ones, and a sharper softmax."""
+    base, factor, positions = rope["rope_theta"], rope["factor"], rope["original_max_position_embeddings"]
+
+    def dimension(rotations: float) -> float:
+        return (dim * math.log(positions / (rotations * 2 * math.pi))) / (2 * math.log(base))
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low), 0, 1)
+    extrapolated = 1 - ramp
+    powers = base**exponents
+    frequencies = (1.0 / (factor * powers)) * (1 - extrapolated) + (1.0 / powers) * extrapolated
+    return frequencies, _yarn_attention_factor(rope)
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any]) -> float:
+    def scale(factor: float, mscale: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    given, mscale, all_dim = rope.get("attention_factor"), rope.get("mscale"), rope.get("mscale_all_dim")
+    if given is not None:
+        return float(given)
+    if mscale and all_dim:
+        return float(scale(rope["factor"], mscale) / scale(rope["factor"], all_dim))
+    return scale(rope["factor"])
+
+
+class HFRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
+    """megatron-core's RotaryEmbedding with the frequencies of a Hugging Face `rope_parameters` dict.
+
+    `attention_factor` is what cosine and sine are multiplied by; megatron-core's Attention does so (model.py).
+    """
+
+    def __init__(
+        self, rope: Mapping[str, Any], *, kv_channels: int, rotary_percent: float, interleaved: bool, cp_group: Any
+    ) -> None:
+        super().__init__(
+            kv_channels,
+            rotary_percent,
+            rotary_interleaved=interleaved,
+            use_cpu_initialization=True,
+            cp_group=cp_group,
+        )
+        # Not a buffer: it stays fp32 in a bf16 model, and moves to the device at the first forward.
+        self.inv_freq, self.attention_factor = inverse_frequencies(rope, int(kv_channels * rotary_percent))
