@@ -29,8 +29,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
+from megabridge.agreement import gather, rank, together
 from megabridge.checkpoint import folders, optimizer_state, reader
-from megabridge.checkpoint.agreement import agree, on_rank_zero
 from megabridge.errors import CheckpointError, listed
 
 ASSETS: Final = "assets"
@@ -51,6 +51,16 @@ class Progress:
     """What the run's course depends on (seed, batch size, learning rate, ...), to be compared on resume."""
     same_layout: bool = True
     """On a load: whether the checkpoint was written under this layout, so that the random state was restored too."""
+
+
+def on_rank_zero[T](what: str, work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 and returns its picklable result on every rank; where it raises, every rank raises. Collective."""
+    result: T | None = None
+    with together(what):
+        if rank() == 0:
+            result = work()
+    answer: T = gather(result)[0]  # type: ignore[assignment]
+    return answer
 
 
 def layout() -> dict[str, int]:
@@ -79,7 +89,7 @@ def save(
     `optimizer` is megatron-core's (None: weights only), `scheduler` its OptimizerParamScheduler. `write_assets` is called
     on rank 0 with an empty folder. Raises CheckpointError on every rank; the model and the optimizer are never changed.
     """
-    partial = on_rank_zero(lambda: folders.begin(folder))
+    partial = on_rank_zero("starting a checkpoint", lambda: folders.begin(folder))
     try:
         state = _model_state(chunks)
         common: dict[str, Any] = {
@@ -110,7 +120,7 @@ def save(
             write_assets(partial / ASSETS)
         folders.commit(folder)
 
-    on_rank_zero(publish)
+    on_rank_zero("committing a checkpoint", publish)
 
 
 def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = None, scheduler: Any = None) -> Progress:
@@ -120,8 +130,9 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
     state is restored where the layout is the same. Raises CheckpointError on every rank, and before anything is changed
     where the folder is incomplete, damaged or of another model.
     """
-    source = agree(lambda: reader.open_folder(folder))
-    common = agree(lambda: _common(source))
+    with together("opening a checkpoint"):
+        source = reader.open_folder(folder)
+        common = _common(source)
     state = _model_state(chunks)
     if optimizer is not None:
         if "optimizer" not in common:
@@ -132,10 +143,11 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
     if same_layout:
         state[_RNG] = _rng_object(None)
     _check_names(source, state, ignored=() if optimizer is not None else ("optimizer.",))
-    loaded = agree(lambda: source.read(state))
-    agree(lambda: _fill(chunks, loaded))
-    if optimizer is not None:
-        agree(lambda: optimizer_state.restore(optimizer, loaded["optimizer"], common["optimizer"]))
+    with together("reading a checkpoint"):
+        loaded = source.read(state)
+        _fill(chunks, loaded)
+        if optimizer is not None:
+            optimizer_state.restore(optimizer, loaded["optimizer"], common["optimizer"])
     if scheduler is not None:
         scheduler.num_steps = 0
         scheduler.step(common.get("scheduler_steps", common["step"]))
@@ -146,11 +158,12 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
 
 def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = None) -> None:
     """Reads only the parameters of `folder`, ours or another megatron-core program's; `optimizer` takes them as its masters."""
-    source = agree(lambda: reader.open_folder(folder))
+    with together("opening a checkpoint"):
+        source = reader.open_folder(folder)
     state = _model_state(chunks)
     _check_names(source, state, ignored=("optimizer.",))
-    loaded = agree(lambda: source.read(state))
-    agree(lambda: _fill(chunks, loaded))
+    with together("reading a checkpoint"):
+        _fill(chunks, source.read(state))
     if optimizer is not None:
         optimizer.reload_model_params()
 
@@ -215,8 +228,7 @@ def _check_names(source: reader.Source, state: Mapping[str, Any], *, ignored: tu
     """Raises on every rank where a rank asks for what the folder lacks, or no rank asks for what it holds."""
     wanted = reader.requested(state)
     problems = source.problems(wanted)
-    everyones: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyones, (set(wanted), problems))
+    everyones = gather((set(wanted), problems))
     wrong = sorted({problem for _, theirs in everyones for problem in theirs})
     extra = source.tensor_names() - set().union(*(names for names, _ in everyones))
     wrong += [f"{name}: in the checkpoint, not in the model" for name in sorted(extra) if not name.startswith(ignored)]

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from megabridge.checkpoint import folders, native
-from megabridge.checkpoint.agreement import on_rank_zero
+from megabridge.checkpoint.native import on_rank_zero
 from megabridge.config import Config
 from megabridge.errors import ConfigError
 from megabridge.loggers import Logger
@@ -126,11 +126,11 @@ class Trainer:
 
     def _start(self) -> None:
         self._lock = None
-        on_rank_zero(self._claim)
+        on_rank_zero("claiming the checkpoint folder", self._claim)
         for logger in self.loggers:
             logger.start(self.run_dir, self.config)
         self._call("on_start")
-        source = on_rank_zero(lambda: resume.source(self.config, self.checkpoints))
+        source = on_rank_zero("looking for a checkpoint", lambda: resume.source(self.config, self.checkpoints))
         if source is not None:
             self._resume(source)
         elif self.bridge is not None and self.bridge.import_report is not None:
@@ -269,7 +269,7 @@ class Trainer:
         self._saved_step = self.step
         if saving.keep_last:
             count = saving.keep_last
-            on_rank_zero(lambda: folders.keep_last(self.checkpoints, count))
+            on_rank_zero("removing old checkpoints", lambda: folders.keep_last(self.checkpoints, count))
         self._clock.skip(time.perf_counter() - save_started)
 
     def _finish(self) -> None:

@@ -81,6 +81,8 @@ def _schedule(built: Any, optimizer: OptimizerConfig, scheduler: SchedulerConfig
             raise ConfigError(f"scheduler.decay_steps={wsd_steps} must be at most recipe.steps={steps} for scheduler.name=wsd.")
     elif scheduler.decay_steps is not None:
         decay_steps = scheduler.decay_steps
+    if scheduler.name == "constant":
+        decay_steps = max(decay_steps, scheduler.warmup_steps + 1)
     if scheduler.warmup_steps >= decay_steps:
         raise ConfigError(
             f"scheduler.warmup_steps={scheduler.warmup_steps} must be less than the {decay_steps} steps over which the rate "
