@@ -21,17 +21,15 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import megabridge.platform as platform
+from megabridge.agreement import gather, rank, together
+from megabridge.checkpoint import folders, optimizer_state, reader
+from megabridge.errors import CheckpointError, listed
 
-# isort: split
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
-
-from megabridge.agreement import gather, rank, together
-from megabridge.checkpoint import folders, optimizer_state, reader
-from megabridge.errors import CheckpointError, listed
 
 ASSETS: Final = "assets"
 FORMAT: Final = 1

@@ -4,18 +4,23 @@ Without Transformer Engine and Apex, megatron/core/optimizer/distrib_optimizer.p
 no step yet, (2) raises KeyError 'step' while it copies the loaded state, and (3) gives every parameter one shared `step`
 tensor, which torch's AdamW then counts up once per parameter: a silently wrong second step. So the state is seeded before
 it is asked for (1), `step` is away while the rest is read (2), and every parameter gets a `step` of its own after (3).
+
+With or without them, (4) a `fully_reshardable` save takes the state out of a buffer without the padding between its buckets, but
+by offsets that count this padding. Where a bucket ends off a multiple of 128 x dp elements and is not the last (tied embeddings on
+the last pipeline stage have a bucket of their own), all that follows is shifted: wrong state, no error. So the offsets are counted
+anew while the state is taken.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
 
-import megabridge.platform  # noqa: F401
+import megabridge.platform
 
-# isort: split
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
@@ -58,7 +63,26 @@ def common(optimizer: Any) -> dict[str, Any]:
 def sharded(optimizer: Any, model_state: Mapping[str, Any], *, loading: bool) -> Any:
     """megatron-core's sharded state of the optimizer; every rank calls it (it gathers over dp when saving)."""
     seed(optimizer)
-    return optimizer.sharded_state_dict(dict(model_state), is_loading=loading, metadata=_SHARDING)
+    with _offsets_without_padding(optimizer):
+        return optimizer.sharded_state_dict(dict(model_state), is_loading=loading, metadata=_SHARDING)
+
+
+@contextlib.contextmanager
+def _offsets_without_padding(optimizer: Any) -> Iterator[None]:
+    """While entered, the buffers' `param_index_map` says where a parameter lies once the padding after each bucket is gone."""
+    buffers = [buffer for part in parts(optimizer) if isinstance(part, DistributedOptimizer) for buffer in part.buffers]
+    before = [buffer.param_index_map for buffer in buffers]
+    try:
+        for buffer in buffers:
+            padding = [len(bucket.grad_data) - bucket.numel_unpadded for bucket in buffer.buckets]
+            buffer.param_index_map = {
+                parameter: (start - sum(padding[:bucket]), end - sum(padding[:bucket]), bucket)
+                for parameter, (start, end, bucket) in buffer.param_index_map.items()
+            }
+        yield
+    finally:
+        for buffer, offsets in zip(buffers, before, strict=True):
+            buffer.param_index_map = offsets
 
 
 def restore(optimizer: Any, loaded: Any, common_values: Mapping[str, Any]) -> None:

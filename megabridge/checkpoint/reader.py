@@ -19,17 +19,15 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStora
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 import megabridge.platform  # noqa: F401
+from megabridge.checkpoint import folders
+from megabridge.checkpoint.unpickle import read_metadata
+from megabridge.errors import CheckpointError, listed
 
-# isort: split
 from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-
-from megabridge.checkpoint import folders
-from megabridge.checkpoint.unpickle import read_metadata
-from megabridge.errors import CheckpointError, listed
 
 _COMMON_KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
 
@@ -128,9 +126,7 @@ def requested(state: Mapping[str, Any]) -> dict[str, Any]:
     """The sharded entries of `state` by the name they have in a checkpoint."""
     prepared, _, _ = load_preprocess(dict(state))
     entries, _ = extract_sharded_base(prepared)
-    return {
-        entry.unique_key if isinstance(entry, ShardedObject) else entry.key: entry for entry in nested_values(entries)
-    }
+    return {entry.unique_key if isinstance(entry, ShardedObject) else entry.key: entry for entry in nested_values(entries)}
 
 
 def open_folder(folder: Path) -> Source:

@@ -110,7 +110,7 @@ def resolved_mode(mode: str) -> str:
 
 
 def _safe_config(run_dir: Path, config: Config) -> Any:
-    """The config without secrets: the run's config.yaml, where the launcher has written it, knows what came from the environment."""
+    """The config without secrets. The run's config.yaml, where there is one, also knows what came from the environment."""
     written = run_dir / "config.yaml"
     if written.is_file():
         return yaml.safe_load(written.read_text(encoding="utf-8"))

@@ -13,20 +13,18 @@ import torch
 import torch.distributed as dist
 
 import megabridge.platform as platform
-
-# isort: split
-from megatron.core import parallel_state
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-
 from megabridge.checkpoint import folders, native
 from megabridge.checkpoint.native import on_rank_zero
 from megabridge.config import Config
 from megabridge.errors import ConfigError
-from megabridge.loggers import Logger
+from megabridge.loggers import Logger, Reporter
 from megabridge.training import resume
 from megabridge.training.hooks import Callback
 from megabridge.training.step import Batch, TrainingError, forward_backward, prepare, validate
 from megabridge.training.stopping import Stopped, StopSignal
+
+from megatron.core import parallel_state
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 if TYPE_CHECKING:
     from megabridge.bridge import AutoBridge
@@ -59,13 +57,15 @@ class Trainer:
         self.data = data
         self.bridge = bridge
         self.callbacks = list(callbacks)
-        self.loggers = list(loggers) if dist.get_rank() == 0 else []
+        self.report = Reporter(config, loggers)
         self.run_dir = Path(config.run_dir)
         self.checkpoints = Path(config.checkpoint.path) if config.checkpoint.path else self.run_dir / "checkpoints"
         self.step = 0
         self.consumed_samples = 0
         self.summary: list[str] = []
         """Lines that the console shows when the run ends; callbacks add to it."""
+        self.exports: list[Path] = []
+        """Hugging Face folders that callbacks published in this process, oldest first."""
         self.validation_losses: list[tuple[int, float]] = []
         """(step, loss) of every validation in this process."""
         self._saved_step: int | None = None
@@ -81,13 +81,11 @@ class Trainer:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Gives `metrics` to every logger, at the current step."""
-        for logger in self.loggers:
-            logger.log(self.step, metrics)
+        self.report.log(self.step, metrics)
 
     def say(self, line: str) -> None:
         """Gives a line for people to every logger."""
-        for logger in self.loggers:
-            logger.say(line)
+        self.report.say(line)
 
     def fit(self) -> float | None:
         """Trains, and returns the last validation loss (None without validation data).
@@ -102,8 +100,7 @@ class Trainer:
             self._call("on_error", error)
             raise
         finally:
-            for logger in self.loggers:
-                logger.finish()
+            self.report.close()
             if self._lock is not None:
                 self._lock.close()
 
@@ -127,8 +124,6 @@ class Trainer:
     def _start(self) -> None:
         self._lock = None
         on_rank_zero("claiming the checkpoint folder", self._claim)
-        for logger in self.loggers:
-            logger.start(self.run_dir, self.config)
         self._call("on_start")
         source = on_rank_zero("looking for a checkpoint", lambda: resume.source(self.config, self.checkpoints))
         if source is not None:
@@ -239,9 +234,7 @@ class Trainer:
         self._call("before_validation")
         recipe = self.config.recipe
         started = time.perf_counter()
-        loss, tokens = validate(
-            self.chunks, batches, micro_batch_size=recipe.micro_batch_size, seq_length=recipe.seq_length
-        )
+        loss, tokens = validate(self.chunks, batches, micro_batch_size=recipe.micro_batch_size, seq_length=recipe.seq_length)
         self._refuse_non_finite("validation loss", loss)
         self.validation_losses.append((self.step, loss))
         seconds = time.perf_counter() - started

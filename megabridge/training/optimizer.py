@@ -8,16 +8,14 @@ from typing import Any
 import torch
 
 import megabridge.platform as platform
+from megabridge.checkpoint import optimizer_state
 from megabridge.config import OptimizerConfig, SchedulerConfig
 from megabridge.errors import ConfigError
 
-# isort: split
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
-
-from megabridge.checkpoint import optimizer_state
 
 
 def build_optimizer(

@@ -15,14 +15,12 @@ import torch
 import torch.distributed as dist
 
 import megabridge.platform as platform
+from megabridge.errors import ConfigError, MegabridgeError
 
-# isort: split
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
-
-from megabridge.errors import ConfigError, MegabridgeError
 
 Batch = dict[str, torch.Tensor]
 

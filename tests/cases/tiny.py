@@ -6,95 +6,59 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-import megabridge.platform  # noqa: F401
+from megabridge.config import CheckpointConfig, Config, OptimizerConfig, RecipeConfig, SchedulerConfig
+from megabridge.provider import ModelProvider
+from megabridge.training import Callback, Trainer, build_optimizer
 
-# isort: split
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megabridge.config import CheckpointConfig, Config, OptimizerConfig, RecipeConfig, SchedulerConfig
-from megabridge.training import Callback, Trainer, build_optimizer
-
-VOCABULARY, SEQUENCE = 64, 16
+VOCABULARY, SEQUENCE = 61, 16
 
 
-class Norm:
-    """The local spec's own norm refuses sequence parallel."""
+NATIVE = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "layernorm_epsilon": 1e-5,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": "silu",
+    # Odd: under tensor parallelism the embedding has padded rows.
+    "vocab_size": VOCABULARY,
+    "seq_length": SEQUENCE,
+    "share_embeddings_and_output_weights": True,
+    "rope": {"rope_type": "default", "rope_theta": 10000.0},
+}
 
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
-        norm = torch.nn.RMSNorm(hidden_size, eps=eps)
-        norm.weight.sequence_parallel = config.sequence_parallel
-        return norm
 
-
-def model(*, distributed: bool = True, sequence_parallel: bool = False, dtype: str = "float32", **overrides: Any) -> list[Any]:
+def model(*, distributed: bool = True, dtype: str = "float32", **settings: Any) -> list[Any]:
     """DDP-wrapped chunks of the running layout, whose parameters don't depend on the layout."""
-    params_dtype = getattr(torch, dtype)
-    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    provider = ModelProvider(NATIVE, family_name="Tiny")
     vpp = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    config = TransformerConfig(
-        **{
-            "num_layers": 4,
-            "hidden_size": 32,
-            "ffn_hidden_size": 48,
-            "num_attention_heads": 4,
-            "num_query_groups": 2,
-            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-            "pipeline_model_parallel_size": pp,
-            "virtual_pipeline_model_parallel_size": vpp,
-            "sequence_parallel": sequence_parallel,
-            "pipeline_dtype": params_dtype,
-            "params_dtype": params_dtype,
-            "bf16": dtype == "bfloat16",
-            "gated_linear_unit": True,
-            "activation_func": F.silu,
-            "add_bias_linear": False,
-            "normalization": "RMSNorm",
-            "bias_activation_fusion": False,
-            "bias_dropout_fusion": False,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "gradient_accumulation_fusion": False,
-            "persist_layer_norm": False,
-            "use_cpu_initialization": True,
-            "calculate_per_token_loss": True,
-            **({"overlap_p2p_comm": True, "batch_p2p_comm": False} if vpp else {}),
-            **overrides,
-        }
-    )
-    chunks = []
-    for stage in range(vpp or 1):
-        place = stage if vpp else None
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-        spec = TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage=place), Norm)
-        chunk: Any = GPTModel(
-            config,
-            spec,
-            vocab_size=VOCABULARY,
-            max_sequence_length=SEQUENCE,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=True,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=place),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=place),
-            vp_stage=place,
-        )
-        _fill(chunk)
-        if dtype == "bfloat16":
-            chunk = Float16Module(config, chunk)
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
-        chunks.append(DistributedDataParallel(config, ddp, chunk, disable_bucketing=stage > 0))
-    return chunks
+    placed = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": vpp,
+        "params_dtype": dtype,
+        "calculate_per_token_loss": True,
+    }
+    for name, value in {**placed, **settings}.items():
+        setattr(provider, name, value)
+
+    def fill(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        for chunk in chunks:
+            _fill(chunk)
+        return chunks
+
+    provider.register_pre_wrap_hook(fill)
+    return provider.provide_distributed_model(ddp_config={"use_distributed_optimizer": distributed})
 
 
 def _fill(chunk: torch.nn.Module) -> None:
@@ -103,7 +67,9 @@ def _fill(chunk: torch.nn.Module) -> None:
         if "norm" in name:
             continue
         generator = torch.Generator().manual_seed(sum(map(ord, tensor.key)))
-        whole = torch.randn(tensor.global_shape, generator=generator) * 0.3
+        # As many rows under every layout, whatever their padding.
+        shape = (64, *tensor.global_shape[1:]) if tensor.allow_shape_mismatch else tensor.global_shape
+        whole = torch.randn(shape, generator=generator) * 0.3
         with torch.no_grad():
             tensor.data.copy_(whole[tensor.global_slice()])
 
@@ -185,6 +151,4 @@ def trainer(config: Config, *, callbacks: Sequence[Callback] = (), loggers: Sequ
     chunks = model(**model_options)
     optimizer, scheduler = build_optimizer(chunks, config.optimizer, config.scheduler, steps=config.recipe.steps)
     data: Any = Samples(config.recipe.micro_batch_size)
-    return Trainer(
-        config, chunks=chunks, optimizer=optimizer, scheduler=scheduler, data=data, callbacks=callbacks, loggers=loggers
-    )
+    return Trainer(config, chunks=chunks, optimizer=optimizer, scheduler=scheduler, data=data, callbacks=callbacks, loggers=loggers)

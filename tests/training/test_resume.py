@@ -64,19 +64,26 @@ def test_dropout_continues_with_the_same_random_numbers(ranks: RankServer, tmp_p
     assert dry[0]["losses"] != whole[0]["losses"]
 
 
-@pytest.mark.parametrize("other", [Topology(pp=2), Topology(pp=2, vpp=2), Topology(dp=2), Topology(), Topology(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize(
+    "other", [Topology(pp=2), Topology(pp=2, vpp=2), Topology(dp=2), Topology(), Topology(tp=2, pp=2)], ids=str
+)
 def test_another_layout_reads_the_same_bits_and_goes_on(ranks: RankServer, tmp_path: Path, other: Topology) -> None:
     written = trained(ranks, Topology(tp=2), tmp_path / "run", steps=6, stop_after=3)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
 
     read = ranks.run("tests.cases.training:loaded", topology=other, kwargs={"folder": str(tmp_path / "other")})
     for what in ("parameters", "optimizer"):
-        assert_equal(whole_tensors(read, what), whole_tensors(written, what))
+        assert_equal(without_padding(whole_tensors(read, what)), without_padding(whole_tensors(written, what)))
 
     straight = trained(ranks, Topology(tp=2), tmp_path / "run", steps=6, resume="auto")
     moved = trained(ranks, other, tmp_path / "other", steps=6, resume="auto")
     assert moved[0]["losses"] == pytest.approx(straight[0]["losses"], abs=1e-5)
     assert moved[0]["norms"] == pytest.approx(straight[0]["norms"], rel=1e-4)
+
+
+def without_padding(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The embedding's rows that tokens have: how many more there are depends on tp."""
+    return {name: tensor[:61] if "word_embeddings" in name else tensor for name, tensor in tensors.items()}
 
 
 def whole_tensors(results: list[dict[str, Any]], what: str) -> dict[str, torch.Tensor]:
@@ -97,7 +104,9 @@ def _joined(shards: dict[tuple[int, ...], torch.Tensor]) -> torch.Tensor:
         rows: dict[tuple[int, ...], list[tuple[int, torch.Tensor]]] = {}
         for place, block in blocks.items():
             rows.setdefault((*place[:axis], 0, *place[axis + 1 :]), []).append((place[axis], block))
-        blocks = {place: torch.cat([block for _, block in sorted(row, key=lambda item: item[0])], axis) for place, row in rows.items()}
+        blocks = {
+            place: torch.cat([block for _, block in sorted(row, key=lambda item: item[0])], axis) for place, row in rows.items()
+        }
     (whole,) = blocks.values()
     return whole
 
@@ -138,9 +147,7 @@ def test_a_run_does_not_run_over_anothers_steps(ranks: RankServer, tmp_path: Pat
 
 def test_resume_from_a_folder(ranks: RankServer, tmp_path: Path) -> None:
     whole = trained(ranks, Topology(), tmp_path / "whole", steps=4, save_every=2)
-    second = trained(
-        ranks, Topology(), tmp_path / "other", steps=4, resume=str(tmp_path / "whole/checkpoints/step_2")
-    )
+    second = trained(ranks, Topology(), tmp_path / "other", steps=4, resume=str(tmp_path / "whole/checkpoints/step_2"))
     assert second[0]["losses"] == whole[0]["losses"][2:]
     with pytest.raises(RankError, match="there is no complete native checkpoint there"):
         trained(ranks, Topology(), tmp_path / "third", steps=4, resume=str(tmp_path / "nothing"))

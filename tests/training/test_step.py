@@ -84,8 +84,6 @@ def test_sigterm_saves_and_exits_with_its_code(ranks: RankServer, tmp_path: Path
         ({"options": {"calculate_per_token_loss": False}}, "provider.calculate_per_token_loss=False"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(
-    ranks: RankServer, tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
+def test_settings_that_cannot_work_are_refused(ranks: RankServer, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RankError, match=message):
         trained(ranks, Topology(), tmp_path, steps=1, **settings)
