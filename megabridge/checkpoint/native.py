@@ -8,13 +8,14 @@ came with the file: megatron-core's own `dist_checkpointing.load` unpickles free
 
 from __future__ import annotations
 
+import logging
 import queue
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, override
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ import megabridge.platform as platform
 from megabridge.agreement import gather, rank, together
 from megabridge.checkpoint import folders, optimizer_state, reader
 from megabridge.errors import CheckpointError, listed
+from megabridge.platform import quiet
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -35,6 +37,9 @@ ASSETS: Final = "assets"
 FORMAT: Final = 1
 _RNG: Final = "rng_state"
 _COMMON: Final = "megabridge"
+
+# A synchronous save goes through the same function, so the advice to use another package for asynchronous ones comes up.
+quiet.drop("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated")
 
 
 @dataclass(frozen=True)
@@ -104,13 +109,10 @@ def save(
             common["scheduler_steps"] = scheduler.num_steps
         state[_RNG] = _rng_object(_rng_state())
         state[_COMMON] = common
-        _write_in_process()
-        dist_checkpointing.save(state, str(partial))
-    except (Exception, CheckpointException) as error:
+        _write(state, partial)
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder} can't be written: {_cause(error)}. Nothing was changed, and earlier steps are kept."
-        ) from error
+        raise CheckpointError(f"{folder} can't be written: {error}. Nothing was changed, and earlier steps are kept.") from error
 
     def publish() -> None:
         if write_assets is not None:
@@ -176,21 +178,38 @@ def read_progress_from(common: Mapping[str, Any]) -> Progress:
     return Progress(step=common["step"], consumed_samples=common["consumed_samples"], settings=common["settings"])
 
 
-def _write_in_process() -> None:
-    """Makes megatron-core's file writer run here: it would start a process that serves a queue between processes."""
+def _write(state: dict[str, Any], partial: Path) -> None:
+    """Writes `state` with megatron-core's writer, in this process. Raises the cause where any rank's file can't be written."""
     if filesystem_async._results_queue is None:
+        # It would start a process that serves a queue between processes.
         filesystem_async._results_queue = queue.Queue()
     if not filesystem_async.HAVE_PSUTIL:
         # It measures memory for a debug line, and raises where psutil is missing.
         filesystem_async._process_memory = lambda: 0
+    causes = _Causes()
+    filesystem_async.logger.addFilter(causes)
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except CheckpointException as error:  # on every rank; it is no Exception, and names the cause's type only
+        found = [cause for rank_causes in gather(causes.found) for cause in rank_causes]
+        raise CheckpointError(found[0] if found else str(error)) from error
+    finally:
+        filesystem_async.logger.removeFilter(causes)
 
 
-def _cause(error: BaseException) -> str:
-    """The first rank's error out of torch's CheckpointException, which is no Exception."""
-    if isinstance(error, CheckpointException):
-        rank, (cause, _) = min(error.failures.items())
-        return f"{type(cause).__name__} on rank {rank}: {cause}"
-    return f"{type(error).__name__}: {error}"
+class _Causes(logging.Filter):
+    """Keeps what the writer logs as an error instead of raising it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR:
+            return True
+        self.found.append(record.getMessage().removeprefix("Local worker 0 encountered an error: "))
+        return False
 
 
 def _common(source: reader.Source) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -13,10 +14,14 @@ import torch
 import torch.distributed as dist
 
 from megabridge.checkpoint import folders, native, optimizer_state
+from megabridge.errors import CheckpointError
 from megabridge.training import Callback, Trainer
 from megabridge.training.step import forward_backward, validate
 from megabridge.training.stopping import Stopped
 from tests.cases import tiny
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 def run(
@@ -143,3 +148,100 @@ def _by_hand(chunks: list[Any], batches: list[dict[str, torch.Tensor]]) -> tuple
         total += float(losses[one["loss_mask"] > 0].double().sum())
         count += int(one["loss_mask"].sum())
     return total / count, count
+
+
+def loaded_narrower(folder: str) -> None:
+    """Loads into a model of other shapes."""
+    _load_into(folder, hidden_size=24, kv_channels=8)
+
+
+def loaded_untied(folder: str) -> None:
+    """Loads into a model with an output layer of its own."""
+    _load_into(folder, share_embeddings_and_output_weights=False)
+
+
+def _load_into(folder: str, **settings: Any) -> None:
+    trainer = tiny.trainer(tiny.config(folder, steps=100), **settings)
+    source = folders.latest(Path(folder, "checkpoints"))
+    assert source is not None
+    native.load(source, trainer.chunks, optimizer=trainer.optimizer)
+
+
+def weights_only(folder: str) -> bool:
+    """Whether weights read alone are the step's, and the optimizer's masters equal them after."""
+    source = folders.latest(Path(folder, "checkpoints"))
+    assert source is not None
+    whole = tiny.trainer(tiny.config(folder, steps=100))
+    native.load(source, whole.chunks, optimizer=whole.optimizer)
+    trainer = tiny.trainer(tiny.config(folder, steps=100), dtype="bfloat16")
+    native.load_weights(source, trainer.chunks, optimizer=trainer.optimizer)
+    expected = parameters(whole.chunks)
+    equal = all(torch.equal(expected[name].bfloat16(), tensor) for name, tensor in parameters(trainer.chunks).items())
+    masters = state(trainer.optimizer, trainer.chunks)
+    prefix = "optimizer.state.param."
+    return equal and all(
+        torch.equal(masters[prefix + name], tensor.float()) for name, tensor in parameters(trainer.chunks).items()
+    )
+
+
+def read_by_megatron(folder: str) -> bool:
+    """Whether megatron-core's own loader finds the weights that ours finds."""
+    source = folders.latest(Path(folder, "checkpoints"))
+    assert source is not None
+    ours = tiny.model()
+    native.load_weights(source, ours)
+    theirs = tiny.model()
+    for parameter in theirs[0].parameters():
+        parameter.data.zero_()
+    wanted = {name: entry for name, entry in theirs[0].module.sharded_state_dict().items() if "_extra" not in name}
+    read = dist_checkpointing.load({"model": wanted}, str(source))
+    theirs[0].module.load_state_dict(read["model"], strict=False)
+    expected = parameters(ours)
+    return all(torch.equal(expected[name], tensor) for name, tensor in parameters(theirs).items())
+
+
+class FullDisk(Callback):
+    """The disk is full on the last rank when step 2 is saved."""
+
+    def before_save(self, trainer: Trainer, step: int) -> None:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            filesystem_async._write_item = _no_space
+
+
+def _no_space(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def save_without_space(run_dir: str) -> tuple[str, int]:
+    """The error of a save that fails on one rank, and the step the trainer is at."""
+    trainer = tiny.trainer(tiny.config(run_dir, steps=2), callbacks=[FullDisk()])
+    try:
+        trainer.fit()
+    except CheckpointError as error:
+        return str(error), trainer.step
+    raise AssertionError("the save succeeded")
+
+
+class KillSelf(Callback):
+    """Kills rank 0 by SIGKILL inside of the save of step 6."""
+
+    def __init__(self, moment: str) -> None:
+        self.moment = moment
+
+    def before_save(self, trainer: Trainer, step: int) -> None:
+        if step != 6 or dist.get_rank() != 0:
+            return
+        if self.moment == "writing":
+            filesystem_async._write_item = _die
+        else:
+            folders.commit = _die
+
+
+def _die(*args: Any, **kwargs: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_in_save(run_dir: str, moment: str) -> None:
+    """Continues to step 6, whose save is not survived."""
+    config = tiny.config(run_dir, steps=6, resume="auto", save_every=2)
+    tiny.trainer(config, callbacks=[KillSelf(moment)]).fit()
