@@ -28,6 +28,9 @@ class Answer(Callback):
         prompt, bridge = trainer.config.recipe.answer_prompt, trainer.bridge
         if prompt is None or bridge is None or bridge.location is None or not trainer.exports:
             return
+        if not any(trainer.exports[-1].glob("tokenizer*")):
+            trainer.say("recipe.answer_prompt is not asked: the model has no tokenizer")
+            return
         lines: list[str] = []
         with agreement.together("generating answers"):
             if trainer.is_main:
@@ -43,6 +46,9 @@ class Answer(Callback):
 def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> str:
     """The greedy answer of the model in `folder` to `prompt`, asked through its chat template where it has one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import, and needed here only
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()

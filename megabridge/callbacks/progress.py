@@ -38,8 +38,8 @@ class Progress(Callback):
     @override
     def after_step(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         if self._bar is not None:
-            loss = f"  loss {metrics['train/loss']:.4f}" if metrics else ""
-            self._bar.update(self._task, completed=trainer.step, **({"description": f"training{loss}"} if loss else {}))
+            description = f"training  loss {metrics['train/loss']:.4f}" if metrics else None
+            self._bar.update(self._task, completed=trainer.step, description=description)
             if trainer.step == trainer.config.recipe.steps:
                 self._stop()
 

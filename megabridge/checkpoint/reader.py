@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, override
 
 import torch
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 import megabridge.platform  # noqa: F401
 from megabridge.checkpoint import folders
@@ -95,7 +95,7 @@ class Source:
         return merged
 
     def _read_into(self, target: dict[str, Any], planner: Any) -> None:
-        checkpoint.load(target, storage_reader=_Reader(self), planner=planner, no_dist=True)
+        dcp_load(target, storage_reader=_Reader(self), planner=planner, no_dist=True)
 
 
 class _Reader(FileSystemReader):

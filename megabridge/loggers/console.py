@@ -21,9 +21,16 @@ _SHORT: Final[dict[str, tuple[str, str]]] = {
     "validation/loss": ("validation loss", ".4f"),
     "validation/tokens": ("over tokens", ",.0f"),
 }
-# Said by other metrics of the same line, or of interest in a file only.
-_HIDDEN: Final = frozenset(
-    {"train/loss_tokens", "train/consumed_samples", "train/step_seconds", "validation/seconds", "checkpoint/seconds"}
+# Said by other metrics of the same line, by a line of the callback's own, or of interest in a file only.
+_HIDDEN: Final = (
+    "train/loss_tokens",
+    "train/consumed_samples",
+    "train/step_seconds",
+    "validation/seconds",
+    "checkpoint/",
+    "import/",
+    "export/",
+    "parity/",
 )
 
 stdout: Final = RichConsole(highlight=False, soft_wrap=True)
@@ -45,7 +52,7 @@ class Console(Logger):
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        parts = [_written(name, value) for name, value in metrics.items() if name not in _HIDDEN]
+        parts = [_written(name, value) for name, value in metrics.items() if not name.startswith(_HIDDEN)]
         if parts:
             self.say(f"step {step}/{self._steps}  {'  '.join(parts)}")
 

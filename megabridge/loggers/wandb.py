@@ -11,9 +11,9 @@ import netrc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, override
+from typing import Any, Final, cast, override
 
-import yaml
+from omegaconf import OmegaConf
 
 from megabridge import redact
 from megabridge.config import Config
@@ -80,7 +80,7 @@ class WandB(Logger):
             project=self.project,
             entity=self.entity,
             name=self.name or run_dir.name,
-            mode=mode,
+            mode=cast(Any, mode),
             tags=self.tags,
             dir=str(run_dir),
             config=_safe_config(run_dir, config),
@@ -113,7 +113,7 @@ def _safe_config(run_dir: Path, config: Config) -> Any:
     """The config without secrets. The run's config.yaml, where there is one, also knows what came from the environment."""
     written = run_dir / "config.yaml"
     if written.is_file():
-        return yaml.safe_load(written.read_text(encoding="utf-8"))
+        return OmegaConf.to_container(OmegaConf.load(written), resolve=False)
     values = dataclasses.asdict(config)
     return redact.redacted(values, values)
 

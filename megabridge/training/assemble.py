@@ -72,6 +72,7 @@ def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
 def data(config: Config, bridge: AutoBridge) -> DataModule:
     """The data module of the group `data`, set up with the bridge's tokenizer. Every rank calls it."""
     made = targets.build(config.data, DataModule, where="data")
+    assert bridge.folder is not None  # `bridge` above makes one from a folder
     made.setup(
         bridge.folder,
         seq_length=config.recipe.seq_length,

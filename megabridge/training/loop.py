@@ -299,7 +299,8 @@ class _Clock:
 
 def _micro_batches(config: Config) -> int:
     """Micro-batches of one optimizer step on this data-parallel rank. Raises ConfigError where they don't come out even."""
-    recipe, dp = config.recipe, parallel_state.get_data_parallel_world_size()
+    recipe = config.recipe
+    dp: int = parallel_state.get_data_parallel_world_size()
     count, rest = divmod(recipe.global_batch_size, recipe.micro_batch_size * dp)
     if rest or not count:
         raise ConfigError(

@@ -105,11 +105,11 @@ class Samples:
 
 
 def batch(samples: Sequence[int]) -> dict[str, torch.Tensor]:
-    """The samples with these numbers. Each repeats a short pattern, so that there is something to learn."""
+    """The samples with these numbers. Each repeats a short pattern of few tokens, so that there is something to learn."""
     rows, masks = [], []
     for sample in samples:
         generator = torch.Generator().manual_seed(sample)
-        pattern = torch.randint(0, VOCABULARY, (4,), generator=generator)
+        pattern = torch.randint(0, 8, (4,), generator=generator)
         rows.append(pattern.repeat(SEQUENCE // 4 + 1)[: SEQUENCE + 1])
         masks.append(torch.arange(SEQUENCE) >= sample * 5 % (SEQUENCE - 1))
     tokens = torch.stack(rows)

@@ -179,9 +179,7 @@ def weights_only(folder: str) -> bool:
     equal = all(torch.equal(expected[name].bfloat16(), tensor) for name, tensor in parameters(trainer.chunks).items())
     masters = state(trainer.optimizer, trainer.chunks)
     prefix = "optimizer.state.param."
-    return equal and all(
-        torch.equal(masters[prefix + name], tensor.float()) for name, tensor in parameters(trainer.chunks).items()
-    )
+    return equal and all(torch.equal(masters[prefix + name], tensor.float()) for name, tensor in parameters(trainer.chunks).items())
 
 
 def read_by_megatron(folder: str) -> bool:
