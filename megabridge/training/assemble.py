@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Final
+
+import torch
 
 from megabridge import targets
 from megabridge.bridge import AutoBridge
@@ -35,7 +38,7 @@ def bridge(config: Config) -> AutoBridge:
 
 def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
     """The finalized provider of the bridge's model in this config's layout; providing it imports the weights, if any."""
-    conversion, parallel = config.conversion, config.parallel
+    parallel = config.parallel
     made = bridge.to_megatron_provider(load_weights=False)
     made.tensor_model_parallel_size = parallel.tp
     made.pipeline_model_parallel_size = parallel.pp
@@ -55,18 +58,19 @@ def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
         setattr(made, name, value)
     made.finalize()
     if config.model.load_weights:
-        made.register_pre_wrap_hook(
-            lambda chunks: (
-                bridge.load_hf_weights(
-                    chunks,
-                    verify=conversion.verify,
-                    allow_missing=conversion.allow_missing if conversion.strict else ["*"],
-                    allow_unexpected=conversion.allow_unexpected if conversion.strict else ["*"],
-                ),
-                chunks,
-            )[1]
-        )
+        made.register_pre_wrap_hook(partial(_import, config, bridge))
     return made
+
+
+def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    conversion = config.conversion
+    bridge.load_hf_weights(
+        chunks,
+        verify=conversion.verify,
+        allow_missing=conversion.allow_missing if conversion.strict else ["*"],
+        allow_unexpected=conversion.allow_unexpected if conversion.strict else ["*"],
+    )
+    return chunks
 
 
 def data(config: Config, bridge: AutoBridge) -> DataModule:

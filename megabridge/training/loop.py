@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import megabridge.platform as platform
+from megabridge.agreement import gather
 from megabridge.checkpoint import folders, native
 from megabridge.checkpoint.native import on_rank_zero
 from megabridge.config import Config
@@ -231,6 +232,8 @@ class Trainer:
         return self.validation_losses[-1][0] if self.validation_losses else None
 
     def _validate(self, batches: list[Batch]) -> None:
+        if not any(gather(bool(batches))):
+            return
         self._call("before_validation")
         recipe = self.config.recipe
         started = time.perf_counter()

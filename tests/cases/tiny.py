@@ -88,8 +88,9 @@ def shards(chunks: Sequence[Any]) -> dict[str, ShardedTensor]:
 class Samples:
     """Endless random sequences, each with its own number of unmasked tokens; sample i is the same for every dp."""
 
-    def __init__(self, micro_batch_size: int) -> None:
+    def __init__(self, micro_batch_size: int, *, validation: int = 3) -> None:
         self.micro_batch_size = micro_batch_size
+        self.validation = validation
 
     def train_batches(self, consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[dict[str, torch.Tensor]]:
         size = self.micro_batch_size
@@ -100,7 +101,7 @@ class Samples:
 
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[dict[str, torch.Tensor]]:
         size = self.micro_batch_size
-        starts = range(10_000, 10_000 + 3 * size, size)
+        starts = range(10_000, 10_000 + self.validation * size, size)
         return [batch(range(start, start + size)) for start in starts][dp_rank::dp_size]
 
 

@@ -243,3 +243,11 @@ def killed_in_save(run_dir: str, moment: str) -> None:
     """Continues to step 6, whose save is not survived."""
     config = tiny.config(run_dir, steps=6, resume="auto", save_every=2)
     tiny.trainer(config, callbacks=[KillSelf(moment)]).fit()
+
+
+def without_validation(run_dir: str) -> float | None:
+    """What a run returns that has nothing to validate on."""
+    trainer = tiny.trainer(tiny.config(run_dir, steps=1, save_at_end=False))
+    data: Any = tiny.Samples(2, validation=0)
+    trainer.data = data
+    return trainer.fit()

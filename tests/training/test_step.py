@@ -60,6 +60,11 @@ def test_validation_counts_tokens_not_batches(ranks: RankServer) -> None:
             assert tokens == by_hand[1]
 
 
+def test_a_run_without_validation_data_has_no_validation_loss(ranks: RankServer, tmp_path: Path) -> None:
+    kwargs = {"run_dir": str(tmp_path)}
+    assert ranks.run("tests.cases.training:without_validation", topology=Topology(dp=2), kwargs=kwargs) == [None, None]
+
+
 def test_loss_goes_down(ranks: RankServer, tmp_path: Path) -> None:
     result = trained(ranks, Topology(), tmp_path, steps=40, eval_at_start=True, save_at_end=False)
     assert result["validation"] < 0.9 * result["validation_losses"][0][1]
