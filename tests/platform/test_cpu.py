@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import megabridge.platform as platform
-from megabridge.platform import cpu
+from megabridge.errors import ConfigError
+from megabridge.platform import cpu, groups
+from megabridge.topology import Topology
 from tests.platform.test_groups import python
 
 PROBE = """
@@ -32,12 +34,11 @@ def test_an_unknown_platform_is_refused() -> None:
     assert "MEGABRIDGE_PLATFORM='tpu' must be one of auto, cpu, cuda." in done.stderr
 
 
-def test_cuda_without_a_device_is_refused_when_groups_start() -> None:
-    if torch.cuda.device_count():
-        pytest.skip("this host has a CUDA device")
-    code = "from megabridge.platform import groups\nfrom megabridge.topology import Topology\ngroups.ensure(Topology())"
-    done = python(code, MEGABRIDGE_PLATFORM="cuda")
-    assert "MEGABRIDGE_PLATFORM=cuda, but torch sees no CUDA device" in done.stderr
+def test_cuda_without_a_device_is_refused_when_groups_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "DEVICE", "cuda")
+    with pytest.raises(ConfigError, match="MEGABRIDGE_PLATFORM=cuda, but torch sees no CUDA device"):
+        groups.start(Topology())
+    assert groups.current() is None
 
 
 def test_imports_warn_about_nothing() -> None:

@@ -75,7 +75,7 @@ def test_time_is_up(ranks: RankServer, tmp_path: Path) -> None:
 
 def test_a_long_error_comes_back(ranks: RankServer) -> None:
     """The report must fit in a pipe that nobody reads yet, whatever its characters."""
-    with pytest.raises(RankError, match="ö{3}"):
+    with pytest.raises(RankError, match="ööö"):
         ranks.run("tests.cases.ranks:long_error", world_size=2)
 
 
@@ -104,11 +104,10 @@ except KeyboardInterrupt:
 
 def host(folder: Path, how: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", HOST, str(folder), how]
-    environment = {**os.environ, "MEGABRIDGE_PLATFORM": "cpu"}
     return subprocess.Popen(
         command,
         cwd=Path(__file__).parents[2],
-        env=environment,
+        env={**os.environ, "MEGABRIDGE_PLATFORM": "cuda"},  # forking needs no megatron-core: it is not imported so
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
