@@ -89,7 +89,7 @@ def test_under_torchrun_the_environment_is_used(tmp_path: Path) -> None:
         "groups.ensure(Topology(tp=2))\n"
         "import torch.distributed as dist\n"
         "dist.barrier()\n"
-        "print(f'rank {dist.get_rank()} of {groups.world_size()}', flush=True)\n"
+        "print(f'rank {dist.get_rank()} of {groups.world_size()}\\n', end='', flush=True)\n"
         "groups.stop()\n"
     )
     done = subprocess.run(
