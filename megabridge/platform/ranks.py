@@ -168,9 +168,7 @@ class _Group:
             return FirstFailure(rank.rank, rank.exit_code, _cause_of_death(rank.exit_code), "", False)
         reports = [(json.loads(rank.report), rank) for rank in self.ranks if rank.report]
         report, rank = min(reports, key=lambda pair: float(pair[0]["time"]))
-        return FirstFailure(
-            rank.rank, report["exit_code"], report["error"], report["traceback"], bool(report["is_expected"])
-        )
+        return FirstFailure(rank.rank, report["exit_code"], report["error"], report["traceback"], bool(report["is_expected"]))
 
     def kill(self) -> None:
         """Ends the ranks that still run, and every process they started in their group. Leaves no zombie."""

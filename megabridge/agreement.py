@@ -1,0 +1,53 @@
+"""Agreement between ranks: a failure on one rank is the same error on every rank, at once.
+
+The only collectives that carry Python objects. Without a process group there is one rank, and nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from megabridge import errors
+from megabridge.errors import MegabridgeError
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather[T](value: T) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank. Collective; for plans and reports, never per parameter."""
+    if world_size() == 1:
+        return [value]
+    out: list[T | None] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out  # type: ignore[return-value]
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Runs a block on every rank and ends it for all alike. Collective.
+
+    When the block raises on any rank, every rank raises: its own error where it had one, otherwise the first failing rank's, of
+    the same type, with that rank named.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    failures = gather(None if own is None else (type(own).__name__, str(own)))
+    if own is not None:
+        raise own
+    for number, failure in enumerate(failures):
+        if failure is not None:
+            kind, message = failure
+            known = getattr(errors, kind, MegabridgeError)
+            raise known(f"rank {number} failed while {what}: {kind}: {message}")

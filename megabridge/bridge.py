@@ -1,0 +1,247 @@
+"""AutoBridge: one object that knows a Hugging Face model and moves it into Megatron-Core and back.
+
+Names and signatures are Megatron Bridge's; further keywords are keyword-only. Models are lists of chunks. Methods that take a
+model are collective: every rank calls them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megabridge import agreement
+from megabridge.checkpoint import assets, source
+from megabridge.checkpoint.hf import find_tensors
+from megabridge.checkpoint.safetensors import TensorInfo
+from megabridge.conversion.exporter import Dtypes, export_weights
+from megabridge.conversion.importer import import_weights
+from megabridge.conversion.native import survey
+from megabridge.conversion.plan import Plan, make_plan
+from megabridge.conversion.report import Report
+from megabridge.errors import ConfigError
+from megabridge.families import all_families, family_for
+from megabridge.families.registry import architecture_of
+from megabridge.loggers.bars import bytes_bar
+from megabridge.provider import ModelProvider
+
+Model = Sequence[torch.nn.Module]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class AutoBridge:
+    """Made by `from_hf_pretrained` or `from_hf_config`.
+
+    `config` is the content of config.json as published; `folder` holds it, with tokenizer and templates, or is None for a bridge
+    made from a config object; `import_report` tells of the last import.
+    """
+
+    def __init__(self, config: dict[str, Any], *, folder: Path | None, location: str | None = None, revision: str | None = None,
+                 dtype: torch.dtype | None = None, aliases: frozenset[str] = frozenset()) -> None:  # fmt: skip
+        self.config = config
+        self.folder = folder
+        self.location = location
+        self.revision = revision
+        self.family = family_for(config)
+        self.native = self.family.native(config)
+        self.dtype = dtype or _dtype_of(config)
+        self.aliases = aliases
+        self.source_dtypes: dict[str, torch.dtype] = {}
+        self.import_report: Report | None = None
+        self._plan: tuple[tuple[int, ...], Plan] | None = None
+
+    # ------------------------------------------------------------------ making one
+
+    @classmethod
+    def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None,
+                           trust_remote_code: bool = False) -> AutoBridge:  # fmt: skip
+        """A bridge to a local folder or a hub model. Only config and tokenizer are fetched now; no code of the model ever runs.
+
+        `dtype` is the parameters' ("bfloat16" or torch.bfloat16), by default config.json's. Raises CheckpointError for what
+        can't be reached or read, ConfigError for an architecture or a setting that isn't supported.
+        """
+        if trust_remote_code:
+            raise ConfigError(
+                "trust_remote_code=True is not supported: families convert by name, no model code is run; leave it out."
+            )
+        folder = source.resolve(str(path), revision=revision, config_only=True)
+        return cls(assets.read_config(folder), folder=folder, location=str(path), revision=revision, dtype=_dtype(dtype))
+
+    @classmethod
+    def from_hf_config(cls, config: Any, *, dtype: torch.dtype | str | None = None) -> AutoBridge:
+        """A bridge from a transformers config object or a dict of its content. It has no weights and no tokenizer."""
+        content = dict(config) if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
+        content["architectures"] = content.get("architectures") or [architecture_of(content)]
+        return cls(content, folder=None, dtype=_dtype(dtype))
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """Hugging Face class names that convert."""
+        return sorted(all_families())
+
+    @staticmethod
+    def supports(config: Any) -> bool:
+        """Whether a config (object or dict) converts: its architecture is known and every setting can be represented."""
+        content = dict(config) if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
+        try:
+            family_for(content).native(content)
+        except ConfigError:
+            return False
+        return True
+
+    @classmethod
+    def can_handle(cls, path: str | Path, trust_remote_code: bool = False) -> bool:
+        """Whether the model at `path` converts. Raises CheckpointError when it can't be reached or is broken."""
+        del trust_remote_code  # a model that needs its own code is unsupported either way
+        return cls.supports(assets.read_config(source.resolve(str(path), config_only=True)))
+
+    # ------------------------------------------------------------------ into Megatron
+
+    def to_megatron_provider(self, load_weights: bool = True, hf_path: str | Path | None = None) -> ModelProvider:
+        """A provider of this model. With `load_weights`, providing it also fills it from `hf_path` or the bridge's own source."""
+        provider = ModelProvider(self.native, family_name=self.family.architecture)
+        if self.dtype is not None:
+            provider.params_dtype = self.dtype
+        if load_weights:
+            if hf_path is None and self.location is None:
+                raise ConfigError(
+                    "a bridge made from a config has no weights; call to_megatron_provider(load_weights=False) or give hf_path."
+                )
+
+            def load(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+                self.load_hf_weights(chunks, hf_path)
+                return chunks
+
+            provider.register_pre_wrap_hook(load)
+        return provider
+
+    def to_megatron_model(
+        self, load_weights: bool = True, hf_path: str | Path | None = None, **settings: Any
+    ) -> list[torch.nn.Module]:
+        """The model itself, without data-parallel wrapping. `settings` are the provider's, such as tensor_model_parallel_size=2."""
+        provider = self.to_megatron_provider(load_weights, hf_path)
+        wrap_with_ddp = settings.pop("wrap_with_ddp", False)
+        for name, value in settings.items():
+            setattr(provider, name, value)
+        provider.finalize()
+        return provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
+
+    def plan(self, model: Model) -> Plan:
+        """The conversion plan of a model, made once and cached. Collective the first time."""
+        lives = survey(model)
+        key = tuple(id(live.parameter) for live in lives)
+        known = self._plan is not None and self._plan[0] == key
+        if not all(agreement.gather(known)):
+            self._plan = (key, make_plan(self.family, self.native, lives))
+        assert self._plan is not None
+        return self._plan[1]
+
+    def load_hf_weights(self, model: Model, hf_path: str | Path | None = None, *, show_progress: bool = True, verify: bool = True,
+                        allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()) -> Report:  # fmt: skip
+        """Fills a model from `hf_path` or the bridge's own source, and compares every copy bit for bit. Collective.
+
+        `allow_missing` and `allow_unexpected` are name patterns; everything else must match exactly (MappingError). An optimizer
+        made before keeps its own copies: make it afterwards, or call its `reload_model_params`.
+        """
+        infos = self._open(hf_path)
+        plan = self.plan(model)
+        with bytes_bar("import", show=show_progress and agreement.rank() == 0) as progress:
+            report = import_weights(
+                plan, infos, allow_missing=allow_missing, allow_unexpected=allow_unexpected, verify=verify, progress=progress
+            )
+        self.aliases = frozenset(plan.aliases.keys() & infos.keys())
+        self.source_dtypes = {name: info.dtype for name, info in infos.items()}
+        self.import_report = report
+        return report
+
+    def _open(self, hf_path: str | Path | None) -> dict[str, TensorInfo]:
+        location = self.location if hf_path is None else str(hf_path)
+        if location is None:
+            raise ConfigError("a bridge made from a config has no weights; give hf_path.")
+        with agreement.together("opening the source"):
+            folder = source.resolve(location, revision=self.revision)
+            if hf_path is not None:
+                other = architecture_of(assets.read_config(folder))
+                if other != self.family.architecture:
+                    raise ConfigError(
+                        f"hf_path={location!r} is a {other}, this bridge converts {self.family.architecture}; give one of those."
+                    )
+            return find_tensors(folder)
+
+    # ------------------------------------------------------------------ back to Hugging Face
+
+    def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, *,
+                           weight_dtype: torch.dtype | Literal["source"] | str | None = None,
+                           max_shard_size: str | int = "5GB", verify: bool = True) -> Report:  # fmt: skip
+        """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
+
+        `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. The folder appears
+        by one rename, after every tensor was read back and compared.
+        """
+        return self._export(model, Path(path), self.write_assets, weight_dtype, max_shard_size, verify, show_progress)
+
+    def save_hf_weights(self, model: Model, path: str | Path, show_progress: bool = True, *,
+                        weight_dtype: torch.dtype | Literal["source"] | str | None = None,
+                        max_shard_size: str | int = "5GB", verify: bool = True) -> Report:  # fmt: skip
+        """The same with weights only. Collective."""
+        return self._export(model, Path(path), lambda folder, dtype: None, weight_dtype, max_shard_size, verify, show_progress)
+
+    def _export(self, model: Model, path: Path, write: Callable[[Path, str | None], None], weight_dtype: torch.dtype | str | None,
+                max_shard_size: str | int, verify: bool, show_progress: bool) -> Report:  # fmt: skip
+        plan = self.plan(model)
+        dtypes: Dtypes
+        if weight_dtype == "source":
+            if not self.source_dtypes:
+                raise ConfigError("weight_dtype='source' needs an import by this bridge before; load weights or name a dtype.")
+            dtypes, name = self.source_dtypes, None
+        else:
+            dtypes = _dtype(weight_dtype)
+            used = {spec.dtype for spec in plan.tensors.values()} if dtypes is None else {dtypes}
+            name = str(used.pop()).removeprefix("torch.") if len(used) == 1 else None
+        with bytes_bar("export", show=show_progress and agreement.rank() == 0) as progress:
+            return export_weights(
+                plan,
+                path,
+                write_assets=lambda folder: write(folder, name),
+                dtypes=dtypes,
+                aliases=self.aliases & plan.aliases.keys(),
+                max_shard_size=max_shard_size,
+                verify=verify,
+                progress=progress,
+            )
+
+    def write_assets(self, folder: Path, dtype: str | None = None) -> None:
+        """Writes config, generation config, tokenizer and chat template into `folder`, as they came. One rank calls it.
+
+        `dtype` is what config.json is to say of the weights; None leaves it.
+        """
+        assets.write_config(folder, self.config, source=self.folder, dtype=dtype)
+        if self.folder is not None:
+            assets.copy_assets(self.folder, folder)
+
+    # ------------------------------------------------------------------ what it knows
+
+    @property
+    def transformer_config(self) -> Any:
+        """The TransformerConfig of this model on one rank."""
+        provider = self.to_megatron_provider(load_weights=False)
+        provider.finalize()
+        return provider.config
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _dtype_of(config: dict[str, Any]) -> torch.dtype | None:
+    for key in assets.DTYPE_KEYS:
+        if config.get(key) is not None:
+            return _dtype(str(config[key]).removeprefix("torch."))
+    return None

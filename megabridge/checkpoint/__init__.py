@@ -1,0 +1,1 @@
+"""Checkpoints on disk: Hugging Face safetensors folders and Megatron's native ones."""

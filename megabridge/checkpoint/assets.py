@@ -1,0 +1,68 @@
+"""What a Hugging Face folder holds besides weights: config, generation config, tokenizer, chat template. Copied byte for byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from megabridge.checkpoint.safetensors import parse_json
+from megabridge.errors import CheckpointError
+
+CONFIG: Final = "config.json"
+# Name patterns of files that belong to a model. Code (*.py) and weights are never among them.
+PATTERNS: Final = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+DTYPE_KEYS: Final = ("dtype", "torch_dtype")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json. Raises CheckpointError."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} must hold {CONFIG}; name a folder with a Hugging Face model.")
+    content = parse_json(path.read_bytes(), str(path))
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must be a JSON object, not {type(content).__name__}; fetch it again.")
+    return content
+
+
+def copy_assets(source: Path, target: Path) -> list[str]:
+    """Copies tokenizer, templates and generation config, following links. Returns the names. One rank calls it."""
+    names = sorted({str(path.relative_to(source)) for pattern in PATTERNS for path in source.glob(pattern) if path.is_file()})
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
+def write_config(target: Path, config: Mapping[str, Any], *, source: Path | None, dtype: str | None) -> None:
+    """Writes config.json. Byte for byte the source's where nothing changes.
+
+    `dtype` is the exported dtype's name ("float32"); where config.json states another, that key is set.
+    """
+    edited = dict(config)
+    for key in DTYPE_KEYS:
+        if dtype is not None and key in edited:
+            edited[key] = dtype
+    if source is not None and edited == config:
+        shutil.copyfile(source / CONFIG, target / CONFIG)
+        return
+    if dtype is not None and not any(key in edited for key in DTYPE_KEYS):
+        edited["dtype"] = dtype
+    (target / CONFIG).write_text(json.dumps(edited, indent=2, ensure_ascii=False) + "\n")

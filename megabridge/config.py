@@ -1,0 +1,234 @@
+"""The schema of every config group: what a key is called, its type, its default and what it means. No torch.
+
+`register()` puts the schema under the name `schema` into Hydra's ConfigStore; `conf/config.yaml` lists it first, so
+that every YAML and override is checked against it while Hydra composes. The values in `conf/` win over the defaults
+here. A field's `choices` are checked after composition by `megabridge.checks`. Two kinds of node stay open: those whose
+keys belong to others (`model.hf`, `model.provider`, `recipe.options`), and those that hold a `_target_` (data,
+callbacks, logger).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from megabridge.topology import Topology
+
+DTYPES: Final = ("float32", "bfloat16", "float16")
+
+
+def choice(default: str, *others: str) -> Any:
+    """A text field that takes `default` or one of `others`."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+@dataclass
+class ModelConfig:
+    name: str = "???"
+    """What the model is called in messages, file names and logs."""
+    path: str | None = None
+    """A local Hugging Face folder or a hub id. Null: a model with random weights of the shape in `hf`."""
+    revision: str | None = None
+    """Hub revision of config, tokenizer and weights alike."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the checkpoint may run. Nothing in megabridge needs it."""
+    load_weights: bool = True
+    """False: random weights of the shape in `hf`, even where `path` names real ones (still used for the tokenizer)."""
+    dtype: str = choice(*DTYPES)
+    """Precision of the parameters and activations in training. The optimizer's copy is always float32."""
+    hf: dict[str, Any] = field(default_factory=dict)
+    """What the checkpoint's config.json says of its shape: layouts are checked against it before any download."""
+    tokenizer: str | None = None
+    """A local folder, a hub id, or `bytes` for the byte-level one of megabridge.data.bytes. Null: the one of `path`."""
+    provider: dict[str, Any] = field(default_factory=dict)
+    """Overrides of the Megatron model: TransformerConfig's fields, e.g. +model.provider.recompute_granularity=full."""
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = 1
+    """Tensor parallel size: ranks that share each matrix."""
+    pp: int = 1
+    """Pipeline parallel size: ranks that share the layers."""
+    vpp: int = 1
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    cp: int = 1
+    """Context parallel size: ranks that share each sequence."""
+    ep: int = 1
+    """Expert parallel size: ranks that share the experts."""
+    etp: int | None = None
+    """Tensor parallel size inside an expert. Null: tp."""
+    dp: int | None = None
+    """Data parallel size. Null: what the number of processes leaves, 1 where the launcher starts them itself."""
+    sequence_parallel: bool = False
+    """Whether activations between the matrices are cut along the sequence over the tp ranks."""
+    layout: str | None = None
+    """megatron-core's pipeline_model_parallel_layout, e.g. 'Et|tt|tL'. Null: even, first and last stage lighter."""
+
+
+@dataclass
+class ConversionConfig:
+    mode: str = choice("roundtrip", "import", "export")
+    """What recipe=convert does: HF to native, native to HF, or both and compare."""
+    output: str | None = None
+    """Folder that recipe=convert publishes to. Null: inside the run directory."""
+    verify: bool = True
+    """Whether every imported and exported tensor is read back and compared bit by bit."""
+    strict: bool = True
+    """Whether an HF tensor that nothing consumes, or a parameter that nothing feeds, is an error."""
+    allow_missing: list[str] = field(default_factory=list)
+    """HF names (with * as wildcard) that a checkpoint may lack."""
+    allow_unexpected: list[str] = field(default_factory=list)
+    """HF names (with * as wildcard) that a checkpoint may have beyond what the model takes."""
+    export_dtype: str | None = field(default=None, metadata={"choices": DTYPES})
+    """Precision of exported tensors. Null: the parameters' own."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file of an export, as in transformers."""
+    logits_tokens: int = 64
+    """Tokens of the fixed batch on which logits are compared with transformers. 0: not compared."""
+
+
+@dataclass
+class CheckpointConfig:
+    save_every: int | None = None
+    """Steps between saves. Null: none on the way."""
+    save_at_end: bool = True
+    """Whether the last step is saved."""
+    native: bool = True
+    """Whether a save writes what a run resumes from: a distributed checkpoint of parameters, optimizer, progress."""
+    hf: bool = True
+    """Whether a save publishes a Hugging Face folder."""
+    resume: str = "none"
+    """none; auto: the newest committed step in the run directory, if any; or the folder of a native checkpoint."""
+    keep_last: int | None = None
+    """How many saved steps are kept. Null: all."""
+    path: str | None = None
+    """Folder of the checkpoints. Null: `checkpoints` in the run directory."""
+
+
+@dataclass
+class RecipeConfig:
+    target: str = "recipes.finetune:main"
+    """module:function that every rank calls with the whole config."""
+    steps: int = 20
+    """Optimizer steps in the run."""
+    global_batch_size: int = 4
+    """Sequences per optimizer step, over all data parallel ranks."""
+    micro_batch_size: int = 1
+    """Sequences that go through the model at once on one rank."""
+    seq_length: int = 512
+    """Tokens per sequence."""
+    eval_every: int | None = None
+    """Steps between validations. Null: only at the end."""
+    eval_at_start: bool = True
+    """Whether validation also runs before the first step."""
+    log_every: int = 1
+    """Steps between log lines."""
+    answer_prompt: str | None = None
+    """A question that the source and the exported model answer at the end, both through transformers. Null: none."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of your own recipe: +recipe.options.anything=1."""
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = choice("adam", "sgd")
+    """Adam is AdamW: decay is decoupled."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decay of the matrices; norms and biases have none."""
+    beta1: float = 0.9
+    """Adam's first moment."""
+    beta2: float = 0.95
+    """Adam's second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm. 0: no clipping."""
+    distributed: bool = True
+    """Whether the optimizer's state is cut over the data parallel ranks."""
+
+
+@dataclass
+class SchedulerConfig:
+    name: str = choice("cosine", "linear", "constant", "wsd")
+    """Shape of the learning rate after the warm-up. wsd: constant, then down in the last `decay_steps`."""
+    warmup_steps: int = 0
+    """Steps from 0 to the peak."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    decay_steps: int | None = None
+    """Steps until `min_lr` is reached (null: all of the run's); for wsd the length of the last part (null: a tenth)."""
+
+
+@dataclass
+class BackendConfig:
+    name: str = choice("auto", "torch", "te", "local")
+    """Layers. auto: Transformer Engine where it is installed and there is CUDA, else torch; local: megatron-core's."""
+
+
+@dataclass
+class Config:
+    """The whole config, as a recipe gets it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model, from where, in which precision."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How many ranks share what."""
+    conversion: ConversionConfig = field(default_factory=ConversionConfig)
+    """Rules of import and export."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is saved when, and what a run starts from."""
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    """Which program runs, for how long."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """A megabridge.data.DataModule: its class in `_target_`, its arguments beside it."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """The learning rate over the steps."""
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    """Which layers Megatron is built from."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Name to megabridge.callbacks.Callback: class in `_target_`, arguments beside it. They run in this order."""
+    logger: dict[str, Any] = field(default_factory=dict)
+    """Name to megabridge.loggers.Logger: class in `_target_`, arguments beside it."""
+    platform: str = choice("auto", "cpu", "cuda")
+    """Where ranks compute. auto: CUDA where there is a GPU, else the CPU with gloo."""
+    seed: int = 1234
+    """Of weights, data order and dropout."""
+    deterministic: bool = False
+    """Whether torch refuses operations whose result may differ from run to run."""
+    run_dir: str = "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
+    """The run's directory: config.yaml, metrics.jsonl, checkpoints. Made by the parent or rank 0, then absolute."""
+
+
+OPEN_NODES: Final = ("model.hf", "model.provider", "recipe.options", "data", "callbacks", "logger")
+"""Nodes whose keys are not fixed by the schema."""
+
+
+def register() -> None:
+    """Makes the schema known to Hydra, once per process."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def typed(values: Mapping[str, Any] | DictConfig) -> Config:
+    """The resolved config as dataclasses; raises omegaconf's errors for an unknown key or a wrong type."""
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values)))
+
+
+def topology(parallel: ParallelConfig, world_size: int | None = None) -> Topology:
+    """The layout of `world_size` ranks, or, with None, the one whose processes we start: dp is then 1 unless it is set.
+
+    Raises ConfigError when the sizes don't multiply to `world_size`.
+    """
+    sizes = {name: getattr(parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")}
+    if world_size is None:
+        return Topology(dp=1 if parallel.dp is None else parallel.dp, **sizes)
+    return Topology.for_world(world_size, dp=parallel.dp, **sizes)

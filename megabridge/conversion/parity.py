@@ -1,0 +1,42 @@
+"""Parity of logits: the in-memory Megatron model against transformers, which reads the published folder by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megabridge import agreement
+
+
+def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor) -> dict[str, float]:
+    """How logits `ours` [batch, sequence, vocabulary] of `tokens` [batch, sequence] compare with those of the model in `folder`.
+
+    Returns the largest absolute difference, the mean divergence KL(ours || theirs) in nats per token, and the share of positions
+    whose most likely token agrees. Collective: rank 0 loads the model, in the folder's dtype and on the CPU; every rank gets the
+    figures.
+    """
+    found: dict[str, float] = {}
+    with agreement.together("comparing logits with transformers"):
+        if agreement.rank() == 0:
+            found = _compare(ours.float().cpu(), _logits(folder, tokens.cpu()))
+    return agreement.gather(found)[0]
+
+
+def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM  # seconds to import, and needed here only
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens).logits
+    return logits.float()
+
+
+def _compare(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
+    log_ours, log_theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+    divergence = (log_ours.exp() * (log_ours - log_theirs)).sum(-1).mean()
+    return {
+        "logits_max_abs_diff": (ours - theirs).abs().max().item(),
+        "logits_kl": divergence.item(),
+        "logits_top1_agreement": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+    }

@@ -1,0 +1,41 @@
+"""Reports of imports and exports, as records and as metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one import or export moved and how it compared, over all ranks.
+
+    `tensors` and `bytes` count the Hugging Face side; `bytes_copied` what all ranks copied out of or into files;
+    `seconds` is the walk without verification. `mismatched` names tensors whose bits differ after the cast to the target's dtype.
+    """
+
+    tensors: int
+    bytes: int
+    bytes_copied: int
+    seconds: float
+    verify_seconds: float
+    mismatched: tuple[str, ...]
+    max_abs_diff: float
+    is_verified: bool
+
+    def metrics(self) -> dict[str, float]:
+        """Figures by name, for loggers. `gb_per_s` counts 10^9 bytes of the Hugging Face side."""
+        return {
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "gb_per_s": self.bytes / self.seconds / 1e9 if self.seconds else 0.0,
+            "verify_seconds": self.verify_seconds,
+            "mismatched_tensors": len(self.mismatched),
+            "max_abs_diff": self.max_abs_diff,
+        }
+
+    def __str__(self) -> str:
+        verified = (
+            f"{len(self.mismatched)} mismatched, max abs difference {self.max_abs_diff:g}" if self.is_verified else "not verified"
+        )
+        return f"{self.tensors} tensors, {self.bytes / 1e6:.1f} MB in {self.seconds:.2f} s, {verified}"

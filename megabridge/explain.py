@@ -1,0 +1,136 @@
+"""Turns what Hydra and OmegaConf raise on a wrong config into one line that names the key and the nearest right one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, Final
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from megabridge.checks import nearest
+from megabridge.config import OPEN_NODES, Config
+
+_CLOSE: Final = 0.6
+"""Similarity (difflib's ratio) from which a key is worth suggesting."""
+
+
+def explain(error: BaseException, conf: Path) -> str:
+    """One line: what is wrong, and what to write instead. `conf` is the folder of the config groups."""
+    if isinstance(error, MissingConfigException):
+        return _missing_choice(error)
+    if isinstance(error, OverrideParseException):
+        return f"can't read the override {error.override!r}: {_one_line(str(error.__cause__ or error))}"
+    cause = _omegaconf_cause(error)
+    text = str(error)
+    override = re.match(r"Could not override '([^']+)'", text)
+    if override is not None:
+        return _unknown_key(override[1], conf)
+    if isinstance(cause, ConfigKeyError | AttributeError) and cause.full_key:
+        return _unknown_key(str(cause.full_key), conf)
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key} has no value; set it with {cause.full_key}=..."
+    if isinstance(cause, InterpolationResolutionError):
+        return f"{cause.full_key}: {_one_line(str(cause))}"
+    if isinstance(cause, ValidationError):
+        return f"{cause.full_key}: {_wrong_type(cause)}"
+    return _one_line(text)
+
+
+def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | None:
+    """The first of OmegaConf's own errors in the chain."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OmegaConfBaseException):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _one_line(text: str) -> str:
+    """The message without OmegaConf's trailer (full_key, object_type) and Hydra's search path."""
+    kept = []
+    for line in text.splitlines():
+        if re.match(r"\s*(full_key|object_type|reference_type)[:=]|Config search path:", line):
+            break
+        if line.strip():
+            kept.append(line.strip())
+    return " ".join(kept)
+
+
+def _missing_choice(error: MissingConfigException) -> str:
+    """For a group that lacks the chosen file."""
+    group, _, choice = str(error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
+    options = sorted(error.options or [])
+    if not group or not options:
+        return _one_line(str(error))
+    more = " Any other size: parallel.tp=... parallel.pp=..." if group == "parallel" else ""
+    return f"{group}={choice} does not exist{nearest(choice, options)} It is one of: {', '.join(options)}.{more}"
+
+
+def _wrong_type(error: ValidationError) -> str:
+    """`'abc' is not a float`, from OmegaConf's sentence."""
+    match = re.match(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+)", str(error), re.DOTALL)
+    if match is None:
+        return _one_line(str(error))
+    words = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "a text"}
+    return f"{match[1]!r} must be {words.get(match[3], match[3])}."
+
+
+def _unknown_key(key: str, conf: Path) -> str:
+    """For a key that the schema, or the chosen file of an open node, does not have."""
+    candidates = sorted(_known_keys(conf))
+    scored = [(_similarity(key, candidate), candidate) for candidate in candidates]
+    best, name = max(scored)
+    top = ", ".join(each.name for each in fields(Config))
+    hint = f"; did you mean '{name}'?" if best >= _CLOSE else f"; at the top there are {top}."
+    for node in OPEN_NODES:
+        if key.startswith(f"{node}."):
+            hint += f" To add it, write +{key}=..."
+    return f"unknown key '{key}'{hint}"
+
+
+def _similarity(key: str, candidate: str) -> float:
+    """How alike two dotted keys are: as a whole, or their last words where the rest is missing or wrong."""
+    parent, _, last = key.rpartition(".")
+    candidate_parent, _, candidate_last = candidate.rpartition(".")
+    whole = SequenceMatcher(None, key, candidate).ratio()
+    word = SequenceMatcher(None, last, candidate_last).ratio()
+    return max(whole, word if parent == candidate_parent else 0.9 * word)
+
+
+def _known_keys(conf: Path) -> Iterator[str]:
+    """Every key of the schema, and those in the YAML files of the groups whose keys are open."""
+    yield from _schema_keys(Config, "")
+    for group in ("data", "callbacks", "logger", "model"):
+        for file in sorted((conf / group).glob("*.yaml")):
+            content = OmegaConf.load(file)
+            if isinstance(content, DictConfig):
+                yield from _nested_keys(OmegaConf.to_container(content, resolve=False), group)
+
+
+def _schema_keys(schema: type, prefix: str) -> Iterator[str]:
+    for each in fields(schema):
+        yield f"{prefix}{each.name}"
+        made = each.default_factory() if callable(each.default_factory) else None
+        if is_dataclass(made):
+            yield from _schema_keys(type(made), f"{prefix}{each.name}.")
+
+
+def _nested_keys(node: Any, prefix: str) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield f"{prefix}.{key}"
+            yield from _nested_keys(value, f"{prefix}.{key}")

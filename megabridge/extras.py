@@ -1,0 +1,46 @@
+"""The one place that asks whether an optional package is installed, and says how to install it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Final
+
+from megabridge.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An optional package: what it is imported as, what it is for, how it is installed."""
+
+    module: str
+    purpose: str
+    install: str
+
+    def is_installed(self) -> bool:
+        """Whether it can be imported; it is not imported."""
+        return find_spec(self.module) is not None
+
+
+EXTRAS: Final[Mapping[str, Extra]] = {
+    extra.module: extra
+    for extra in (
+        Extra("transformer_engine", "backend=te", "pip install --no-build-isolation 'transformer_engine[pytorch]'"),
+        Extra("gguf", "unpacking the quickstart model", "pip install gguf"),
+        Extra("wandb", "logger=wandb", "pip install wandb"),
+        Extra("rich", "progress bars", "pip install rich"),
+    )
+}
+
+
+def is_installed(module: str) -> bool:
+    """Whether the optional package imported as `module` is installed."""
+    return EXTRAS[module].is_installed()
+
+
+def require(module: str) -> None:
+    """Raises ConfigError with the command to install `module` when it is missing."""
+    extra = EXTRAS[module]
+    if not extra.is_installed():
+        raise ConfigError(f"{extra.purpose} needs the package {module}, which is not installed; {extra.install}.")

@@ -1,0 +1,55 @@
+"""Family: everything that is known about one Hugging Face architecture, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from megabridge.errors import ConfigError, listed
+from megabridge.families.fields import COMPUTING, INERT, FieldLike, Json
+from megabridge.mapping import WeightMap
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    `architecture` is the Hugging Face class name and `model_type` its config's; `tiny` is a small config.json that still
+    exercises every rule; `ignored` are name patterns of tensors that files may carry and that no parameter needs.
+    """
+
+    architecture: str
+    model_type: str
+    fields: tuple[FieldLike, ...]
+    weights: WeightMap
+    tiny: Mapping[str, Any]
+    ignored: tuple[str, ...] = ()
+
+    def native(self, hf: Json) -> dict[str, Any]:
+        """The native config of a config.json. Raises one ConfigError with every key that can't be represented."""
+        native: dict[str, Any] = {}
+        problems: list[str] = []
+        known = INERT.union(*(field.keys() for field in self.fields))
+        for field in self.fields:
+            try:
+                native |= field.read(hf)
+            except ConfigError as error:
+                problems.append(str(error))
+        for key in sorted(hf.keys() - known):
+            if key in COMPUTING and hf[key]:
+                problems.append(f"{key}={hf[key]!r} can't be represented; unset it or use an architecture that has it.")
+        if problems:
+            raise ConfigError(f"{self.architecture}: " + listed(problems))
+        return native
+
+    def hf(self, native: Json) -> dict[str, Any]:
+        """A config.json equal in meaning to a native config."""
+        out: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        for field in self.fields:
+            out |= field.write(native)
+        return out
+
+    def is_ignored(self, hf_name: str) -> bool:
+        return any(fnmatchcase(hf_name, pattern) for pattern in self.ignored)

@@ -1,0 +1,171 @@
+"""Config fields: pairs of native and Hugging Face settings, each read in both directions.
+
+The Hugging Face side is the content of a config.json as it was published, old keys and new ones; the native side uses
+TransformerConfig's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from megabridge.errors import ConfigError
+
+Json = Mapping[str, Any]
+REQUIRED: Final = object()
+
+# Keys that say nothing about what the model computes.
+INERT: Final = frozenset(
+    "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
+    "_name_or_path initializer_range attention_dropout hidden_dropout pretraining_tp auto_map".split()
+)
+# Keys that change what some architecture of transformers computes: a family that doesn't declare one refuses it when set.
+COMPUTING: Final = frozenset(
+    "sliding_window layer_types attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar logits_scaling "
+    "logit_scale embedding_multiplier residual_multiplier attention_multiplier qk_norm use_qk_norm qk_layernorm "
+    "quantization_config num_experts num_local_experts n_routed_experts no_rope_layers no_rope_layer_interval "
+    "clip_qkv parallel_attn use_parallel_residual partial_rotary_factor rotary_pct num_nextn_predict_layers "
+    "kv_lora_rank q_lora_rank attention_chunk_size attn_temperature_tuning embedding_size add_cross_attention "
+    "rope_local_base_freq swiglu_limit mup_width_multiplier".split()
+)
+
+
+class FieldLike(Protocol):
+    """One fact of a config, readable from either side."""
+
+    def keys(self) -> frozenset[str]:
+        """The Hugging Face keys that it accounts for."""
+        ...
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        """Native settings from a config.json. Raises ConfigError naming key and value."""
+        ...
+
+    def write(self, native: Json) -> dict[str, Any]:
+        """Hugging Face settings from native ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class Field:
+    """`native` equals `hf`. Where the key is absent or null, `default` is a value or a function of the config."""
+
+    native: str
+    hf: str
+    default: Any = REQUIRED
+
+    def keys(self) -> frozenset[str]:
+        return frozenset((self.hf,))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        value = hf.get(self.hf)
+        if value is None:
+            if self.default is REQUIRED:
+                raise ConfigError(f"config.json must have {self.hf!r}; add it to the model's config.json or model.hf.")
+            value = self.default(hf) if isinstance(self.default, Callable) else self.default  # type: ignore[arg-type]
+        return {self.native: value}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return {self.hf: native[self.native]}
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """`native` always has this value for the architecture; Hugging Face has no key for it."""
+
+    native: str
+    value: Any
+
+    def keys(self) -> frozenset[str]:
+        return frozenset()
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        return {self.native: self.value}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        if native[self.native] != self.value:
+            raise ConfigError(
+                f"{self.native}={native[self.native]!r} can't be written to config.json: this architecture always has "
+                f"{self.value!r}; keep it."
+            )
+        return {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`native` and `hf` are names for the same thing; `pairs` maps Hugging Face's to ours (the first pair is the default)."""
+
+    native: str
+    hf: str
+    pairs: tuple[tuple[Any, Any], ...]
+
+    def keys(self) -> frozenset[str]:
+        return frozenset((self.hf,))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        value = hf.get(self.hf, self.pairs[0][0])
+        for theirs, ours in self.pairs:
+            if theirs == value:
+                return {self.native: ours}
+        known = ", ".join(repr(theirs) for theirs, _ in self.pairs)
+        raise ConfigError(f"{self.hf}={value!r} is not supported for this architecture; supported: {known}.")
+
+    def write(self, native: Json) -> dict[str, Any]:
+        for theirs, ours in self.pairs:
+            if ours == native[self.native]:
+                return {self.hf: theirs}
+        raise ConfigError(f"{self.native}={native[self.native]!r} has no value of config.json's {self.hf!r}; change it back.")
+
+
+# Settings of each rope type in transformers (modeling_rope_utils.py): those that must be there, and those that may.
+ROPE_TYPES: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
+    "default": (frozenset(), frozenset()),
+    "linear": (frozenset(("factor",)), frozenset()),
+    "llama3": (
+        frozenset(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+        frozenset(),
+    ),
+    "yarn": (
+        frozenset(("factor",)),
+        frozenset("original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate".split()),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding settings: transformers 5's `rope_parameters`, or the older `rope_theta` with `rope_scaling`.
+
+    The native side is one dict `rope` in the newer form: rope_type, rope_theta and the type's own settings.
+    """
+
+    theta: float = 10000.0
+    types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+
+    def keys(self) -> frozenset[str]:
+        return frozenset(("rope_parameters", "rope_scaling", "rope_theta"))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        legacy, kind = given.pop("type", None), given.pop("rope_type", None)
+        kind = kind or legacy or "default"
+        theta = given.pop("rope_theta", None) or hf.get("rope_theta") or self.theta
+        if kind not in self.types:
+            raise ConfigError(f"rope_type={kind!r} is not supported for this architecture; supported: {', '.join(self.types)}.")
+        if given.get("partial_rotary_factor") in (1, 1.0):
+            del given["partial_rotary_factor"]
+        required, optional = ROPE_TYPES[kind]
+        missing = sorted(required - given.keys())
+        unknown = sorted(key for key in given.keys() - required - optional if given[key] is not None)
+        if missing or unknown:
+            problems = [f"lacks {key!r}" for key in missing]
+            problems += [f"has {key}={given[key]!r}, which it doesn't know" for key in unknown]
+            raise ConfigError(f"rope_type={kind!r} {' and '.join(problems)}; correct rope_parameters in config.json.")
+        if kind == "yarn":
+            given.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
+        kept = {key: value for key, value in given.items() if value is not None}
+        return {"rope": {"rope_type": kind, "rope_theta": theta, **kept}}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return {"rope_parameters": dict(native["rope"])}

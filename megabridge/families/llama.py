@@ -1,0 +1,33 @@
+"""LlamaForCausalLM: Llama 2 and 3, SmolLM2, Yi, TinyLlama (transformers models/llama/modeling_llama.py)."""
+
+from megabridge.families.family import Family
+from megabridge.families.fields import Field, Fixed, Rope
+from megabridge.families.parts import GATED_SILU, LAYER, SIZES, attention, embeddings, gated_mlp
+from megabridge.mapping import WeightMap, block
+
+# fmt: off
+FAMILY = Family(
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    fields=(
+        *SIZES,
+        *GATED_SILU,
+        Rope(),
+        Fixed("normalization",                     "RMSNorm"),
+        Field("layernorm_epsilon",                 "rms_norm_eps",        1e-6),
+        Field("add_qkv_bias",                      "attention_bias",      False),
+        Field("add_attn_proj_bias",                "attention_bias",      False),
+        Field("add_mlp_bias",                      "mlp_bias",            False),
+        Field("share_embeddings_and_output_weights", "tie_word_embeddings", False),
+        Field("init_method_std",                   "initializer_range",   0.02),
+    ),
+    weights=WeightMap(embeddings(), block(*LAYER, attention(), gated_mlp())),
+    ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+    tiny={
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "attention_bias": True,
+        "mlp_bias": True, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+                            "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    },
+)

@@ -1,0 +1,67 @@
+"""Which family converts which architecture: ours, and those of installed packages (entry points `megabridge.families`)."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from megabridge.errors import ConfigError
+from megabridge.families.family import Family
+from megabridge.families.fields import Json
+
+_OURS = ("llama",)
+_registered: dict[str, Family] = {}
+
+
+@cache
+def _installed() -> dict[str, Family]:
+    found = {}
+    for name in _OURS:
+        family = import_module(f"megabridge.families.{name}").FAMILY
+        found[family.architecture] = family
+    for point in entry_points(group="megabridge.families"):
+        family = point.load()
+        if not isinstance(family, Family):
+            raise ConfigError(f"entry point {point.value!r} must name a megabridge.families.Family, not {type(family).__name__}.")
+        found[family.architecture] = family
+    return found
+
+
+def register(family: Family) -> None:
+    """Adds or replaces a family in this process."""
+    _registered[family.architecture] = family
+
+
+def all_families() -> dict[str, Family]:
+    """Every known family by Hugging Face class name."""
+    return {**_installed(), **_registered}
+
+
+def architecture_of(hf: Json) -> str:
+    """The class name in a config.json, or the one that its model_type implies. Raises ConfigError when there is neither."""
+    named = hf.get("architectures") or []
+    if named:
+        return str(named[0])
+    for family in all_families().values():
+        if family.model_type == hf.get("model_type"):
+            return family.architecture
+    raise ConfigError(
+        f"config.json must name an architecture; it has architectures={hf.get('architectures')!r} and "
+        f"model_type={hf.get('model_type')!r}, which no family knows; known: {', '.join(sorted(all_families()))}."
+    )
+
+
+def family_for(hf: Json) -> Family:
+    """The family of a config.json. Raises ConfigError with near matches when there is none."""
+    architecture = architecture_of(hf)
+    known = all_families()
+    if architecture in known:
+        return known[architecture]
+    near = get_close_matches(architecture, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(
+        f"architecture {architecture!r} is not supported; {hint}supported: {', '.join(sorted(known))}. To add one, write a Family "
+        "and name it in the entry-point group 'megabridge.families'."
+    )

@@ -1,0 +1,93 @@
+"""Child processes that never outlive their parent, whatever ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+_PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_POLL: Final = 0.02
+
+
+def die_with_parent(parent: int) -> None:
+    """Asks Linux to kill this process when `parent` ends, however it does. For a child, right after its fork."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+@contextlib.contextmanager
+def no_orphans(grace: float) -> Iterator[None]:
+    """Whatever is started inside, however deep, has ended at the end.
+
+    Descendants whose own parent ended become children of this process; after `grace` seconds those are killed.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    before = _children()
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        until = time.monotonic() + grace
+        while orphans := _running(_children() - before):
+            if time.monotonic() > until:
+                for pid in orphans:
+                    send(pid, signal.SIGKILL)
+            time.sleep(_POLL)
+        prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+def end_groups(leaders: Iterable[int], grace: float) -> None:
+    """Ends the process groups: SIGTERM, then SIGKILL to what runs after `grace` seconds or a second Ctrl-C."""
+    leaders = list(leaders)
+    for leader in leaders:
+        send(-leader, signal.SIGTERM)
+    until = time.monotonic() + grace
+    with contextlib.suppress(KeyboardInterrupt):
+        while time.monotonic() < until and _running(leaders):
+            time.sleep(_POLL)
+    for leader in leaders:
+        send(-leader, signal.SIGKILL)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Signals a process, or with a negative pid a process group, that may have ended already."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if pid < 0:
+            os.killpg(-pid, number)
+        else:
+            os.kill(pid, number)
+
+
+def _running(pids: Iterable[int]) -> list[int]:
+    """Those that have not ended; children that have are reaped, except by a Popen that waits for its own."""
+    running = []
+    for pid in pids:
+        try:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            continue
+        if not ended:
+            running.append(pid)
+    return running
+
+
+def _children() -> set[int]:
+    """Children of this process, of all its threads."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found

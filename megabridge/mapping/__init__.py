@@ -1,0 +1,29 @@
+"""The algebra: how whole Hugging Face tensors are rearranged into Megatron parameters and cut for one rank.
+
+Data and integers only: no model, no process, no file.
+"""
+
+from megabridge.mapping.boxes import Axis, Cut, Run
+from megabridge.mapping.dims import Dims
+from megabridge.mapping.layout import Fuse, Layout, Piece, Same
+from megabridge.mapping.rules import Resolved, Rule, WeightMap, block, natural, weight
+from megabridge.mapping.transfer import Transfer, transfers
+
+__all__ = [
+    "Axis",
+    "Cut",
+    "Dims",
+    "Fuse",
+    "Layout",
+    "Piece",
+    "Resolved",
+    "Rule",
+    "Run",
+    "Same",
+    "Transfer",
+    "WeightMap",
+    "block",
+    "natural",
+    "transfers",
+    "weight",
+]

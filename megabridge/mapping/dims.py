@@ -1,0 +1,40 @@
+"""Dims: the sizes that layouts ask for, taken from a model's native config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megabridge.errors import MappingError
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of one model. Names are TransformerConfig's where it has one."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
+    tied: bool
+
+    @classmethod
+    def of(cls, native: Mapping[str, object]) -> Dims:
+        """The sizes in a native config (see `Family.native`)."""
+        ints = {name: native[name] for name in cls.__dataclass_fields__ if name != "tied"}
+        return cls(**ints, tied=bool(native["share_embeddings_and_output_weights"]))  # type: ignore[arg-type]
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+    def size(self, name: int | str) -> int:
+        """A number, or the size called `name`."""
+        if isinstance(name, int):
+            return name
+        sizes: dict[str, int] = {**self.__dict__, "heads_per_group": self.heads_per_group}
+        if name not in sizes:
+            raise MappingError(f"a layout asks for the size {name!r}, which is not one of {sorted(sizes)}.")
+        return sizes[name]

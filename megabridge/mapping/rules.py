@@ -1,0 +1,97 @@
+"""Rules: which Hugging Face tensors feed which native parameter, through which layout. One table, read in both directions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from megabridge.errors import MappingError
+from megabridge.mapping.layout import Layout, Same
+
+# Numbers that stand for a layer or an expert: a whole name component, or what Transformer Engine appends to `weight` and `bias`.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+SAME: Final = Same()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`native` lists alternative names of one parameter (a backend has one of them); `hf` the tensors that feed it, in order.
+
+    `when_tied` names the tensor that feeds it instead when embedding and output weights are tied.
+    """
+
+    native: tuple[str, ...]
+    hf: tuple[str, ...]
+    layout: Layout = SAME
+    when_tied: str | None = None
+
+    def under(self, native: str, hf: str) -> Rule:
+        """The same rule below two prefixes."""
+        return replace(self, native=tuple(f"{native}.{name}" for name in self.native), hf=tuple(f"{hf}.{name}" for name in self.hf))
+
+
+Rules = tuple[Rule, ...]
+
+
+def weight(native: str | tuple[str, ...], *hf: str, layout: Layout = SAME, when_tied: str | None = None) -> Rule:
+    """A rule for one native parameter; a tuple of names lists what different backends call it."""
+    return Rule((native,) if isinstance(native, str) else native, hf, layout, when_tied)
+
+
+def block(native: str, hf: str, *rules: Rule | Rules) -> Rules:
+    """Rules placed below a prefix on each side, such as one layer."""
+    return tuple(rule.under(native, hf) for rule in flat(rules))
+
+
+def flat(rules: Iterable[Rule | Rules]) -> Iterator[Rule]:
+    for entry in rules:
+        if isinstance(entry, Rule):
+            yield entry
+        else:
+            yield from entry
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A rule applied to one native parameter."""
+
+    hf: tuple[str, ...]
+    layout: Layout
+    is_tied_copy: bool
+
+
+class WeightMap:
+    """A family's weight rules, looked up by canonical native name (global layer and expert numbers)."""
+
+    def __init__(self, *rules: Rule | Rules) -> None:
+        self.rules: Rules = tuple(flat(rules))
+        self._by_template: dict[str, tuple[Rule, tuple[str, ...]]] = {}
+        for rule in self.rules:
+            for name in rule.native:
+                template = _PLACEHOLDER.sub("#", name)
+                if template in self._by_template:
+                    raise MappingError(f"two rules map the native parameter {name!r}; keep one.")
+                self._by_template[template] = (rule, tuple(_PLACEHOLDER.findall(name)))
+
+    def resolve(self, native: str, *, tied: bool) -> Resolved | None:
+        """The tensors and the layout that feed the parameter called `native`, or None when no rule does."""
+        found = self._by_template.get(_NUMBER.sub("#", native))
+        if found is None:
+            return None
+        rule, placeholders = found
+        numbers = dict(zip(placeholders, _NUMBER.findall(native), strict=True))
+        if tied and rule.when_tied is not None:
+            return Resolved((rule.when_tied.format(**numbers),), rule.layout, True)
+        return Resolved(tuple(name.format(**numbers) for name in rule.hf), rule.layout, False)
+
+    def tied_aliases(self) -> dict[str, str]:
+        """Tensors that a tied checkpoint may carry besides, each with the tensor it must equal bit for bit."""
+        return {rule.hf[0]: rule.when_tied for rule in self.rules if rule.when_tied is not None}
+
+
+def natural(name: str) -> tuple[tuple[int, int | str], ...]:
+    """A sort key that puts layer 2 before layer 10."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))

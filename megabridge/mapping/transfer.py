@@ -1,0 +1,126 @@
+"""Transfers: the pieces of a layout cut for one rank. Import, export, verification and planning are walks over this list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from math import prod
+
+from megabridge.errors import MappingError
+from megabridge.mapping.boxes import Axis, Cut, Run, cut_axis
+from megabridge.mapping.dims import Dims
+from megabridge.mapping.layout import Layout, Piece, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A box of part number `part` and the box of the local native parameter that holds the same elements.
+
+    The axes stand in the order of the Hugging Face tensor's dimensions; `hf_shape` is the whole tensor's.
+    """
+
+    part: int
+    hf_shape: Shape
+    axes: tuple[Axis, ...]
+
+    @property
+    def elements(self) -> int:
+        return prod(axis.size for axis in self.axes)
+
+    def native_view(self, strides: tuple[int, ...]) -> tuple[list[int], list[int], int]:
+        """(sizes, strides, offset), in elements, of the native box in a tensor of these strides.
+
+        Two view dimensions, block number and index in the block, per axis.
+        """
+        return _view([(axis.native_dim, axis.native) for axis in self.axes], strides)
+
+    def hf_view(self) -> tuple[list[int], list[int], int]:
+        """The same of the Hugging Face box in the whole, contiguous tensor."""
+        return _view([(axis.hf_dim, axis.hf) for axis in self.axes], contiguous_strides(self.hf_shape))
+
+    def split(self, most: int) -> Iterator[Transfer]:
+        """This transfer as several of at most `most` elements each (never less than one innermost row)."""
+        if self.elements <= most:
+            yield self
+            return
+        for dim, axis in enumerate(self.axes):
+            if axis.size == 1:
+                continue
+            for part in _halves(axis):
+                yield from replace(self, axes=(*self.axes[:dim], part, *self.axes[dim + 1 :])).split(most)
+            return
+
+    def rows(self) -> tuple[int, list[int]]:
+        """(length, starts): the box as stretches of `length` consecutive elements of the flat Hugging Face tensor, in order."""
+        length, outer, merging = 1, [], True
+        strides = contiguous_strides(self.hf_shape)
+        for axis in reversed(self.axes):
+            run = axis.hf
+            stride, whole = (1, 1) if axis.hf_dim is None else (strides[axis.hf_dim], self.hf_shape[axis.hf_dim])
+            if merging and run.is_consecutive:
+                length *= run.size
+                outer.append([run.start * stride])
+                merging = run.size == whole
+            elif merging:  # every dimension inside is whole, so that a block is one stretch
+                length *= run.block
+                outer.append([(run.start + i * run.stride) * stride for i in range(run.count)])
+                merging = False
+            else:
+                blocks = product(range(run.count), range(run.block))
+                outer.append([(run.start + i * run.stride + j) * stride for i, j in blocks])
+        return length, [sum(offsets) for offsets in product(*reversed(outer))]
+
+
+def _halves(axis: Axis) -> list[Axis]:
+    run = axis.native
+    if run.count > 1:
+        half = run.count // 2
+        return [axis.part(0, half), axis.part(half, run.count - half)]
+    half = run.block // 2
+    return [axis.part(0, 1, block=half), axis.part(0, 1, skip=half, block=run.block - half)]
+
+
+def contiguous_strides(shape: Shape) -> tuple[int, ...]:
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(reversed(strides))
+
+
+def _view(runs: list[tuple[int | None, Run]], strides: tuple[int, ...]) -> tuple[list[int], list[int], int]:
+    sizes, steps, offset = [], [], 0
+    for dim, run in runs:
+        step = 0 if dim is None else strides[dim]
+        sizes += [run.count, run.block]
+        steps += [run.stride * step, step]
+        offset += run.start * step
+    return sizes, steps, offset
+
+
+@lru_cache(maxsize=4096)
+def transfers(layout: Layout, native: Shape, dims: Dims, cut: Cut | None) -> tuple[Transfer, ...]:
+    """What one share of a parameter of global shape `native` exchanges with its parts. Cached: layers repeat."""
+    shapes = layout.part_shapes(native, dims)
+    out = []
+    for piece in layout.pieces(native, dims):
+        for axes in _cut_piece(piece, native, cut):
+            ordered = sorted(axes, key=lambda axis: -1 if axis.hf_dim is None else axis.hf_dim)
+            out.append(Transfer(piece.part, shapes[piece.part], tuple(ordered)))
+    return tuple(out)
+
+
+def _cut_piece(piece: Piece, native: Shape, cut: Cut | None) -> list[tuple[Axis, ...]]:
+    if cut is None or cut.size == 1:
+        return [piece.axes]
+    length = native[cut.dim]
+    if length % (cut.size * cut.stride):
+        raise MappingError(
+            f"{length} rows of dimension {cut.dim} can't be cut into {cut.size} shares of {cut.stride} sections; "
+            "choose a parallel size that divides it."
+        )
+    segments = cut.segments(length)
+    choices = [cut_axis(axis, segments) if axis.native_dim == cut.dim else [axis] for axis in piece.axes]
+    return list(product(*choices))

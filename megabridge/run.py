@@ -1,0 +1,192 @@
+"""`python -m megabridge.run [group=choice ...] [key=value ...]`: composes the config once, checks it, starts ranks.
+
+torch is never imported here. Under torchrun or srun this process takes its place as a rank instead: it composes the
+same config, rank 0 makes the run directory, and it becomes the worker (exec).
+
+Exit status: 0 done; 1 a rank failed; 2 the config can't work; 128 + n a rank was ended by signal n; 130 Ctrl-C;
+143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from megabridge import checks, config, explain, host, redact
+from megabridge.errors import ConfigError, MegabridgeError
+from megabridge.launchers import local, place
+from megabridge.launchers.report import CONFIG_ERROR, WorkerFailure
+
+FULL_ERROR: Final = "HYDRA_FULL_ERROR"
+"""Set by a user who wants tracebacks instead of one line."""
+
+
+@dataclass
+class _Progress:
+    """How far this process got: an error of Hydra's before the first job is the config's."""
+
+    is_composed: bool = False
+
+
+_progress = _Progress()
+
+
+def conf_folder() -> Path:
+    """The config groups: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    packaged = package / "conf"
+    return packaged if packaged.is_dir() else package.parent / "conf"
+
+
+def main() -> None:
+    """The console script. Exits with the status that the module's docstring lists."""
+    sys.exit(_main())
+
+
+def _main() -> int:
+    wants_traceback = FULL_ERROR in os.environ
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        # As `python -m` does: a console script finds your own classes and recipes, too.
+        sys.path.insert(0, str(Path.cwd()))
+    sys.argv[1:] = redact.carry(sys.argv[1:])
+    config.register()
+    try:
+        here = place.find(os.environ)
+        # Hydra then raises instead of printing and leaving.
+        os.environ[FULL_ERROR] = "1"
+        _run_hydra() if here is None else _become_rank(here)
+    except KeyboardInterrupt:
+        return 130
+    except local.Terminated:
+        return 143
+    except WorkerFailure as error:
+        _say(str(error))
+        return error.failure.status
+    except Exception as error:
+        if wants_traceback:
+            raise
+        if not isinstance(error, MegabridgeError) and _progress.is_composed:
+            raise
+        _say(str(error) if isinstance(error, MegabridgeError) else explain.explain(error, conf_folder()))
+        return CONFIG_ERROR
+    finally:
+        if not wants_traceback:
+            os.environ.pop(FULL_ERROR, None)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"megabridge: {text}", file=sys.stderr, flush=True)
+
+
+def _run_hydra() -> None:
+    run: Callable[[], None] = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)
+    run()
+
+
+def job(cfg: DictConfig) -> float | None:
+    """One run: what Hydra calls with the composed config. Returns the recipe's objective (the validation loss)."""
+    hydra_config = HydraConfig.get()
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    try:
+        _progress.is_composed = True
+        # As they were typed: read one by one, OmegaConf would resolve the interpolations in them.
+        overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+        return _launch(cfg, Path(hydra_config.runtime.output_dir), overrides)
+    except MegabridgeError as error:
+        # In a sweep the other jobs still run, and Hydra reports this one; alone, Hydra would print the overrides, too.
+        if is_sweep:
+            raise
+        _say(str(error))
+        sys.exit(error.failure.status if isinstance(error, WorkerFailure) else CONFIG_ERROR)
+
+
+def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    values, run_config = resolve(cfg, run_dir)
+    topology = config.topology(run_config.parallel)
+    checks.check_layout(run_config, topology)
+    platform = host.choose_platform(
+        run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides
+    )
+    write_config(cfg, values)
+    return local.launch(values, world_size=topology.world_size, platform=platform)
+
+
+def resolve(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], config.Config]:
+    """The config's plain values and its typed form, `run_dir` made absolute. Raises ConfigError for what can't work."""
+    values: Any = _resolved(cfg)
+    values["run_dir"] = str(run_dir.absolute())
+    typed = config.typed(values)
+    checks.check_choices(typed)
+    checks.check_targets(typed)
+    checks.check_model(typed.model)
+    checks.check_recipe(typed.recipe.target)
+    return values, typed
+
+
+def _resolved(cfg: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except Exception as error:
+        raise ConfigError(explain.explain(error, conf_folder())) from error
+
+
+def write_config(cfg: DictConfig, values: dict[str, Any]) -> None:
+    """Leaves the resolved config, without secrets, as config.yaml in the run directory."""
+    folder = Path(values["run_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    content = redact.redacted(OmegaConf.to_container(cfg, resolve=False), values)
+    OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
+
+
+def _become_rank(here: place.Place) -> None:
+    """Composes as every other rank does, and becomes the worker. Does not return, except for --help and --cfg."""
+    parser = get_args_parser()
+    arguments = parser.parse_args()
+    if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
+        if here.rank == 0:
+            _run_hydra()
+        return
+    if arguments.multirun:
+        raise ConfigError("-m starts several runs, but torchrun or srun started this one as rank; sweep without them.")
+    cfg = _compose(arguments)
+    values, run_config = resolve(cfg, Path(cfg.run_dir))
+    checks.check_layout(run_config, config.topology(run_config.parallel, here.world_size))
+    if here.rank == 0:
+        write_config(cfg, values)
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    digest = sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
+    platform = run_config.platform
+    environ = local.worker_environ(values, world_size=here.local_world_size, platform=platform) | here.environ()
+    with local.config_file(values) as descriptor:
+        os.set_inheritable(descriptor, True)
+        worker = [sys.executable, "-m", "megabridge.worker", f"--config={descriptor}", f"--digest={digest}"]
+        sys.stdout.flush()
+        os.execve(sys.executable, worker, environ)
+
+
+def _compose(arguments: Any) -> DictConfig:
+    """The config without Hydra's run machinery, which would make a run directory on every rank."""
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="run"):
+        overrides = list(arguments.overrides)
+        if arguments.config_dir:
+            overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).absolute()}]")
+        cfg = hydra.compose(arguments.config_name or "config", overrides)
+    _progress.is_composed = True
+    return cfg
+
+
+if __name__ == "__main__":
+    main()

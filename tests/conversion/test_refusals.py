@@ -1,0 +1,124 @@
+"""Damaged and contradictory sources are refused by name, on every rank alike, in seconds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megabridge.topology import Topology
+from tests.cases.models import TINY
+from tests.conversion.test_round_trip import payload
+from tests.ranks import RankServer
+
+Tensors = dict[str, torch.Tensor]
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def changed(source: Path, target: Path, change: Callable[[Tensors], object] | None = None, **config: Any) -> Path:
+    """A copy of a model with its tensors or its config changed."""
+    shutil.copytree(source, target)
+    if change is not None:
+        tensors = load_file(target / "model.safetensors")
+        change(tensors)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**content, **config}))
+    return target
+
+
+def rename(tensors: Tensors, old: str, new: str) -> None:
+    tensors[new] = tensors.pop(old)
+
+
+def truncated(path: Path) -> Path:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    return path
+
+
+CASES: dict[str, tuple[Callable[[Path, Path], Path], str, list[str]]] = {
+    "missing": (lambda s, t: changed(s, t, lambda x: x.pop(UP)), "MappingError", [f"missing: {UP} (96, 64)"]),
+    "extra": (
+        lambda s, t: changed(s, t, lambda x: x.update({"model.extra": torch.ones(2)})),
+        "MappingError",
+        ["unexpected: model.extra (2,)"],
+    ),
+    "renamed": (
+        lambda s, t: changed(s, t, lambda x: rename(x, UP, UP.replace("up_", "upp_"))),
+        "MappingError",
+        [f"missing: {UP} (96, 64); the nearest name there is {UP.replace('up_', 'upp_')}", "unexpected"],
+    ),
+    "transposed": (
+        lambda s, t: changed(s, t, lambda x: x.update({UP: x[UP].t().contiguous()})),
+        "MappingError",
+        [f"wrong shape: {UP} is (64, 96) (transposed), the config asks for (96, 64)"],
+    ),
+    "shape": (lambda s, t: changed(s, t, vocab_size=140), "MappingError", ["model.embed_tokens.weight is (131, 64)", "(140, 64)", "lm_head"]),
+    "untied head": (lambda s, t: changed(s, t, tie_word_embeddings=True), "CheckpointError", ["lm_head.weight differs from model.embed_tokens.weight"]),
+    "no head": (lambda s, t: changed(s, t, lambda x: x.pop("lm_head.weight")), "MappingError", ["missing: lm_head.weight"]),
+    "rope": (
+        lambda s, t: changed(s, t, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
+        "ConfigError",
+        ["rope_type='spiral'"],
+    ),
+    "truncated": (lambda s, t: truncated(changed(s, t)), "CheckpointError", ["model.safetensors", "bytes by its header"]),
+    "heads": (lambda s, t: changed(s, t, num_key_value_heads=8), "MappingError", ["k_proj"]),
+}  # fmt: skip
+
+
+def test_damaged_sources_on_every_rank(ranks: RankServer, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ranks.run("tests.cases.models:write_model", kwargs={"folder": source, "config": TINY})
+    folders = [str(make(source, tmp_path / name)) for name, (make, _, _) in CASES.items()]
+    seen = ranks.run("tests.cases.convert:refusals", topology=Topology(tp=2, pp=2), kwargs={"folders": folders})
+    for rank, errors in enumerate(seen):
+        for (name, (_, kind, parts)), (got, message, seconds) in zip(CASES.items(), errors, strict=True):
+            assert got == kind, f"{name} on rank {rank}: {got} {message}"
+            assert all(part in message for part in parts), f"{name} on rank {rank}: {message}"
+            assert seconds < 10
+
+
+def test_a_tied_checkpoint_may_carry_its_head(ranks: RankServer, tmp_path: Path) -> None:
+    """A bit-equal copy is accepted, and written back."""
+    tied = {**TINY, "tie_word_embeddings": True}
+    ranks.run("tests.cases.models:write_model", kwargs={"folder": tmp_path / "tied", "config": tied})
+    copy = changed(
+        tmp_path / "tied", tmp_path / "copy", lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"].clone()})
+    )
+    for layout in (Topology(), Topology(tp=2, pp=2)):
+        for source in (tmp_path / "tied", copy):
+            out = tmp_path / f"out-{layout}-{source.name}"
+            ranks.run("tests.cases.convert:replaced", topology=layout, kwargs={"source": str(source), "out": str(out)})
+            assert payload(out) == payload(source)
+            assert not list(tmp_path.glob(".*"))
+
+
+def test_a_rank_that_cannot_write_fails_all_and_publishes_nothing(ranks: RankServer, tmp_path: Path) -> None:
+    ranks.run("tests.cases.models:write_model", kwargs={"folder": tmp_path / "source", "config": TINY})
+    kwargs = {"source": str(tmp_path / "source"), "out": str(tmp_path / "out"), "rank": 1}
+    seen = ranks.run("tests.cases.convert:failing_export", topology=Topology(tp=2), kwargs=kwargs)
+    for kind, message, published in seen:
+        assert kind == "CheckpointError" and "No space left on device" in message and not published
+    assert "rank 1 failed while writing weights" in seen[0][1]
+
+
+def test_dtypes(ranks: RankServer, tmp_path: Path) -> None:
+    ranks.run("tests.cases.models:write_model", kwargs={"folder": tmp_path / "source", "config": TINY})
+    (seen, _) = ranks.run(
+        "tests.cases.convert:dtypes", topology=Topology(tp=2), kwargs={"source": str(tmp_path / "source"), "out": str(tmp_path)}
+    )
+    assert seen == {"params": {"torch.bfloat16"}, "mismatched": ()}
+    source, bf16, fp32 = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "bf16", "fp32"))
+    for name, tensor in source.items():
+        assert torch.equal(bf16[name], tensor.bfloat16()) and bf16[name].dtype == torch.bfloat16
+        assert torch.equal(fp32[name], tensor.bfloat16().float()) and fp32[name].dtype == torch.float32
+    assert [json.loads((tmp_path / name / "config.json").read_text())["dtype"] for name in ("bf16", "fp32")] == [
+        "bfloat16",
+        "float32",
+    ]

@@ -1,0 +1,45 @@
+"""Recipes that do what a test of the launcher needs, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megabridge.config import Config
+from megabridge.errors import ConfigError
+
+
+def objective(config: Config) -> float:
+    """Leaves a file per rank; returns seed + world size, summed over the ranks by a collective."""
+    total = torch.tensor([1.0])
+    dist.all_reduce(total)
+    Path(config.run_dir, f"rank{dist.get_rank()}").write_text(str(config.recipe.options.get("word")))
+    return config.seed + float(total)
+
+
+def fail_on_rank_one(config: Config) -> None:
+    """Rank 1 raises; the others wait for it in a collective."""
+    if dist.get_rank() == 1:
+        raise ConfigError("the answer must be 42; use 42.")
+    dist.barrier()
+
+
+def crash_on_rank_one(config: Config) -> None:
+    """Rank 1 is killed; the others wait for it in a collective."""
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def wait(config: Config) -> None:
+    """Starts a process that leaves its session, says that it waits, and waits."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    Path(config.run_dir, f"waits{dist.get_rank()}").write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(600)
