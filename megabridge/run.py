@@ -117,9 +117,7 @@ def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | Non
     values, run_config = resolve(cfg, run_dir)
     topology = config.topology(run_config.parallel)
     checks.check_layout(run_config, topology)
-    platform = host.choose_platform(
-        run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides
-    )
+    platform = host.choose_platform(run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides)
     write_config(cfg, values)
     return local.launch(values, world_size=topology.world_size, platform=platform)
 
@@ -166,7 +164,8 @@ def _become_rank(here: place.Place) -> None:
     checks.check_layout(run_config, config.topology(run_config.parallel, here.world_size))
     if here.rank == 0:
         write_config(cfg, values)
-    raw = OmegaConf.to_container(cfg, resolve=False)
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    raw.pop("run_dir")  # rank 0's counts
     digest = sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
     platform = run_config.platform
     environ = local.worker_environ(values, world_size=here.local_world_size, platform=platform) | here.environ()

@@ -35,6 +35,8 @@ Recipe = Callable[[Config], float | None]
 
 _AGREE_SECONDS: Final = 600.0
 """How long the ranks of torchrun or srun wait for each other's config."""
+_stores: Final[list[PrefixStore]] = []
+"""Kept for the life of the process: rank 0's serves the others, who may still read when it goes on."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,6 +124,7 @@ def _agreed(values: dict[str, Any], digest: str) -> dict[str, Any]:
     wait = timedelta(seconds=_AGREE_SECONDS)
     shared, _, _ = next(rendezvous("env://", here.rank, here.world_size, timeout=wait))
     store = PrefixStore("megabridge/config", shared)
+    _stores.append(store)
     store.set(f"digest/{here.rank}", digest)
     if here.rank == 0:
         digests = [store.get(f"digest/{rank}") for rank in range(here.world_size)]

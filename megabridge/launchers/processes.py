@@ -29,7 +29,8 @@ def die_with_parent(parent: int) -> None:
 def no_orphans(grace: float) -> Iterator[None]:
     """Whatever is started inside, however deep, has ended at the end.
 
-    Descendants whose own parent ended become children of this process; after `grace` seconds those are killed.
+    Descendants whose own parent ended become children of this process. They are killed: at once when the block raises,
+    else after `grace` seconds, in which they may finish (an upload).
     """
     if sys.platform != "linux":
         yield
@@ -37,14 +38,17 @@ def no_orphans(grace: float) -> Iterator[None]:
     before = _children()
     prctl = ctypes.CDLL(None).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    until = 0.0
     try:
         yield
-    finally:
         until = time.monotonic() + grace
-        while orphans := _running(_children() - before):
-            if time.monotonic() > until:
-                for pid in orphans:
+    finally:
+        while orphans := _children() - before:
+            for pid in orphans:
+                if time.monotonic() > until:
                     send(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
             time.sleep(_POLL)
         prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
@@ -72,7 +76,7 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def _running(pids: Iterable[int]) -> list[int]:
-    """Those that have not ended; children that have are reaped, except by a Popen that waits for its own."""
+    """The children among `pids` that have not ended. None is reaped: their Popen does that."""
     running = []
     for pid in pids:
         try:

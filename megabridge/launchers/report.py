@@ -33,9 +33,9 @@ class Failure:
 
     def text(self) -> str:
         """What a user should see of it, once."""
-        who = "the worker host" if self.rank < 0 else f"rank {self.rank}"
+        who = "" if self.rank < 0 else f"rank {self.rank}: "
         trace = "" if self.is_expected or not self.traceback else f"{self.traceback.rstrip()}\n"
-        return f"{trace}{who}: {self.error}"
+        return f"{trace}{who}{self.error}"
 
     @property
     def status(self) -> int:
