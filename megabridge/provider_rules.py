@@ -56,7 +56,7 @@ def config_fields() -> dict[str, object]:
         field.name: field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         for config in (MLATransformerConfig, TransformerConfig)  # the second wins: it has no multi_latent_attention
         for field in dataclasses.fields(config)
-        if field.init
+        if field.init and not field.name.startswith("_")
     }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.ranks import RankServer
+
+os.environ.setdefault("MEGABRIDGE_PLATFORM", "cpu")  # the tests mean the CPU, on a GPU host too
 
 
 @pytest.fixture(scope="session")

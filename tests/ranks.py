@@ -31,7 +31,7 @@ from megabridge.topology import Topology
 START_TIMEOUT: Final = 180.0  # seconds to import the stack on a busy machine
 
 
-@dataclass(frozen=True)
+@dataclass
 class RankError(Exception):
     """A rank failed; `failure` is the host's report of the first one (platform.ranks.FirstFailure as a dict)."""
 

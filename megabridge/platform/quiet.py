@@ -12,6 +12,8 @@ _WARNINGS: Final[tuple[tuple[str, type[Warning]], ...]] = (
     (r"Apex is not installed", UserWarning),
     (r"Transformer Engine and Apex are not installed", UserWarning),
     (r"absl\.logging is not installed", UserWarning),
+    # A provider is finalized before any rank exists, to plan for instance.
+    (r"Could not determine rank from torch\.distributed", UserWarning),
     # megatron-core imports its own deprecated module while it is imported.
     (r"The following imports from `dynamic_context\.py`", DeprecationWarning),
     # megatron-core's source has an escape in a docstring; shown once, when it is compiled to bytecode.

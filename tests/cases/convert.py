@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megabridge.layers.logits import gather_logits
 
 from megabridge import AutoBridge
 from megabridge.errors import MegabridgeError
+from megabridge.layers.logits import gather_logits
 from megabridge.platform import groups
 from tests.cases.models import llama_config, prompt, reference_logits, write_model
 

@@ -8,13 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megabridge.errors import ConfigError
 from megabridge.platform import groups
+from megabridge.topology import Topology
 
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 
 
 def total(start: int) -> tuple[int, int, int]:
@@ -50,7 +52,38 @@ def fail(rank: int, how: str, folder: str) -> None:
 def start_again() -> str:
     """The message of starting groups twice."""
     try:
-        groups.start(groups.current() or groups.Topology())
+        groups.start(Topology())
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def long_error() -> None:
+    raise ValueError("ö" * 100_000)
+
+
+def ensure() -> list[str]:
+    """The messages of groups.ensure for topologies that this process can't have, and how vpp changes."""
+    messages = []
+    for topology in (Topology(tp=4), Topology(pp=2)):
+        try:
+            groups.ensure(topology)
+        except ConfigError as error:
+            messages.append(str(error))
+    groups.ensure(Topology(tp=2, pp=2, vpp=2))
+    messages.append(str(groups.current()))
+    messages.append(str(parallel_state.get_virtual_pipeline_model_parallel_world_size()))
+    groups.ensure(Topology(tp=2, pp=2, etp=2))
+    messages.append(str(parallel_state.get_virtual_pipeline_model_parallel_world_size()))
+    return messages
+
+
+def draws() -> tuple[float, float, float, float]:
+    """Random numbers of this rank: torch's and numpy's, those cut over tp, and torch's again under the same seed."""
+    groups.seed(5)
+    first = float(torch.rand(()))
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        own = float(torch.rand(()))
+    other = float(np.random.rand())
+    groups.seed(5)
+    return first, other, own, float(torch.rand(()))

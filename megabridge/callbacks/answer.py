@@ -1,0 +1,65 @@
+"""The end of a run in words: the source model and the exported one answer one question, both through transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, override
+
+import torch
+
+from megabridge import agreement
+from megabridge.checkpoint import source
+from megabridge.training.hooks import Callback
+
+if TYPE_CHECKING:
+    from megabridge.training.loop import Trainer
+
+NEW_TOKENS: Final = 48
+
+
+class Answer(Callback):
+    """Adds two greedy answers to `recipe.answer_prompt` to the summary: before and after. Rank 0 generates, on the CPU."""
+
+    def __init__(self, max_new_tokens: int = NEW_TOKENS) -> None:
+        self.max_new_tokens = max_new_tokens
+
+    @override
+    def on_end(self, trainer: Trainer) -> None:
+        prompt, bridge = trainer.config.recipe.answer_prompt, trainer.bridge
+        if prompt is None or bridge is None or bridge.location is None or not trainer.exports:
+            return
+        if not any(trainer.exports[-1].glob("tokenizer*")):
+            trainer.say("recipe.answer_prompt is not asked: the model has no tokenizer")
+            return
+        lines: list[str] = []
+        with agreement.together("generating answers"):
+            if trainer.is_main:
+                lines.append(f"question: {prompt}")
+                if bridge.import_report is not None:
+                    folder = source.resolve(bridge.location, revision=bridge.revision)
+                    lines.append(f"source model: {answer(folder, prompt, max_new_tokens=self.max_new_tokens)}")
+                exported = answer(trainer.exports[-1], prompt, max_new_tokens=self.max_new_tokens)
+                lines.append(f"exported model: {exported}")
+        trainer.summary.extend(lines)
+
+
+def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> str:
+    """The greedy answer of the model in `folder` to `prompt`, asked through its chat template where it has one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import, and needed here only
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        tokens = model.generate(
+            **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
+        )
+    text: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split())

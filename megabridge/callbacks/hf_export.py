@@ -1,0 +1,52 @@
+"""The save hook: every save publishes a Hugging Face folder, verified bit by bit and against transformers' logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, override
+
+from megabridge.callbacks.parity import compare_logits
+from megabridge.errors import ConfigError
+from megabridge.training.hooks import Callback
+
+if TYPE_CHECKING:
+    from megabridge.training.loop import Trainer
+
+FOLDER: Final = "hf"
+
+
+class HFExport(Callback):
+    """Writes checkpoints/step_N/hf on every save, unless checkpoint.hf is false.
+
+    Logs the export's report as `export/*` and the logits' comparison as `parity/*`. The rules are those of the group
+    `conversion`: export_dtype, max_shard_size, verify, logits_tokens.
+    """
+
+    @override
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.config.checkpoint.hf and trainer.bridge is None:
+            raise ConfigError("checkpoint.hf=true needs a bridge to export with; give Trainer(bridge=...) or set it to false.")
+
+    @override
+    def on_save(self, trainer: Trainer, step: int, folder: Path) -> None:
+        if not trainer.config.checkpoint.hf or trainer.bridge is None:
+            return
+        conversion = trainer.config.conversion
+        target = folder / FOLDER
+        report = trainer.bridge.save_hf_pretrained(
+            trainer.chunks,
+            target,
+            weight_dtype=conversion.export_dtype,
+            max_shard_size=conversion.max_shard_size,
+            verify=conversion.verify,
+        )
+        trainer.log({f"export/{name}": value for name, value in report.metrics().items()})
+        trainer.exports.append(target)
+        line = f"export of step {step}: {report}" + compare_logits(trainer, target, prefix="parity")
+        trainer.say(line)
+        trainer.summary.append(line)
+
+    @override
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.exports:
+            trainer.summary.append(f"Hugging Face folder: {trainer.exports[-1]}")

@@ -1,0 +1,52 @@
+"""Parity with transformers: what an import or an export moved, and whether both models say the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, override
+
+import torch
+
+from megabridge.checkpoint import source
+from megabridge.conversion.parity import logits_parity
+from megabridge.conversion.report import Report
+from megabridge.layers.logits import gather_logits
+from megabridge.training.hooks import Callback
+
+if TYPE_CHECKING:
+    from megabridge.training.loop import Trainer
+
+
+class ImportParity(Callback):
+    """Logs the import's report as `import/*` and compares logits with the source's before the first step."""
+
+    @override
+    def on_import(self, trainer: Trainer, report: Report) -> None:
+        trainer.log({f"import/{name}": value for name, value in report.metrics().items()})
+        line = f"import: {report}"
+        bridge = trainer.bridge
+        if bridge is not None and bridge.location is not None:
+            folder = source.resolve(bridge.location, revision=bridge.revision)
+            line += compare_logits(trainer, folder, prefix="import")
+        trainer.say(line)
+        trainer.summary.append(line)
+
+
+def compare_logits(trainer: Trainer, folder: Path, *, prefix: str) -> str:
+    """Logs `prefix`/logits_* of the model in memory against transformers' of `folder`; returns the end of a line about it.
+
+    The batch is the same in every run: `conversion.logits_tokens` tokens, spread over the vocabulary. Every rank calls it.
+    """
+    length = trainer.config.conversion.logits_tokens
+    if length == 0:
+        return "; logits not compared"
+    assert trainer.bridge is not None
+    size = int(trainer.bridge.config["vocab_size"])
+    # 7919 is a prime that no vocabulary size is a multiple of, so neighbours are far apart.
+    tokens = (torch.arange(length) * 7919 % size)[None]
+    figures = logits_parity(gather_logits(trainer.chunks, tokens), folder, tokens)
+    trainer.log({f"{prefix}/{name}": value for name, value in figures.items()})
+    return (
+        f"; logits against transformers: max abs difference {figures['logits_max_abs_diff']:.2g}, "
+        f"KL {figures['logits_kl']:.2g}, top-1 agreement {figures['logits_top1_agreement']:.1%}"
+    )

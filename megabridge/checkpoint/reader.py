@@ -1,0 +1,153 @@
+"""Reads tensors and objects out of a torch_dist folder without executing anything that is in it.
+
+The steps of megatron/core/dist_checkpointing/serialization.py:load and strategies/torch.py:TorchDistLoadShardedStrategy,
+with three differences: `.metadata` goes through `unpickle.py`, objects through torch's weights-only unpickler, and files
+are checked (name, presence, size) before a weight is touched.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, override
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+import megabridge.platform  # noqa: F401
+from megabridge.checkpoint import folders
+from megabridge.checkpoint.unpickle import read_metadata
+from megabridge.errors import CheckpointError, listed
+
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+
+_COMMON_KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened native folder: its metadata has been read and its files have been checked."""
+
+    folder: Path
+    metadata: Any
+
+    def tensor_names(self) -> set[str]:
+        """The global names of all tensors in the folder."""
+        return {key for key, entry in self.metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def problems(self, wanted: Mapping[str, Any]) -> list[str]:
+        """What of `wanted` (from `requested`) the folder lacks or has in another shape, a line each."""
+        found = []
+        for key, entry in wanted.items():
+            stored = self.metadata.state_dict_metadata.get(key)
+            if stored is None:
+                found.append(f"{key}: in the model, not in the checkpoint")
+            elif isinstance(entry, ShardedTensor) and not entry.allow_shape_mismatch:
+                shape, size = tuple(entry.global_shape), tuple(stored.size)
+                if shape != size:
+                    found.append(f"{key}: shape {list(shape)} in the model, {list(size)} in the checkpoint")
+        return found
+
+    def read_common(self) -> dict[str, Any]:
+        """The state that is equal on all ranks."""
+        if _COMMON_KEY not in self.metadata.state_dict_metadata:
+            raise CheckpointError(
+                f"{self.folder} has no common state (megatron-core before 0.19 wrote it elsewhere); load its weights instead."
+            )
+        target: dict[str, Any] = {_COMMON_KEY: io.BytesIO()}
+        self._read_into(target, _Planner(flatten_state_dict=False, flatten_sharded_tensors=False))
+        values = target[_COMMON_KEY][0]
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{self.folder} holds a common state of type {type(values).__name__}; it is damaged.")
+        return values
+
+    def read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """`state` (a sharded state dict) with tensors read in place where they exist, and objects read.
+
+        What `state` itself holds beside sharded entries is kept. Calls no collective.
+        """
+        prepared, nonpersistent, factories = load_preprocess(dict(state))
+        entries, result = extract_sharded_base(prepared)
+        merge(result, nonpersistent)
+        tensors = [entry for entry in nested_values(entries) if isinstance(entry, ShardedTensor)]
+        by_key, flat_mapping, rename_mapping = torch_dist._replace_state_dict_keys_with_sharded_keys(entries)
+        target = torch_dist.mcore_to_pyt_state_dict(by_key, True)
+        planner = _Planner(
+            shapes_validation_sharded_tensors=[entry for entry in tensors if not entry.allow_shape_mismatch],
+            allow_shape_mismatch_sharded_tensors={entry.key: entry for entry in tensors if entry.allow_shape_mismatch},
+            flatten_state_dict=False,
+            flatten_sharded_tensors=False,
+        )
+        self._read_into(target, planner)
+        values = {key: torch_dist._unwrap_pyt_sharded_tensor(value) for key, value in target.items()}
+        loaded = torch_dist._replace_sharded_keys_with_state_dict_keys(values, flat_mapping, rename_mapping)
+        torch_dist._restore_dict_types(loaded, entries)
+        merge(result, loaded)
+        merged: dict[str, Any] = apply_factory_merges(result, factories)
+        return merged
+
+    def _read_into(self, target: dict[str, Any], planner: Any) -> None:
+        dcp_load(target, storage_reader=_Reader(self), planner=planner, no_dist=True)
+
+
+class _Reader(FileSystemReader):
+    """torch's reader on metadata that has been read already."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source.folder)
+        self._metadata = source.metadata
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata: Metadata = self._metadata
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Planner(torch_dist.MCoreLoadPlanner):  # type: ignore[misc]
+    """megatron-core's planner; objects are read by torch's weights-only unpickler, which refuses by name."""
+
+    @override
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+
+
+def requested(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The sharded entries of `state` by the name they have in a checkpoint."""
+    prepared, _, _ = load_preprocess(dict(state))
+    entries, _ = extract_sharded_base(prepared)
+    return {entry.unique_key if isinstance(entry, ShardedObject) else entry.key: entry for entry in nested_values(entries)}
+
+
+def open_folder(folder: Path) -> Source:
+    """Reads the metadata of `folder` and checks every file that it names. Raises CheckpointError."""
+    if not folders.is_committed(folder):
+        raise CheckpointError(
+            f"{folder} is not a complete native checkpoint (no {folders.MARKER} or no .metadata in it); "
+            "give the folder of a saved step, .../checkpoints/step_N/native."
+        )
+    metadata = read_metadata(folder / ".metadata")
+    needed: dict[str, int] = {}
+    for entry in (metadata.storage_data or {}).values():
+        needed[entry.relative_path] = max(needed.get(entry.relative_path, 0), entry.offset + entry.length)
+    problems = []
+    for name, size in sorted(needed.items()):
+        if Path(name).name != name or name in (".", ".."):
+            problems.append(f"{name!r} points out of the folder")
+        elif not (folder / name).is_file():
+            problems.append(f"{name} is missing")
+        elif (folder / name).stat().st_size < size:
+            problems.append(f"{name} has {(folder / name).stat().st_size} bytes of at least {size}")
+    if problems:
+        raise CheckpointError(f"{folder} is damaged; use another step:\n  {listed(problems)}")
+    return Source(folder, metadata)

@@ -1,0 +1,80 @@
+"""Reads the pickles of a distributed checkpoint without running what a stranger put in them.
+
+`.metadata` of torch's distributed checkpoint (DCP) is a pickle, and torch's own reader executes it. The unpickler here
+builds the classes that DCP and megatron-core write there and nothing else. Imports neither torch nor megatron: the
+allowed names are resolved only when a file mentions them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import IO, Any, Final, override
+
+from megabridge.errors import CheckpointError
+
+_DTYPES: Final = frozenset(
+    "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex32 complex64 "
+    "complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu".split()
+)
+
+# torch/distributed/checkpoint/{metadata,filesystem,planner}.py and, for checkpoints of older megatron-core,
+# megatron/core/dist_checkpointing/strategies/torch.py.
+ALLOWED: Final[dict[str, frozenset[str]]] = {
+    "torch.distributed.checkpoint.metadata": frozenset(
+        "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
+        "TensorProperties _MEM_FORMAT_ENCODING".split()
+    ),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo", "_StoragePrefix"}),
+    "torch.distributed.checkpoint.planner": frozenset(
+        {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"}
+    ),
+    "megatron.core.dist_checkpointing.strategies.torch": frozenset({"MCoreMetadata", "MCoreSavePlan"}),
+    "torch": frozenset({"Size"}) | _DTYPES,
+    "torch.serialization": frozenset({"_get_layout"}),
+    "collections": frozenset({"OrderedDict"}),
+    "pathlib": frozenset({"Path", "PosixPath", "PurePosixPath"}),
+    "pathlib._local": frozenset({"Path", "PosixPath", "PurePosixPath"}),
+}
+
+
+class _Refused(pickle.UnpicklingError):
+    """A global outside of ALLOWED; carries its name."""
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """An unpickler that knows the classes in ALLOWED and refuses every other by name."""
+
+    @override
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if global_name not in ALLOWED.get(module_name, frozenset()):
+            raise _Refused(f"{module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+def read_metadata(path: Path) -> Any:
+    """The `Metadata` in a DCP `.metadata` file.
+
+    Raises CheckpointError that names the file and, where that is the reason, the class that was refused.
+    """
+    try:
+        with path.open("rb") as file:
+            return _load(file)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing, so {path.parent} is not a complete native checkpoint; use another step."
+        ) from error
+    except _Refused as error:
+        raise CheckpointError(
+            f"{path} asks for {error}, which is not part of a checkpoint's metadata; it was not run. "
+            "Don't use a checkpoint from where this one came."
+        ) from error
+    except Exception as error:
+        raise CheckpointError(f"{path} can't be read ({error}); the checkpoint is damaged, use another step.") from error
+
+
+def _load(file: IO[bytes]) -> Any:
+    metadata = MetadataUnpickler(file).load()
+    if type(metadata).__name__ != "Metadata":
+        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}, not a Metadata")
+    return metadata

@@ -1,0 +1,66 @@
+"""The run as lines for people: one per logged step, one per validation, one per report. A progress bar stays below them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, override
+
+from rich.console import Console as RichConsole
+
+from megabridge.config import Config
+from megabridge.loggers.logger import Logger
+
+# What a metric is called in a line, and how it is written; others are printed under their own names.
+_SHORT: Final[dict[str, tuple[str, str]]] = {
+    "train/loss": ("loss", ".4f"),
+    "train/grad_norm": ("gradient norm", ".3f"),
+    "train/learning_rate": ("lr", ".2e"),
+    "train/tokens_per_second": ("tokens/s", ",.0f"),
+    "validation/loss": ("validation loss", ".4f"),
+    "validation/tokens": ("over tokens", ",.0f"),
+}
+# Said by other metrics of the same line, by a line of the callback's own, or of interest in a file only.
+_HIDDEN: Final = (
+    "train/loss_tokens",
+    "train/consumed_samples",
+    "train/step_seconds",
+    "validation/seconds",
+    "checkpoint/",
+    "import/",
+    "export/",
+    "parity/",
+)
+
+stdout: Final = RichConsole(highlight=False, soft_wrap=True)
+"""The console that bars and lines share, so that neither overwrites the other."""
+
+
+class Console(Logger):
+    """Prints to standard output, with colours and bars on a terminal and as plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._started = time.monotonic()
+
+    @override
+    def start(self, run_dir: Path, config: Config) -> None:
+        self._steps = config.recipe.steps
+        self._started = time.monotonic()
+        self.say(f"run directory {run_dir}")
+
+    @override
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        parts = [_written(name, value) for name, value in metrics.items() if not name.startswith(_HIDDEN)]
+        if parts:
+            self.say(f"step {step}/{self._steps}  {'  '.join(parts)}")
+
+    @override
+    def say(self, line: str) -> None:
+        stdout.print(f"[{time.monotonic() - self._started:7.1f} s] {line}", markup=False)
+
+
+def _written(name: str, value: float) -> str:
+    short, form = _SHORT.get(name, (name, ".4g"))
+    return f"{short} {value:{form}}"

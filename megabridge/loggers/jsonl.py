@@ -1,0 +1,59 @@
+"""metrics.jsonl in the run's directory: one JSON object a line, readable while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Final, override
+
+from megabridge.config import Config
+from megabridge.loggers.logger import Logger
+
+FILE_NAME: Final = "metrics.jsonl"
+
+
+class JsonLines(Logger):
+    """Appends {"step": ..., "time": seconds since 1970, metrics...} to metrics.jsonl; a resumed run goes on in the same file.
+
+    A value that is not a number in JSON (NaN, infinity) is written as null.
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[str] | None = None
+
+    @override
+    def start(self, run_dir: Path, config: Config) -> None:
+        path = run_dir / FILE_NAME
+        # A killed run may have left half a line; what follows must not be glued to it.
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+
+    @override
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.flush()
+
+    @override
+    def finish(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read(run_dir: Path) -> list[dict[str, float | None]]:
+    """All complete lines of a run's metrics.jsonl, oldest first; a torn line of a killed run is left out."""
+    rows = []
+    for line in (run_dir / FILE_NAME).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

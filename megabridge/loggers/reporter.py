@@ -1,0 +1,44 @@
+"""All loggers of a run as one. Every rank may call it; only rank 0's loggers exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from megabridge import agreement
+from megabridge.config import Config
+from megabridge.loggers.logger import Logger
+
+
+class Reporter:
+    """Starts `loggers` on rank 0 when it is made, and finishes them once, in `close` or where its `with` block ends."""
+
+    def __init__(self, config: Config, loggers: Sequence[Logger]) -> None:
+        self._loggers = list(loggers) if agreement.rank() == 0 else []
+        run_dir = Path(config.run_dir)
+        for logger in self._loggers:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            logger.start(run_dir, config)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Gives numbers of one moment to every logger; `step` is the number of optimizer steps taken."""
+        for logger in self._loggers:
+            logger.log(step, metrics)
+
+    def say(self, line: str) -> None:
+        """Gives a line for people to every logger."""
+        for logger in self._loggers:
+            logger.say(line)
+
+    def close(self) -> None:
+        """Finishes every logger."""
+        while self._loggers:
+            self._loggers.pop().finish()

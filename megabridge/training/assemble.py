@@ -1,0 +1,111 @@
+"""From the typed config to the objects that a recipe puts together. Each function makes one of them."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from megabridge import targets
+from megabridge.bridge import AutoBridge
+from megabridge.checkpoint import assets, source
+from megabridge.checkpoint.native import on_rank_zero
+from megabridge.config import Config
+from megabridge.data import DataModule
+from megabridge.data import bytes as byte_tokenizer
+from megabridge.loggers import Logger
+from megabridge.provider import ModelProvider
+from megabridge.training.hooks import Callback
+
+BYTES: Final = "bytes"
+"""model.tokenizer for the byte-level tokenizer that needs no file."""
+
+
+def bridge(config: Config) -> AutoBridge:
+    """The bridge to model.path, or to a folder made on the spot from model.hf and model.tokenizer. Every rank calls it."""
+    model = config.model
+    location = model.path
+    if location is None:
+        # A folder like any other from here on: its config and tokenizer come back with every export.
+        location = str(on_rank_zero("writing the model's config", lambda: _write_source(config)))
+    return AutoBridge.from_hf_pretrained(
+        location, revision=model.revision, dtype=model.dtype, trust_remote_code=model.trust_remote_code
+    )
+
+
+def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
+    """The finalized provider of the bridge's model in this config's layout; providing it imports the weights, if any."""
+    parallel = config.parallel
+    made = bridge.to_megatron_provider(load_weights=False)
+    made.tensor_model_parallel_size = parallel.tp
+    made.pipeline_model_parallel_size = parallel.pp
+    made.virtual_pipeline_model_parallel_size = parallel.vpp if parallel.vpp > 1 else None
+    made.context_parallel_size = parallel.cp
+    made.expert_model_parallel_size = parallel.ep
+    if parallel.etp is not None:
+        made.expert_tensor_parallel_size = parallel.etp
+    made.sequence_parallel = parallel.sequence_parallel
+    if parallel.layout is not None:
+        made.pipeline_model_parallel_layout = parallel.layout
+    made.params_dtype = config.model.dtype
+    made.backend = config.backend.name
+    made.deterministic_mode = config.deterministic
+    made.calculate_per_token_loss = True
+    for name, value in config.model.provider.items():
+        setattr(made, name, value)
+    made.finalize()
+    if config.model.load_weights:
+        made.register_pre_wrap_hook(partial(_import, config, bridge))
+    return made
+
+
+def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    conversion = config.conversion
+    bridge.load_hf_weights(
+        chunks,
+        verify=conversion.verify,
+        allow_missing=conversion.allow_missing if conversion.strict else ["*"],
+        allow_unexpected=conversion.allow_unexpected if conversion.strict else ["*"],
+    )
+    return chunks
+
+
+def data(config: Config, bridge: AutoBridge) -> DataModule:
+    """The data module of the group `data`, set up with the bridge's tokenizer. Every rank calls it."""
+    made = targets.build(config.data, DataModule, where="data")
+    assert bridge.folder is not None  # `bridge` above makes one from a folder
+    made.setup(
+        bridge.folder,
+        seq_length=config.recipe.seq_length,
+        micro_batch_size=config.recipe.micro_batch_size,
+        global_batch_size=config.recipe.global_batch_size,
+        seed=config.seed,
+    )
+    return made
+
+
+def callbacks(config: Config) -> list[Callback]:
+    """The callbacks of the group `callbacks`, in their order; one set to null is left out."""
+    nodes = {name: node for name, node in config.callbacks.items() if node is not None}
+    return [targets.build(node, Callback, where=f"callbacks.{name}") for name, node in nodes.items()]
+
+
+def loggers(config: Config) -> list[Logger]:
+    """The loggers of the group `logger`; one set to null is left out."""
+    nodes = {name: node for name, node in config.logger.items() if node is not None}
+    return [targets.build(node, Logger, where=f"logger.{name}") for name, node in nodes.items()]
+
+
+def _write_source(config: Config) -> Path:
+    folder = Path(config.run_dir) / "source"
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(config.model.hf, indent=2, ensure_ascii=False)
+    (folder / assets.CONFIG).write_text(content + "\n", encoding="utf-8")
+    if config.model.tokenizer == BYTES:
+        byte_tokenizer.write_tokenizer(folder)
+    elif config.model.tokenizer is not None:
+        assets.copy_assets(source.resolve(config.model.tokenizer, config_only=True), folder)
+    return folder

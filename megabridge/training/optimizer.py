@@ -1,0 +1,115 @@
+"""megatron-core's optimizer and learning-rate schedule from the typed config; with and without Transformer Engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import megabridge.platform as platform
+from megabridge.checkpoint import optimizer_state
+from megabridge.config import OptimizerConfig, SchedulerConfig
+from megabridge.errors import ConfigError
+
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+
+def build_optimizer(
+    chunks: Sequence[Any], optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, steps: int
+) -> tuple[Any, Any]:
+    """megatron-core's optimizer over the DDP-wrapped `chunks` and its OptimizerParamScheduler; one scheduler step is one
+    optimizer step. Every rank calls it. One-dimensional parameters and biases are not decayed, as in megatron-core.
+
+    Raises ConfigError where a setting can't work.
+    """
+    _check(chunks, optimizer)
+    model = get_model_config(chunks[0])
+    built = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer=optimizer.name,
+            lr=optimizer.lr,
+            min_lr=scheduler.min_lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.eps,
+            clip_grad=optimizer.clip_grad,
+            use_distributed_optimizer=optimizer.distributed,
+            bf16=model.bf16,
+            fp16=model.fp16,
+            params_dtype=model.params_dtype,
+            # megatron-core's 2^32 overflows in the first hundred steps of most models.
+            initial_loss_scale=2.0**16,
+        ),
+        list(chunks),
+    )
+    for part in optimizer_state.parts(built):
+        if isinstance(part.optimizer, torch.optim.AdamW) and not platform.is_cpu():
+            for group in part.optimizer.param_groups:
+                # One kernel over all parameters; megatron-core leaves torch's default, one per parameter and operation.
+                group.update(fused=True, foreach=False)
+        if isinstance(part.optimizer, torch.optim.SGD):
+            part.init_state_fn = _zero_momentum
+    return built, _schedule(built, optimizer, scheduler, steps)
+
+
+def _check(chunks: Sequence[Any], optimizer: OptimizerConfig) -> None:
+    if optimizer.name == "sgd" and optimizer.distributed:
+        raise ConfigError(
+            "optimizer.name=sgd has no distributed form in megatron-core; set optimizer.distributed=false or optimizer.name=adam."
+        )
+    wrapped = bool(chunks[0].ddp_config.use_distributed_optimizer)
+    if wrapped != optimizer.distributed:
+        raise ConfigError(
+            f"optimizer.distributed={optimizer.distributed} must match the model's ddp_config.use_distributed_optimizer="
+            f"{wrapped}; give provide_distributed_model(ddp_config={{'use_distributed_optimizer': {optimizer.distributed}}})."
+        )
+
+
+def _schedule(built: Any, optimizer: OptimizerConfig, scheduler: SchedulerConfig, steps: int) -> Any:
+    decay_steps = max(steps, 1)
+    wsd_steps = None
+    if scheduler.name == "wsd":
+        wsd_steps = max(1, steps // 10) if scheduler.decay_steps is None else scheduler.decay_steps
+        if wsd_steps > decay_steps:
+            raise ConfigError(f"scheduler.decay_steps={wsd_steps} must be at most recipe.steps={steps} for scheduler.name=wsd.")
+    elif scheduler.decay_steps is not None:
+        decay_steps = scheduler.decay_steps
+    if scheduler.name == "constant":
+        decay_steps = max(decay_steps, scheduler.warmup_steps + 1)
+    if scheduler.warmup_steps >= decay_steps:
+        raise ConfigError(
+            f"scheduler.warmup_steps={scheduler.warmup_steps} must be less than the {decay_steps} steps over which the rate "
+            "decays; shorten the warm-up or raise recipe.steps."
+        )
+    if scheduler.min_lr > optimizer.lr:
+        raise ConfigError(f"scheduler.min_lr={scheduler.min_lr} must be at most optimizer.lr={optimizer.lr}.")
+    return OptimizerParamScheduler(
+        built,
+        # The first step of a warm-up is one part of the peak, not 0: a step at 0 would be lost.
+        init_lr=optimizer.lr / (scheduler.warmup_steps + 1) if scheduler.warmup_steps else optimizer.lr,
+        max_lr=optimizer.lr,
+        min_lr=scheduler.min_lr,
+        lr_warmup_steps=scheduler.warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style="WSD" if scheduler.name == "wsd" else scheduler.name,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=wsd_steps,
+        lr_wsd_decay_style="linear" if wsd_steps is not None else None,
+    )
+
+
+def _zero_momentum(inner: torch.optim.SGD, _: Any = None) -> None:
+    """The state that torch's SGD has before its first step, which megatron-core wants to have before a load."""
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            inner.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))

@@ -1,0 +1,138 @@
+"""One training step and one validation pass on megatron-core's schedules.
+
+The loss is the sum of the unmasked tokens' losses over their number in the whole global batch, whatever the number of
+data-parallel ranks and micro-batches: megatron-core's `calculate_per_token_loss`. Each micro-batch gives its sum and its
+count; `finalize_model_grads` adds the counts of all ranks and divides the gradients by them, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megabridge.platform as platform
+from megabridge.errors import ConfigError, MegabridgeError
+
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+
+Batch = dict[str, torch.Tensor]
+
+
+class TrainingError(MegabridgeError):
+    """Training can't go on: a loss or a gradient that is not a number."""
+
+
+def prepare(chunks: Sequence[Any], optimizer: Any) -> None:
+    """Connects the chunks' config to gradient finalization and loss scaling; once, before the first step.
+
+    Raises ConfigError where the model was wrapped in a way that this loop would train wrongly.
+    """
+    for chunk in chunks:
+        config = get_model_config(chunk)
+        if not config.calculate_per_token_loss:
+            raise ConfigError(
+                "provider.calculate_per_token_loss=False would weigh micro-batches, not tokens; set it to True before "
+                "provide_distributed_model()."
+            )
+        if chunk.ddp_config.overlap_param_gather:
+            raise ConfigError("ddp_config.overlap_param_gather=True is not supported by this loop; set it to False.")
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = optimizer.scale_loss if config.fp16 else None
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        functions = [chunk.no_sync for chunk in chunks]
+        get_model_config(chunks[0]).no_sync_func = functions if len(functions) > 1 else functions[0]
+
+
+def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward_only: bool) -> torch.Tensor:
+    """Runs `batches` (the micro-batches of this data-parallel rank, each [micro, sequence]) through the pipeline.
+
+    Returns [sum of the unmasked tokens' losses, their number] over all data-parallel ranks, float64, on this rank's device;
+    the same on every rank. With `forward_only=False` gradients are left in the buffers, finalized. Every rank calls it.
+    """
+    on_device = [{name: tensor.to(platform.device(), non_blocking=True) for name, tensor in batch.items()} for batch in batches]
+    micro, sequence = on_device[0]["tokens"].shape
+    outputs = get_forward_backward_func()(
+        forward_step_func=_forward,
+        # Every chunk of an interleaved pipeline walks through the same micro-batches.
+        data_iterator=[iter(on_device) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(on_device),
+        seq_length=sequence,
+        micro_batch_size=micro,
+        forward_only=forward_only,
+    )
+    return _over_ranks(outputs)
+
+
+def _forward(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    if parallel_state.get_context_parallel_world_size() > 1:
+        batch = get_batch_on_this_cp_rank(batch)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum to differentiate, number of tokens, what is logged), from `losses` and `mask`, both [micro, sequence]."""
+    total = (losses.float() * mask).sum()
+    count = mask.sum()
+    return total, count.to(torch.int), torch.stack([total.detach().double(), count.double()])
+
+
+def _over_ranks(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Adds over micro-batches and data-parallel ranks on the last stage, then tells the other stages."""
+    zeros = torch.zeros(2, dtype=torch.float64, device=platform.device())
+    totals = torch.stack(list(outputs)).sum(0) if outputs else zeros
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(totals, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+    return totals
+
+
+def validate(chunks: Sequence[Any], batches: Sequence[Batch], *, micro_batch_size: int, seq_length: int) -> tuple[float, int]:
+    """(mean loss over all unmasked tokens, their number) of this rank's and the other data-parallel ranks' `batches`.
+
+    Every rank calls it, with as many batches as it has: the number is filled up with batches that are masked throughout.
+    Raises ConfigError where no token is unmasked.
+    """
+    filled = [*batches, *[_masked(micro_batch_size, seq_length)] * (_common_count(len(batches)) - len(batches))]
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        totals = forward_backward(chunks, filled, forward_only=True)
+    for chunk, training in zip(chunks, modes, strict=True):
+        chunk.train(training)
+    total, count = totals.tolist()
+    if not count:
+        raise ConfigError("the validation batches have no unmasked token; give data more validation samples.")
+    return total / count, int(count)
+
+
+def _common_count(count: int) -> int:
+    """The largest number of batches of any rank, as a multiple of what the schedule takes."""
+    most = torch.tensor(count, device=platform.device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
+    # The interleaved schedule runs whole groups of pp micro-batches (schedules.py, microbatch_group_size_per_vp_stage).
+    group = parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1
+    return max(1, -(-int(most) // group)) * group
+
+
+def _masked(micro: int, sequence: int) -> Batch:
+    tokens = torch.zeros(micro, sequence, dtype=torch.long)
+    positions = torch.arange(sequence).expand(micro, -1)
+    return {
+        "tokens": tokens,
+        "labels": tokens,
+        "position_ids": positions,
+        "loss_mask": torch.zeros(micro, sequence),
+    }

@@ -1,0 +1,57 @@
+"""Converts without training: recipe=convert conversion.mode=import|export|roundtrip.
+
+import: a Hugging Face model to a native checkpoint. export: a native checkpoint (checkpoint.resume) to a Hugging Face
+folder. roundtrip: there and back; the exported folder has the source's bytes, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megabridge.checkpoint import native
+from megabridge.config import Config
+from megabridge.errors import ConfigError
+from megabridge.loggers import Reporter
+from megabridge.training import assemble
+
+
+def main(config: Config) -> None:
+    """Every rank calls it, in running process groups."""
+    conversion = config.conversion
+    output = Path(conversion.output) if conversion.output else Path(config.run_dir)
+    config.model.load_weights = conversion.mode != "export"
+    bridge = assemble.bridge(config)
+    provider = assemble.provider(config, bridge)
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False, init="empty")
+    with Reporter(config, assemble.loggers(config)) as report:
+        report.say(provider.describe())
+        if conversion.mode == "export":
+            native.load_weights(checkpoint(config), chunks)
+        else:
+            assert bridge.import_report is not None
+            report.log(0, {f"import/{name}": value for name, value in bridge.import_report.metrics().items()})
+            report.say(f"import: {bridge.import_report}")
+        if conversion.mode == "import":
+            native.save(output / "native", chunks, progress=native.Progress(), write_assets=bridge.write_assets)
+            report.say(f"native checkpoint: {output / 'native'}")
+        else:
+            exported = bridge.save_hf_pretrained(
+                chunks,
+                output / "hf",
+                weight_dtype=conversion.export_dtype or ("source" if bridge.import_report else None),
+                max_shard_size=conversion.max_shard_size,
+                verify=conversion.verify,
+            )
+            report.log(0, {f"export/{name}": value for name, value in exported.metrics().items()})
+            report.say(f"export: {exported}")
+            report.say(f"Hugging Face folder: {output / 'hf'}")
+
+
+def checkpoint(config: Config) -> Path:
+    """The native folder to export, from checkpoint.resume."""
+    if config.checkpoint.resume in ("none", "auto"):
+        raise ConfigError(
+            f"conversion.mode=export needs a native checkpoint; set checkpoint.resume=<run>/checkpoints/step_N/native, "
+            f"not {config.checkpoint.resume}."
+        )
+    return Path(config.checkpoint.resume)

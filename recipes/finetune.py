@@ -1,0 +1,32 @@
+"""Fine-tunes a Hugging Face model in Megatron-Core and publishes it again: recipe=finetune.
+
+Run it with `python -m megabridge.run`, or copy it and name your copy with `recipe.target=my_module:main`.
+"""
+
+from __future__ import annotations
+
+from megabridge.config import Config
+from megabridge.training import Trainer, assemble, build_optimizer
+
+
+def main(config: Config) -> float | None:
+    """Every rank calls it, in running process groups. Returns the validation loss at the end."""
+    bridge = assemble.bridge(config)
+    provider = assemble.provider(config, bridge)
+    chunks = provider.provide_distributed_model(
+        ddp_config={"use_distributed_optimizer": config.optimizer.distributed},
+        init="empty" if config.model.load_weights else "random",
+    )
+    optimizer, scheduler = build_optimizer(chunks, config.optimizer, config.scheduler, steps=config.recipe.steps)
+    trainer = Trainer(
+        config,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        data=assemble.data(config, bridge),
+        bridge=bridge,
+        callbacks=assemble.callbacks(config),
+        loggers=assemble.loggers(config),
+    )
+    trainer.say(provider.describe())
+    return trainer.fit()

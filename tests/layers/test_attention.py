@@ -1,0 +1,94 @@
+"""Core attention beside the formula, in fp32."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megabridge.errors import ConfigError
+from megabridge.layers.attention import TorchAttention
+
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+S, B, HEADS, D = 6, 2, 4, 8
+
+
+def attention(kind: Any = AttnMaskType.causal, **settings: Any) -> TorchAttention:
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HEADS * D, num_attention_heads=HEADS, attention_dropout=0.5, cuda_graph_modules=[]
+    )
+    return TorchAttention(config, layer_number=1, attn_mask_type=kind, attention_type="self", **settings).eval()
+
+
+def tensors(kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(S, B, HEADS, D), torch.randn(S, B, kv_heads, D), torch.randn(S, B, kv_heads, D)
+
+
+def formula(query: Tensor, key: Tensor, value: Tensor, masked: Tensor, scale: float) -> Tensor:
+    """softmax(q k * scale) v, written out; `masked` [b or 1, 1, s, s]."""
+    repeats = HEADS // key.shape[2]
+    key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
+    scores = torch.einsum("sbhd,tbhd->bhst", query, key) * scale
+    weights = torch.nan_to_num(scores.masked_fill(masked, -math.inf).softmax(-1))
+    return torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(2)
+
+
+FUTURE = torch.ones(S, S, dtype=torch.bool).triu(1)[None, None]
+PADDED = torch.tensor([[False] * S, [False] * 4 + [True] * 2])[:, None, None, :]
+WINDOW = FUTURE | torch.ones(S, S, dtype=torch.bool).tril(-3)
+NOTHING = torch.zeros(1, 1, S, S, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("kind", "mask", "effective"),
+    [
+        (AttnMaskType.causal, None, FUTURE),
+        (AttnMaskType.causal, PADDED, FUTURE | PADDED),
+        (AttnMaskType.causal, WINDOW, WINDOW),
+        (AttnMaskType.padding_causal, PADDED, FUTURE | PADDED),
+        (AttnMaskType.padding, PADDED, PADDED | NOTHING),
+        (AttnMaskType.no_mask, None, NOTHING),
+    ],
+)
+def test_masks(kv_heads: int, kind: Any, mask: Tensor | None, effective: Tensor) -> None:
+    query, key, value = tensors(kv_heads)
+    context = attention(kind)(query, key, value, mask)
+    assert context.shape == (S, B, HEADS * D)
+    torch.testing.assert_close(context, formula(query, key, value, effective, D**-0.5), atol=1e-5, rtol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gives_zeros_and_no_nan() -> None:
+    leaves = [tensor.requires_grad_() for tensor in tensors(2)]
+    left = torch.tensor([[True] * 2 + [False] * 4, [False] * S])[:, None, None, :]
+    context = attention()(*leaves, left)
+    assert context[:2, 0].abs().max() == 0
+    context.sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+
+
+def test_scale_of_the_caller() -> None:
+    query, key, value = tensors(2)
+    context = attention(softmax_scale=0.7)(query, key, value, None)
+    torch.testing.assert_close(context, formula(query, key, value, FUTURE, 0.7), atol=1e-5, rtol=1e-5)
+
+
+def test_value_heads_of_another_width() -> None:
+    query, key, _ = tensors(4)
+    value = torch.randn(S, B, 4, 3)
+    context = attention(k_channels=D, v_channels=3)(query, key, value, None)
+    torch.testing.assert_close(context, formula(query, key, value, FUTURE, D**-0.5), atol=1e-5, rtol=1e-5)
+
+
+def test_what_it_does_not_know_is_refused() -> None:
+    query, key, value = tensors(2)
+    with pytest.raises(ConfigError, match="no packed sequences"):
+        attention()(query, key, value, None, packed_seq_params=object())
+    with pytest.raises(ConfigError, match="no attention bias"):
+        attention()(query, key, value, None, attention_bias=torch.zeros(1))

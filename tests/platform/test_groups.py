@@ -1,0 +1,103 @@
+"""Process groups: started on demand, refused with the command that would work, seeded by place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megabridge.topology import Topology
+from tests.ranks import RankServer
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**clean, "MEGABRIDGE_PLATFORM": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def test_starting_twice_is_refused(ranks: RankServer) -> None:
+    [message, _] = ranks.run("tests.cases.ranks:start_again", topology=Topology(tp=2))
+    assert message == "groups of tp2 exist already; call groups.stop() before groups.start()."
+
+
+def test_ensure(ranks: RankServer) -> None:
+    for messages in ranks.run("tests.cases.ranks:ensure", topology=Topology(tp=2, pp=2)):
+        assert messages == [
+            "the process groups of this process are tp2pp2, but the model needs tp4; "
+            "call groups.stop() first or use the same sizes.",
+            "the process groups of this process are tp2pp2, but the model needs pp2; "
+            "call groups.stop() first or use the same sizes.",
+            "tp2pp2vpp2",
+            "2",
+            "None",
+        ]
+
+
+def test_seeds(ranks: RankServer) -> None:
+    """Rank order: tp fastest, then dp, then pp."""
+    draws = ranks.run("tests.cases.ranks:draws", topology=Topology(tp=2, dp=2, pp=2))
+    assert all(first == again for first, _, _, again in draws), "a seed makes the numbers"
+    shared = [(first, other) for first, other, _, _ in draws]
+    assert len(set(shared[:4])) == len(set(shared[4:])) == 1, "a stage shares its default generator"
+    assert shared[0] != shared[4], "stages differ"
+    own = [draw[2] for draw in draws]
+    assert own[0] == own[2] and own[1] == own[3], "replicas are equal"
+    assert len(set(own)) == 4, "tensor-parallel ranks differ"
+
+
+def test_one_process_needs_no_set_up_and_more_are_named() -> None:
+    code = """
+from megabridge.platform import groups
+from megabridge.topology import Topology
+from megabridge.errors import ConfigError
+try:
+    groups.ensure(Topology(tp=2, pp=2))
+except ConfigError as error:
+    print(error)
+print(groups.current())
+groups.ensure(Topology())
+print(groups.current(), groups.world_size())
+groups.stop()
+groups.stop()
+print(groups.current())
+"""
+    done = python(code)
+    assert done.stdout.splitlines() == [
+        "tp2pp2 needs 4 processes, but 1 process runs; start it with `torchrun --nproc-per-node=4 <script>`, "
+        "or change the sizes in parallel.",
+        "None",
+        "single 1",
+        "None",
+    ], done.stderr
+
+
+def test_under_torchrun_the_environment_is_used(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from megabridge.platform import groups\n"
+        "from megabridge.topology import Topology\n"
+        "groups.ensure(Topology(tp=2))\n"
+        "import torch.distributed as dist\n"
+        "dist.barrier()\n"
+        "print(f'rank {dist.get_rank()} of {groups.world_size()}\\n', end='', flush=True)\n"
+        "groups.stop()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        cwd=ROOT,
+        env={**os.environ, "MEGABRIDGE_PLATFORM": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0 of 2", "rank 1 of 2"], done.stderr

@@ -1,0 +1,153 @@
+"""The recipes from end to end: HF folder in, HF folder out, with reports, on real ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from megabridge.loggers import jsonl
+from megabridge.topology import Topology
+from tests.cases.models import TINY
+from tests.ranks import RankError, RankServer
+
+CASES = "tests.cases.recipes"
+
+
+@pytest.fixture(scope="module")
+def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hf") / "source"
+    ranks.run(f"{CASES}:make_source", kwargs={"folder": str(folder), "tokenizer": True})
+    return folder
+
+
+def values(run_dir: Path, source: Path | None, topology: Topology, **groups: Any) -> dict[str, Any]:
+    model: dict[str, Any] = {"name": "tiny", "path": None if source is None else str(source)}
+    return {
+        "model": {**model, **groups.pop("model", {})},
+        "parallel": {"tp": topology.tp, "pp": topology.pp, "vpp": topology.vpp},
+        "recipe": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "seq_length": 16, **groups.pop("recipe", {})},
+        "optimizer": {"lr": 1e-2},
+        "scheduler": {"name": "constant"},
+        "data": {"_target_": "tests.cases.recipes.TinyData"},
+        "callbacks": {
+            "import_parity": {"_target_": "megabridge.callbacks.parity.ImportParity"},
+            "hf_export": {"_target_": "megabridge.callbacks.hf_export.HFExport"},
+            "progress": {"_target_": "megabridge.callbacks.progress.Progress"},
+            "answer": {"_target_": "megabridge.callbacks.answer.Answer", "max_new_tokens": 4},
+            "order": {"_target_": "tests.cases.recipes.HookOrder"},
+        },
+        "logger": {
+            "jsonl": {"_target_": "megabridge.loggers.jsonl.JsonLines"},
+            "console": {"_target_": "megabridge.loggers.console.Console"},
+            "wandb": None,
+            "lines": {"_target_": "tests.cases.loggers.Lines"},
+        },
+        "run_dir": str(run_dir),
+        **groups,
+    }
+
+
+def run(ranks: RankServer, recipe: str, topology: Topology, config: dict[str, Any]) -> list[float | None]:
+    return ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": recipe, "values": config})
+
+
+def metrics(run_dir: Path, prefix: str) -> list[dict[str, Any]]:
+    return [row for row in jsonl.read(run_dir) if any(name.startswith(prefix) for name in row)]
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2)], ids=str)
+def test_finetune_imports_trains_exports_and_reports(ranks: RankServer, tmp_path: Path, source: Path, topology: Topology) -> None:
+    config = values(
+        tmp_path, source, topology, recipe={"answer_prompt": "HELLO", "steps": 8}, checkpoint={"save_every": 4, "keep_last": 1}
+    )
+    losses = run(ranks, "finetune", topology, config)
+
+    assert len(set(losses)) == 1 and losses[0] is not None
+    first, last = (row["validation/loss"] for row in metrics(tmp_path, "validation/"))
+    assert last == losses[0] < first
+    assert len(metrics(tmp_path, "train/")) == 8
+    (imported,) = [row for row in metrics(tmp_path, "import/") if "import/tensors" in row]
+    assert imported["import/mismatched_tensors"] == 0
+    tensors = len(load_file(source / "model.safetensors"))
+    exports = metrics(tmp_path, "export/")
+    assert [row["step"] for row in exports] == [4, 8]
+    assert all(row["export/mismatched_tensors"] == 0 and row["export/tensors"] == tensors for row in exports)
+    for row in metrics(tmp_path, "parity/"):
+        assert row["parity/logits_max_abs_diff"] < 1e-4 and row["parity/logits_top1_agreement"] == 1
+    assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == ["step_8"]
+    exported = tmp_path / "checkpoints/step_8/hf"
+    assert json.loads((exported / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert (exported / "tokenizer.json").is_file()
+
+    lines = (tmp_path / "lines.txt").read_text().splitlines()
+    for beginning in (
+        "LlamaForCausalLM:",
+        f"validation loss: {first:.4f} before, {last:.4f} after",
+        f"import: {tensors} tensors",
+        f"export of step 8: {tensors} tensors",
+        f"Hugging Face folder: {exported}",
+        "question: HELLO",
+        "source model: ",
+        "exported model: ",
+    ):
+        assert any(line.startswith(beginning) for line in lines), beginning
+
+
+def test_hooks_come_in_order(ranks: RankServer, tmp_path: Path, source: Path) -> None:
+    run(ranks, "finetune", Topology(), values(tmp_path, source, Topology(), recipe={"steps": 1}))
+    assert json.loads((tmp_path / "hooks.json").read_text()) == [
+        "on_start",
+        "on_import",
+        "before_validation",
+        "after_validation",
+        "before_step",
+        "after_step",
+        "before_validation",
+        "after_validation",
+        "before_save",
+        "on_save",
+        "on_end",
+    ]
+    again = values(tmp_path, source, Topology(), recipe={"steps": 2, "eval_at_start": False}, checkpoint={"resume": "auto"})
+    run(ranks, "finetune", Topology(), again)
+    assert json.loads((tmp_path / "hooks.json").read_text())[:3] == ["on_start", "on_resume", "before_step"]
+
+
+def test_pretrain_starts_from_random_weights(ranks: RankServer, tmp_path: Path) -> None:
+    shape = {**TINY, "vocab_size": 61}
+    config = values(tmp_path, None, Topology(dp=2), model={"hf": shape, "load_weights": False})
+    (loss, other) = run(ranks, "pretrain", Topology(dp=2), config)
+    assert loss == other
+    assert loss is not None and loss < metrics(tmp_path, "validation/")[0]["validation/loss"]
+    assert not metrics(tmp_path, "import/")
+    assert metrics(tmp_path, "parity/")[0]["parity/logits_max_abs_diff"] < 1e-4
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2)], ids=str)
+def test_convert_goes_round_and_through_a_native_checkpoint(
+    ranks: RankServer, tmp_path: Path, source: Path, topology: Topology
+) -> None:
+    def convert(mode: str, **groups: Any) -> None:
+        config = values(tmp_path / mode, source, topology, recipe={"steps": 0}, callbacks={}, **groups)
+        run(ranks, "convert", topology, {**config, "conversion": {"mode": mode}})
+
+    convert("roundtrip")
+    convert("import")
+    convert("export", checkpoint={"resume": str(tmp_path / "import/native")})
+    expected = load_file(source / "model.safetensors")
+    for mode in ("roundtrip", "export"):
+        found = load_file(tmp_path / mode / "hf/model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all((found[name] == tensor).all() for name, tensor in expected.items())
+    with pytest.raises(RankError, match=r"checkpoint\.resume=<run>"):
+        convert("export")
+
+
+def test_a_setting_that_cannot_work_names_itself(ranks: RankServer, tmp_path: Path, source: Path) -> None:
+    config = values(tmp_path, source, Topology(), model={"provider": {"hidden_sizes": 3}})
+    with pytest.raises(RankError, match="hidden_size"):
+        run(ranks, "finetune", Topology(), config)

@@ -1,0 +1,71 @@
+"""The optimizer from the typed config: learning rates over the steps, who is decayed, what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabridge.topology import Topology
+from tests.ranks import RankError, RankServer
+
+CASES = "tests.cases.optimizers"
+
+
+def test_rates_over_the_steps(ranks: RankServer) -> None:
+    schedules: list[dict[str, Any]] = [
+        {"name": "constant"},
+        {"name": "constant", "warmup_steps": 3},
+        {"name": "linear", "min_lr": 0.1},
+        {"name": "cosine", "warmup_steps": 2},
+        {"name": "cosine", "decay_steps": 4, "min_lr": 0.2},
+        {"name": "wsd", "decay_steps": 4},
+        {"name": "wsd"},
+    ]
+    (rates,) = ranks.run(f"{CASES}:rates", kwargs={"schedules": schedules, "steps": 10})
+    constant, warm, linear, cosine, short, wsd, tenth = rates
+    assert constant == [1.0] * 10
+    # No step is lost at a rate of 0, neither the first nor the last.
+    assert warm == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 7)
+    assert linear == pytest.approx([0.1 + 0.9 * (1 - step / 10) for step in range(10)])
+    assert cosine == pytest.approx([1 / 3, 2 / 3] + [0.5 * (math.cos(math.pi * step / 8) + 1) for step in range(8)])
+    assert short[4:] == pytest.approx([0.2] * 6) and short[0] == 1.0
+    assert wsd == pytest.approx([1.0] * 7 + [0.75, 0.5, 0.25])
+    assert tenth == pytest.approx([1.0] * 10)
+
+
+def test_norms_and_biases_are_not_decayed(ranks: RankServer) -> None:
+    for decayed, kept in ranks.run(f"{CASES}:decay", topology=Topology(pp=2)):
+        assert decayed and kept
+        assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+        assert all("norm" in name or name.endswith("bias") for name in kept)
+
+
+def test_clipping_bounds_the_update(ranks: RankServer) -> None:
+    ((clipped, free),) = ranks.run(f"{CASES}:clipped_sgd")
+    assert clipped == pytest.approx(0.5, rel=1e-3)
+    assert free > 1.0
+
+
+def test_sgd_goes_on_after_a_resume(ranks: RankServer, tmp_path: Path) -> None:
+    ((whole, halves),) = ranks.run(f"{CASES}:sgd_in_halves", kwargs={"folder": str(tmp_path)})
+    assert halves == whole
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "message"),
+    [
+        ({"name": "sgd"}, {}, r"optimizer.name=sgd has no distributed form.*optimizer.distributed=false"),
+        ({"distributed": False}, {}, r"optimizer.distributed=False must match"),
+        ({}, {"name": "cosine", "warmup_steps": 10}, r"scheduler.warmup_steps=10 must be less than the 10 steps"),
+        ({}, {"name": "wsd", "decay_steps": 11}, r"scheduler.decay_steps=11 must be at most recipe.steps=10"),
+        ({"lr": 1e-3}, {"min_lr": 1e-2}, r"scheduler.min_lr=0.01 must be at most optimizer.lr=0.001"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(
+    ranks: RankServer, optimizer: dict[str, Any], scheduler: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RankError, match=message):
+        ranks.run(f"{CASES}:build", kwargs={"optimizer": optimizer, "scheduler": scheduler})

@@ -1,0 +1,153 @@
+"""A run that is cut in two ends where the whole run ends, bit for bit, and may change its layout in between."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megabridge.topology import Topology
+from tests.ranks import RankError, RankServer
+
+RUN = "tests.cases.training:run"
+LAYOUTS = [Topology(), Topology(dp=2), Topology(tp=2), Topology(pp=2)]
+
+
+def trained(ranks: RankServer, topology: Topology, folder: Path, **kwargs: Any) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = ranks.run(RUN, topology=topology, kwargs={"run_dir": str(folder), **kwargs})
+    return results
+
+
+def merged(results: list[dict[str, Any]], what: str) -> dict[str, torch.Tensor]:
+    """One dict over all ranks; shards that several ranks hold must be equal."""
+    found: dict[str, torch.Tensor] = {}
+    for result in results:
+        for name, tensor in result[what].items():
+            assert name not in found or torch.equal(found[name], tensor), name
+            found[name] = tensor
+    return found
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("topology", LAYOUTS, ids=str)
+def test_two_halves_equal_the_whole(ranks: RankServer, tmp_path: Path, topology: Topology) -> None:
+    whole = trained(ranks, topology, tmp_path / "whole", steps=6)
+    first = trained(ranks, topology, tmp_path / "halves", steps=6, stop_after=3)
+    second = trained(ranks, topology, tmp_path / "halves", steps=6, resume="auto")
+
+    for everything, before, after in zip(whole, first, second, strict=True):
+        assert before["step"] == 3
+        assert before["losses"] + after["losses"] == everything["losses"]
+        assert before["norms"] + after["norms"] == everything["norms"]
+        assert before["rates"] + after["rates"] == everything["rates"]
+        assert after["validation"] == everything["validation"]
+        assert_equal(after["parameters"], everything["parameters"])
+        assert_equal(after["optimizer"], everything["optimizer"])
+        assert int(after["optimizer"]["step"]) == 6
+
+
+def test_dropout_continues_with_the_same_random_numbers(ranks: RankServer, tmp_path: Path) -> None:
+    options = {"hidden_dropout": 0.2}
+    whole = trained(ranks, Topology(), tmp_path / "whole", steps=4, options=options)
+    trained(ranks, Topology(), tmp_path / "halves", steps=4, stop_after=2, options=options)
+    second = trained(ranks, Topology(), tmp_path / "halves", steps=4, resume="auto", options=options)
+    assert second[0]["losses"] == whole[0]["losses"][2:]
+    dry = trained(ranks, Topology(), tmp_path / "dry", steps=4)
+    assert dry[0]["losses"] != whole[0]["losses"]
+
+
+@pytest.mark.parametrize(
+    "other", [Topology(pp=2), Topology(pp=2, vpp=2), Topology(dp=2), Topology(), Topology(tp=2, pp=2)], ids=str
+)
+def test_another_layout_reads_the_same_bits_and_goes_on(ranks: RankServer, tmp_path: Path, other: Topology) -> None:
+    written = trained(ranks, Topology(tp=2), tmp_path / "run", steps=6, stop_after=3)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+
+    read = ranks.run("tests.cases.training:loaded", topology=other, kwargs={"folder": str(tmp_path / "other")})
+    for what in ("parameters", "optimizer"):
+        assert_equal(without_padding(whole_tensors(read, what)), without_padding(whole_tensors(written, what)))
+
+    straight = trained(ranks, Topology(tp=2), tmp_path / "run", steps=6, resume="auto")
+    moved = trained(ranks, other, tmp_path / "other", steps=6, resume="auto")
+    assert moved[0]["losses"] == pytest.approx(straight[0]["losses"], abs=1e-5)
+    assert moved[0]["norms"] == pytest.approx(straight[0]["norms"], rel=1e-4)
+
+
+def without_padding(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The embedding's rows that tokens have: how many more there are depends on tp."""
+    return {name: tensor[:61] if "word_embeddings" in name else tensor for name, tensor in tensors.items()}
+
+
+def whole_tensors(results: list[dict[str, Any]], what: str) -> dict[str, torch.Tensor]:
+    """Global tensors put together from the shards of all ranks (names end in the shard's offset)."""
+    pieces: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
+    for name, tensor in merged(results, what).items():
+        key, _, offset = name.partition("[")
+        place = tuple(int(number) for number in offset.rstrip("]").split(",")) if offset else ()
+        pieces.setdefault(key, {})[place] = tensor
+    return {key: _joined(shards) for key, shards in pieces.items()}
+
+
+def _joined(shards: dict[tuple[int, ...], torch.Tensor]) -> torch.Tensor:
+    places = list(shards)
+    rank = len(places[0])
+    blocks = {place: tensor.reshape((1,) * (rank - tensor.dim()) + tensor.shape) for place, tensor in shards.items()}
+    for axis in reversed(range(rank)):
+        rows: dict[tuple[int, ...], list[tuple[int, torch.Tensor]]] = {}
+        for place, block in blocks.items():
+            rows.setdefault((*place[:axis], 0, *place[axis + 1 :]), []).append((place[axis], block))
+        blocks = {
+            place: torch.cat([block for _, block in sorted(row, key=lambda item: item[0])], axis) for place, row in rows.items()
+        }
+    (whole,) = blocks.values()
+    return whole
+
+
+def test_state_of_an_optimizer_that_is_not_distributed_comes_back(ranks: RankServer, tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        options = {"distributed": False, "dtype": dtype}
+        whole = trained(ranks, Topology(), tmp_path / dtype / "whole", steps=4, options=options)
+        trained(ranks, Topology(), tmp_path / dtype / "halves", steps=4, stop_after=2, options=options)
+        second = trained(ranks, Topology(), tmp_path / dtype / "halves", steps=4, resume="auto", options=options)
+        assert second[0]["losses"] == whole[0]["losses"][2:]
+        assert_equal(second[0]["parameters"], whole[0]["parameters"])
+        assert_equal(second[0]["optimizer"], whole[0]["optimizer"])
+
+
+def test_bfloat16_keeps_its_float32_masters(ranks: RankServer, tmp_path: Path) -> None:
+    options = {"dtype": "bfloat16"}
+    whole = trained(ranks, Topology(dp=2), tmp_path / "whole", steps=4, options=options)
+    trained(ranks, Topology(dp=2), tmp_path / "halves", steps=4, stop_after=2, options=options)
+    second = trained(ranks, Topology(dp=2), tmp_path / "halves", steps=4, resume="auto", options=options)
+    assert second[0]["losses"] == whole[0]["losses"][2:]
+    assert_equal(second[0]["optimizer"], whole[0]["optimizer"])
+
+
+def test_other_data_is_refused_and_another_rate_is_taken(ranks: RankServer, tmp_path: Path) -> None:
+    trained(ranks, Topology(), tmp_path, steps=2)
+    with pytest.raises(RankError, match=r"recipe.global_batch_size: 8 -> 4"):
+        trained(ranks, Topology(), tmp_path, steps=4, resume="auto", global_batch_size=4)
+    result = trained(ranks, Topology(), tmp_path, steps=4, resume="auto", lr=5e-3)
+    assert result[0]["rates"] == [5e-3, 5e-3]
+
+
+def test_a_run_does_not_run_over_anothers_steps(ranks: RankServer, tmp_path: Path) -> None:
+    trained(ranks, Topology(), tmp_path, steps=2)
+    with pytest.raises(RankError, match=r"step_2 that is already in .*checkpoint.resume=auto"):
+        trained(ranks, Topology(), tmp_path, steps=2)
+
+
+def test_resume_from_a_folder(ranks: RankServer, tmp_path: Path) -> None:
+    whole = trained(ranks, Topology(), tmp_path / "whole", steps=4, save_every=2)
+    second = trained(ranks, Topology(), tmp_path / "other", steps=4, resume=str(tmp_path / "whole/checkpoints/step_2"))
+    assert second[0]["losses"] == whole[0]["losses"][2:]
+    with pytest.raises(RankError, match="there is no complete native checkpoint there"):
+        trained(ranks, Topology(), tmp_path / "third", steps=4, resume=str(tmp_path / "nothing"))

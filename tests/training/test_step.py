@@ -1,0 +1,94 @@
+"""The loss weighs tokens alike, however they are spread over micro-batches and ranks; and it goes down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabridge.topology import Topology
+from tests.ranks import RankError, RankServer
+
+RUN = "tests.cases.training:run"
+
+
+def trained(ranks: RankServer, topology: Topology, folder: Path, **kwargs: Any) -> dict[str, Any]:
+    result: dict[str, Any] = ranks.run(RUN, topology=topology, kwargs={"run_dir": str(folder), **kwargs})[0]
+    return result
+
+
+@pytest.fixture(scope="module")
+def single(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One micro-batch of 8 sequences a step."""
+    return trained(ranks, Topology(), tmp_path_factory.mktemp("single"), steps=4, micro_batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("topology", "micro_batch_size"),
+    [
+        (Topology(), 1),
+        (Topology(), 4),
+        (Topology(dp=2), 1),
+        (Topology(dp=2), 4),
+        (Topology(tp=2), 2),
+        (Topology(pp=2), 2),
+        (Topology(pp=2, vpp=2), 2),
+        (Topology(tp=2, pp=2, vpp=2), 2),
+    ],
+    ids=str,
+)
+def test_loss_and_gradient_depend_on_the_batch_only(
+    ranks: RankServer, tmp_path: Path, single: dict[str, Any], topology: Topology, micro_batch_size: int
+) -> None:
+    options = {"sequence_parallel": topology.tp > 1}
+    result = trained(ranks, topology, tmp_path, steps=4, micro_batch_size=micro_batch_size, options=options)
+    assert result["losses"] == pytest.approx(single["losses"], abs=1e-4)
+    assert result["norms"] == pytest.approx(single["norms"], rel=1e-4)
+
+
+def test_loss_is_the_mean_over_unmasked_tokens(ranks: RankServer) -> None:
+    results = ranks.run("tests.cases.training:loss_by_hand", topology=Topology(dp=2))
+    for trained_loss, by_hand in results:
+        assert trained_loss == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_validation_counts_tokens_not_batches(ranks: RankServer) -> None:
+    for topology in (Topology(), Topology(dp=2), Topology(pp=2), Topology(pp=2, vpp=2)):
+        for (loss, tokens), by_hand in ranks.run("tests.cases.training:validation_by_hand", topology=topology):
+            assert loss == pytest.approx(by_hand[0], abs=1e-5)
+            assert tokens == by_hand[1]
+
+
+def test_a_run_without_validation_data_has_no_validation_loss(ranks: RankServer, tmp_path: Path) -> None:
+    kwargs = {"run_dir": str(tmp_path)}
+    assert ranks.run("tests.cases.training:without_validation", topology=Topology(dp=2), kwargs=kwargs) == [None, None]
+
+
+def test_loss_goes_down(ranks: RankServer, tmp_path: Path) -> None:
+    result = trained(ranks, Topology(), tmp_path, steps=40, eval_at_start=True, save_at_end=False)
+    assert result["validation"] < 0.9 * result["validation_losses"][0][1]
+
+
+def test_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(ranks: RankServer, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"the loss of step 3 is nan; nothing of it is saved"):
+        ranks.run("tests.cases.training:poisoned", topology=Topology(dp=2), kwargs={"run_dir": str(tmp_path)})
+    assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == ["step_2"]
+
+
+def test_sigterm_saves_and_exits_with_its_code(ranks: RankServer, tmp_path: Path) -> None:
+    results = ranks.run("tests.cases.training:interrupted", topology=Topology(dp=2), kwargs={"run_dir": str(tmp_path)})
+    assert results == [(75, 3), (75, 3)]
+    assert (tmp_path / "checkpoints/step_3/native/metadata.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"global_batch_size": 3}, "recipe.global_batch_size=3 must be a multiple of recipe.micro_batch_size x dp = 2 x 1"),
+        ({"options": {"calculate_per_token_loss": False}}, "provider.calculate_per_token_loss=False"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(ranks: RankServer, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RankError, match=message):
+        trained(ranks, Topology(), tmp_path, steps=1, **settings)
