@@ -188,9 +188,7 @@ def allowed_tp(shape: Shape) -> list[int]:
     heads = shape.heads or 1
     kv_heads = shape.kv_heads or heads
     return [
-        tp
-        for tp in _divisors(heads)
-        if (kv_heads % tp == 0 or tp % kv_heads == 0) and (shape.ffn is None or shape.ffn % tp == 0)
+        tp for tp in _divisors(heads) if (kv_heads % tp == 0 or tp % kv_heads == 0) and (shape.ffn is None or shape.ffn % tp == 0)
     ]
 
 

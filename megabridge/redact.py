@@ -65,8 +65,7 @@ def _redacted(raw: Any, resolved: Any, values: list[str], *, secret: bool) -> An
     if isinstance(resolved, dict):
         inner = raw if isinstance(raw, dict) else {}
         return {
-            key: _redacted(inner.get(key), value, values, secret=secret or is_secret(str(key)))
-            for key, value in resolved.items()
+            key: _redacted(inner.get(key), value, values, secret=secret or is_secret(str(key))) for key, value in resolved.items()
         }
     if isinstance(resolved, list):
         parts = raw if isinstance(raw, list) and len(raw) == len(resolved) else [None] * len(resolved)

@@ -117,9 +117,7 @@ def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | Non
     values, run_config = resolve(cfg, run_dir)
     topology = config.topology(run_config.parallel)
     checks.check_layout(run_config, topology)
-    platform = host.choose_platform(
-        run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides
-    )
+    platform = host.choose_platform(run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides)
     write_config(cfg, values)
     return local.launch(values, world_size=topology.world_size, platform=platform)
 
