@@ -115,6 +115,7 @@ class AutoBridge:
                 self.load_hf_weights(chunks, hf_path)
                 return chunks
 
+            provider.perform_initialization = False  # every element is filled by the import
             provider.register_pre_wrap_hook(load)
         return provider
 

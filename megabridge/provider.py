@@ -260,9 +260,7 @@ class ModelProvider:
     def _layer_spec(self, config: Any) -> Any:
         given = self.transformer_layer_spec
         if given is None:
-            biases = Biases(
-                qkv=bool(self.add_qkv_bias), proj=bool(self.add_attn_proj_bias), mlp=bool(self.add_mlp_bias)
-            )
+            biases = Biases(qkv=bool(self.add_qkv_bias), proj=bool(self.add_attn_proj_bias), mlp=bool(self.add_mlp_bias))
             return layer_spec(self.resolved_backend, config, biases)
         return given if isinstance(given, ModuleSpec) else given(config)
 
@@ -289,9 +287,7 @@ def _data_parallel(chunks: list[Chunk], config: Any, overrides: Mapping[str, obj
     except TypeError as error:
         raise ConfigError(f"ddp_config has a field that DistributedDataParallelConfig lacks: {error}") from error
     # Later chunks communicate while the first ones compute: they need no buckets (megatron/training/training.py).
-    return [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
-    ]
+    return [DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
 
 
 def _checked(chunks: Any, hook: Hook) -> list[Chunk]:

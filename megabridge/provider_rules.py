@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 import megabridge.platform as platform
 from megabridge.errors import ConfigError
-from megabridge.layers.rotary import rope_problems
 from megabridge.layers.spec import BACKENDS
 from megabridge.layers.split import deal_layers, layout_of
+from megabridge.rope import rope_problems
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -153,9 +153,7 @@ def _head_problems(get: Callable[[str], Any]) -> list[str]:
     groups = get("num_query_groups") or heads
     problems = []
     if heads % tp:
-        problems.append(
-            f"tensor_model_parallel_size={tp} must divide num_attention_heads={heads}; use one of {_divisors(heads)}."
-        )
+        problems.append(f"tensor_model_parallel_size={tp} must divide num_attention_heads={heads}; use one of {_divisors(heads)}.")
     if heads % groups:
         problems.append(f"num_query_groups={groups} must divide num_attention_heads={heads}; use {_divisors(heads)}.")
     if groups % tp and tp % groups:
@@ -183,9 +181,7 @@ def _width_problems(get: Callable[[str], Any]) -> list[str]:
     width = get("ffn_hidden_size") or 4 * get("hidden_size")
     problems = []
     if width % tp:
-        problems.append(
-            f"tensor_model_parallel_size={tp} must divide ffn_hidden_size={width}; use one of {_divisors(width)}."
-        )
+        problems.append(f"tensor_model_parallel_size={tp} must divide ffn_hidden_size={width}; use one of {_divisors(width)}.")
     if get("sequence_parallel"):
         if tp == 1:
             problems.append("sequence_parallel=True needs tensor_model_parallel_size > 1; set sequence_parallel=False.")
@@ -203,9 +199,7 @@ def _pipeline_problems(get: Callable[[str], Any]) -> list[str]:
     if vpp > 1 and pp == 1:
         return [f"virtual_pipeline_model_parallel_size={vpp} needs pipeline_model_parallel_size > 1; unset it."]
     if get("expert_model_parallel_size") > 1 and get("num_moe_experts") is None:
-        return [
-            f"expert_model_parallel_size={get('expert_model_parallel_size')} needs a model with experts; set it to 1."
-        ]
+        return [f"expert_model_parallel_size={get('expert_model_parallel_size')} needs a model with experts; set it to 1."]
     if follows_megatron(get):
         return []
     try:
@@ -237,9 +231,7 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
         )
     partial = (get("rope") or {}).get("partial_rotary_factor")
     if partial is not None and partial != get("rotary_percent"):
-        problems.append(
-            f"rope's partial_rotary_factor={partial} must equal rotary_percent={get('rotary_percent')}; set it so."
-        )
+        problems.append(f"rope's partial_rotary_factor={partial} must equal rotary_percent={get('rotary_percent')}; set it so.")
     backend = resolved_backend(get("backend"))
     if backend == "te" and (platform.is_cpu() or not HAVE_TE):
         where = "runs on CUDA only" if platform.is_cpu() else "needs Transformer Engine, which is not installed"
@@ -253,9 +245,7 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
     if backend == "local" and get("sequence_parallel"):
         problems.append("backend=local has no sequence parallelism (megatron-core's torch norms); use backend=torch.")
     if backend != "te" and get("context_parallel_size") > 1:
-        problems.append(
-            f"context_parallel_size={get('context_parallel_size')} needs backend=te, not {backend}; set it to 1."
-        )
+        problems.append(f"context_parallel_size={get('context_parallel_size')} needs backend=te, not {backend}; set it to 1.")
     return problems
 
 

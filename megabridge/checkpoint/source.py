@@ -44,12 +44,12 @@ def resolve(
 
     Raises CheckpointError for a path that is no folder with a config.json, and for a hub id that is unknown, gated or unreachable.
     """
-    local = Path(path).expanduser()
-    if local.exists():
-        return _checked(local)
     name = str(path)
+    local = Path(path).expanduser()
+    if name and local.exists():
+        return _checked(local)
     if _is_path(name) or not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name} must be an existing folder, or a hub id such as org/name{_nearest(local)}.")
+        raise CheckpointError(f"{name!r} must be an existing folder, or a hub id such as org/name{_nearest(local)}.")
     is_quickstart = name == quickstart.HUB_ID and revision is None
     if is_quickstart and quickstart.folder().is_dir():
         return quickstart.folder()

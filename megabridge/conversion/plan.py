@@ -138,8 +138,8 @@ def check_source(
 
     A rank needs only the headers for it, so that every rank comes to the same answer.
     """
-    problems = []
-    absent = set()
+    problems: list[str] = []
+    absent: set[str] = set()
     names = list(infos)
     for name, spec in plan.tensors.items():
         info = infos.get(name)

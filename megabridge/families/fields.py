@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from megabridge.errors import ConfigError
+from megabridge.errors import ConfigError, listed
+from megabridge.rope import rope_problems
 
 Json = Mapping[str, Any]
 REQUIRED: Final = object()
@@ -118,21 +119,6 @@ class Choice:
         raise ConfigError(f"{self.native}={native[self.native]!r} has no value of config.json's {self.hf!r}; change it back.")
 
 
-# Settings of each rope type in transformers (modeling_rope_utils.py): those that must be there, and those that may.
-ROPE_TYPES: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
-    "default": (frozenset(), frozenset()),
-    "linear": (frozenset(("factor",)), frozenset()),
-    "llama3": (
-        frozenset(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
-        frozenset(),
-    ),
-    "yarn": (
-        frozenset(("factor",)),
-        frozenset("original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate".split()),
-    ),
-}
-
-
 @dataclass(frozen=True)
 class Rope:
     """Rotary embedding settings: transformers 5's `rope_parameters`, or the older `rope_theta` with `rope_scaling`.
@@ -141,31 +127,26 @@ class Rope:
     """
 
     theta: float = 10000.0
-    types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
 
     def keys(self) -> frozenset[str]:
         return frozenset(("rope_parameters", "rope_scaling", "rope_theta"))
 
     def read(self, hf: Json) -> dict[str, Any]:
         given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        legacy, kind = given.pop("type", None), given.pop("rope_type", None)
-        kind = kind or legacy or "default"
-        theta = given.pop("rope_theta", None) or hf.get("rope_theta") or self.theta
-        if kind not in self.types:
-            raise ConfigError(f"rope_type={kind!r} is not supported for this architecture; supported: {', '.join(self.types)}.")
-        if given.get("partial_rotary_factor") in (1, 1.0):
-            del given["partial_rotary_factor"]
-        required, optional = ROPE_TYPES[kind]
-        missing = sorted(required - given.keys())
-        unknown = sorted(key for key in given.keys() - required - optional if given[key] is not None)
-        if missing or unknown:
-            problems = [f"lacks {key!r}" for key in missing]
-            problems += [f"has {key}={given[key]!r}, which it doesn't know" for key in unknown]
-            raise ConfigError(f"rope_type={kind!r} {' and '.join(problems)}; correct rope_parameters in config.json.")
-        if kind == "yarn":
-            given.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
-        kept = {key: value for key, value in given.items() if value is not None}
-        return {"rope": {"rope_type": kind, "rope_theta": theta, **kept}}
+        legacy = given.pop("type", None)
+        rope = {
+            **given,
+            "rope_type": given.get("rope_type") or legacy or "default",
+            "rope_theta": given.get("rope_theta") or hf.get("rope_theta") or self.theta,
+        }
+        if rope.get("partial_rotary_factor") == 1:
+            del rope["partial_rotary_factor"]
+        if rope["rope_type"] == "yarn":
+            rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
+        rope = {key: value for key, value in rope.items() if value is not None}
+        if problems := rope_problems(rope):
+            raise ConfigError(listed(problems))
+        return {"rope": rope}
 
     def write(self, native: Json) -> dict[str, Any]:
         return {"rope_parameters": dict(native["rope"])}

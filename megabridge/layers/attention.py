@@ -57,9 +57,7 @@ class TorchAttention(torch.nn.Module):
         that may attend to nothing gives zeros.
         """
         if packed_seq_params is not None or attention_bias is not None:
-            raise ConfigError(
-                "backend=torch has no packed sequences and no attention bias; use padded batches or backend=te."
-            )
+            raise ConfigError("backend=torch has no packed sequences and no attention bias; use padded batches or backend=te.")
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
         allowed = None
         if attention_mask is not None:

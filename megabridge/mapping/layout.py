@@ -24,7 +24,9 @@ class Piece:
 
 
 class Layout(Protocol):
-    """What a rule says about the arrangement. `native` is the global native shape, before any cut."""
+    """What a rule says about the arrangement; a frozen value. `native` is the global native shape, before any cut."""
+
+    def __hash__(self) -> int: ...
 
     def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
         """The Hugging Face shape of every part."""

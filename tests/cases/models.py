@@ -31,7 +31,7 @@ def llama_config(seed: int) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "hidden_size": draw.choice([24, 32, 48, 64]),
+        "hidden_size": heads * draw.choice([4, 6, 8]),  # transformers wants a multiple of the heads
         "intermediate_size": draw.choice([32, 44, 64, 96]),
         "num_hidden_layers": draw.choice([2, 3, 4, 5]),
         "num_attention_heads": heads,

@@ -50,7 +50,7 @@ def test_rope_in_old_and_new_files(config: dict[str, Any], expected: dict[str, A
     [
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type='spiral'"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "'llama3' lacks 'high_freq_factor'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "rope_type='llama3' needs high_freq_factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "twist": 3}}, "twist=3"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"sliding_window": 4096}, "sliding_window=4096"),

@@ -1,0 +1,5 @@
+"""Data: what a recipe trains and validates on. Write your own as a subclass of `DataModule`, named by `data._target_`."""
+
+from megabridge.data.module import Batch, DataModule
+
+__all__ = ["Batch", "DataModule"]

@@ -1,0 +1,147 @@
+"""Chat messages to tokens, with a mask that marks what the assistant says and nothing else.
+
+Where the template marks the assistant's text itself, by `{% generation %}`, that mark decides. Most templates don't. Then the
+conversation is rendered up to each assistant message and up to its end; the span between the two must be exactly that message and
+its end-of-turn token, and must begin and end between tokens as generation would meet them. Whatever can't be told apart exactly
+is an error: never a loss on everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from megabridge.data.batches import Sample
+from megabridge.errors import ConfigError
+
+type Message = Mapping[str, Any]
+"""{"role": "system" | "user" | "assistant", "content": text}; templates may know more keys."""
+
+# The tag as transformers looks for it (utils/chat_template_utils.py).
+_TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_REMEDY: Final = "mark the assistant's text in the chat template with {% generation %}"
+
+
+class ChatEncoder:
+    """Encodes conversations with the tokenizer and the chat template of a Hugging Face folder.
+
+    The end-of-turn token belongs to what the assistant says; a line break after it, which the template writes and a model never
+    gets to produce, does not.
+    """
+
+    def __init__(self, folder: Path, *, template_arguments: Mapping[str, object] | None = None) -> None:
+        """`template_arguments` are passed to the template, e.g. a fixed date_string where it would write today's date."""
+        from transformers import AutoTokenizer  # seconds to import
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._folder = folder
+        self._arguments = dict(template_arguments or {})
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(
+                f"the tokenizer in {folder} must have a chat template for chat data; set model.tokenizer to one that has."
+            )
+        self._has_tag = bool(_TAG.search(self.tokenizer.get_chat_template()))
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special.update(self.tokenizer.all_special_tokens)
+        alternatives = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or r"(?!)"
+        self._tail = re.compile(rf"((?:\s*(?:{alternatives}))*)\s*")
+
+    @property
+    def pad_token(self) -> int:
+        """The id that fills up rows; it is never a label that counts."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def encode(self, messages: Sequence[Message]) -> Sample:
+        """The whole conversation. Raises ConfigError when the assistant's tokens can't be told apart exactly."""
+        if self._has_tag:
+            return self._by_tag(messages)
+        text = self._render(messages)
+        tokens = self._tokens(text)
+        mask = [False] * len(tokens)
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                begin, end = self._span(text, messages, number)
+                first, last = (self._boundary(text, tokens, place, number) for place in (begin, end))
+                mask[first:last] = [True] * (last - first)
+        return Sample(tokens, mask)
+
+    def _by_tag(self, messages: Sequence[Message]) -> Sample:
+        encoded = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self._arguments
+        )
+        sample = Sample(list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]])
+        if not any(sample.mask) and any(message["role"] == "assistant" for message in messages):
+            raise ConfigError(
+                f"the chat template of {self._folder} has {{% generation %}}, but no token of this conversation lies within it; "
+                "put it around the assistant's text."
+            )
+        return sample
+
+    def _span(self, text: str, messages: Sequence[Message], number: int) -> tuple[int, int]:
+        """(begin, end) in characters of what assistant message `number` adds to `text`, up to its end-of-turn token."""
+        before = self._render(messages[:number], prompt=True) if number else ""
+        through = self._render(messages[: number + 1])
+        if not number or not text.startswith(through) or not through.startswith(before):
+            why = "changes when more follows, or does not follow its prompt" if number else "has no prompt before it"
+            raise ConfigError(
+                f"with the chat template of {self._folder}, message {number} {why}: its tokens can't be told apart; {_REMEDY}."
+            )
+        content = message_text(messages[number], number)
+        added = through[len(before) :]
+        lead = len(added) - len(added.lstrip())
+        # Templates may trim the text, and may begin it with a space.
+        if added.startswith(content):
+            end = len(content)
+        elif added[lead:].startswith(content.strip()):
+            end = lead + len(content.strip())
+        else:
+            raise ConfigError(f"the chat template of {self._folder} changes the text of assistant message {number}; {_REMEDY}.")
+        tail = self._tail.fullmatch(added, end)
+        if tail is None:
+            raise ConfigError(
+                f"the chat template of {self._folder} writes {added[end : end + 40]!r} after assistant message {number}, where "
+                f"only an end-of-turn token may follow; {_REMEDY}."
+            )
+        return len(before), len(before) + tail.end(1)
+
+    def _boundary(self, text: str, tokens: list[int], place: int, number: int) -> int:
+        """How many tokens `text[:place]` has. They must begin `tokens`: a token may not reach over the boundary."""
+        before = self._tokens(text[:place])
+        if tokens[: len(before)] != before:
+            around = f"{text[max(0, place - 10) : place]!r} | {text[place : place + 10]!r}"
+            raise ConfigError(
+                f"with the chat template of {self._folder}, a token reaches over the boundary {around} of message {number}; "
+                f"strip white space at the ends of the text, or {_REMEDY}."
+            )
+        return len(before)
+
+    def _render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, **self._arguments
+            )
+        except TemplateError as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise ConfigError(
+                f"the chat template of {self._folder} refuses the roles {roles}: {error}; change the messages."
+            ) from error
+        return text
+
+    def _tokens(self, text: str) -> list[int]:
+        # The template has written every special token that belongs there.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def message_text(message: Message, number: int) -> str:
+    """The message's content. Raises ConfigError where that is not text."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise ConfigError(f"message {number} must have its content as text, not {type(content).__name__}; {_REMEDY}.")
+    return content

@@ -1,0 +1,42 @@
+"""The contract between data and the training loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+Batch = dict[str, torch.Tensor]
+"""One micro-batch, CPU tensors of one shape [micro_batch_size, length]: `tokens` int64; `labels` int64, already shifted
+(labels[:, i] is the token after tokens[:, i]); `loss_mask` float32, 1 where the label counts; `position_ids` int64. Rows are padded
+on the right, so that causal attention needs no mask."""
+
+
+class DataModule(ABC):
+    """Makes the batches of one run.
+
+    The order of samples depends on the seed and on nothing else: not on the number of ranks, not on the micro-batch size, not on
+    where a run was resumed. Every rank makes its own DataModule and can compute the batches of any other.
+    """
+
+    @abstractmethod
+    def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
+        """Loads and tokenises with the tokenizer in `tokenizer_folder`. Called once, before any batch. Raises ConfigError."""
+
+    @abstractmethod
+    def train_batches(self, consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+        """Micro-batches of one data-parallel rank, endless, beginning after `consumed_samples` samples of the whole run.
+
+        global_batch_size / micro_batch_size / dp_size consecutive ones make a step; over all ranks they hold exactly the step's
+        samples, and all have the same length.
+        """
+
+    @abstractmethod
+    def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
+        """This rank's part of the validation samples, in batches of [micro_batch_size, seq_length], as many on every rank."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for people: how many samples, and how many were cut or left out. After `setup`."""

@@ -1,0 +1,49 @@
+"""Random tokens: for smoke tests and speed measurements, where what is learned doesn't matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import override
+
+import torch
+
+from megabridge.data.batches import Batching, Sample
+from megabridge.data.module import Batch, DataModule
+from megabridge.errors import ConfigError
+
+
+class RandomTokens(DataModule):
+    """`samples` different rows of seq_length + 1 tokens, uniform over `vocab_size` ids; the loss is on every token."""
+
+    def __init__(self, *, vocab_size: int, samples: int = 256, validation_samples: int = 8) -> None:
+        for name, value in (("vocab_size", vocab_size), ("samples", samples), ("validation_samples", validation_samples)):
+            if value < 1:
+                raise ConfigError(f"data.{name}={value} must be at least 1.")
+        self._vocab_size = vocab_size
+        self._counts = (samples, validation_samples)
+
+    @override
+    def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
+        """The tokenizer is not looked at."""
+        self._seed = seed
+        self._batching = Batching(seq_length, micro_batch_size, global_batch_size, pad_token=0)
+        count, held_out = self._counts
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(self._vocab_size, (count + held_out, seq_length + 1), generator=generator).tolist()
+        samples = [Sample(row, [True] * len(row)) for row in rows]
+        self._train, self._validation = samples[:count], samples[count:]
+
+    @override
+    def train_batches(self, consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+        return self._batching.train(self._train, consumed_samples, seed=self._seed, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
+        return self._batching.validation(self._validation, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def describe(self) -> str:
+        return (
+            f"random tokens: train {self._counts[0]} samples, validation {self._counts[1]}, of {self._batching.seq_length} tokens"
+        )

@@ -1,0 +1,118 @@
+"""Order, shapes and padding of batches: independent of the number of ranks, resumable, nothing lost in silence."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megabridge.data.batches import Batching, Order, Sample, fit
+from megabridge.data.module import Batch
+from megabridge.errors import ConfigError
+
+PAD = 0
+
+
+def samples(count: int, length: int = 9) -> list[Sample]:
+    """Sample i has 2 + i % (length - 1) tokens, all 100 + i; the loss is on all but the first."""
+    sizes = [2 + number % (length - 1) for number in range(count)]
+    return [Sample([100 + number] * size, [False] + [True] * (size - 1)) for number, size in enumerate(sizes)]
+
+
+def rows(batches: list[Batch]) -> list[list[int]]:
+    """What is learned in each row, in order."""
+    return [row[mask.bool()].tolist() for batch in batches for row, mask in zip(batch["labels"], batch["loss_mask"], strict=True)]
+
+
+def steps(batching: Batching, count: int, *, consumed: int = 0, dp: int = 1, number_of_samples: int = 11) -> list[list[Batch]]:
+    """All ranks' micro-batches of `count` steps, by step."""
+    per_rank = batching.global_batch_size // batching.micro_batch_size // dp
+    data = samples(number_of_samples, batching.seq_length)
+    iterators = [batching.train(data, consumed, seed=7, dp_rank=rank, dp_size=dp) for rank in range(dp)]
+    return [[batch for iterator in iterators for batch in islice(iterator, per_rank)] for _ in range(count)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 40))
+def test_a_steps_samples_do_not_depend_on_dp(micro: int, dp: int, times: int, count: int) -> None:
+    batching = Batching(8, micro, micro * dp * times, PAD)
+    alone = Batching(8, 1, micro * dp * times, PAD)
+    for many, one in zip(
+        steps(batching, 4, dp=dp, number_of_samples=count), steps(alone, 4, number_of_samples=count), strict=True
+    ):
+        assert sorted(rows(many)) == sorted(rows(one))
+
+
+def test_resumed_batches_are_the_ones_that_would_have_come() -> None:
+    batching = Batching(8, 2, 4, PAD)
+    through = [batch for step in steps(batching, 6) for batch in step]
+    resumed = [batch for step in steps(batching, 4, consumed=8) for batch in step]
+    for wanted, found in zip(through[4:], resumed, strict=True):
+        assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_every_epoch_has_every_sample_once_in_another_order() -> None:
+    order = Order(10, seed=3)
+    epochs = [[order.sample(epoch * 10 + place) for place in range(10)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [Order(10, seed=3).sample(position) for position in (25, 4)] == [epochs[2][5], epochs[0][4]]
+    assert [Order(10, seed=4).sample(place) for place in range(10)] != epochs[0]
+
+
+def test_the_order_of_a_seed_is_pinned() -> None:
+    # A change here would make resumed runs see other batches than those they were started with.
+    assert [Order(8, seed=1).sample(place) for place in range(8)] == [4, 6, 3, 7, 1, 5, 2, 0]
+
+
+def test_a_batch_is_shifted_padded_and_masked() -> None:
+    sample = Sample([5, 6, 7, 8], [False, False, True, True])
+    batch = Batching(6, 2, 2, pad_token=9).collate([sample], 6)
+    assert batch["tokens"].tolist() == [[5, 6, 7, 9, 9, 9], [9] * 6]
+    assert batch["labels"].tolist() == [[6, 7, 8, 9, 9, 9], [9] * 6]
+    assert batch["loss_mask"].tolist() == [[0, 1, 1, 0, 0, 0], [0] * 6]
+    assert batch["position_ids"].tolist() == [list(range(6))] * 2
+    kinds = {name: tensor.dtype for name, tensor in batch.items()}
+    assert kinds.pop("loss_mask") == torch.float32 and set(kinds.values()) == {torch.int64}
+
+
+def test_padding_to_a_multiple_gives_all_ranks_the_steps_shape() -> None:
+    batching = Batching(8, 1, 4, PAD, pad_to=3)
+    for step in steps(batching, 10, dp=2, number_of_samples=5):
+        lengths = {batch["tokens"].shape for batch in step}
+        longest = max(int(batch["loss_mask"].sum()) for batch in step)
+        assert lengths == {(1, min(-(-longest // 3) * 3, 8))}
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3])
+def test_validation_has_every_sample_once_and_as_many_batches_on_every_rank(dp: int) -> None:
+    batching = Batching(8, 2, 12, PAD)
+    data = samples(7, 8)
+    per_rank = [batching.validation(data, dp_rank=rank, dp_size=dp) for rank in range(dp)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    found = [row for batches in per_rank for row in rows(batches) if row]
+    assert sorted(found) == sorted([list(sample.tokens[1:]) for sample in data])
+    assert all(batch["tokens"].shape == (2, 8) for batches in per_rank for batch in batches)
+
+
+def test_overlong_samples_are_cut_or_left_out_and_counted() -> None:
+    long, short, unanswered = Sample([1] * 7, [True] * 7), Sample([1] * 5, [True] * 5), Sample([1] * 7, [False] * 5 + [True] * 2)
+    cut = fit([long, short, unanswered], seq_length=4, overlong="truncate")
+    assert [len(sample.tokens) for sample in cut.samples] == [5, 5]
+    assert (cut.truncated, cut.dropped, cut.unanswered) == (1, 0, 1)
+    assert "1 truncated" in cut.describe() and "1 left out: no token of an answer" in cut.describe()
+    left = fit([long, short, unanswered], seq_length=4, overlong="drop")
+    assert (len(left.samples), left.truncated, left.dropped, left.unanswered) == (1, 0, 2, 0)
+    assert "2 too long and left out" in left.describe()
+
+
+def test_sizes_that_do_not_come_out_even_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"recipe.global_batch_size=4 must be a multiple .* 1 x 3; use 3"):
+        next(Batching(8, 1, 4, PAD).train(samples(3), 0, seed=0, dp_rank=0, dp_size=3))
+    with pytest.raises(ConfigError, match="recipe.micro_batch_size=0 must be at least 1"):
+        Batching(8, 0, 4, PAD)
+    with pytest.raises(ConfigError, match="no sample to train on"):
+        next(Batching(8, 1, 4, PAD).train([], 0, seed=0, dp_rank=0, dp_size=1))
