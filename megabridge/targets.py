@@ -53,4 +53,6 @@ def find[T](target: object, base: type[T], *, where: str) -> type[T]:
     found = members[class_name]
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{rule}; that is {type(found).__name__} {found!r}.")
+    if inspect.isabstract(found):
+        raise ConfigError(f"{rule}; {class_name} is abstract; name a subclass that defines all its methods.")
     return found
