@@ -59,7 +59,10 @@ def convert(file: Path, folder: Path, *, config: Mapping[str, Any], dtype: torch
     """
     from gguf import GGUFReader
 
-    reader = GGUFReader(file)
+    try:
+        reader = GGUFReader(file)
+    except (ValueError, IndexError, OSError) as error:
+        raise CheckpointError(f"{file} can't be read as a GGUF file ({error}); fetch it again.") from error
     facts = {name: field.contents() for name, field in reader.fields.items()}
     _check_config(file, config, facts)
     tensors = {tensor.name: tensor for tensor in reader.tensors}

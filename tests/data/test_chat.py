@@ -18,14 +18,14 @@ TURNS = [
     {"role": "user", "content": "Say é in 2 words.\n"},
     {"role": "assistant", "content": "e acute"},
     {"role": "user", "content": "again"},
-    {"role": "assistant", "content": "  e\n\nacute <b>!\n"},
+    {"role": "assistant", "content": "e\n\n  acute <b>!\n"},
 ]
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TRIMMING = CHATML.replace("m['content']", "(m['content'] | trim)")
 # Earlier answers are shortened, as templates of reasoning models do with earlier thoughts.
 MUTATING = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'][:3])")
 REWORDING = CHATML.replace("m['content']", "(m['content'] | upper)")
-FOOTER = CHATML.replace("{% if add_gen", "{{ 'Rate this answer!' }}{% if add_gen")
+FOOTER = CHATML + "{% if not add_generation_prompt %}Rate this answer!{% endif %}"
 ALTERNATING = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}" + CHATML
 SAME_LINE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 MISPLACED_TAG = CHATML.replace("{% if add_gen", "{% generation %}{% endgeneration %}{% if add_gen")
@@ -62,15 +62,15 @@ def learned(encoder: ChatEncoder, sample: Sample) -> list[str]:
 def test_smollm2_learns_exactly_the_answers_and_their_end(smollm2: Path) -> None:
     encoder = ChatEncoder(smollm2)
     sample = encoder.encode(TURNS)
-    assert learned(encoder, sample) == ["e acute<|im_end|>", "  e\n\nacute <b>!\n<|im_end|>"]
+    assert learned(encoder, sample) == ["e acute<|im_end|>", "e\n\n  acute <b>!\n<|im_end|>"]
     assert sample.tokens == encoder.tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"]
 
 
 def test_prefix_rendering_agrees_with_transformers_mask_of_a_template_with_the_tag(smollm2: Path, tmp_path: Path) -> None:
-    tagged = encoder_template = ChatEncoder(smollm2).tokenizer.get_chat_template()
+    template = ChatEncoder(smollm2).tokenizer.get_chat_template()
     plain = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    assert plain in encoder_template
-    tagged = tagged.replace(
+    assert plain in template
+    tagged = template.replace(
         plain,
         "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}"
         "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -84,15 +84,21 @@ def test_prefix_rendering_agrees_with_transformers_mask_of_a_template_with_the_t
         assert [int(flag) for flag in sample.mask] == theirs["assistant_masks"]
 
 
+def test_white_space_that_merges_with_the_prompt_is_an_error(smollm2: Path) -> None:
+    # The break after "assistant" and the first space of the answer are one token, which generation never meets.
+    with pytest.raises(ConfigError, match=r"a token reaches over the boundary 'assistant\\n' \| '  indented"):
+        ChatEncoder(smollm2).encode([TURNS[3], {"role": "assistant", "content": "  indented"}])
+
+
 @pytest.mark.parametrize("template", [CHATML, byte_tokenizer.CHAT_TEMPLATE], ids=["prefixes", "tag"])
 def test_byte_tokenizer_learns_exactly_the_answers(tmp_path: Path, template: str) -> None:
     encoder = ChatEncoder(byte_folder(tmp_path, template))
-    assert learned(encoder, encoder.encode(TURNS)) == ["e acute<|im_end|>", "  e\n\nacute <b>!\n<|im_end|>"]
+    assert learned(encoder, encoder.encode(TURNS)) == ["e acute<|im_end|>", "e\n\n  acute <b>!\n<|im_end|>"]
 
 
 def test_a_template_that_trims_is_understood(tmp_path: Path) -> None:
     encoder = ChatEncoder(byte_folder(tmp_path, TRIMMING))
-    assert learned(encoder, encoder.encode(TURNS)) == ["e acute<|im_end|>", "e\n\nacute <b>!<|im_end|>"]
+    assert learned(encoder, encoder.encode(TURNS)) == ["e acute<|im_end|>", "e\n\n  acute <b>!<|im_end|>"]
 
 
 def test_without_an_assistant_nothing_is_learned(tmp_path: Path) -> None:
@@ -116,14 +122,14 @@ def test_what_can_not_be_told_apart_is_an_error(tmp_path: Path, template: str | 
 
 
 def test_text_after_the_end_of_turn_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="writes '<|im_end|>\\\\nRate this answer!' after assistant message 2"):
+    with pytest.raises(ConfigError, match=r"writes '<\|im_end\|>\\nRate this answer!' after assistant message 2"):
         ChatEncoder(byte_folder(tmp_path, FOOTER)).encode(TURNS[:3])
 
 
 def test_a_token_over_the_boundary_is_an_error(smollm2: Path, tmp_path: Path) -> None:
-    # "assistant: " and "again" share the token " again".
+    # "assistant: " and "e acute" share the token " e".
     encoder = ChatEncoder(with_template(smollm2, tmp_path, SAME_LINE))
-    with pytest.raises(ConfigError, match="a token reaches over the boundary 'assistant: '"):
+    with pytest.raises(ConfigError, match=r"a token reaches over the boundary 'ssistant: ' \| 'e acute"):
         encoder.encode([TURNS[3], TURNS[2]])
 
 

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
-from pydoc_data.topics import topics
 
 from megabridge.data import bytes as byte_tokenizer
 from megabridge.data.chat import ChatEncoder
@@ -72,9 +72,9 @@ def test_batches_and_resume(folder: Path) -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ConfigError, match="data.overlong='wrap' must be one of truncate, drop"):
+    with pytest.raises(ConfigError, match=r"data.overlong='wrap' must be one of truncate, drop"):
         PydocTopics(overlong="wrap")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="data.validation_share=1.0 must be between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"data.validation_share=1.0 must be between 0 and 1"):
         PydocTopics(validation_share=1.0)
-    with pytest.raises(ConfigError, match="must contain {topic}"):
+    with pytest.raises(ConfigError, match=r"must contain \{topic\}"):
         PydocTopics(prompt="Explain.")

@@ -26,5 +26,5 @@ def test_rows_are_full_in_range_and_the_same_for_a_seed() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ConfigError, match="data.samples=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"data.samples=0 must be at least 1"):
         RandomTokens(vocab_size=7, samples=0)
