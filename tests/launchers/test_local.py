@@ -20,7 +20,15 @@ RECIPES = "tests.launchers.recipes"
 
 def start(recipe: str, run_dir: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "megabridge.run", "model=tiny_llama", f"recipe.target={RECIPES}:{recipe}", *arguments, f"run_dir={run_dir}"],
+        [
+            sys.executable,
+            "-m",
+            "megabridge.run",
+            "model=tiny_llama",
+            f"recipe.target={RECIPES}:{recipe}",
+            *arguments,
+            f"run_dir={run_dir}",
+        ],
         cwd=ROOT,
         env=environ(),
         stdout=subprocess.PIPE,
