@@ -84,7 +84,7 @@ def test_interruptions_end_all_workers(tmp_path: Path, number: signal.Signals, s
 def failed(rank: int, exit_code: int, failure: Failure | None, folder: Path) -> local._Worker:
     process = subprocess.Popen([sys.executable, "-c", f"import os; os._exit({exit_code})"])
     process.wait()
-    outcome = open(folder / f"outcome{rank}", "w+b")  # noqa: SIM115, PTH123: the worker holds it
+    outcome = open(folder / f"outcome{rank}", "w+b")  # noqa: SIM115, PTH123  the worker holds it
     if failure is not None:
         report.write(outcome.fileno(), failure)
     return local._Worker(rank, process, outcome)
