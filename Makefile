@@ -59,7 +59,7 @@ lock: $(UV)  ## Takes the newest versions that pyproject.toml allows into requir
 	  --no-header --no-emit-index-url pyproject.toml --output-file requirements.lock
 
 wheel: venv  ## dist/megabridge-*.whl
-	@$(UV) build --quiet --wheel --python $(PYTHON) --out-dir dist
+	@$(UV) build --quiet --wheel --no-build-isolation --python $(PYTHON) --out-dir dist
 
 venv: $(VENV)/.installed  ## Only the environment
 
@@ -87,8 +87,8 @@ $(VENV)/.locked: requirements.lock $(UV)
 
 $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	@if $(UV) --version >/dev/null 2>&1; then \
-	  $(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .; \
+	  $(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .; \
 	else \
-	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .; \
+	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .; \
 	fi
 	@touch $@

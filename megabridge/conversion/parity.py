@@ -25,7 +25,9 @@ def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor, *, dty
 
 def _logits(folder: Path, tokens: torch.Tensor, dtype: str) -> torch.Tensor:
     from transformers import AutoModelForCausalLM  # seconds to import, and needed here only
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False).eval()
     with torch.no_grad():
         logits: torch.Tensor = model(tokens).logits

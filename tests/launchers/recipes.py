@@ -40,6 +40,9 @@ def crash_on_rank_one(config: Config) -> None:
 
 def wait(config: Config) -> None:
     """Starts a process that leaves its session, says that it waits, and waits."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    Path(config.run_dir, f"waits{dist.get_rank()}").write_text(f"{os.getpid()} {child.pid}")
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    child = subprocess.Popen(sleep, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    unfinished = Path(config.run_dir, f"unfinished{dist.get_rank()}")
+    unfinished.write_text(f"{os.getpid()} {child.pid}")
+    unfinished.rename(Path(config.run_dir, f"waits{dist.get_rank()}"))
     time.sleep(600)
