@@ -50,7 +50,10 @@ class Fitted:
 
 
 def fit(samples: Sequence[Sample], *, seq_length: int, overlong: Overlong) -> Fitted:
-    """Cuts or leaves out samples of more than seq_length + 1 tokens (the last one is only a label), and counts them."""
+    """Cuts or leaves out samples of more than seq_length + 1 tokens (the last one is only a label), and counts them.
+
+    Raises ConfigError when there are samples and none is left.
+    """
     fitted = Fitted()
     limit = seq_length + 1
     for sample in samples:
@@ -66,6 +69,13 @@ def fit(samples: Sequence[Sample], *, seq_length: int, overlong: Overlong) -> Fi
             continue
         fitted.truncated += is_long
         fitted.samples.append(kept)
+    if samples and not fitted.samples:
+        rule = f"recipe.seq_length={seq_length} leaves none of {len(samples)} samples with an answer"
+        answered = [sample for sample in samples if any(sample.mask[1:])]
+        if not answered:
+            raise ConfigError(f"{rule}: none has one; give each an assistant message.")
+        lengths = [len(sample.tokens) - 1 if overlong == "drop" else sample.mask.index(True, 1) for sample in answered]
+        raise ConfigError(f"{rule}; use {min(lengths)} or more.")
     return fitted
 
 
@@ -124,7 +134,7 @@ class Batching:
     def train(self, samples: Sequence[Sample], consumed_samples: int, *, seed: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
         """See `DataModule.train_batches`."""
         if not samples:
-            raise ConfigError("data has no sample to train on; add data, or raise recipe.seq_length if all were left out.")
+            raise ConfigError("data has no sample to train on; add some.")
         step, micro = self.global_batch_size, self.micro_batch_size
         if step % (micro * dp_size):
             raise ConfigError(

@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+# More than a second to import: here, so that ranks forked by one process share it.
+from transformers import AutoTokenizer
+
 from megabridge.data.batches import Sample
 from megabridge.errors import ConfigError
 
@@ -33,8 +36,6 @@ class ChatEncoder:
 
     def __init__(self, folder: Path, *, template_arguments: Mapping[str, object] | None = None) -> None:
         """`template_arguments` are passed to the template, e.g. a fixed date_string where it would write today's date."""
-        from transformers import AutoTokenizer  # seconds to import
-
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._folder = folder
         self._arguments = dict(template_arguments or {})

@@ -107,6 +107,16 @@ def test_overlong_samples_are_cut_or_left_out_and_counted() -> None:
     assert "2 too long and left out" in left.describe()
 
 
+def test_when_nothing_is_left_the_error_says_what_would_do() -> None:
+    data = [Sample([1] * 9, [False] * 5 + [True] * 4), Sample([1] * 8, [False] * 6 + [True] * 2)]
+    for overlong, least in (("truncate", 5), ("drop", 7)):
+        with pytest.raises(ConfigError, match=rf"recipe.seq_length=4 leaves none of 2 samples .* use {least} or more"):
+            fit(data, seq_length=4, overlong=overlong)  # type: ignore[arg-type]
+        assert len(fit(data, seq_length=least, overlong=overlong).samples) == 1  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="none has one"):
+        fit([Sample([1, 1], [False, False])], seq_length=4, overlong="drop")
+
+
 def test_sizes_that_do_not_come_out_even_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"recipe.global_batch_size=4 must be a multiple .* 1 x 3; use 3"):
         next(Batching(8, 1, 4, PAD).train(samples(3), 0, seed=0, dp_rank=0, dp_size=3))

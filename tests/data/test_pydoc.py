@@ -59,7 +59,7 @@ def test_what_is_cut_is_counted_and_shown(folder: Path) -> None:
     longer = [topic for topic in topics if len(topics[topic].strip()) > 256]
     assert data.train.truncated + data.validation.truncated >= len(longer) > 0
     assert f"({data.train.truncated} truncated)" in data.describe()
-    assert "too long and left out" in made(folder, seq_length=512, overlong="drop").describe()
+    assert "too long and left out" in made(folder, seq_length=1024, overlong="drop").describe()
 
 
 def test_batches_and_resume(folder: Path) -> None:
