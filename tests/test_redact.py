@@ -7,12 +7,16 @@ import pytest
 from megabridge.redact import carry, is_secret, redacted
 
 
-@pytest.mark.parametrize("key", ["api_key", "token", "hf_token", "password", "client_secret", "aws_access_key_id", "secrets", "key"])
+@pytest.mark.parametrize(
+    "key", ["api_key", "token", "hf_token", "password", "client_secret", "aws_access_key_id", "secrets", "key"]
+)
 def test_names_of_secrets(key: str) -> None:
     assert is_secret(key)
 
 
-@pytest.mark.parametrize("key", ["tokenizer", "max_tokens", "num_key_value_heads", "eos_token", "logits_tokens", "keys_path", "monkey"])
+@pytest.mark.parametrize(
+    "key", ["tokenizer", "max_tokens", "num_key_value_heads", "eos_token", "logits_tokens", "keys_path", "monkey"]
+)
 def test_names_that_only_look_so(key: str) -> None:
     assert not is_secret(key)
 

@@ -39,7 +39,12 @@ def environ(**more: str) -> dict[str, str]:
 def command(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the command in a process that can't import torch. For what ends before workers start."""
     return subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=cwd, env=environ(**(env or {})), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments],
+        cwd=cwd,
+        env=environ(**(env or {})),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -177,7 +182,9 @@ def test_a_rank_of_a_wrong_world_is_refused_without_torch(tmp_path: Path) -> Non
 
 def test_a_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
     """Built from this tree, unpacked alone on the path: own conf, own callback, own recipe."""
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True, capture_output=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
     site, empty = tmp_path / "site", tmp_path / "empty"
     with zipfile.ZipFile(wheel) as archive:
@@ -199,7 +206,12 @@ def test_a_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
     arguments = ["--config-dir", "mine", "model=tiny_llama", "callbacks=[default,own]"]
     env = environ() | {"PYTHONPATH": str(site)}
     shown = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *arguments, "--cfg", "job"], cwd=empty, env=env, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments, "--cfg", "job"],
+        cwd=empty,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert shown.returncode == 0, shown.stderr
     assert list(yaml.safe_load(shown.stdout)["callbacks"])[-1] == "own"

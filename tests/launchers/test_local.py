@@ -20,7 +20,15 @@ RECIPES = "tests.launchers.recipes"
 
 def start(recipe: str, run_dir: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "megabridge.run", "model=tiny_llama", f"recipe.target={RECIPES}:{recipe}", *arguments, f"run_dir={run_dir}"],
+        [
+            sys.executable,
+            "-m",
+            "megabridge.run",
+            "model=tiny_llama",
+            f"recipe.target={RECIPES}:{recipe}",
+            *arguments,
+            f"run_dir={run_dir}",
+        ],
         cwd=ROOT,
         env=environ(),
         stdout=subprocess.PIPE,
@@ -76,7 +84,7 @@ def test_interruptions_end_all_workers(tmp_path: Path, number: signal.Signals, s
 def failed(rank: int, exit_code: int, failure: Failure | None, folder: Path) -> local._Worker:
     process = subprocess.Popen([sys.executable, "-c", f"import os; os._exit({exit_code})"])
     process.wait()
-    outcome = open(folder / f"outcome{rank}", "w+b")  # noqa: SIM115, PTH123: the worker holds it
+    outcome = (folder / f"outcome{rank}").open("w+b")
     if failure is not None:
         report.write(outcome.fileno(), failure)
     return local._Worker(rank, process, outcome)
@@ -93,7 +101,7 @@ def test_of_several_failures_the_earliest_or_the_silent_one_counts(tmp_path: Pat
 
 
 def test_outcomes_travel_unchanged(tmp_path: Path) -> None:
-    with open(tmp_path / "outcome", "w+b") as file:  # noqa: PTH123
+    with (tmp_path / "outcome").open("w+b") as file:
         assert report.read(file.fileno()) is None
         for outcome in (2.5, None, Failure(3, -9, "ä", "trace", True)):
             file.truncate(0)
