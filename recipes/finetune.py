@@ -15,7 +15,7 @@ def main(config: Config) -> float | None:
     provider = assemble.provider(config, bridge)
     chunks = provider.provide_distributed_model(
         ddp_config={"use_distributed_optimizer": config.optimizer.distributed},
-        init="empty" if config.model.load_weights else "random",
+        init=assemble.init(config),
     )
     optimizer, scheduler = build_optimizer(chunks, config.optimizer, config.scheduler, steps=config.recipe.steps)
     trainer = Trainer(

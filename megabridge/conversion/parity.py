@@ -9,24 +9,26 @@ import torch
 from megabridge import agreement
 
 
-def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor) -> dict[str, float]:
+def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor, *, dtype: str) -> dict[str, float]:
     """How logits `ours` [batch, sequence, vocabulary] of `tokens` [batch, sequence] compare with those of the model in `folder`.
 
     Returns the largest absolute difference, the mean divergence KL(ours || theirs) in nats per token, and the share of positions
-    whose most likely token agrees. Collective: rank 0 loads the model, in the folder's dtype and on the CPU; every rank gets the
-    figures.
+    whose most likely token agrees. Collective: rank 0 loads the model on the CPU and computes in `dtype`, which is the parameters'
+    ("float32"); every rank gets the figures.
     """
     found: dict[str, float] = {}
     with agreement.together("comparing logits with transformers"):
         if agreement.rank() == 0:
-            found = _compare(ours.float().cpu(), _logits(folder, tokens.cpu()))
+            found = _compare(ours.float().cpu(), _logits(folder, tokens.cpu(), dtype))
     return agreement.gather(found)[0]
 
 
-def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+def _logits(folder: Path, tokens: torch.Tensor, dtype: str) -> torch.Tensor:
     from transformers import AutoModelForCausalLM  # seconds to import, and needed here only
+    from transformers.utils.logging import disable_progress_bar
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False).eval()
     with torch.no_grad():
         logits: torch.Tensor = model(tokens).logits
     return logits.float()

@@ -16,6 +16,12 @@ _WARNINGS: Final[tuple[tuple[str, type[Warning]], ...]] = (
     (r"Could not determine rank from torch\.distributed", UserWarning),
     # megatron-core imports its own deprecated module while it is imported.
     (r"The following imports from `dynamic_context\.py`", DeprecationWarning),
+    # Imported with megatron-core's models, never used here.
+    (r"MimoModelConfig is experimental", UserWarning),
+    # Every tensor operation passes through the CPU redirection, which looks at no gradient of its own.
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
+    # Names that megatron-core calls, renamed in newer versions of torch.
+    (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
     # megatron-core's source has an escape in a docstring; shown once, when it is compiled to bytecode.
     (r"invalid escape sequence", SyntaxWarning),
     (r'"\\-" is an invalid escape sequence', SyntaxWarning),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
@@ -60,6 +60,12 @@ def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
     if config.model.load_weights:
         made.register_pre_wrap_hook(partial(_import, config, bridge))
     return made
+
+
+def init(config: Config) -> Literal["random", "empty"]:
+    """How parameters begin: empty where an import fills every one of them, random otherwise."""
+    may_lack = bool(config.conversion.allow_missing) or not config.conversion.strict
+    return "empty" if config.model.load_weights and not may_lack else "random"
 
 
 def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

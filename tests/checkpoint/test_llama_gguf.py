@@ -84,7 +84,10 @@ def test_every_weight_comes_back(tmp_path: Path, weights: dict[str, torch.Tensor
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (made, tmp_path / "source")]
     assert torch.equal(models[0](tokens).logits, models[1](tokens).logits)
     tokenizer = AutoTokenizer.from_pretrained(made)
-    assert tokenizer("bab<|im_end|>")["input_ids"] == [2 + ord("b"), 258, 1] and tokenizer.chat_template == "{{ messages[0]['content'] }}"
+    assert (
+        tokenizer("bab<|im_end|>")["input_ids"] == [2 + ord("b"), 258, 1]
+        and tokenizer.chat_template == "{{ messages[0]['content'] }}"
+    )
 
 
 def test_dequantised_values_of_q4_1() -> None:

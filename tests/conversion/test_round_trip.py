@@ -23,9 +23,10 @@ COUNT = 54
 
 def payload(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """dtype, shape and bytes of every tensor of a folder."""
+    infos = find_tensors(folder)
+    files = {file: file.read_bytes() for file in {info.file for info in infos.values()}}
     return {
-        name: (str(info.dtype), info.shape, info.file.read_bytes()[info.start : info.start + info.nbytes])
-        for name, info in find_tensors(folder).items()
+        name: (str(info.dtype), info.shape, files[info.file][info.start : info.start + info.nbytes]) for name, info in infos.items()
     }
 
 

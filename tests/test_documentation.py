@@ -1,0 +1,84 @@
+"""What the documentation says can be done: its commands compose, its Python runs, its links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from megabridge.data import DataModule
+from megabridge.data import bytes as byte_tokenizer
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "MEGABRIDGE_PLATFORM": "cpu"}
+
+
+def blocks(page: Path) -> list[str]:
+    """The indented code of a page."""
+    return [dedent(block) for block in re.findall(r"(?:^ {4}.*\n|^\n(?=\n* {4}))+", page.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+COMMANDS = sorted(
+    {
+        line
+        for page in PAGES
+        for block in blocks(page)
+        for line in block.splitlines()
+        if line.startswith("python -m megabridge.run") and "--help" not in line and "--cfg" not in line
+    }
+)
+PYTHON = {str(page.relative_to(ROOT)): block for page in PAGES for block in blocks(page) if block.lstrip().startswith("from ")}
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command: str, tmp_path: Path) -> None:
+    assert "recipe:" in run([sys.executable, *shlex.split(command)[1:], "--cfg", "job"], tmp_path)
+
+
+def test_every_page_was_looked_at() -> None:
+    assert len(COMMANDS) >= 10
+    assert PYTHON.keys() == {"README.md", "docs/models.md", "docs/data.md"}
+
+
+def test_python_of_the_readme(smollm2: Path, tmp_path: Path) -> None:
+    output = run([sys.executable, "-c", PYTHON["README.md"]], tmp_path)
+    assert output.count("0 mismatched") == 2
+    assert {path.name for path in (tmp_path / "smollm2-again").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert smollm2.is_dir()
+
+
+def test_python_of_the_page_on_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(PYTHON["docs/models.md"], {})
+    assert (tmp_path / "tiny" / "model.safetensors").is_file()
+
+
+def test_python_of_the_page_on_data(tmp_path: Path) -> None:
+    names: dict[str, type[DataModule]] = {}
+    exec(PYTHON["docs/data.md"], names)
+    byte_tokenizer.write_tokenizer(tmp_path)
+    data = names["Pairs"]([("2 + 2", "4"), ("3 + 3", "six" * 99)])  # type: ignore[call-arg]
+    data.setup(tmp_path, seq_length=96, micro_batch_size=1, global_batch_size=2, seed=0)
+    batches = list(islice(data.train_batches(0, dp_rank=0, dp_size=1), 2))
+    assert [int(batch["loss_mask"].sum()) for batch in batches] == [2, 2]
+    assert data.describe().startswith("pairs: 1 samples") and "1 too long" in data.describe()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
