@@ -35,6 +35,21 @@ Recipe = Callable[[Config], float | None]
 
 _AGREE_SECONDS: Final = 600.0
 """How long the ranks of torchrun or srun wait for each other's config."""
+_IMPORTED_LATE: Final = (
+    "torch._dynamo",  # by the first optimizer
+    "torch._inductor",
+    "megatron.core.models.mimo.optimizer",  # by get_megatron_optimizer
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "transformers.convert_slow_tokenizer",  # by the tokenizer
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.monkey_patching",
+    "transformers.tokenization_python",
+    "transformers.tokenization_utils_tokenizers",
+)
+"""What torch, megatron-core and transformers import only when a run needs it: seconds for each rank, if left to them."""
 _stores: Final[list[PrefixStore]] = []
 """Kept for the life of the process: rank 0's serves the others, who may still read when it goes on."""
 
@@ -88,6 +103,8 @@ def _fork(values: Mapping[str, Any], world_size: int, outcome: int) -> int:
     config = schema.typed(values)
     load_recipe(config.recipe.target)
     _import_targets(config)
+    for module in _IMPORTED_LATE:
+        importlib.import_module(module)
 
     def target(rank: int) -> None:
         objective = run_rank(values)

@@ -114,7 +114,7 @@ def test_a_run_and_a_sweep_leave_one_directory_each_and_no_secret(tmp_path: Path
         cwd=tmp_path,
         **secrets,
     )
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
     written = sorted(file for file in tmp_path.rglob("*") if file.is_file() and file.name != "rank0")
     names = [str(file.relative_to(tmp_path).parent.name + "/" + file.name) for file in written]
@@ -145,7 +145,7 @@ def test_ranks_of_srun_share_rank_zeros_directory(tmp_path: Path) -> None:
         for port in [free_port()]
         for rank in range(2)
     ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["config.yaml", "rank0", "rank1", "run0"]
 
@@ -166,7 +166,7 @@ def test_ranks_with_different_configs_are_named_once(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert re.findall(r"the config of rank ([\d, ]+) differs", "".join(errors)) == ["1"]
 
@@ -221,6 +221,6 @@ def test_a_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert run.returncode == 0 and "LOUD hello" in run.stdout, run.stderr
