@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-_COMMON: Final = frozenset({"rope_type", "type", "rope_theta"})
+_COMMON: Final = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 # rope_type: (required keys, optional keys)
 _KEYS: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
     "default": (frozenset(), frozenset()),

@@ -139,8 +139,11 @@ class Rope:
             "rope_type": given.get("rope_type") or legacy or "default",
             "rope_theta": given.get("rope_theta") or hf.get("rope_theta") or self.theta,
         }
-        if rope.get("partial_rotary_factor") == 1:
-            del rope["partial_rotary_factor"]
+        if rope.pop("partial_rotary_factor", 1) not in (1, None):
+            raise ConfigError(
+                f"partial_rotary_factor={given['partial_rotary_factor']!r} is not supported for this architecture, which rotates "
+                "whole heads; remove it."
+            )
         if rope["rope_type"] == "yarn":
             rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
         rope = {key: value for key, value in rope.items() if value is not None}
