@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 from tests.ranks import RankServer
 
 os.environ.setdefault("MEGABRIDGE_PLATFORM", "cpu")  # the tests mean the CPU, on a GPU host too
+
+
+# A shell that starts the tests in the background has SIGINT ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
