@@ -91,7 +91,7 @@ def _wrong_type(error: ValidationError) -> str:
 
 def _unknown_key(key: str, conf: Path) -> str:
     """For a key that the schema, or the chosen file of an open node, does not have."""
-    candidates = sorted(_known_keys(conf))
+    candidates = sorted(_known_keys(key, conf))
     scored = [(_similarity(key, candidate), candidate) for candidate in candidates]
     best, name = max(scored)
     top = ", ".join(each.name for each in fields(Config))
@@ -111,10 +111,11 @@ def _similarity(key: str, candidate: str) -> float:
     return max(whole, word if parent == candidate_parent else 0.9 * word)
 
 
-def _known_keys(conf: Path) -> Iterator[str]:
-    """Every key of the schema, and those in the YAML files of the groups whose keys are open."""
+def _known_keys(key: str, conf: Path) -> Iterator[str]:
+    """Every key of the schema, and, where `key` is in a group whose keys are open, those of that group's YAML files."""
     yield from _schema_keys(Config, "")
-    for group in ("data", "callbacks", "logger", "model"):
+    group = key.partition(".")[0]
+    if group in {node.partition(".")[0] for node in OPEN_NODES}:
         for file in sorted((conf / group).glob("*.yaml")):
             content = OmegaConf.load(file)
             if isinstance(content, DictConfig):

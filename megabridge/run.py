@@ -33,6 +33,21 @@ FULL_ERROR: Final = "HYDRA_FULL_ERROR"
 """Set by a user who wants tracebacks instead of one line."""
 
 
+HELP: Final = """\
+megabridge: train Hugging Face models with Megatron-Core.
+
+  python -m megabridge.run [flags] [group=choice ...] [key=value ...]
+
+Groups and their choices:
+{groups}
+
+Every key is documented in megabridge/config.py. Flags of Hydra, before the overrides:
+  --cfg job              show the config of a run, and don't run (-p GROUP: only that part)
+  -m, --multirun         sweep: parallel=single,tp2 optimizer.lr=1e-5,3e-5
+  -cd, --config-dir DIR  your own groups and choices, before ours
+  --hydra-help           all of Hydra's flags"""
+
+
 @dataclass
 class _Progress:
     """How far this process got: an error of Hydra's before the first job is the config's."""
@@ -61,6 +76,10 @@ def _main() -> int:
         # As `python -m` does: a console script finds your own classes and recipes, too.
         sys.path.insert(0, str(Path.cwd()))
     sys.argv[1:] = redact.carry(sys.argv[1:])
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(_help())
+        return 0
     config.register()
     try:
         here = place.find(os.environ)
@@ -89,6 +108,13 @@ def _main() -> int:
 
 def _say(text: str) -> None:
     print(f"megabridge: {text}", file=sys.stderr, flush=True)
+
+
+def _help() -> str:
+    """What --help says. Hydra's own page takes a second: it reads every group there is, its own too, twice."""
+    folders = sorted(folder for folder in conf_folder().iterdir() if folder.is_dir())
+    groups = [f"  {folder.name}: {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}" for folder in folders]
+    return HELP.format(groups="\n".join(groups))
 
 
 def _run_hydra() -> None:
@@ -153,7 +179,7 @@ def _become_rank(here: place.Place) -> None:
     """Composes as every other rank does, and becomes the worker. Does not return, except for --help and --cfg."""
     parser = get_args_parser()
     arguments = parser.parse_args()
-    if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
+    if arguments.hydra_help or arguments.cfg or arguments.info:
         if here.rank == 0:
             _run_hydra()
         return
