@@ -22,7 +22,9 @@ def main(config: Config) -> None:
     config.model.load_weights = conversion.mode != "export"
     bridge = assemble.bridge(config)
     provider = assemble.provider(config, bridge)
-    chunks = provider.provide_distributed_model(wrap_with_ddp=False, init="empty")
+    chunks = provider.provide_distributed_model(
+        wrap_with_ddp=False, init="empty" if conversion.mode == "export" else assemble.init(config)
+    )
     with Reporter(config, assemble.loggers(config)) as report:
         report.say(provider.describe())
         if conversion.mode == "export":

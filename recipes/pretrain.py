@@ -29,4 +29,5 @@ def main(config: Config) -> float | None:
         loggers=assemble.loggers(config),
     )
     trainer.say(provider.describe())
+    trainer.say(trainer.data.describe())
     return trainer.fit()

