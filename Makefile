@@ -33,7 +33,7 @@ exit 1
 endef
 export find_python
 
-.PHONY: help venv run test lint format lock wheel clean
+.PHONY: help venv run test lowest lint format lock wheel clean
 
 help:  ## What can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -43,6 +43,11 @@ run: venv  ## The main job: fine-tune SmolLM2-135M-Instruct on this machine and 
 
 test: venv  ## All tests
 	@$(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest $(ARGS)
+
+lowest: $(UV)  ## All tests with the lowest versions that pyproject.toml allows, in an environment of their own
+	@$(PYTHON) -m venv $(VENV)/lowest
+	@$(UV) pip install --quiet --python $(VENV)/lowest/bin/python --resolution lowest-direct --editable '.[dev]'
+	@PATH=$(abspath $(VENV))/lowest/bin:$$PATH $(VENV)/lowest/bin/python -m pytest -o cache_dir=$(VENV)/pytest $(ARGS)
 
 lint: venv  ## Style, types, and who imports whom
 	@$(PYTHON) -m ruff check .
