@@ -59,7 +59,7 @@ def test_random_configs_under_every_layout(ranks: RankServer, tmp_path_factory: 
 
 def identical(left: Path, right: Path) -> bool:
     """Whether two folders hold the same files with the same content, as `diff -r` sees it."""
-    found = filecmp.dircmp(left, right, shallow=False) if hasattr(filecmp.dircmp, "shallow") else filecmp.dircmp(left, right)
+    found = filecmp.dircmp(left, right)
     if found.left_only or found.right_only or found.funny_files:
         return False
     _, mismatch, errors = filecmp.cmpfiles(left, right, found.common_files, shallow=False)
