@@ -5,7 +5,7 @@ The only collectives that carry Python objects. Without a process group there is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -51,3 +51,13 @@ def together(what: str) -> Iterator[None]:
             kind, message = failure
             known = getattr(errors, kind, MegabridgeError)
             raise known(f"rank {number} failed while {what}: {kind}: {message}")
+
+
+def on_rank_zero[T](what: str, work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 and returns its picklable result on every rank; where it raises, every rank raises. Collective."""
+    result: T | None = None
+    with together(what):
+        if rank() == 0:
+            result = work()
+    answer: T = gather(result)[0]  # type: ignore[assignment]
+    return answer

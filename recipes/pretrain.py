@@ -1,33 +1,8 @@
 """Pretrains a model, from random weights or from a checkpoint's: recipe=pretrain.
 
-The loop is the one of finetune: what differs is the data, which asks for a loss on every token.
+The program is finetune's; what differs is in the config: the data, which asks for a loss on every token.
 """
 
-from __future__ import annotations
+from recipes.finetune import main
 
-from megabridge.config import Config
-from megabridge.training import Trainer, assemble, build_optimizer
-
-
-def main(config: Config) -> float | None:
-    """Every rank calls it, in running process groups. Returns the validation loss at the end."""
-    bridge = assemble.bridge(config)
-    provider = assemble.provider(config, bridge)
-    chunks = provider.provide_distributed_model(
-        ddp_config={"use_distributed_optimizer": config.optimizer.distributed},
-        init=assemble.init(config),
-    )
-    optimizer, scheduler = build_optimizer(chunks, config.optimizer, config.scheduler, steps=config.recipe.steps)
-    trainer = Trainer(
-        config,
-        chunks=chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        data=assemble.data(config, bridge),
-        bridge=bridge,
-        callbacks=assemble.callbacks(config),
-        loggers=assemble.loggers(config),
-    )
-    trainer.say(provider.describe())
-    trainer.say(trainer.data.describe())
-    return trainer.fit()
+__all__ = ["main"]

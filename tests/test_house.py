@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("megabridge/**/*.py"), *ROOT.glob("recipes/**/*.py")])
 NOT_NAMES = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "handler"}
 # megatron-core's name for what is not sharded in a checkpoint (common.pt), and for the greatest number of batches.
-ALLOWED = {"_common", "common", "read_common", "_common_count"}
+ALLOWED = {"_common", "common", "read_common"}
 # What the public package offers. Changing it is a change of the product.
 PUBLIC = ["AutoBridge", "__version__"]
 # An address of a package index is the machine's business, never the project's; written so that this file has none.

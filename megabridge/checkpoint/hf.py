@@ -83,17 +83,12 @@ def _indexed(folder: Path, index: Path) -> dict[str, TensorInfo]:
     return found
 
 
-class Reader:
-    """Reads boxes out of safetensors files. Use as a context; not shared between threads.
+class _Files:
+    """Files opened when they are first needed, closed where the `with` block ends. Not shared between threads."""
 
-    `bytes_copied` counts what was copied out of the files.
-    """
-
-    def __init__(self, infos: Iterable[TensorInfo]) -> None:
-        self._sizes = {info.file: info.file.stat().st_size for info in infos}
+    def __init__(self, flags: int) -> None:
+        self._flags = flags
         self._fds: dict[Path, int] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
-        self.bytes_copied = 0
 
     def __enter__(self) -> Self:
         return self
@@ -102,12 +97,24 @@ class Reader:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
-        self._maps.clear()  # unmapped when the last view of it goes
 
     def _fd(self, file: Path) -> int:
         if file not in self._fds:
-            self._fds[file] = os.open(file, os.O_RDONLY)
+            self._fds[file] = os.open(file, self._flags)
         return self._fds[file]
+
+
+class Reader(_Files):
+    """Reads boxes out of safetensors files. Use as a context.
+
+    `bytes_copied` counts what was copied out of the files.
+    """
+
+    def __init__(self, infos: Iterable[TensorInfo]) -> None:
+        super().__init__(os.O_RDONLY)
+        self._sizes = {info.file: info.file.stat().st_size for info in infos}
+        self._maps: dict[Path, mmap.mmap] = {}  # unmapped when the last view goes
+        self.bytes_copied = 0
 
     def mapped(self, info: TensorInfo) -> torch.Tensor:
         """The whole tensor as a view of the mapped file; only pages that are used are read. Must not be written."""
@@ -162,26 +169,16 @@ class Reader:
             self.check(file)
 
 
-class Writer:
-    """Writes boxes at their places in files that exist and have their final size. Use as a context; not shared between threads."""
+class Writer(_Files):
+    """Writes boxes at their places in files that exist and have their final size. Use as a context."""
 
     def __init__(self) -> None:
-        self._fds: dict[Path, int] = {}
+        super().__init__(os.O_WRONLY)
         self.bytes_written = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
 
     def write(self, info: TensorInfo, transfer: Transfer, source: torch.Tensor) -> None:
         """Writes the native side of `transfer` in `source`, cast to the file's dtype, into its box of the file."""
-        if info.file not in self._fds:
-            self._fds[info.file] = os.open(info.file, os.O_WRONLY)
-        fd, itemsize = self._fds[info.file], info.dtype.itemsize
+        fd, itemsize = self._fd(info.file), info.dtype.itemsize
         for part in transfer.split(STAGING):
             data = native_box(source, part).to(dtype=info.dtype, device="cpu").contiguous()
             length, starts = part.rows()

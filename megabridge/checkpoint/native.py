@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import megabridge.platform as platform
-from megabridge.agreement import gather, rank, together
+from megabridge.agreement import gather, on_rank_zero, together
 from megabridge.checkpoint import folders, optimizer_state, reader
 from megabridge.errors import CheckpointError, listed
 from megabridge.platform import quiet
@@ -54,16 +54,6 @@ class Progress:
     """What the run's course depends on (seed, batch size, learning rate, ...), to be compared on resume."""
     same_layout: bool = True
     """On a load: whether the checkpoint was written under this layout, so that the random state was restored too."""
-
-
-def on_rank_zero[T](what: str, work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 and returns its picklable result on every rank; where it raises, every rank raises. Collective."""
-    result: T | None = None
-    with together(what):
-        if rank() == 0:
-            result = work()
-    answer: T = gather(result)[0]  # type: ignore[assignment]
-    return answer
 
 
 def layout() -> dict[str, int]:
@@ -153,7 +143,7 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
         scheduler.step(common.get("scheduler_steps", common["step"]))
     if same_layout:
         _set_rng_state(loaded[_RNG])
-    return replace(read_progress_from(common), same_layout=same_layout)
+    return replace(_progress(common), same_layout=same_layout)
 
 
 def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = None) -> None:
@@ -168,12 +158,7 @@ def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: 
         optimizer.reload_model_params()
 
 
-def read_progress(folder: Path) -> Progress:
-    """How far the run was that wrote `folder`. Reads no tensor; any one process may call it."""
-    return read_progress_from(_common(reader.open_folder(folder)))
-
-
-def read_progress_from(common: Mapping[str, Any]) -> Progress:
+def _progress(common: Mapping[str, Any]) -> Progress:
     """Progress out of a checkpoint's common state."""
     return Progress(step=common["step"], consumed_samples=common["consumed_samples"], settings=common["settings"])
 

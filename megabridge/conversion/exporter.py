@@ -58,22 +58,14 @@ def export_weights(
     shards = plan_shards(partial, export_specs(plan, dtypes, aliases), max_shard_size)
     infos = {name: info for shard in shards for name, info in shard.tensors.items()}
     try:
-        with agreement.together("reserving space for the export"):
-            if agreement.rank() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(partial, ignore_errors=True)
-                reserve(partial, shards)
+        agreement.on_rank_zero("reserving space for the export", lambda: _reserve(partial, shards))
         with agreement.together("writing weights"):
             written = _write(plan, infos, progress)
         copied = sum(agreement.gather(written))
         seconds = time.perf_counter() - begin
         found, verify_seconds = _verify(plan, partial, shards) if verify else (Difference((), 0.0, 0), 0.0)
         begin = time.perf_counter()
-        with agreement.together("publishing the export"):
-            if agreement.rank() == 0:
-                write_index(partial, shards)
-                write_assets(partial)
-                folders.commit(path, replace=True)
+        agreement.on_rank_zero("publishing the export", lambda: _publish(path, shards, write_assets))
     except BaseException:
         if agreement.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -81,6 +73,19 @@ def export_weights(
     seconds += time.perf_counter() - begin
     size = sum(info.nbytes for info in infos.values())
     return Report(len(infos), size, copied, seconds, verify_seconds, found.mismatched, found.max_abs, verify)
+
+
+def _reserve(partial: Path, shards: list[Shard]) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    reserve(partial, shards)
+
+
+def _publish(path: Path, shards: list[Shard], write_assets: Callable[[Path], None]) -> None:
+    partial = folders.partial_of(path)
+    write_index(partial, shards)
+    write_assets(partial)
+    folders.commit(path, replace=True)
 
 
 def _write(plan: Plan, infos: Mapping[str, TensorInfo], progress: Progress) -> int:

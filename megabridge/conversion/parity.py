@@ -16,11 +16,9 @@ def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor, *, dty
     whose most likely token agrees. Collective: rank 0 loads the model on the CPU and computes in `dtype`, which is the parameters'
     ("float32"); every rank gets the figures.
     """
-    found: dict[str, float] = {}
-    with agreement.together("comparing logits with transformers"):
-        if agreement.rank() == 0:
-            found = _compare(ours.float().cpu(), _logits(folder, tokens.cpu(), dtype))
-    return agreement.gather(found)[0]
+    return agreement.on_rank_zero(
+        "comparing logits with transformers", lambda: _compare(ours.float().cpu(), _logits(folder, tokens.cpu(), dtype))
+    )
 
 
 def _logits(folder: Path, tokens: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -64,6 +64,7 @@ def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live
     """
     dims = Dims.of(native)
     items: list[Item] = []
+    shapes: list[tuple[str, tuple[int, ...], torch.dtype, str]] = []
     problems: list[str] = []
     for live in lives:
         rule = family.weights.resolve(live.name, tied=dims.tied)
@@ -72,25 +73,16 @@ def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live
             continue
         try:
             moves = transfers(rule.layout, live.global_shape, dims, live.cut)
+            whole = rule.layout.part_shapes(live.global_shape, dims)
         except MappingError as error:
             problems.append(f"{live.name}: {error}")
             continue
         items.append(Item(live, rule.hf, moves, rule.is_tied_copy))
-    shapes = [
-        (name, shape, item.live.parameter.dtype, item.live.name)
-        for item in items
-        for name, shape in zip(item.hf, _shapes(family, dims, item), strict=True)
-    ]
+        shapes += [(name, shape, live.parameter.dtype, live.name) for name, shape in zip(rule.hf, whole, strict=True)]
     tensors = _merge(agreement.gather((shapes, problems)))
     _check_tiling(items, tensors)
     aliases = family.weights.tied_aliases() if dims.tied else {}
     return Plan(tuple(items), tensors, {name: to for name, to in aliases.items() if to in tensors}, family)
-
-
-def _shapes(family: Family, dims: Dims, item: Item) -> list[tuple[int, ...]]:
-    rule = family.weights.resolve(item.live.name, tied=dims.tied)
-    assert rule is not None
-    return rule.layout.part_shapes(item.live.global_shape, dims)
 
 
 Found = tuple[list[tuple[str, tuple[int, ...], torch.dtype, str]], list[str]]
@@ -162,12 +154,3 @@ def check_source(
         folder = next(iter(infos.values())).file.parent if infos else "the source"
         raise MappingError(f"{folder} must hold exactly the tensors of its config:\n  " + listed(problems))
     return frozenset(absent)
-
-
-def feeders(plan: Plan) -> dict[str, list[tuple[Item, Transfer]]]:
-    """This rank's transfers by Hugging Face tensor."""
-    out: dict[str, list[tuple[Item, Transfer]]] = defaultdict(list)
-    for item in plan.items:
-        for transfer in item.transfers:
-            out[item.hf[transfer.part]].append((item, transfer))
-    return out

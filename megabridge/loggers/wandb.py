@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from megabridge import redact
 from megabridge.config import Config
+from megabridge.errors import ConfigError
 from megabridge.loggers.logger import Logger
 
 MODES: Final = ("auto", "online", "offline", "disabled")
@@ -39,6 +40,8 @@ class WandB(Logger):
         mode: str = "auto",
         tags: tuple[str, ...] | list[str] = (),
     ) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"logger.wandb.mode={mode!r} must be one of {', '.join(MODES)}.")
         self.project = project
         self.entity = entity
         self.name = name

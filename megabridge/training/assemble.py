@@ -10,9 +10,9 @@ from typing import Final, Literal
 import torch
 
 from megabridge import targets
+from megabridge.agreement import on_rank_zero
 from megabridge.bridge import AutoBridge
 from megabridge.checkpoint import assets, source
-from megabridge.checkpoint.native import on_rank_zero
 from megabridge.config import Config
 from megabridge.data import DataModule
 from megabridge.data import bytes as byte_tokenizer

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 
 import megabridge.platform as platform
-from megabridge.agreement import gather
+from megabridge.agreement import gather, on_rank_zero
 from megabridge.checkpoint import folders, native
-from megabridge.checkpoint.native import on_rank_zero
 from megabridge.config import Config
 from megabridge.errors import ConfigError
 from megabridge.loggers import Logger, Reporter

@@ -103,7 +103,7 @@ def validate(chunks: Sequence[Any], batches: Sequence[Batch], *, micro_batch_siz
     Every rank calls it, with as many batches as it has: the number is filled up with batches that are masked throughout.
     Raises ConfigError where no token is unmasked.
     """
-    filled = [*batches, *[_masked(micro_batch_size, seq_length)] * (_common_count(len(batches)) - len(batches))]
+    filled = [*batches, *[_masked(micro_batch_size, seq_length)] * (_batches_on_every_rank(len(batches)) - len(batches))]
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -117,7 +117,7 @@ def validate(chunks: Sequence[Any], batches: Sequence[Batch], *, micro_batch_siz
     return total / count, int(count)
 
 
-def _common_count(count: int) -> int:
+def _batches_on_every_rank(count: int) -> int:
     """The largest number of batches of any rank, as a multiple of what the schedule takes."""
     most = torch.tensor(count, device=platform.device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)

@@ -148,3 +148,15 @@ def load(chunks: Sequence[Any], config: Any, hf: Any) -> None:
         part = shard(native_tensor(name, config, offset, state.__getitem__), parameter)
         assert part.shape == parameter.shape, (name, part.shape, parameter.shape)
         parameter.copy_(part)
+
+
+def provided(shape: dict[str, Any], settings: dict[str, Any], hf: Any, *, wrap_with_ddp: bool) -> tuple[ModelProvider, list[Any]]:
+    """The provider of a shape, and its chunks with the weights of `hf`."""
+    provider = provider_of(shape, settings)
+
+    def fill(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        load(chunks, provider.config, hf)
+        return chunks
+
+    provider.register_pre_wrap_hook(fill)
+    return provider, provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp, init="empty")

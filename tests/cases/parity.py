@@ -19,14 +19,7 @@ def compare(cases: list[tuple[dict[str, Any], dict[str, Any]]], length: int = 32
 
 def _compare(shape: dict[str, Any], settings: dict[str, Any], length: int) -> dict[str, Any]:
     hf = llama.hf_model(shape)
-    provider = llama.provider_of(shape, settings)
-
-    def load(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        llama.load(chunks, provider.config, hf)
-        return chunks
-
-    provider.register_pre_wrap_hook(load)
-    chunks = provider.provide_distributed_model(wrap_with_ddp=False, init="empty")
+    provider, chunks = llama.provided(shape, settings, hf, wrap_with_ddp=False)
     tokens = torch.randint(0, provider.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = hf(tokens).logits

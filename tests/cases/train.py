@@ -31,14 +31,7 @@ def train(cases: list[tuple[dict[str, Any], dict[str, Any]]], steps: int) -> lis
 
 def _train(shape: dict[str, Any], settings: dict[str, Any], steps: int) -> dict[str, Any]:
     hf = llama.hf_model(shape)
-    provider = llama.provider_of(shape, settings)
-
-    def load(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        llama.load(chunks, provider.config, hf)
-        return chunks
-
-    provider.register_pre_wrap_hook(load)
-    chunks = provider.provide_distributed_model(init="empty")
+    provider, chunks = llama.provided(shape, settings, hf, wrap_with_ddp=True)
     adam = OptimizerConfig(optimizer="adam", lr=1e-2, weight_decay=0.1, clip_grad=1.0, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(adam, chunks)
     result: dict[str, Any] = {"loss": [], "grad_norm": [], "gradient": 0.0, "split": provider.split}

@@ -10,6 +10,7 @@ import pytest
 import wandb
 
 from megabridge.config import Config, ModelConfig
+from megabridge.errors import ConfigError
 from megabridge.loggers.wandb import WandB, resolved_mode
 
 
@@ -106,3 +107,8 @@ def test_fault_24_secrets_do_not_leave(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "config.yaml").write_text("data: {api_key: '${oc.env:KEY}'}")
     WandB().start(tmp_path, Config(data=data))
     assert given["config"] == {"data": {"api_key": "${oc.env:KEY}"}}
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"logger\.wandb\.mode='on' must be one of auto, online, offline, disabled"):
+        WandB(mode="on")

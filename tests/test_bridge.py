@@ -1,0 +1,42 @@
+"""AutoBridge's public names, on one process without any set-up by the user."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cases.models import TINY
+from tests.conversion.test_round_trip import payload
+from tests.ranks import RankServer
+
+EXPECTED = {
+    "no weights": "ConfigError: a bridge made from a config has no weights",
+    "unknown folder": "CheckpointError",
+    "other architecture": "is a MambaForCausalLM, this bridge converts LlamaForCausalLM",
+    "unsupported": "ConfigError: architecture 'MambaForCausalLM' is not supported",
+    "dtype": "ConfigError: dtype='int8' must be one of",
+    "remote code": "ConfigError: trust_remote_code=True",
+    "source dtype": "ConfigError: weight_dtype='source' needs an import",
+    "shard size": "ConfigError: max_shard_size='5 potatoes'",
+    "more processes": "torchrun --nproc-per-node=16",
+}
+
+
+def test_every_name_without_set_up(ranks: RankServer, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    ranks.run("tests.cases.models:write_model", kwargs={"folder": tmp_path / "source", "config": TINY})
+    config = {**TINY, "_target_": "os.system", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "source" / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
+    kwargs = {"source": str(tmp_path / "source"), "out": str(tmp_path / "out")}
+    (seen,) = ranks.run("tests.cases.bridge:surface", world_size=1, kwargs=kwargs)
+    assert "LlamaForCausalLM" in seen["supported"]
+    assert seen["handles"] == [True, False] and seen["supports"] == [True, True, False]
+    assert seen["hidden_size"] == TINY["hidden_size"] and seen["loaded"] == ()
+    tensors = payload(tmp_path / "source")
+    assert seen["weights"] == (len(tensors), (), ["model.safetensors"])
+    assert payload(tmp_path / "out" / "weights") == tensors
+    assert seen["refusals"].keys() == EXPECTED.keys()
+    for name, part in EXPECTED.items():
+        assert part in seen["refusals"][name], f"{name}: {seen['refusals'][name]}"
+    assert not marker.exists(), "code that came with the checkpoint was run"
