@@ -3,6 +3,12 @@
 The program is finetune's; what differs is in the config: the data, which asks for a loss on every token.
 """
 
-from recipes.finetune import main
+from __future__ import annotations
 
-__all__ = ["main"]
+from megabridge.config import Config
+from recipes import finetune
+
+
+def main(config: Config) -> float | None:
+    """Every rank calls it, in running process groups. Returns the validation loss at the end."""
+    return finetune.main(config)

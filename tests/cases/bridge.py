@@ -28,6 +28,8 @@ def surface(source: str, out: str) -> dict[str, Any]:
     other.mkdir(parents=True)
     (other / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
     bridge = AutoBridge.from_hf_pretrained(source)
+    # First: the refusal of a process that has no groups yet.
+    too_few = refusal(lambda: bridge.to_megatron_model(tensor_model_parallel_size=8, pipeline_model_parallel_size=2))
     model = bridge.to_megatron_model()
     weights = bridge.save_hf_weights(model, Path(out) / "weights", show_progress=False)
     from_config = AutoBridge.from_hf_config(
@@ -52,10 +54,6 @@ def surface(source: str, out: str) -> dict[str, Any]:
                 lambda: AutoBridge.from_hf_pretrained(source).save_hf_weights(model, out, weight_dtype="source")
             ),
             "shard size": refusal(lambda: bridge.save_hf_weights(model, Path(out) / "x", max_shard_size="5 potatoes")),
-            "more processes": refusal(
-                lambda: AutoBridge.from_hf_pretrained(source).to_megatron_model(
-                    tensor_model_parallel_size=8, pipeline_model_parallel_size=2
-                )
-            ),
+            "more processes": too_few,
         },
     }
