@@ -20,21 +20,33 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
-@dataclass(frozen=True, eq=False)
-class Live:
-    """One parameter of this rank.
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a rank says of one parameter: all that the plans of other ranks need, without its elements.
 
-    `name` is canonical (global layer numbers), `local` the name inside its chunk. `is_writer` says that this rank, of all that
-    hold the same elements, writes them.
+    `name` is canonical (global layer numbers), `shape` the global one. `is_writer` says that this rank, of all that hold the same
+    elements, writes them.
     """
 
     name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    cut: Cut | None
+    is_writer: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """One parameter of this rank; `local` is its name inside chunk number `chunk`."""
+
+    record: Record
     local: str
     chunk: int
     parameter: torch.nn.Parameter
-    global_shape: tuple[int, ...]
-    cut: Cut | None
-    is_writer: bool
+
+    @property
+    def name(self) -> str:
+        return self.record.name
 
     @property
     def data(self) -> torch.Tensor:
@@ -76,7 +88,7 @@ def _live(name: str, local: str, chunk: int, parameter: torch.nn.Parameter) -> L
     is_cut = bool(vars(parameter).get("tensor_model_parallel", False)) and size > 1
     is_writer = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     if not is_cut:
-        return Live(name, local, chunk, parameter, shape, None, is_writer and index == 0)
+        return Live(Record(name, shape, parameter.dtype, None, is_writer and index == 0), local, chunk, parameter)
     attributes = vars(parameter)
     cut = Cut(attributes["partition_dim"], attributes["partition_stride"], size, index)
     if not 0 <= cut.dim < len(shape) or shape[cut.dim] % cut.stride:
@@ -86,4 +98,4 @@ def _live(name: str, local: str, chunk: int, parameter: torch.nn.Parameter) -> L
         )
     whole = tuple(length * size if dim == cut.dim else length for dim, length in enumerate(shape))
     assert prod(whole) == prod(shape) * size
-    return Live(name, local, chunk, parameter, whole, cut, is_writer)
+    return Live(Record(name, whole, parameter.dtype, cut, is_writer), local, chunk, parameter)

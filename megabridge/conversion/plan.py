@@ -1,36 +1,48 @@
-"""The plan: every transfer between this rank's parameters and the Hugging Face tensors, made once from the live model."""
+"""The plan: every transfer between the ranks' parameters and the Hugging Face tensors, made once from the live model."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import prod
 
 import torch
 
 from megabridge import agreement
 from megabridge.checkpoint.safetensors import TensorInfo
-from megabridge.conversion.native import Live
+from megabridge.conversion.native import Live, Record
 from megabridge.errors import MappingError, listed
 from megabridge.families import Family
 from megabridge.mapping import Dims, Transfer, natural, transfers
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One parameter and the transfers that fill it; `hf` names the tensors that the transfers' part numbers stand for."""
+class Entry:
+    """A parameter of any rank and the transfers that fill it.
 
-    live: Live
+    `hf` names the tensors that the transfers' part numbers stand for, `shapes` are these tensors' whole shapes.
+    """
+
+    record: Record
     hf: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     transfers: tuple[Transfer, ...]
     is_tied_copy: bool
 
     @property
     def is_writer(self) -> bool:
-        return self.live.is_writer and not self.is_tied_copy
+        return self.record.is_writer and not self.is_tied_copy
+
+
+@dataclass(frozen=True, slots=True)
+class Item(Entry):
+    """An entry whose parameter lives on this rank."""
+
+    live: Live
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +53,63 @@ class Spec:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A box of a tensor, the rank that writes it, and that rank's parameter (canonical name) that holds it."""
+
+    rank: int
+    native: str
+    transfer: Transfer
+
+
 @dataclass(frozen=True)
 class Plan:
-    """This rank's items, and all ranks' tensors in natural order. `aliases` maps tensors that a tied checkpoint may carry
-    besides to the tensors they equal."""
+    """This rank's items, and all ranks' tensors in natural order.
+
+    `aliases` maps tensors that a tied checkpoint may carry besides to the tensors they equal. `records` holds every rank's
+    parameters, by rank.
+    """
 
     items: tuple[Item, ...]
     tensors: Mapping[str, Spec]
     aliases: Mapping[str, str]
     family: Family
+    dims: Dims
+    records: tuple[tuple[Record, ...], ...]
 
     @property
     def owned_bytes(self) -> int:
         """Bytes of this rank's parameters that some tensor feeds."""
         return sum(t.elements * item.live.parameter.element_size() for item in self.items for t in item.transfers)
+
+    @cached_property
+    def sources(self) -> Mapping[str, tuple[Source, ...]]:
+        """By tensor, the boxes that tile it: by rank, then in module order. Equal on every rank."""
+        found: dict[str, list[Source]] = {name: [] for name in self.tensors}
+        for rank, records in enumerate(self.records):
+            for entry in entries(self.family, self.dims, [record for record in records if record.is_writer])[0]:
+                for transfer in entry.transfers if entry.is_writer else ():
+                    found[entry.hf[transfer.part]].append(Source(rank, entry.record.name, transfer))
+        return {name: tuple(boxes) for name, boxes in found.items()}
+
+
+def entries(family: Family, dims: Dims, records: Iterable[Record]) -> tuple[list[Entry], list[str]]:
+    """What the family's rules say of `records`, and a line for each that no rule feeds or whose shape contradicts its rule."""
+    out: list[Entry] = []
+    problems: list[str] = []
+    for record in records:
+        rule = family.weights.resolve(record.name, tied=dims.tied)
+        if rule is None:
+            problems.append(f"no rule of {family.architecture} feeds the parameter {record.name} {record.shape}")
+            continue
+        try:
+            moves = transfers(rule.layout, record.shape, dims, record.cut)
+            whole = rule.layout.part_shapes(record.shape, dims)
+        except MappingError as error:
+            problems.append(f"{record.name}: {error}")
+            continue
+        out.append(Entry(record, rule.hf, tuple(whole), moves, rule.is_tied_copy))
+    return out, problems
 
 
 def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live]) -> Plan:
@@ -63,32 +118,30 @@ def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live
     Raises the same MappingError on every rank, with every parameter that no rule feeds and every contradiction between shapes.
     """
     dims = Dims.of(native)
-    items: list[Item] = []
-    shapes: list[tuple[str, tuple[int, ...], torch.dtype, str]] = []
-    problems: list[str] = []
-    for live in lives:
-        rule = family.weights.resolve(live.name, tied=dims.tied)
-        if rule is None:
-            problems.append(f"no rule of {family.architecture} feeds the parameter {live.name} {live.global_shape}")
-            continue
-        try:
-            moves = transfers(rule.layout, live.global_shape, dims, live.cut)
-            whole = rule.layout.part_shapes(live.global_shape, dims)
-        except MappingError as error:
-            problems.append(f"{live.name}: {error}")
-            continue
-        items.append(Item(live, rule.hf, moves, rule.is_tied_copy))
-        shapes += [(name, shape, live.parameter.dtype, live.name) for name, shape in zip(rule.hf, whole, strict=True)]
-    tensors = _merge(agreement.gather((shapes, problems)))
-    _check_tiling(items, tensors)
+    own, problems = entries(family, dims, [live.record for live in lives])
+    by_name = {live.name: live for live in lives}
+    items = tuple(
+        Item(entry.record, entry.hf, entry.shapes, entry.transfers, entry.is_tied_copy, by_name[entry.record.name]) for entry in own
+    )
+    tensors = _merge(agreement.gather((_shapes(own), problems)))
+    _check_tiling(own, tensors)
     aliases = family.weights.tied_aliases() if dims.tied else {}
-    return Plan(tuple(items), tensors, {name: to for name, to in aliases.items() if to in tensors}, family)
+    records = agreement.gather(tuple(live.record for live in lives))
+    return Plan(items, tensors, {name: to for name, to in aliases.items() if to in tensors}, family, dims, tuple(records))
 
 
-Found = tuple[list[tuple[str, tuple[int, ...], torch.dtype, str]], list[str]]
+Shapes = list[tuple[str, tuple[int, ...], torch.dtype, str]]
 
 
-def _merge(found: list[Found]) -> dict[str, Spec]:
+def _shapes(found: Iterable[Entry]) -> Shapes:
+    return [
+        (name, shape, entry.record.dtype, entry.record.name)
+        for entry in found
+        for name, shape in zip(entry.hf, entry.shapes, strict=True)
+    ]
+
+
+def _merge(found: list[tuple[Shapes, list[str]]]) -> dict[str, Spec]:
     specs: dict[str, Spec] = {}
     problems = sorted({problem for _, rank_problems in found for problem in rank_problems})
     for name, shape, dtype, native in (entry for shapes, _ in found for entry in shapes):
@@ -100,16 +153,16 @@ def _merge(found: list[Found]) -> dict[str, Spec]:
     return {name: specs[name] for name in sorted(specs, key=natural)}
 
 
-def _check_tiling(items: list[Item], tensors: Mapping[str, Spec]) -> None:
+def _check_tiling(own: Iterable[Entry], tensors: Mapping[str, Spec]) -> None:
     """Raises MappingError unless the boxes that ranks write have exactly as many elements as the tensors."""
-    own: Counter[str] = Counter()
-    for item in items:
-        if item.is_writer:
-            for transfer in item.transfers:
-                own[item.hf[transfer.part]] += transfer.elements
+    counts: Counter[str] = Counter()
+    for entry in own:
+        if entry.is_writer:
+            for transfer in entry.transfers:
+                counts[entry.hf[transfer.part]] += transfer.elements
     written: Counter[str] = Counter()
-    for counts in agreement.gather(own):
-        written.update(counts)
+    for theirs in agreement.gather(counts):
+        written.update(theirs)
     problems = [
         f"{name}: ranks write {written[name]} elements of {prod(spec.shape)}"
         for name, spec in tensors.items()
