@@ -13,8 +13,9 @@ import megabridge.platform as platform
 from megabridge import provider_rules as rules
 from megabridge.errors import ConfigError, listed
 from megabridge.layers.model import CausalLM
-from megabridge.layers.spec import Biases, final_norm, layer_spec
+from megabridge.layers.spec import final_norm, layer_spec
 from megabridge.layers.split import by_stage
+from megabridge.layers.style import Style
 from megabridge.platform import groups
 from megabridge.topology import Topology
 
@@ -68,8 +69,8 @@ class ModelProvider:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # not ours to answer: copy, pickle and inspect ask for such names
             raise AttributeError(name)
-        if self._config is not None and name in rules.config_fields() and name not in ("activation_func",):
-            return vars(self._config).get(name, rules.config_fields()[name])
+        if self._config is not None and name in vars(self._config) and name not in ("activation_func",):
+            return vars(self._config)[name]
         return self._given[name] if name in self._given else rules.default(name)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -119,7 +120,12 @@ class ModelProvider:
     @property
     def resolved_backend(self) -> str:
         """torch, te or local: what `backend` means here."""
-        return rules.resolved_backend(self.backend)
+        return rules.resolved_backend(self.backend, self.style)
+
+    @property
+    def style(self) -> Style:
+        """What the layers do beyond megatron-core's TransformerConfig."""
+        return Style.of(lambda name: getattr(self, name))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -212,7 +218,7 @@ class ModelProvider:
         with device, _initialization(config, enabled=init == "random"):
             return CausalLM(
                 config,
-                TransformerBlockSubmodules([spec] * layers, final_norm(self.resolved_backend, config)),
+                TransformerBlockSubmodules([spec] * layers, final_norm(self.resolved_backend, config, self.style)),
                 vocab_size=self.vocab_size,
                 padded_vocab_size=self.padded_vocab_size,
                 max_sequence_length=self.seq_length,
@@ -222,6 +228,7 @@ class ModelProvider:
                 share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
                 rope=self.rope,
                 rotary_percent=self.rotary_percent,
+                style=self.style,
             )
 
     def provide_distributed_model(
@@ -260,8 +267,7 @@ class ModelProvider:
     def _layer_spec(self, config: Any) -> Any:
         given = self.transformer_layer_spec
         if given is None:
-            biases = Biases(qkv=bool(self.add_qkv_bias), proj=bool(self.add_attn_proj_bias), mlp=bool(self.add_mlp_bias))
-            return layer_spec(self.resolved_backend, config, biases)
+            return layer_spec(self.resolved_backend, config, self.style)
         return given if isinstance(given, ModuleSpec) else given(config)
 
 

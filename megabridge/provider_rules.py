@@ -13,10 +13,12 @@ import torch.nn.functional as F
 
 import megabridge.platform as platform
 from megabridge.errors import ConfigError
+from megabridge.layers import style
 from megabridge.layers.spec import BACKENDS
 from megabridge.layers.split import deal_layers, layout_of
 from megabridge.rope import rope_problems
 
+from megatron.core.activations import squared_relu
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -24,7 +26,9 @@ ACTIVATIONS: Final[Mapping[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "relu2": squared_relu,
 }
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -34,9 +38,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 NORMALIZATIONS: Final = ("RMSNorm", "LayerNorm")
 # torch backend: settings that its layers don't know, and the value that leaves them off
 _UNKNOWN_TO_TORCH: Final[Mapping[str, object]] = {
-    "window_size": None,
     "softmax_type": "vanilla",
-    "layernorm_zero_centered_gamma": False,
     "apply_query_key_layer_scaling": False,
     "qk_clip": False,
     "log_max_attention_logit": False,
@@ -67,11 +69,10 @@ OWN_FIELDS: Final[Mapping[str, object]] = {
     "share_embeddings_and_output_weights": False,
     "rotary_percent": 1.0,
     "rope": None,
-    "add_attn_proj_bias": False,
-    "add_mlp_bias": False,
     "backend": "auto",
     "make_vocab_size_divisible_by": 1,
     "transformer_layer_spec": None,
+    **style.DEFAULTS,
 }
 
 
@@ -111,11 +112,11 @@ class UnknownSetting(ConfigError, AttributeError):
         super().__init__(f"a model provider has no setting {name!r}; {remedy}")
 
 
-def resolved_backend(backend: str) -> str:
-    """`auto` means Transformer Engine where it is installed and CUDA is used, else ours."""
+def resolved_backend(backend: str, wanted: style.Style) -> str:
+    """`auto` means Transformer Engine where it is installed, CUDA is used, and it has what the model needs; else ours."""
     if backend != "auto":
         return backend
-    return "te" if HAVE_TE and not platform.is_cpu() else "torch"
+    return "te" if HAVE_TE and not platform.is_cpu() and not wanted.special() else "torch"
 
 
 def problems_of(get: Callable[[str], Any]) -> list[str]:
@@ -232,7 +233,10 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
     partial = (get("rope") or {}).get("partial_rotary_factor")
     if partial is not None and partial != get("rotary_percent"):
         problems.append(f"rope's partial_rotary_factor={partial} must equal rotary_percent={get('rotary_percent')}; set it so.")
-    backend = resolved_backend(get("backend"))
+    wanted = style.Style.of(get)
+    backend = resolved_backend(get("backend"), wanted)
+    if backend != "torch":
+        problems += [f"{name}={get(name)!r} needs backend=torch, not {backend}; set it so." for name in wanted.special()]
     if backend == "te" and (platform.is_cpu() or not HAVE_TE):
         where = "runs on CUDA only" if platform.is_cpu() else "needs Transformer Engine, which is not installed"
         problems.append(f"backend=te {where}; use backend=torch.")
@@ -270,8 +274,8 @@ def _named_problems(get: Callable[[str], Any]) -> list[str]:
 
 def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of TransformerConfig: what was given, our defaults, and what follows from both."""
-    settings = {name: value for name, value in our_defaults().items() if name in config_fields()}
-    settings |= {name: value for name, value in given.items() if name in config_fields()}
+    known = {field.name for field in dataclasses.fields(config_class(get))}
+    settings = {name: value for name, value in {**our_defaults(), **given}.items() if name in known}
     dtype = DTYPES.get(get("params_dtype"), get("params_dtype"))
     if get("bf16"):
         dtype = torch.bfloat16
@@ -285,13 +289,15 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
         "fp16": dtype is torch.float16,
         "activation_func": activation,
         "add_bias_linear": bool(get("add_mlp_bias")),
+        "qk_layernorm": bool(get("qk_layernorm") or get("qk_norm")),
     }
     settings.setdefault("pipeline_dtype", dtype)
-    settings.setdefault("bias_activation_fusion", gated and activation in (F.silu, F.gelu))
+    # megatron-core's fused gelu is the tanh approximation, whatever the function says.
+    settings.setdefault("bias_activation_fusion", gated and activation is F.silu)
     vpp = get("virtual_pipeline_model_parallel_size") or 1
     pp = get("pipeline_model_parallel_size")
     settings["virtual_pipeline_model_parallel_size"] = vpp if vpp > 1 else None
-    if resolved_backend(get("backend")) == "te":
+    if resolved_backend(get("backend"), style.Style.of(get)) == "te":
         settings.setdefault("apply_rope_fusion", True)
     if not follows_megatron(get) and get("num_layers") % (pp * vpp):
         settings["pipeline_model_parallel_layout"] = layout_of(deal_layers(get("num_layers"), pp=pp, vpp=vpp))

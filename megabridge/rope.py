@@ -21,6 +21,13 @@ _KEYS: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
         frozenset({"factor", "original_max_position_embeddings"}),
         frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
     ),
+    "dynamic": (frozenset({"factor", "max_position_embeddings"}), frozenset({"original_max_position_embeddings"})),
+    "longrope": (
+        frozenset({"factor", "long_factor", "short_factor", "original_max_position_embeddings"}),
+        frozenset({"attention_factor"}),
+    ),
+    "proportional": (frozenset(), frozenset({"factor"})),
+    "alpha": (frozenset({"alpha"}), frozenset()),  # HunYuan's, which its configs call dynamic
 }
 ROPE_TYPES: Final = tuple(_KEYS)
 

@@ -108,7 +108,7 @@ def entries(family: Family, dims: Dims, records: Iterable[Record]) -> tuple[list
         except MappingError as error:
             problems.append(f"{record.name}: {error}")
             continue
-        out.append(Entry(record, rule.hf, tuple(whole), moves, rule.is_tied_copy))
+        out.append(Entry(record, rule.names(len(whole)), tuple(whole), moves, rule.is_tied_copy))
     return out, problems
 
 

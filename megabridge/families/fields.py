@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from megabridge.errors import ConfigError, listed
-from megabridge.rope import rope_problems
+from megabridge.errors import ConfigError
 
 Json = Mapping[str, Any]
 REQUIRED: Final = object()
@@ -19,7 +18,8 @@ REQUIRED: Final = object()
 # Keys that say nothing about what the model computes.
 INERT: Final = frozenset(
     "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
-    "_name_or_path initializer_range attention_dropout hidden_dropout pretraining_tp auto_map".split()
+    "_name_or_path initializer_range attention_dropout hidden_dropout pretraining_tp auto_map "
+    "residual_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout classifier_dropout".split()
 )
 # Keys that change what some architecture of transformers computes: a family that doesn't declare one refuses it when set.
 COMPUTING: Final = frozenset(
@@ -71,6 +71,11 @@ class Field:
         return {self.hf: native[self.native]}
 
 
+def unless_null(key: str, default: Any) -> Callable[[Json], Any]:
+    """A default for an absent key; an explicit null means None."""
+    return lambda hf: None if key in hf else default
+
+
 @dataclass(frozen=True)
 class Fixed:
     """`native` always has this value for the architecture; Hugging Face has no key for it."""
@@ -120,36 +125,58 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary embedding settings: transformers 5's `rope_parameters`, or the older `rope_theta` with `rope_scaling`.
+class Follows:
+    """`native` follows from other keys of config.json, which have fields of their own; it is never written."""
 
-    The native side is one dict `rope` in the newer form: rope_type, rope_theta and the type's own settings.
-    """
-
-    theta: float = 10000.0
+    native: str
+    value: Callable[[Json], Any]
 
     def keys(self) -> frozenset[str]:
-        return frozenset(("rope_parameters", "rope_scaling", "rope_theta"))
+        return frozenset()
 
     def read(self, hf: Json) -> dict[str, Any]:
-        given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        legacy = given.pop("type", None)
-        rope = {
-            **given,
-            "rope_type": given.get("rope_type") or legacy or "default",
-            "rope_theta": given.get("rope_theta") or hf.get("rope_theta") or self.theta,
-        }
-        if rope.pop("partial_rotary_factor", 1) not in (1, None):
-            raise ConfigError(
-                f"partial_rotary_factor={given['partial_rotary_factor']!r} is not supported for this architecture, which rotates "
-                "whole heads; remove it."
-            )
-        if rope["rope_type"] == "yarn":
-            rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
-        rope = {key: value for key, value in rope.items() if value is not None}
-        if problems := rope_problems(rope):
-            raise ConfigError(listed(problems))
-        return {"rope": rope}
+        return {self.native: self.value(hf)}
 
     def write(self, native: Json) -> dict[str, Any]:
-        return {"rope_parameters": dict(native["rope"])}
+        return {}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """`native` is `forth(hf)`, and `hf` is `back(native)`. Where the key is absent or null, `default` is Hugging Face's value."""
+
+    native: str
+    hf: str
+    forth: Callable[[Any], Any]
+    back: Callable[[Any], Any]
+    default: Any = REQUIRED
+
+    def keys(self) -> frozenset[str]:
+        return frozenset((self.hf,))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        value = Field(self.hf, self.hf, self.default).read(hf)[self.hf]
+        return {self.native: self.forth(value)}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return {self.hf: self.back(native[self.native])}
+
+
+@dataclass(frozen=True)
+class Only:
+    """A key that may only have these values: with any other the model would compute something else."""
+
+    hf: str
+    values: tuple[Any, ...]
+
+    def keys(self) -> frozenset[str]:
+        return frozenset((self.hf,))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        value = hf.get(self.hf, self.values[0])
+        if value not in self.values:
+            raise ConfigError(f"{self.hf}={value!r} can't be represented; supported: {', '.join(map(repr, self.values))}.")
+        return {}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return {self.hf: self.values[0]}

@@ -1,8 +1,8 @@
 """LlamaForCausalLM: Llama 2 and 3, SmolLM2, Yi, TinyLlama (transformers models/llama/modeling_llama.py)."""
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Field, Fixed, Rope
-from megabridge.families.parts import GATED_SILU, LAYER, SIZES, attention, embeddings, gated_mlp
+from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
+from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -10,18 +10,14 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     model_type="llama",
     fields=(
-        *SIZES,
+        *sizes(),
+        *rms(),
         *GATED_SILU,
+        *biases("attention_bias", "attention_bias", "mlp_bias"),
         Rope(),
-        Fixed("normalization",                     "RMSNorm"),
-        Field("layernorm_epsilon",                 "rms_norm_eps",        1e-6),
-        Field("add_qkv_bias",                      "attention_bias",      False),
-        Field("add_attn_proj_bias",                "attention_bias",      False),
-        Field("add_mlp_bias",                      "mlp_bias",            False),
-        Field("share_embeddings_and_output_weights", "tie_word_embeddings", False),
-        Field("init_method_std",                   "initializer_range",   0.02),
+        UNTIED,
     ),
-    weights=WeightMap(embeddings(), block(*LAYER, attention(), gated_mlp())),
+    weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), gated_mlp())),
     ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,

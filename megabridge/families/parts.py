@@ -9,29 +9,23 @@ from __future__ import annotations
 from typing import Final
 
 from megabridge.families.fields import Choice, Field, FieldLike, Fixed, Json
-from megabridge.mapping import Fuse, Same, weight
+from megabridge.mapping import Fuse, Joined, Layout, Same, weight
 from megabridge.mapping.rules import Rules
 
 LAYER: Final = ("decoder.layers.{layer}", "model.layers.{layer}")
+WEIGHT_BIAS: Final = ("weight", "bias")
 QKV: Final = Fuse(groups="num_query_groups", ratio=("heads_per_group", 1, 1))
+QKV_JOINED: Final = Joined(groups="num_query_groups", ratio=("heads_per_group", 1, 1))
 GATE_UP: Final = Fuse(groups=1, ratio=(1, 1))
 VOCABULARY: Final = Same(rows="vocab_size")
 
 # fmt: off
-SIZES: Final[tuple[FieldLike, ...]] = (
-    Field("num_layers",                            "num_hidden_layers"),
-    Field("hidden_size",                           "hidden_size"),
-    Field("ffn_hidden_size",                       "intermediate_size"),
-    Field("num_attention_heads",                   "num_attention_heads"),
-    Field("num_query_groups",                      "num_key_value_heads", lambda hf: hf.get("num_attention_heads")),
-    Field("kv_channels",                           "head_dim",            lambda hf: head_dim(hf)),
-    Field("vocab_size",                            "vocab_size"),
-    Field("seq_length",                            "max_position_embeddings", 2048),
-)
 GATED_SILU: Final[tuple[FieldLike, ...]] = (
     Choice("activation_func",                      "hidden_act", (("silu", "silu"), ("swish", "silu"))),
     Fixed("gated_linear_unit",                     True),
 )
+UNTIED: Final = Field("share_embeddings_and_output_weights", "tie_word_embeddings", False)
+TIED: Final = Field("share_embeddings_and_output_weights", "tie_word_embeddings", True)
 
 
 def head_dim(hf: Json) -> int | None:
@@ -40,30 +34,101 @@ def head_dim(hf: Json) -> int | None:
     return hidden // heads if hidden and heads else None
 
 
-def embeddings() -> Rules:
+def sizes(*, kv: int | None = None, head: int | None = None, positions: int = 2048, std: float = 0.02) -> tuple[FieldLike, ...]:
+    """The sizes of a decoder. The arguments are what the architecture's config class takes where config.json lacks a key:
+    key and value heads (None: as many as heads), width of a head (None: hidden size / heads), positions, initial deviation."""
+
+    def kv_heads(hf: Json) -> int | None:
+        return hf.get("num_attention_heads") if kv is None or "num_key_value_heads" in hf else kv
+
+    def width(hf: Json) -> int | None:
+        return head_dim(hf) if head is None or "head_dim" in hf else head
+
     return (
-        weight("embedding.word_embeddings.weight",  "model.embed_tokens.weight", layout=VOCABULARY),
-        weight("output_layer.weight",               "lm_head.weight",            layout=VOCABULARY,
-               when_tied="model.embed_tokens.weight"),
-        weight("decoder.final_layernorm.weight",    "model.norm.weight"),
+        Field("num_layers",                        "num_hidden_layers"),
+        Field("hidden_size",                       "hidden_size"),
+        Field("ffn_hidden_size",                   "intermediate_size"),
+        Field("num_attention_heads",               "num_attention_heads"),
+        Field("num_query_groups",                  "num_key_value_heads", kv_heads),
+        Field("kv_channels",                       "head_dim",            width),
+        Field("vocab_size",                        "vocab_size"),
+        Field("seq_length",                        "max_position_embeddings", positions),
+        Field("init_method_std",                   "initializer_range",   std),
     )
 
 
-def attention() -> Rules:
+def rms(eps: float = 1e-6) -> tuple[FieldLike, ...]:
+    """RMSNorm; `eps` is the architecture's where config.json doesn't say it."""
+    return (Fixed("normalization", "RMSNorm"), Field("layernorm_epsilon", "rms_norm_eps", eps))
+
+
+def biases(qkv: str, proj: str | None, mlp: str | None = None, *, default: bool = False) -> tuple[FieldLike, ...]:
+    """Which keys say that the linears have biases; None where they never have."""
     return (
-        weight(("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"), "input_layernorm.weight"),
-        weight("self_attention.linear_qkv.weight",  *(f"self_attn.{p}_proj.weight" for p in "qkv"), layout=QKV),
-        weight("self_attention.linear_qkv.bias",    *(f"self_attn.{p}_proj.bias" for p in "qkv"),   layout=QKV),
-        weight("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
-        weight("self_attention.linear_proj.bias",   "self_attn.o_proj.bias"),
+        Field("add_qkv_bias", qkv, default),
+        Fixed("add_attn_proj_bias", False) if proj is None else Field("add_attn_proj_bias", proj, default),
+        Fixed("add_mlp_bias", False) if mlp is None else Field("add_mlp_bias", mlp, default),
     )
 
 
-def gated_mlp() -> Rules:
+def embeddings(embed: str = "model.embed_tokens", norm: str = "model.norm", head: str = "lm_head") -> Rules:
     return (
-        weight(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"), "post_attention_layernorm.weight"),
-        weight("mlp.linear_fc1.weight",             "mlp.gate_proj.weight", "mlp.up_proj.weight", layout=GATE_UP),
-        weight("mlp.linear_fc1.bias",               "mlp.gate_proj.bias",   "mlp.up_proj.bias",   layout=GATE_UP),
-        weight("mlp.linear_fc2.weight",             "mlp.down_proj.weight"),
-        weight("mlp.linear_fc2.bias",               "mlp.down_proj.bias"),
+        weight("embedding.word_embeddings.weight",  f"{embed}.weight", layout=VOCABULARY),
+        weight("output_layer.weight",               f"{head}.weight",  layout=VOCABULARY, when_tied=f"{embed}.weight"),
+        weight("decoder.final_layernorm.weight",    f"{norm}.weight"),
+        weight("decoder.final_layernorm.bias",      f"{norm}.bias"),
+    )
+
+
+def pre_norms(attention: str = "input_layernorm", mlp: str = "post_attention_layernorm") -> Rules:
+    """Norms of what attention and MLP read."""
+    return (
+        *(weight((f"input_layernorm.{p}", f"self_attention.linear_qkv.layer_norm_{p}"), f"{attention}.{p}") for p in WEIGHT_BIAS),
+        *(weight((f"pre_mlp_layernorm.{p}", f"mlp.linear_fc1.layer_norm_{p}"), f"{mlp}.{p}") for p in WEIGHT_BIAS),
+    )
+
+
+def post_norms(attention: str = "post_attention_layernorm", mlp: str = "post_feedforward_layernorm") -> Rules:
+    """Norms of what attention and MLP add."""
+    return (
+        weight("self_attn_bda.norm.weight",         f"{attention}.weight"),
+        weight("mlp_bda.norm.weight",               f"{mlp}.weight"),
+    )
+
+
+def qk_norms(q: str = "self_attn.q_norm", k: str = "self_attn.k_norm", native: str = "self_attention") -> Rules:
+    return (
+        weight(f"{native}.q_layernorm.weight",      f"{q}.weight"),
+        weight(f"{native}.k_layernorm.weight",      f"{k}.weight"),
+    )
+
+
+def attention(prefix: str = "self_attn", out: str = "o_proj") -> Rules:
+    return (
+        *(weight(f"self_attention.linear_qkv.{p}",  *(f"{prefix}.{part}_proj.{p}" for part in "qkv"), layout=QKV)
+          for p in WEIGHT_BIAS),
+        *(weight(f"self_attention.linear_proj.{p}", f"{prefix}.{out}.{p}") for p in WEIGHT_BIAS),
+    )
+
+
+def joined_attention(qkv: str = "self_attn.qkv_proj", out: str = "self_attn.o_proj", layout: Layout = QKV_JOINED) -> Rules:
+    """Queries, keys and values in one tensor."""
+    return (
+        *(weight(f"self_attention.linear_qkv.{p}",  f"{qkv}.{p}", layout=layout) for p in WEIGHT_BIAS),
+        *(weight(f"self_attention.linear_proj.{p}", f"{out}.{p}") for p in WEIGHT_BIAS),
+    )
+
+
+def gated_mlp(gate: str = "mlp.gate_proj", up: str = "mlp.up_proj", down: str = "mlp.down_proj") -> Rules:
+    return (
+        *(weight(f"mlp.linear_fc1.{p}",             f"{gate}.{p}", f"{up}.{p}", layout=GATE_UP) for p in WEIGHT_BIAS),
+        *(weight(f"mlp.linear_fc2.{p}",             f"{down}.{p}") for p in WEIGHT_BIAS),
+    )
+
+
+def plain_mlp(up: str = "mlp.up_proj", down: str = "mlp.down_proj") -> Rules:
+    """An MLP whose first tensor is the native one: without a gate, or with gate and up in one tensor, one below the other."""
+    return (
+        *(weight(f"mlp.linear_fc1.{p}",             f"{up}.{p}") for p in WEIGHT_BIAS),
+        *(weight(f"mlp.linear_fc2.{p}",             f"{down}.{p}") for p in WEIGHT_BIAS),
     )

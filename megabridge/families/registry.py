@@ -11,7 +11,10 @@ from megabridge.errors import ConfigError
 from megabridge.families.family import Family
 from megabridge.families.fields import Json
 
-_OURS = ("llama",)
+_OURS = (
+    "arcee", "cohere", "ernie4_5", "exaone4", "gemma", "glm", "gpt2", "gpt_neox", "granite", "hunyuan", "llama", "mistral",
+    "nemotron", "olmo", "phi3", "qwen", "seed_oss", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
 _registered: dict[str, Family] = {}
 
 
@@ -19,8 +22,8 @@ _registered: dict[str, Family] = {}
 def _installed() -> dict[str, Family]:
     found = {}
     for name in _OURS:
-        family = import_module(f"megabridge.families.{name}").FAMILY
-        found[family.architecture] = family
+        names = vars(import_module(f"megabridge.families.{name}"))
+        found |= {family.architecture: family for family in names.get("FAMILIES") or (names["FAMILY"],)}
     for point in entry_points(group="megabridge.families"):
         family = point.load()
         if not isinstance(family, Family):

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from typing import Any
+from typing import Any, Final, override
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megabridge.errors import ConfigError
+from megabridge.layers.norm import LayerNorm, RMSNorm
+from megabridge.layers.style import Style
 
 from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
+
+_PLAIN: Final = Style()
 
 
 class TorchAttention(torch.nn.Module):
@@ -32,9 +39,19 @@ class TorchAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         k_channels: int | None = None,
         v_channels: int | None = None,
+        *,
+        style: Style = _PLAIN,
         **_: object,
     ) -> None:
         super().__init__()
+        self.style = style
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None  # keys that a query sees, its own included
+        if style.qk_norm == "rotated":
+            kinds = {"RMSNorm": RMSNorm, "LayerNorm": functools.partial(LayerNorm, bias=style.qk_norm_bias)}
+            norm = kinds[config.normalization]
+            self.q_layernorm = norm(config, config.kv_channels, config.layernorm_epsilon)
+            self.k_layernorm = norm(config, config.kv_channels, config.layernorm_epsilon)
         self.attn_mask_type = attn_mask_type
         self.sequence_parallel = config.sequence_parallel
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -59,18 +76,18 @@ class TorchAttention(torch.nn.Module):
         if packed_seq_params is not None or attention_bias is not None:
             raise ConfigError("backend=torch has no packed sequences and no attention bias; use padded batches or backend=te.")
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        allowed = None
-        if attention_mask is not None:
-            allowed = ~attention_mask
-            if causal and allowed.shape[-2] == 1:
-                positions = torch.arange(key.shape[0], device=key.device)
-                allowed = allowed & (positions[None, :] <= positions[:, None])
+        if self.style.qk_norm == "rotated":
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if self.style.query_temperature is not None:
+            query = query * _temperature(*self.style.query_temperature, query)
+        allowed = self._allowed(attention_mask, key, causal=causal)
         dropout = self.dropout if self.training else 0.0
         # Heads are cut over tp, so that each rank drops its own; under sequence parallelism megatron-core uses the
         # default generator here (dot_product_attention.py).
         forked = dropout > 0 and not self.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
-            context = F.scaled_dot_product_attention(
+            attend = F.scaled_dot_product_attention if self.style.attention_softcap is None else self._softcapped
+            context = attend(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
@@ -81,3 +98,67 @@ class TorchAttention(torch.nn.Module):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _allowed(self, mask: Tensor | None, key: Tensor, *, causal: bool) -> Tensor | None:
+        """Which keys a query may attend to, [s, s] or [b, 1, s, s]; None where is_causal says it all."""
+        length = key.shape[0]
+        window = self.window if self.window is not None and self.window < length else None
+        if mask is None and window is None and self.style.attention_softcap is None:
+            return None
+        allowed = None if mask is None else ~mask
+        if causal and (allowed is None or allowed.shape[-2] == 1):
+            seen = _seen(length, window, key.device)
+            return seen if allowed is None else allowed & seen
+        if window is not None and allowed is not None:
+            allowed = allowed & _seen(length, window, key.device)
+        return allowed
+
+    def _softcapped(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float,
+        enable_gqa: bool,
+    ) -> Tensor:
+        """Attention with capped scores, written out: torch's kernels have none. Memory grows with the square of the length."""
+        cap = self.style.attention_softcap
+        assert cap is not None and not is_causal
+        if enable_gqa:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        scores = torch.tanh(query @ key.transpose(-2, -1) * scale / cap) * cap
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+        return F.dropout(weights, dropout_p) @ value
+
+
+@functools.lru_cache(maxsize=4)
+def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
+    """[length, length], True where the key (column) is not after the query (row), and one of its last `window` keys."""
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None, :]
+    return (distance >= 0) & (distance < (length if window is None else window))
+
+
+def _temperature(beta: float, original: int, query: Tensor) -> Tensor:
+    """The factor [s, 1, 1, 1] of the query at each position."""
+    positions = torch.arange(query.shape[0], device=query.device)
+    factor = 1 + beta * torch.log(1 + torch.floor(positions / original))
+    return factor[:, None, None, None].to(query.dtype)
+
+
+class TwoRopeAttention(SelfAttention):  # type: ignore[misc]
+    """Self-attention that takes the angles of its kind of layer out of the model's two (see LocalAndGlobal)."""
+
+    @override
+    def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+        if rotary_pos_emb is not None:
+            windowed = is_layer_window_attention(self.config.window_size, self.config.window_attn_skip_freq, self.layer_number)
+            rotary_pos_emb = rotary_pos_emb[int(windowed)]
+        return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)

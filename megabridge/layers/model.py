@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabridge.layers.rotary import HFRotaryEmbedding
+from megabridge.layers.rotary import HFRotaryEmbedding, LocalAndGlobal
+from megabridge.layers.style import Style
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.utils import is_layer_window_attention
 
 
 class CausalLM(GPTModel):  # type: ignore[misc]
@@ -35,7 +37,9 @@ class CausalLM(GPTModel):  # type: ignore[misc]
         share_embeddings_and_output_weights: bool,
         rope: Mapping[str, Any] | None,
         rotary_percent: float,
+        style: Style,
     ) -> None:
+        table = "learned_absolute" if style.learned_positions else "none"
         super().__init__(
             config,
             block_spec,
@@ -44,28 +48,37 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=share_embeddings_and_output_weights,
-            position_embedding_type="none" if rope is None else "rope",
+            position_embedding_type=table if rope is None else "rope",
             rotary_percent=rotary_percent,
             vp_stage=vp_stage,
         )
-        self.unpadded_vocab_size = vocab_size
+        self.unpadded_vocab_size, self.style = vocab_size, style
         if rope is not None and not config.multi_latent_attention:
             self._set_rope(rope, rotary_percent)
         self._zero_padding()
-        if post_process and vocab_size < padded_vocab_size:
-            self.output_layer.register_forward_hook(self._mask_padding)
+        if pre_process and style.embedding_multiplier != 1.0:
+            self.embedding.word_embeddings.register_forward_hook(self._scale_embeddings)
+        changes = vocab_size < padded_vocab_size or style.logits_multiplier != 1.0 or style.logits_softcap is not None
+        if post_process and changes:
+            self.output_layer.register_forward_hook(self._finish_logits)
 
     def _set_rope(self, rope: Mapping[str, Any], rotary_percent: float) -> None:
-        self.rotary_pos_emb = HFRotaryEmbedding(
-            rope,
-            kv_channels=self.config.kv_channels,
-            rotary_percent=rotary_percent,
-            interleaved=self.config.rotary_interleaved,
-            cp_group=self.pg_collection.cp,
-        )
+        ropes = [
+            HFRotaryEmbedding(
+                one,
+                kv_channels=self.config.kv_channels,
+                rotary_percent=rotary_percent,
+                interleaved=self.config.rotary_interleaved,
+                cp_group=self.pg_collection.cp,
+            )
+            for one in (rope, self.style.local_rope)
+            if one is not None
+        ]
+        self.rotary_pos_emb = ropes[0] if len(ropes) == 1 else LocalAndGlobal(*ropes)
         for layer in self.decoder.layers:
+            windowed = is_layer_window_attention(self.config.window_size, self.config.window_attn_skip_freq, layer.layer_number)
             # Attention takes this factor from config.yarn_* attributes, which can't express every attention_factor.
-            layer.self_attention._yarn_concentration_factor = self.rotary_pos_emb.attention_factor
+            layer.self_attention._yarn_concentration_factor = ropes[-1 if windowed else 0].attention_factor
 
     def _real_columns(self, width: int) -> int:
         """How many of `width` vocabulary entries here are real; `width` is this rank's shard, or the whole."""
@@ -82,8 +95,20 @@ class CausalLM(GPTModel):  # type: ignore[misc]
         for weight in weights:
             weight[self._real_columns(weight.shape[0]) :].zero_()
 
-    def _mask_padding(self, module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
-        """Hides padded columns from whatever reads the logits. A hook, so that losses of every kind see it."""
-        logits, _ = output
+    def _scale_embeddings(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        factor = self.style.embedding_multiplier
+        if self.style.round_embedding_multiplier:
+            factor = torch.tensor(factor, dtype=self.config.params_dtype).item()
+        return output * factor
+
+    def _finish_logits(self, module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        """Multiplies and caps logits, and hides padded columns from whatever reads them. A hook, so that every loss sees it."""
+        logits, bias = output
+        if self.style.logits_multiplier != 1.0:
+            logits = logits * self.style.logits_multiplier
+        if self.style.logits_softcap is not None:
+            logits = torch.tanh(logits / self.style.logits_softcap) * self.style.logits_softcap
         real = self._real_columns(logits.shape[-1])
-        logits[..., real:] = torch.finfo(logits.dtype).min  # not -inf: p * log p of a padded column would be NaN
+        if real < logits.shape[-1]:
+            logits[..., real:] = torch.finfo(logits.dtype).min  # not -inf: p * log p of a padded column would be NaN
+        return logits, bias

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, override
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ from megabridge.rope import rope_problems
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 
-def inverse_frequencies(rope: Mapping[str, Any], dim: int) -> tuple[Tensor, float]:
+def inverse_frequencies(rope: Mapping[str, Any], dim: int, length: int = 0) -> tuple[Tensor, float]:
     """The fp32 frequencies [dim / 2] on the CPU, and the factor that cosine and sine are multiplied by.
 
-    `dim` is the rotated part of a head. Raises ConfigError for a dict with `rope_problems`.
+    `dim` is the rotated part of a head, `length` the sequence's, which some types depend on. Raises ConfigError for a dict with
+    `rope_problems`.
     """
     if problems := rope_problems(rope):
         raise ConfigError(listed(problems))
@@ -31,7 +32,18 @@ def inverse_frequencies(rope: Mapping[str, Any], dim: int) -> tuple[Tensor, floa
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").to(torch.float) / dim
     if kind == "yarn":
         return _yarn(rope, dim, exponents)
-    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
+    if kind == "longrope":
+        return _longrope(rope, exponents, length)
+    base = rope["rope_theta"]
+    if kind == "dynamic":
+        positions = rope["max_position_embeddings"]
+        base = base * ((rope["factor"] * max(length, positions) / positions) - (rope["factor"] - 1)) ** (dim / (dim - 2))
+    if kind == "alpha":
+        base = base * rope["alpha"] ** (dim / (dim - 2))
+    frequencies = 1.0 / (base**exponents)
+    if kind == "proportional":
+        frequencies[int(rope.get("partial_rotary_factor", 1.0) * dim // 2) :] = 0.0  # these channels are not rotated
+        frequencies /= rope.get("factor", 1.0)
     if kind == "linear":
         frequencies /= rope["factor"]
     if kind == "llama3":
@@ -49,6 +61,15 @@ def _llama3(rope: Mapping[str, Any], frequencies: Tensor) -> Tensor:
     smoothed = (1 - smooth) * scaled / factor + smooth * scaled
     is_medium = ~(wavelength < positions / high) & ~(wavelength > positions / low)
     return torch.where(is_medium, smoothed, scaled)
+
+
+def _longrope(rope: Mapping[str, Any], exponents: Tensor, length: int) -> tuple[Tensor, float]:
+    """LongRoPE (arXiv 2402.13753): every channel has a factor of its own, another one past the original length."""
+    positions, factor, given = rope["original_max_position_embeddings"], rope["factor"], rope.get("attention_factor")
+    factors = torch.tensor(rope["long_factor" if length > positions else "short_factor"], dtype=torch.float32, device="cpu")
+    if given is None:
+        given = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(positions))
+    return 1.0 / (factors * rope["rope_theta"] ** exponents), float(given)
 
 
 def _yarn(rope: Mapping[str, Any], dim: int, exponents: Tensor) -> tuple[Tensor, float]:
@@ -99,5 +120,29 @@ class HFRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
             use_cpu_initialization=True,
             cp_group=cp_group,
         )
+        self._rope, self._dim = dict(rope), int(kv_channels * rotary_percent)
+        self._is_dynamic = rope.get("rope_type") in ("dynamic", "longrope")
         # Not a buffer: it stays fp32 in a bf16 model, and moves to the device at the first forward.
-        self.inv_freq, self.attention_factor = inverse_frequencies(rope, int(kv_channels * rotary_percent))
+        self.inv_freq, self.attention_factor = inverse_frequencies(rope, self._dim)
+
+    @override
+    def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Tensor:
+        """The angles [max_seq_len, 1, 1, rotated part of a head]."""
+        if self._is_dynamic:
+            self.inv_freq = inverse_frequencies(self._rope, self._dim, max_seq_len)[0].to(self.inv_freq.device)
+        angles: Tensor = super().forward(max_seq_len, *args, **kwargs)
+        return angles
+
+
+class LocalAndGlobal(torch.nn.Module):
+    """Two rotary embeddings of one model: row 0 of what it gives is for layers without a window, row 1 for those with one."""
+
+    def __init__(self, everywhere: HFRotaryEmbedding, windowed: HFRotaryEmbedding) -> None:
+        super().__init__()
+        self.everywhere, self.windowed = everywhere, windowed
+        self.get_rotary_seq_len = everywhere.get_rotary_seq_len
+
+    @override
+    def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Tensor:
+        """The angles [2, max_seq_len, 1, 1, rotated part of a head]."""
+        return torch.stack([rope(max_seq_len, *args, **kwargs) for rope in (self.everywhere, self.windowed)])

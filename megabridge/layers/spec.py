@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 from megabridge.errors import ConfigError
-from megabridge.layers.attention import TorchAttention
-from megabridge.layers.norm import LayerNorm, RMSNorm
+from megabridge.layers.attention import TorchAttention, TwoRopeAttention
+from megabridge.layers.norm import HeadsNorm, LayerNorm, RMSNorm
+from megabridge.layers.residual import ParallelLayer, Residual
+from megabridge.layers.style import Style
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -31,15 +32,7 @@ from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 BACKENDS: Final = ("torch", "local", "te")
-
-
-@dataclass(frozen=True)
-class Biases:
-    """Which linear layers of a transformer layer have a bias. megatron-core's add_bias_linear couples the last two."""
-
-    qkv: bool = False
-    proj: bool = False
-    mlp: bool = False
+_PLAIN: Final = Style()
 
 
 class TorchSpecProvider(BackendSpecProvider):  # type: ignore[misc]
@@ -57,11 +50,16 @@ class TorchSpecProvider(BackendSpecProvider):  # type: ignore[misc]
     def column_parallel_layer_norm_linear(self) -> type | None:
         return None
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
-        return RMSNorm if rms_norm else LayerNorm
+    def __init__(self, style: Style = _PLAIN) -> None:
+        self.style = style
 
-    def core_attention(self) -> type:
-        return TorchAttention
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        if rms_norm:
+            return RMSNorm
+        return functools.partial(LayerNorm, bias=self.style.qk_norm_bias if for_qk else self.style.norm_bias)
+
+    def core_attention(self) -> Any:
+        return functools.partial(TorchAttention, style=self.style)
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
         return LocalSpecProvider().grouped_mlp_modules(moe_use_grouped_gemm)
@@ -70,7 +68,7 @@ class TorchSpecProvider(BackendSpecProvider):  # type: ignore[misc]
         return None
 
 
-def final_norm(backend: str, config: Any) -> Any:
+def final_norm(backend: str, config: Any, style: Style) -> Any:
     """The builder of the norm after the last layer."""
     rms_norm = config.normalization == "RMSNorm"
     if backend == "te":
@@ -79,13 +77,13 @@ def final_norm(backend: str, config: Any) -> Any:
         return TENorm
     if backend == "local":
         return LocalSpecProvider().layer_norm(rms_norm=rms_norm)
-    return TorchSpecProvider().layer_norm(rms_norm=rms_norm)
+    return TorchSpecProvider(style).layer_norm(rms_norm=rms_norm)
 
 
-def layer_spec(backend: str, config: Any, biases: Biases) -> Any:
+def layer_spec(backend: str, config: Any, style: Style) -> Any:
     """The spec of one transformer layer. Raises ConfigError for an unknown backend."""
     if backend == "torch":
-        spec = _torch_layer_spec(config)
+        spec = _torch_layer_spec(config, style)
     elif backend == "local":
         spec = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts,
@@ -103,31 +101,29 @@ def layer_spec(backend: str, config: Any, biases: Biases) -> Any:
         )
     else:
         raise ConfigError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}.")
-    return _with_biases(spec, biases)
+    return _with_residuals(_with_biases(spec, config, style), config, style)
 
 
-def _torch_layer_spec(config: Any) -> Any:
-    backend = TorchSpecProvider()
+def _torch_layer_spec(config: Any, style: Style) -> Any:
+    backend = TorchSpecProvider(style)
     rms_norm = config.normalization == "RMSNorm"
-    qk_norm = backend.layer_norm(rms_norm=rms_norm, for_qk=True) if config.qk_layernorm else IdentityOp
-    if config.qk_l2_norm:
-        qk_norm = L2Norm
+    norm = backend.layer_norm(rms_norm=rms_norm, has_residual=True) if style.pre_norm else IdentityOp
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=SelfAttention if style.local_rope is None else TwoRopeAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
+            q_layernorm=_qk_norm(backend, config, config.num_attention_heads),
+            k_layernorm=_qk_norm(backend, config, config.num_query_groups),
         ),
     )
     submodules = TransformerLayerSubmodules(
-        input_layernorm=backend.layer_norm(rms_norm=rms_norm, has_residual=True),
+        input_layernorm=norm,
         self_attention=attention,
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=backend.layer_norm(rms_norm=rms_norm, has_residual=True),
+        pre_mlp_layernorm=IdentityOp if style.parallel_residual == "shared" else norm,
         mlp=get_mlp_module_spec_for_backend(
             backend=backend, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
         ),
@@ -138,19 +134,43 @@ def _torch_layer_spec(config: Any) -> Any:
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         },
     )
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    return ModuleSpec(module=ParallelLayer if style.parallel_residual else TransformerLayer, submodules=submodules)
 
 
-def _with_biases(spec: Any, biases: Biases) -> Any:
-    """The layer with the attention's biases as `biases` says; the MLP's follow config.add_bias_linear = biases.mlp."""
+def _qk_norm(backend: TorchSpecProvider, config: Any, heads: int) -> Any:
+    """The builder of the norm of queries or keys, of which the model has `heads`."""
+    if config.qk_l2_norm:
+        return L2Norm
+    if not config.qk_layernorm:
+        return IdentityOp
+    kind = backend.style.qk_norm
+    if kind == "rotated":  # the core attention's, after the rotary embedding
+        return lambda **_: None
+    if kind in ("heads", "whole"):
+        return functools.partial(HeadsNorm, heads=heads, whole=kind == "whole")
+    return backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=True)
+
+
+def _with_biases(spec: Any, config: Any, style: Style) -> Any:
+    """The layer with the attention's biases as asked for; the MLP's follow config.add_bias_linear = style.add_mlp_bias."""
     attention = spec.submodules.self_attention
     linears = dataclasses.replace(
         attention.submodules,
-        linear_qkv=_with_bias(attention.submodules.linear_qkv, biases.qkv),
-        linear_proj=_with_bias(attention.submodules.linear_proj, biases.proj),
+        linear_qkv=_with_bias(attention.submodules.linear_qkv, bool(config.add_qkv_bias)),
+        linear_proj=_with_bias(attention.submodules.linear_proj, style.add_attn_proj_bias),
     )
     submodules = dataclasses.replace(spec.submodules, self_attention=dataclasses.replace(attention, submodules=linears))
     return dataclasses.replace(spec, submodules=submodules)
+
+
+def _with_residuals(spec: Any, config: Any, style: Style) -> Any:
+    """The layer with norms and factors on what attention and MLP add, in the place of megatron-core's bias-dropout-add."""
+    if not style.post_norm and style.residual_multiplier == 1.0:
+        return spec
+    norm = TorchSpecProvider(style).layer_norm(rms_norm=config.normalization == "RMSNorm") if style.post_norm else None
+    params = {"config": config, "norm": norm, "multiplier": style.residual_multiplier}
+    add = ModuleSpec(module=Residual, params=params)
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, self_attn_bda=add, mlp_bda=add))
 
 
 def _with_bias(linear: Callable[..., Any], bias: bool) -> Callable[..., Any]:

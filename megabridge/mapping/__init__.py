@@ -5,7 +5,7 @@ Data and integers only: no model, no process, no file.
 
 from megabridge.mapping.boxes import Axis, Cut, Run
 from megabridge.mapping.dims import Dims
-from megabridge.mapping.layout import Fuse, Layout, Piece, Same
+from megabridge.mapping.layout import Fuse, Joined, Layout, Piece, Rows, Same, Transpose
 from megabridge.mapping.rules import Resolved, Rule, WeightMap, block, natural, weight
 from megabridge.mapping.transfer import Transfer, transfers
 
@@ -14,13 +14,16 @@ __all__ = [
     "Cut",
     "Dims",
     "Fuse",
+    "Joined",
     "Layout",
     "Piece",
     "Resolved",
+    "Rows",
     "Rule",
     "Run",
     "Same",
     "Transfer",
+    "Transpose",
     "WeightMap",
     "block",
     "natural",

@@ -5,7 +5,8 @@ A layout gives the shapes of its parts and its map: pieces of maximal strided ru
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 from megabridge.errors import MappingError
@@ -97,3 +98,66 @@ class Fuse:
             out.append(Piece(part, (Axis(0, 0, native_run, hf_run), *rest)))
             offset += rows
         return out
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Like Fuse, but one tensor holds all parts, one below another: [q; k; v] in one."""
+
+    groups: int | str = 1
+    ratio: tuple[int | str, ...] = (1, 1)
+
+    def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
+        Fuse(self.groups, self.ratio).part_shapes(native, dims)  # the rows must be shared without a rest
+        return [native]
+
+    def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
+        fuse = Fuse(self.groups, self.ratio)
+        below = accumulate((shape[0] for shape in fuse.part_shapes(native, dims)), initial=0)
+        out = []
+        for piece, offset in zip(fuse.pieces(native, dims), below, strict=False):
+            rows, *rest = piece.axes
+            moved = replace(rows, hf=replace(rows.hf, start=rows.hf.start + offset))
+            out.append(Piece(0, (moved, *rest)))
+        return out
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """The tensors of `inner`, each with its last two dimensions exchanged (GPT-2's Conv1D). One dimension stays as it is."""
+
+    inner: Layout = Same()
+
+    def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
+        return [_exchanged(shape) for shape in self.inner.part_shapes(native, dims)]
+
+    def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
+        shapes = self.inner.part_shapes(native, dims)
+        out = []
+        for piece in self.inner.pieces(native, dims):
+            order = _exchanged(tuple(range(len(shapes[piece.part]))))
+            axes = tuple(replace(axis, hf_dim=None if axis.hf_dim is None else order[axis.hf_dim]) for axis in piece.axes)
+            out.append(Piece(piece.part, axes))
+        return out
+
+
+def _exchanged(shape: Shape) -> Shape:
+    return shape if len(shape) < 2 else (*shape[:-2], shape[-1], shape[-2])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row i of the parameter is tensor i, `count` in all (a norm with one tensor per head)."""
+
+    count: int | str
+
+    def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
+        count = dims.size(self.count)
+        if native[0] != count:
+            raise MappingError(f"{self.count}={count} must be the {native[0]} rows of the native parameter.")
+        return [native[1:]] * count
+
+    def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
+        rest = tuple(Axis(dim, dim - 1, Run.span(0, length), Run.span(0, length)) for dim, length in enumerate(native) if dim > 0)
+        count = len(self.part_shapes(native, dims))
+        return [Piece(i, (Axis(0, None, Run.span(i, 1), Run.span(0, 1)), *rest)) for i in range(count)]

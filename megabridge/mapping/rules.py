@@ -56,11 +56,15 @@ def flat(rules: Iterable[Rule | Rules]) -> Iterator[Rule]:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A rule applied to one native parameter."""
+    """A rule applied to one native parameter. A name with `{row}` stands for as many tensors as the layout has parts."""
 
     hf: tuple[str, ...]
     layout: Layout
     is_tied_copy: bool
+
+    def names(self, count: int) -> tuple[str, ...]:
+        """The tensors' names, of which there are `count`."""
+        return tuple(self.hf[0].format(row=row) for row in range(count)) if "{row}" in self.hf[0] else self.hf
 
 
 class WeightMap:
@@ -85,7 +89,7 @@ class WeightMap:
         numbers = dict(zip(placeholders, _NUMBER.findall(native), strict=True))
         if tied and rule.when_tied is not None:
             return Resolved((rule.when_tied.format(**numbers),), rule.layout, True)
-        return Resolved(tuple(name.format(**numbers) for name in rule.hf), rule.layout, False)
+        return Resolved(tuple(name.format(**numbers, row="{row}") for name in rule.hf), rule.layout, False)
 
     def tied_aliases(self) -> dict[str, str]:
         """Tensors that a tied checkpoint may carry besides, each with the tensor it must equal bit for bit."""

@@ -1,0 +1,91 @@
+"""MistralForCausalLM, MinistralForCausalLM and Ministral3ForCausalLM (transformers models/mistral, ministral, ministral3)."""
+
+from dataclasses import replace
+from typing import Any
+
+from megabridge.families.family import Family
+from megabridge.families.fields import Json
+from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, rms, sizes
+from megabridge.families.positions import Rope, Windows
+from megabridge.mapping import WeightMap, block
+
+# fmt: off
+MISTRAL = Family(
+    architecture="MistralForCausalLM",
+    model_type="mistral",
+    fields=(
+        *sizes(kv=8, positions=131072),
+        *rms(),
+        *GATED_SILU,
+        Windows(default=4096),
+        Rope(),
+        UNTIED,
+    ),
+    weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), gated_mlp())),
+    ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+    tiny={
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "sliding_window": 12, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+)
+# fmt: on
+
+
+# Ministral3Config's, where config.json has no rope_parameters
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
+    "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+
+
+class _Rope(Rope):
+    """Ministral 3 keeps the temperature of its queries among the rotary settings."""
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        given = dict(hf.get("rope_parameters") or _MINISTRAL3_ROPE)
+        beta = given.pop("llama_4_scaling_beta", None)
+        given.pop("max_position_embeddings", None)
+        native = super().read({**hf, "rope_parameters": given})
+        original = native["rope"].get("original_max_position_embeddings", hf.get("max_position_embeddings"))
+        return {**native, "query_temperature": None if beta is None else (beta, original)}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        out = super().write(native)
+        if native["query_temperature"] is not None:
+            out["rope_parameters"]["llama_4_scaling_beta"] = native["query_temperature"][0]
+        return out
+
+
+MINISTRAL = replace(
+    MISTRAL,
+    architecture="MinistralForCausalLM",
+    model_type="ministral",
+    fields=(*sizes(kv=8, positions=131072), *rms(), *GATED_SILU, Windows(lambda hf, layer: True, default=4096), Rope(), UNTIED),
+    tiny={
+        **MISTRAL.tiny,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"],
+    },
+)
+MINISTRAL3 = replace(
+    MISTRAL,
+    architecture="Ministral3ForCausalLM",
+    model_type="ministral3",
+    fields=(*sizes(kv=8, head=128, positions=262144), *rms(1e-5), *GATED_SILU, Windows(), _Rope(), UNTIED),
+    tiny={
+        **MISTRAL.tiny,
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+)
+FAMILIES = (MISTRAL, MINISTRAL, MINISTRAL3)

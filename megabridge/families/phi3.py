@@ -1,0 +1,29 @@
+"""Phi3ForCausalLM: Phi-3, Phi-3.5 and Phi-4 (transformers models/phi3/modeling_phi3.py)."""
+
+from megabridge.families.family import Family
+from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, joined_attention, plain_mlp, pre_norms, rms, sizes
+from megabridge.families.positions import Rope, Windows
+from megabridge.mapping import WeightMap, block
+
+# fmt: off
+FAMILY = Family(
+    architecture="Phi3ForCausalLM",
+    model_type="phi3",
+    fields=(
+        *sizes(positions=4096),
+        *rms(1e-5),
+        *GATED_SILU,
+        Windows(),
+        Rope(partial=1.0),
+        UNTIED,
+    ),
+    weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), joined_attention(), plain_mlp("mlp.gate_up_proj"))),
+    tiny={
+        "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "vocab_size": 131, "max_position_embeddings": 64, "original_max_position_embeddings": 16, "sliding_window": 24,
+        "tie_word_embeddings": False, "pad_token_id": None,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+                            "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.4], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0],
+                            "original_max_position_embeddings": 16},
+    },
+)

@@ -1,0 +1,67 @@
+"""Qwen2ForCausalLM (Qwen 2 and 2.5) and Qwen3ForCausalLM (transformers models/qwen2, qwen3)."""
+
+from dataclasses import replace
+
+from megabridge.families.family import Family
+from megabridge.families.fields import Fixed, Json
+from megabridge.families.parts import (
+    GATED_SILU,
+    LAYER,
+    UNTIED,
+    attention,
+    biases,
+    embeddings,
+    gated_mlp,
+    pre_norms,
+    qk_norms,
+    rms,
+    sizes,
+)
+from megabridge.families.positions import Rope, Windows
+from megabridge.mapping import WeightMap, block
+
+
+def _is_windowed(hf: Json, layer: int) -> bool:
+    return layer >= int(hf.get("max_window_layers", 28))
+
+
+WINDOWS = Windows(_is_windowed, default=4096, switch="use_sliding_window", pattern_keys=("max_window_layers",))
+# fmt: off
+QWEN2 = Family(
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    fields=(
+        *sizes(kv=32, positions=32768),
+        *rms(),
+        *GATED_SILU,
+        Fixed("add_qkv_bias",                      True),
+        WINDOWS,
+        Rope(),
+        UNTIED,
+    ),
+    weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), gated_mlp())),
+    tiny={
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "vocab_size": 131, "max_position_embeddings": 256, "sliding_window": 12, "use_sliding_window": True,
+        "max_window_layers": 2, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+)
+QWEN3 = replace(
+    QWEN2,
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    fields=(
+        *sizes(kv=32, head=128, positions=32768),
+        *rms(),
+        *GATED_SILU,
+        *biases("attention_bias", "attention_bias"),
+        Fixed("qk_norm",                           "head"),
+        WINDOWS,
+        Rope(),
+        UNTIED,
+    ),
+    weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), qk_norms(), gated_mlp())),
+    tiny={**QWEN2.tiny, "head_dim": 16, "attention_bias": True, "use_sliding_window": False,
+          "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
+)
+FAMILIES = (QWEN2, QWEN3)

@@ -1,0 +1,54 @@
+"""SmolLM3ForCausalLM (transformers models/smollm3/modeling_smollm3.py): every fourth layer has no rotary embedding."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megabridge.families.family import Family
+from megabridge.families.fields import Json
+from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
+from megabridge.families.positions import Rope, Windows
+from megabridge.mapping import WeightMap, block
+
+
+@dataclass(frozen=True)
+class NoRope:
+    """`no_rope_layers` has a 1 for layers with a rotary embedding, megatron-core's no_rope_freq for those without."""
+
+    def keys(self) -> frozenset[str]:
+        return frozenset(("no_rope_layers", "no_rope_layer_interval"))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        return {"no_rope_freq": [1 - flag for flag in rope_layers(hf)]}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return {"no_rope_layers": [1 - flag for flag in native["no_rope_freq"]]}
+
+
+def rope_layers(hf: Json) -> list[int]:
+    """1 for each layer with a rotary embedding, 0 for each without."""
+    interval = hf.get("no_rope_layer_interval", 4)
+    return list(hf.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(hf["num_hidden_layers"])])
+
+
+# fmt: off
+FAMILY = Family(
+    architecture="SmolLM3ForCausalLM",
+    model_type="smollm3",
+    fields=(
+        *sizes(kv=4, positions=32768),
+        *rms(),
+        *GATED_SILU,
+        *biases("attention_bias", "attention_bias", "mlp_bias"),
+        NoRope(),
+        Windows(lambda hf, layer: not rope_layers(hf)[layer], switch="use_sliding_window"),
+        Rope(theta=2e6),
+        TIED,
+    ),
+    weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), gated_mlp())),
+    tiny={
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "vocab_size": 131, "max_position_embeddings": 256, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+        "no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 12, "pad_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+)

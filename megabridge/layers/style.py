@@ -1,0 +1,65 @@
+"""Style: what Hugging Face decoders do that megatron-core's TransformerConfig has no word for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the layers of one architecture differ from a plain pre-norm decoder. Each field is a provider setting of that name."""
+
+    add_attn_proj_bias: bool = False
+    """Whether the attention's output projection has a bias. megatron-core's add_bias_linear couples it with the MLP's."""
+    add_mlp_bias: bool = False
+    """Whether the MLP's linears have biases."""
+    norm_bias: bool = True
+    """Whether LayerNorms have a bias."""
+    pre_norm: bool = True
+    """Whether the input of attention and MLP is normalised."""
+    post_norm: bool = False
+    """Whether the output of attention and MLP is normalised before it is added."""
+    parallel_residual: Literal["shared", "separate"] | None = None
+    """Attention and MLP both read the layer's input: through one norm (shared), or one each (separate)."""
+    residual_multiplier: float = 1.0
+    """What the output of attention and MLP is multiplied by before it is added."""
+    embedding_multiplier: float = 1.0
+    """What embeddings are multiplied by."""
+    round_embedding_multiplier: bool = False
+    """Whether that factor is rounded to the parameters' dtype first."""
+    logits_multiplier: float = 1.0
+    """What logits are multiplied by."""
+    logits_softcap: float | None = None
+    """c in c * tanh(logits / c)."""
+    attention_softcap: float | None = None
+    """c in c * tanh(scores / c), of attention scores before the mask."""
+    qk_norm: Literal["head", "heads", "whole", "rotated"] | None = None
+    """Norms of queries and keys. head: over one head's width, one weight for all heads. heads: the same with a weight per head.
+    whole: over all heads at once. rotated: as head, after the rotary embedding."""
+    qk_norm_bias: bool = True
+    """Whether LayerNorms of queries and keys have a bias."""
+    local_rope: dict[str, Any] | None = None
+    """Rotary settings of layers with a window, where they differ from the others'."""
+    query_temperature: tuple[float, int] | None = None
+    """(b, n): the query at position p is multiplied by 1 + b * log(1 + floor(p / n))."""
+    learned_positions: bool = False
+    """Whether positions are embedded by a table of `seq_length` rows."""
+
+    @classmethod
+    def of(cls, get: Callable[[str], Any]) -> Style:
+        """The style that a provider's settings ask for; `get` reads one."""
+        return cls(**{name: get(name) for name in DEFAULTS})
+
+    def special(self) -> list[str]:
+        """The settings that only backend=torch has, where they are not at their defaults."""
+        return [name for name, value in DEFAULTS.items() if name not in _EVERY_BACKEND and self.__dict__[name] != value]
+
+
+DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields(Style)}
+# What the model around the layers does, or every backend's layers do.
+_EVERY_BACKEND: Final = frozenset(
+    "add_attn_proj_bias add_mlp_bias embedding_multiplier round_embedding_multiplier logits_multiplier logits_softcap "
+    "residual_multiplier learned_positions".split()
+)
