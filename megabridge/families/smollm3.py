@@ -48,7 +48,7 @@ FAMILY = Family(
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         "vocab_size": 131, "max_position_embeddings": 256, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
-        "no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 12, "pad_token_id": None,
+        "no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 12,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
 )

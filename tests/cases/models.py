@@ -60,7 +60,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def write_model(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
+def write_model(folder: Path, config: dict[str, Any], seed: int = 0, std: float = 0.2) -> Path:
     """Random weights of a config's shape, every tensor nonzero (biases and norms too), as transformers writes them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -72,8 +72,8 @@ def write_model(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=getattr(torch, config["dtype"]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2)
-            if "norm" in name:
+            parameter.normal_(std=std)
+            if ("norm" in name or "ln_" in name) and name.endswith("weight") and config["model_type"][:5] != "gemma":
                 parameter.add_(1.0)
     model.save_pretrained(folder)
     (folder / "config.json").write_text(text)  # as published: transformers' own keys are not part of it

@@ -1,0 +1,63 @@
+"""Every family, under every kind of layout: bytes, logits, gradients, and steps that lower the loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabridge.families import all_families
+from megabridge.topology import Topology
+from tests.cases.families import tiny_config
+from tests.conversion.test_round_trip import payload
+from tests.ranks import RankServer
+
+ARCHITECTURES = sorted(all_families())
+LAYOUTS = {
+    "single": Topology(),
+    "tp2": Topology(tp=2),
+    "pp2": Topology(pp=2),
+    "tp4": Topology(tp=4),
+    "tp2pp2": Topology(tp=2, pp=2),
+    "pp2vpp2": Topology(pp=2, vpp=2),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("families")
+    ranks.run("tests.cases.families:make", kwargs={"root": str(root), "architectures": ARCHITECTURES}, timeout=300)
+    return root
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
+    kwargs = {"root": str(sources), "out": str(tmp_path), "architectures": ARCHITECTURES, "steps": 4 if layout == "tp2" else 0}
+    results = ranks.run("tests.cases.families:battery", topology=LAYOUTS[layout], kwargs=kwargs, timeout=600)
+    wrong = []
+    for name in ARCHITECTURES:
+        if payload(tmp_path / name) != payload(sources / name):
+            wrong.append(f"{name}: the export's bytes differ from the source's")
+        if json.loads((tmp_path / name / "config.json").read_text()) != tiny_config(name):
+            wrong.append(f"{name}: config.json changed")
+        wrong += [line for seen in results for line in problems(name, seen[name])]
+    assert not wrong, "\n".join(wrong)
+
+
+def problems(name: str, seen: dict[str, Any]) -> list[str]:
+    found = []
+    if seen["logits"] > 1e-4:  # fp32 sums in another order, relative to the largest logit
+        found.append(f"{name}: logits differ by {seen['logits']}")
+    if seen["spread"] < 0.02:
+        found.append(f"{name}: all logits are alike, so that the comparison means nothing: {seen['spread']}")
+    if seen["mismatched"]:
+        found.append(f"{name}: mismatched {seen['mismatched']}")
+    if seen["gradients"]:
+        found.append(f"{name}: gradients differ: {seen['gradients']}")
+    losses = seen["losses"]
+    if len(losses) > 1 and losses[-1] > losses[0] - 0.1:
+        found.append(f"{name}: losses don't fall: {losses}")
+    return found
