@@ -32,7 +32,7 @@ FAMILY = Family(
     weights=WeightMap(embeddings(), block(*LAYER, post_norms(), attention(), qk_norms(), gated_mlp())),
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "vocab_size": 131, "max_position_embeddings": 256, "sliding_window": 12, "sliding_window_pattern": 4,
+        "vocab_size": 131, "max_position_embeddings": 256, "sliding_window": 12,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,

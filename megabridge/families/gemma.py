@@ -1,4 +1,4 @@
-"""GemmaForCausalLM, Gemma2ForCausalLM and Gemma3ForCausalLM, text only (transformers models/gemma, gemma2, gemma3)."""
+"""GemmaForCausalLM and Gemma2ForCausalLM (transformers models/gemma, gemma2)."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,11 +14,10 @@ from megabridge.families.parts import (
     gated_mlp,
     post_norms,
     pre_norms,
-    qk_norms,
     rms,
     sizes,
 )
-from megabridge.families.positions import LayerRopes, Rope, Windows, every
+from megabridge.families.positions import Rope, Windows, every
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -81,24 +80,4 @@ GEMMA2 = replace(
     tiny={**{k: v for k, v in GEMMA.tiny.items() if k != "hidden_act"}, "hidden_activation": "gelu_pytorch_tanh",
           "sliding_window": 12, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 30.0},
 )
-GEMMA3 = replace(
-    GEMMA2,
-    architecture="Gemma3ForCausalLM",
-    model_type="gemma3_text",
-    fields=(
-        *sizes(kv=4, head=256, positions=131072),
-        *SECOND,
-        Fixed("qk_norm",                           "head"),
-        Only("attn_logit_softcapping",             (None,)),
-        Field("logits_softcap",                    "final_logit_softcapping", None),
-        Windows(every("sliding_window_pattern", 6), default=4096,
-                pattern_keys=("sliding_window_pattern", "_sliding_window_pattern")),
-        LayerRopes(theta=(1e6, 1e4)),
-    ),
-    weights=WeightMap(embeddings(), block(*LAYER, *SANDWICH, qk_norms())),
-    tiny={**{k: v for k, v in GEMMA2.tiny.items() if not k.endswith("softcapping")},
-          "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-          "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                              "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-)
-FAMILIES = (GEMMA, GEMMA2, GEMMA3)
+FAMILIES = (GEMMA, GEMMA2)

@@ -34,7 +34,7 @@ class AlphaRope(Rope):
     def write(self, native: Json) -> dict[str, Any]:
         if native["rope"]["rope_type"] != "alpha":
             return super().write(native)
-        return {"rope_parameters": {**native["rope"], "rope_type": "dynamic"}}
+        return {"rope_parameters": {**native["rope"], "rope_type": "dynamic", "factor": 1.0}}
 
 
 # fmt: off

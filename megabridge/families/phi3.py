@@ -22,7 +22,7 @@ FAMILY = Family(
         "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         "vocab_size": 131, "max_position_embeddings": 64, "original_max_position_embeddings": 16, "sliding_window": 24,
         "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "factor": 4.0,
                             "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.4], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0],
                             "original_max_position_embeddings": 16},
     },

@@ -43,7 +43,8 @@ QWEN2 = Family(
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         "vocab_size": 131, "max_position_embeddings": 256, "sliding_window": 12, "use_sliding_window": True,
-        "max_window_layers": 2, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "layer_types": ["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
 )
 QWEN3 = replace(
@@ -62,6 +63,7 @@ QWEN3 = replace(
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), qk_norms(), gated_mlp())),
     tiny={**QWEN2.tiny, "head_dim": 16, "attention_bias": True, "use_sliding_window": False,
+          "sliding_window": None, "layer_types": ["full_attention"] * 4,
           "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
 )
 FAMILIES = (QWEN2, QWEN3)

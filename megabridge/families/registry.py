@@ -12,15 +12,15 @@ from megabridge.families.family import Family
 from megabridge.families.fields import Json
 
 _OURS = (
-    "arcee", "cohere", "ernie4_5", "exaone4", "gemma", "glm", "gpt2", "gpt_neox", "granite", "hunyuan", "llama", "mistral",
-    "nemotron", "olmo", "phi3", "qwen", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "arcee", "cohere", "ernie4_5", "exaone4", "gemma", "gemma3", "glm", "gpt2", "gpt_neox", "granite", "hunyuan", "llama", 
+    "mistral", "nemotron", "olmo", "phi3", "qwen", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _registered: dict[str, Family] = {}
 
 
 @cache
 def _installed() -> dict[str, Family]:
-    found = {}
+    found: dict[str, Family] = {}
     for name in _OURS:
         names = vars(import_module(f"megabridge.families.{name}"))
         found |= {family.architecture: family for family in names.get("FAMILIES") or (names["FAMILY"],)}

@@ -48,8 +48,7 @@ class TorchAttention(torch.nn.Module):
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None  # keys that a query sees, its own included
         if style.qk_norm == "rotated":
-            kinds = {"RMSNorm": RMSNorm, "LayerNorm": functools.partial(LayerNorm, bias=style.qk_norm_bias)}
-            norm = kinds[config.normalization]
+            norm: Any = RMSNorm if config.normalization == "RMSNorm" else functools.partial(LayerNorm, bias=style.qk_norm_bias)
             self.q_layernorm = norm(config, config.kv_channels, config.layernorm_epsilon)
             self.k_layernorm = norm(config, config.kv_channels, config.layernorm_epsilon)
         self.attn_mask_type = attn_mask_type

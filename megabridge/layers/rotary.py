@@ -37,7 +37,8 @@ def inverse_frequencies(rope: Mapping[str, Any], dim: int, length: int = 0) -> t
     base = rope["rope_theta"]
     if kind == "dynamic":
         positions = rope["max_position_embeddings"]
-        base = base * ((rope["factor"] * max(length, positions) / positions) - (rope["factor"] - 1)) ** (dim / (dim - 2))
+        longest = torch.tensor(length, device="cpu") if length > positions else positions  # a tensor there too: fp32
+        base = base * ((rope["factor"] * longest / positions) - (rope["factor"] - 1)) ** (dim / (dim - 2))
     if kind == "alpha":
         base = base * rope["alpha"] ** (dim / (dim - 2))
     frequencies = 1.0 / (base**exponents)

@@ -54,7 +54,8 @@ class Style:
 
     def special(self) -> list[str]:
         """The settings that only backend=torch has, where they are not at their defaults."""
-        return [name for name, value in DEFAULTS.items() if name not in _EVERY_BACKEND and self.__dict__[name] != value]
+        changed = [name for name, value in DEFAULTS.items() if self.__dict__[name] != value]
+        return [name for name in changed if name not in _EVERY_BACKEND and (name, self.__dict__[name]) != ("qk_norm", "head")]
 
 
 DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields(Style)}

@@ -68,7 +68,9 @@ def _battery(source: Path, target: Path, steps: int, number: int) -> dict[str, A
         "spread": (expected.std() / expected.abs().max()).item(),
         "mismatched": export.mismatched,
     }
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=3e-3, clip_grad=1.0, use_distributed_optimizer=True), model)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=3e-3, clip_grad=1.0, use_distributed_optimizer=True), model
+    )
     losses = []
     for step in range(max(steps, 1)):
         for chunk in model:
@@ -100,4 +102,6 @@ def _gradients(plan: Plan, expected: dict[str, torch.Tensor]) -> dict[str, float
 
 def parameters(root: str, architectures: list[str]) -> dict[str, list[str]]:
     """Native names of each model's parameters."""
-    return {name: [live.name for live in survey(provide(AutoBridge.from_hf_pretrained(Path(root) / name)))] for name in architectures}
+    return {
+        name: [live.name for live in survey(provide(AutoBridge.from_hf_pretrained(Path(root) / name)))] for name in architectures
+    }

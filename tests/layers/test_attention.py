@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megabridge.errors import ConfigError
 from megabridge.layers.attention import TorchAttention
+from megabridge.layers.style import Style
 
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -92,3 +93,37 @@ def test_what_it_does_not_know_is_refused() -> None:
         attention()(query, key, value, None, packed_seq_params=object())
     with pytest.raises(ConfigError, match="no attention bias"):
         attention()(query, key, value, None, attention_bias=torch.zeros(1))
+
+
+def styled(style: Style, **settings: Any) -> TorchAttention:
+    config = TransformerConfig(num_layers=2, hidden_size=HEADS * D, num_attention_heads=HEADS, cuda_graph_modules=[], **settings)
+    kind = AttnMaskType.causal
+    return TorchAttention(config, layer_number=1, attn_mask_type=kind, attention_type="self", style=style).eval()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("mask", [None, PADDED])
+def test_windows_are_counted_with_the_query_itself(kv_heads: int, mask: Tensor | None) -> None:
+    query, key, value = tensors(kv_heads)
+    ours = styled(Style(), window_size=(2, 0))
+    expected = formula(query, key, value, WINDOW if mask is None else WINDOW | mask, D**-0.5)
+    torch.testing.assert_close(ours(query, key, value, mask), expected)
+    elsewhere = styled(Style(), window_size=(2, 0), window_attn_skip_freq=[0, 1])
+    torch.testing.assert_close(elsewhere(query, key, value, None), formula(query, key, value, FUTURE, D**-0.5))
+
+
+@pytest.mark.parametrize("window", [None, (2, 0)])
+def test_capped_scores(window: Any) -> None:
+    query, key, value = tensors(2)
+    ours = styled(Style(attention_softcap=0.5), window_size=window)
+    repeated = key.repeat_interleave(2, 2), value.repeat_interleave(2, 2)
+    scores = 0.5 * torch.tanh(torch.einsum("sbhd,tbhd->bhst", query, repeated[0]) * D**-0.5 / 0.5)
+    weights = scores.masked_fill(FUTURE if window is None else WINDOW, -math.inf).softmax(-1)
+    torch.testing.assert_close(ours(query, key, value, None), torch.einsum("bhst,tbhd->sbhd", weights, repeated[1]).flatten(2))
+
+
+def test_queries_grow_with_their_position() -> None:
+    query, key, value = tensors(4)
+    factor = 1 + 0.5 * torch.log(1 + torch.floor(torch.arange(S) / 2))
+    expected = formula(query * factor[:, None, None, None], key, value, FUTURE, D**-0.5)
+    torch.testing.assert_close(styled(Style(query_temperature=(0.5, 2)))(query, key, value, None), expected)

@@ -55,6 +55,47 @@ def test_equal_to_transformers(rope: dict[str, Any], head_dim: int) -> None:
     assert factor == theirs.attention_scaling
 
 
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0 + i / 10 for i in range(8)],
+    "long_factor": [1.0 + i for i in range(8)],
+}
+
+
+@pytest.mark.parametrize("length", [16, 32, 33, 64, 65, 200])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
+        LONG,
+        {**LONG, "attention_factor": 1.25},
+        {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "factor": 8.0},
+    ],
+)
+def test_equal_to_transformers_at_every_length(rope: dict[str, Any], length: int) -> None:
+    config = LlamaConfig(hidden_size=32, num_attention_heads=2, head_dim=16, max_position_embeddings=64, rope_parameters=dict(rope))
+    theirs = LlamaRotaryEmbedding(config)
+    theirs(torch.zeros(1), torch.arange(length)[None])
+    own = {**rope, "max_position_embeddings": 64} if rope["rope_type"] == "dynamic" else rope
+    frequencies, factor = inverse_frequencies(own, 16, length)
+    assert torch.equal(frequencies, theirs.inv_freq)
+    assert factor == theirs.attention_scaling
+
+
+def test_a_stretched_base_as_hunyuan_has_it() -> None:
+    from transformers import HunYuanDenseV1Config
+    from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
+
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
+    config = HunYuanDenseV1Config(hidden_size=32, num_attention_heads=2, head_dim=16, rope_parameters=rope)
+    frequencies, _ = inverse_frequencies({"rope_type": "alpha", "rope_theta": 10000.0, "alpha": 50.0}, 16)
+    assert torch.equal(frequencies, HunYuanDenseV1RotaryEmbedding(config).inv_freq)
+
+
 def test_on_the_cpu_whatever_the_default_device() -> None:
     with torch.device("meta"):
         frequencies, _ = inverse_frequencies(YARN, 16)
@@ -64,7 +105,9 @@ def test_on_the_cpu_whatever_the_default_device() -> None:
 @pytest.mark.parametrize(
     ("rope", "problem"),
     [
-        ({"rope_type": "longrope", "rope_theta": 1e4}, "rope_type='longrope' is not supported; use one of default, l"),
+        ({"rope_type": "ntk", "rope_theta": 1e4}, "rope_type='ntk' is not supported; use one of default, l"),
+        ({"rope_type": "longrope", "rope_theta": 1e4}, "rope_type='longrope' needs factor, which is missing"),
+        ({**LONG, "beta_fast": 32}, "rope_parameters.beta_fast=32 has no meaning for rope_type='longrope'"),
         ({"rope_type": "linear", "rope_theta": 1e4}, "rope_type='linear' needs factor, which is missing"),
         ({"rope_type": "default"}, "rope_type='default' needs rope_theta, which is missing"),
         ({**LLAMA3, "low_freq_factor": None}, "rope_type='llama3' needs low_freq_factor, which is missing"),

@@ -1,0 +1,31 @@
+"""Gemma3ForCausalLM, text only (transformers models/gemma3): layers with a window have a rotary base of their own."""
+
+from dataclasses import replace
+
+from megabridge.families.fields import Field, Fixed, Only
+from megabridge.families.gemma import GEMMA2, SANDWICH, SECOND
+from megabridge.families.parts import LAYER, embeddings, qk_norms, sizes
+from megabridge.families.positions import LayerRopes, Windows, every
+from megabridge.mapping import WeightMap, block
+
+# fmt: off
+FAMILY = replace(
+    GEMMA2,
+    architecture="Gemma3ForCausalLM",
+    model_type="gemma3_text",
+    fields=(
+        *sizes(kv=4, head=256, positions=131072),
+        *SECOND,
+        Fixed("qk_norm",                           "head"),
+        Only("attn_logit_softcapping",             (None,)),
+        Field("logits_softcap",                    "final_logit_softcapping", None),
+        Windows(every("sliding_window_pattern", 6), default=4096,
+                pattern_keys=("sliding_window_pattern", "_sliding_window_pattern")),
+        LayerRopes(theta=(1e6, 1e4)),
+    ),
+    weights=WeightMap(embeddings(), block(*LAYER, *SANDWICH, qk_norms())),
+    tiny={**{k: v for k, v in GEMMA2.tiny.items() if not k.endswith("softcapping")},
+          "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+          "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                              "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+)
