@@ -9,7 +9,6 @@ import torch
 
 from megabridge import AutoBridge
 from megabridge.checkpoint.hf import native_box, view
-from megabridge.conversion.native import survey
 from megabridge.conversion.plan import Plan
 from megabridge.families import all_families
 from megabridge.layers.logits import gather_logits
@@ -21,11 +20,34 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 LAYERS = 5  # no pipeline size divides it
 
+# Further configs of a family: what its tiny config leaves out.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM:dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 24,
+    },
+    "LlamaForCausalLM:fewer": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "num_key_value_heads": 1},
+    "Qwen3ForCausalLM:windows": {
+        "use_sliding_window": True, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"],
+        "num_key_value_heads": 2,
+    },
+    "Olmo2ForCausalLM:fewer": {"num_key_value_heads": 2},
+    "CohereForCausalLM:fewer": {"num_key_value_heads": 2},
+    "CohereForCausalLM:plain": {"use_qk_norm": False, "attention_bias": False},
+    "StableLmForCausalLM:sequential": {"use_parallel_residual": False, "qk_layernorm": False, "use_qkv_bias": False},
+    "GPTNeoXForCausalLM:sequential": {"use_parallel_residual": False},
+    "Phi3ForCausalLM:plain": {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "GraniteForCausalLM:untied": {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
+    "Exaone4ForCausalLM:full": {"sliding_window": None, "layer_types": ["full_attention"]},
+    "SmolLM3ForCausalLM:full": {"use_sliding_window": False, "sliding_window": None, "no_rope_layers": [1, 1, 1, 0]},
+}  # fmt: skip
+
 
 def tiny_config(architecture: str) -> dict[str, Any]:
-    """The config.json of a family's tiny model, with LAYERS layers."""
-    family = all_families()[architecture]
-    config = {"architectures": [architecture], "model_type": family.model_type, **family.tiny, "dtype": "float32"}
+    """The config.json of a family's tiny model, or of one of VARIANTS, with LAYERS layers."""
+    name = architecture.partition(":")[0]
+    family = all_families()[name]
+    changes = VARIANTS.get(architecture, {})
+    config = {"architectures": [name], "model_type": family.model_type, **family.tiny, **changes, "dtype": "float32"}
     config["pad_token_id"] = None  # transformers' embedding gives the padding token's row no gradient
     config["n_layer" if "n_layer" in config else "num_hidden_layers"] = LAYERS
     for key in ("layer_types", "no_rope_layers"):
@@ -100,8 +122,13 @@ def _gradients(plan: Plan, expected: dict[str, torch.Tensor]) -> dict[str, float
     return wrong
 
 
-def parameters(root: str, architectures: list[str]) -> dict[str, list[str]]:
-    """Native names of each model's parameters."""
-    return {
-        name: [live.name for live in survey(provide(AutoBridge.from_hf_pretrained(Path(root) / name)))] for name in architectures
-    }
+def generations(folders: list[str]) -> list[list[int]]:
+    """32 tokens that transformers generates greedily from each folder."""
+    from transformers import AutoModelForCausalLM
+
+    out = []
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokens = model.generate(prompt(131, batch=1, length=8), max_new_tokens=32, min_new_tokens=32, do_sample=False)
+        out.append(tokens[0, 8:].tolist())
+    return out

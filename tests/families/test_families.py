@@ -11,11 +11,11 @@ import pytest
 
 from megabridge.families import all_families
 from megabridge.topology import Topology
-from tests.cases.families import tiny_config
+from tests.cases.families import VARIANTS, tiny_config
 from tests.conversion.test_round_trip import payload
 from tests.ranks import RankServer
 
-ARCHITECTURES = sorted(all_families())
+ARCHITECTURES = sorted([*all_families(), *VARIANTS])
 LAYOUTS = {
     "single": Topology(),
     "tp2": Topology(tp=2),
@@ -45,6 +45,10 @@ def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServe
             wrong.append(f"{name}: config.json changed")
         wrong += [line for seen in results for line in problems(name, seen[name])]
     assert not wrong, "\n".join(wrong)
+    if layout == "tp2pp2":
+        folders = [str(root / name) for root in (sources, tmp_path) for name in ARCHITECTURES]
+        tokens = ranks.run("tests.cases.families:generations", kwargs={"folders": folders}, timeout=300)
+        assert len(tokens) == 1 and tokens[0][: len(ARCHITECTURES)] == tokens[0][len(ARCHITECTURES) :]
 
 
 def problems(name: str, seen: dict[str, Any]) -> list[str]:
@@ -61,3 +65,18 @@ def problems(name: str, seen: dict[str, Any]) -> list[str]:
     if len(losses) > 1 and losses[-1] > losses[0] - 0.1:
         found.append(f"{name}: losses don't fall: {losses}")
     return found
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "n_embd", "n_head")
+
+
+@pytest.mark.parametrize("architecture", sorted(all_families()))
+def test_a_config_of_sizes_alone_means_what_transformers_takes_it_for(architecture: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    family = all_families()[architecture]
+    bare = {"architectures": [architecture], "model_type": family.model_type}
+    bare |= {key: value for key, value in family.tiny.items() if key in SIZES}
+    bare |= {"n_layer" if "n_embd" in bare else "num_hidden_layers": 8}
+    (tmp_path / "config.json").write_text(json.dumps(bare))
+    assert family.native(bare) == family.native(AutoConfig.from_pretrained(tmp_path).to_dict())
