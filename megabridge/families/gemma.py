@@ -1,4 +1,4 @@
-"""GemmaForCausalLM, Gemma2ForCausalLM and Gemma3ForCausalLM, text only (transformers models/gemma, gemma2, gemma3)."""
+"""GemmaForCausalLM: Gemma; Gemma2ForCausalLM: Gemma 2; Gemma3ForCausalLM: Gemma 3, text only (transformers models/gemma*)."""
 
 from dataclasses import replace
 from typing import Any
