@@ -15,8 +15,8 @@ from megabridge.errors import ConfigError, listed
 from megabridge.layers.model import CausalLM
 from megabridge.layers.spec import final_norm, layer_spec
 from megabridge.layers.split import by_stage
-from megabridge.layers.style import Style
 from megabridge.platform import groups
+from megabridge.style import Style
 from megabridge.topology import Topology
 
 from megatron.core import parallel_state

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import megabridge.platform as platform
+from megabridge import style
 from megabridge.errors import ConfigError
-from megabridge.layers import style
 from megabridge.layers.spec import BACKENDS
 from megabridge.layers.split import deal_layers, layout_of
 from megabridge.rope import rope_problems

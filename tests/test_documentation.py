@@ -15,6 +15,9 @@ import pytest
 
 from megabridge.data import DataModule
 from megabridge.data import bytes as byte_tokenizer
+from megabridge.errors import ConfigError
+from megabridge.families import all_families
+from megabridge.families.table import renewed, table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,3 +85,13 @@ def test_python_of_the_page_on_data(tmp_path: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_readmes_table_is_the_families() -> None:
+    """When it isn't: python -m megabridge.families.table README.md"""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    written = table(ROOT / "conf" / "model")
+    assert all(f"| `{architecture}` |" in written for architecture in all_families())
+    assert renewed(text, written) == text
+    with pytest.raises(ConfigError, match="put them in"):
+        renewed("no marks", written)

@@ -1,4 +1,7 @@
-"""CohereForCausalLM and Cohere2ForCausalLM: Command R, R+, A (transformers models/cohere, cohere2): attention beside the MLP."""
+"""CohereForCausalLM: Command R and R+, Aya; Cohere2ForCausalLM: Command R7B and A (transformers models/cohere, cohere2).
+
+Attention stands beside the MLP.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Ernie4_5ForCausalLM, dense (transformers models/ernie4_5/modeling_ernie4_5.py)."""
+"""Ernie4_5ForCausalLM: ERNIE 4.5, dense (transformers models/ernie4_5/modeling_ernie4_5.py)."""
 
 from megabridge.families.family import Family
 from megabridge.families.fields import Fixed

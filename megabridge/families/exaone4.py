@@ -1,4 +1,4 @@
-"""Exaone4ForCausalLM (transformers models/exaone4): with windows, the layers without one have no rotary embedding."""
+"""Exaone4ForCausalLM: EXAONE 4.0 (transformers models/exaone4): with windows, layers without one have no rotary embedding."""
 
 from megabridge.families.family import Family
 from megabridge.families.fields import Fixed, Json

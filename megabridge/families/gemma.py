@@ -1,4 +1,4 @@
-"""GemmaForCausalLM and Gemma2ForCausalLM (transformers models/gemma, gemma2)."""
+"""GemmaForCausalLM: Gemma; Gemma2ForCausalLM: Gemma 2 (transformers models/gemma, gemma2)."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Gemma3ForCausalLM, text only (transformers models/gemma3): layers with a window have a rotary base of their own."""
+"""Gemma3ForCausalLM: Gemma 3, text only (transformers models/gemma3): two rotary bases."""
 
 from dataclasses import replace
 

@@ -1,4 +1,7 @@
-"""GlmForCausalLM and Glm4ForCausalLM (transformers models/glm, glm4): half of a head rotates, in neighbouring pairs."""
+"""GlmForCausalLM: GLM-4 of 2024; Glm4ForCausalLM: GLM-4-0414, GLM-Z1 (transformers models/glm, glm4).
+
+Half of a head rotates, in neighbouring pairs.
+"""
 
 from dataclasses import replace
 

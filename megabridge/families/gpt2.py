@@ -1,4 +1,4 @@
-"""GPT2LMHeadModel (transformers models/gpt2/modeling_gpt2.py): learned positions, weights stored transposed."""
+"""GPT2LMHeadModel: GPT-2 (transformers models/gpt2/modeling_gpt2.py): learned positions, weights stored transposed."""
 
 from megabridge.families.family import Family
 from megabridge.families.fields import Choice, Field, Fixed, Follows, Only

@@ -1,4 +1,7 @@
-"""HunYuanDenseV1ForCausalLM (transformers models/hunyuan_v1_dense): queries and keys are normalised after they are rotated."""
+"""HunYuanDenseV1ForCausalLM: Hunyuan dense, Hy-MT (transformers models/hunyuan_v1_dense).
+
+Queries and keys are normalised after they are rotated.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""MistralForCausalLM, MinistralForCausalLM and Ministral3ForCausalLM (transformers models/mistral, ministral, ministral3)."""
+"""MistralForCausalLM: Mistral 7B, Nemo and Small, Ministral 8B; MinistralForCausalLM: Ministral 8B with its alternating windows;
+Ministral3ForCausalLM: Ministral 3, text only (transformers models/mistral, ministral, ministral3).
+"""
 
 from dataclasses import replace
 from typing import Any

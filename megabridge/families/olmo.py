@@ -1,4 +1,4 @@
-"""Olmo2ForCausalLM and Olmo3ForCausalLM (transformers models/olmo2, olmo3): norms after attention and MLP only."""
+"""Olmo2ForCausalLM: OLMo 2; Olmo3ForCausalLM: Olmo 3 (transformers models/olmo2, olmo3): norms after attention and MLP only."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Qwen2ForCausalLM (Qwen 2 and 2.5) and Qwen3ForCausalLM (transformers models/qwen2, qwen3)."""
+"""Qwen2ForCausalLM: Qwen 2 and 2.5, QwQ; Qwen3ForCausalLM: Qwen 3 (transformers models/qwen2, qwen3)."""
 
 from dataclasses import replace
 

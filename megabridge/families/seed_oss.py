@@ -1,4 +1,4 @@
-"""SeedOssForCausalLM (transformers models/seed_oss/modeling_seed_oss.py)."""
+"""SeedOssForCausalLM: Seed-OSS (transformers models/seed_oss/modeling_seed_oss.py)."""
 
 from megabridge.families.family import Family
 from megabridge.families.fields import Field

@@ -1,4 +1,4 @@
-"""SmolLM3ForCausalLM (transformers models/smollm3/modeling_smollm3.py): every fourth layer has no rotary embedding."""
+"""SmolLM3ForCausalLM: SmolLM3 (transformers models/smollm3/modeling_smollm3.py): every fourth layer has no rotary embedding."""
 
 from dataclasses import dataclass
 from typing import Any

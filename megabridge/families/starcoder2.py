@@ -1,4 +1,4 @@
-"""Starcoder2ForCausalLM (transformers models/starcoder2/modeling_starcoder2.py)."""
+"""Starcoder2ForCausalLM: StarCoder2 (transformers models/starcoder2/modeling_starcoder2.py)."""
 
 from megabridge.families.family import Family
 from megabridge.families.fields import Choice, Field, Fixed

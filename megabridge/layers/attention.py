@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megabridge.errors import ConfigError
 from megabridge.layers.norm import LayerNorm, RMSNorm
-from megabridge.layers.style import Style
+from megabridge.style import Style
 
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention

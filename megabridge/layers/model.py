@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megabridge.layers.rotary import HFRotaryEmbedding, LocalAndGlobal
-from megabridge.layers.style import Style
+from megabridge.style import Style
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.utils import is_layer_window_attention

@@ -14,7 +14,7 @@ from megabridge.errors import ConfigError
 from megabridge.layers.attention import TorchAttention, TwoRopeAttention
 from megabridge.layers.norm import HeadsNorm, LayerNorm, RMSNorm
 from megabridge.layers.residual import ParallelLayer, Residual
-from megabridge.layers.style import Style
+from megabridge.style import Style
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider

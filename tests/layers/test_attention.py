@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megabridge.errors import ConfigError
 from megabridge.layers.attention import TorchAttention
-from megabridge.layers.style import Style
+from megabridge.style import Style
 
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
