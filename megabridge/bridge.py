@@ -176,22 +176,28 @@ class AutoBridge:
 
     def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, *,
                            weight_dtype: torch.dtype | Literal["source"] | str | None = None,
-                           max_shard_size: str | int = "5GB", verify: bool = True) -> Report:  # fmt: skip
+                           max_shard_size: str | int = "5GB", verify: bool = True,
+                           allow_nonfinite: bool = False) -> Report:  # fmt: skip
         """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
 
         `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. The folder appears
-        by one rename, after every tensor was read back and compared.
+        by one rename, after every tensor was read back and compared. NaN and infinite values are refused unless `allow_nonfinite`.
         """
-        return self._export(model, Path(path), self.write_assets, weight_dtype, max_shard_size, verify, show_progress)
+        return self._export(
+            model, Path(path), self.write_assets, weight_dtype, max_shard_size, verify, allow_nonfinite, show_progress
+        )
 
     def save_hf_weights(self, model: Model, path: str | Path, show_progress: bool = True, *,
                         weight_dtype: torch.dtype | Literal["source"] | str | None = None,
-                        max_shard_size: str | int = "5GB", verify: bool = True) -> Report:  # fmt: skip
+                        max_shard_size: str | int = "5GB", verify: bool = True,
+                        allow_nonfinite: bool = False) -> Report:  # fmt: skip
         """The same with weights only. Collective."""
-        return self._export(model, Path(path), lambda folder, dtype: None, weight_dtype, max_shard_size, verify, show_progress)
+        return self._export(
+            model, Path(path), lambda folder, dtype: None, weight_dtype, max_shard_size, verify, allow_nonfinite, show_progress
+        )
 
     def _export(self, model: Model, path: Path, write: Callable[[Path, str | None], None], weight_dtype: torch.dtype | str | None,
-                max_shard_size: str | int, verify: bool, show_progress: bool) -> Report:  # fmt: skip
+                max_shard_size: str | int, verify: bool, allow_nonfinite: bool, show_progress: bool) -> Report:  # fmt: skip
         plan = self.plan(model)
         dtypes: Dtypes
         if weight_dtype == "source":
@@ -211,6 +217,7 @@ class AutoBridge:
                 aliases=self.aliases & plan.aliases.keys(),
                 max_shard_size=max_shard_size,
                 verify=verify,
+                allow_nonfinite=allow_nonfinite,
                 progress=progress,
             )
 

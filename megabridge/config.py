@@ -71,10 +71,14 @@ class ParallelConfig:
 
 @dataclass
 class ConversionConfig:
-    mode: str = choice("roundtrip", "import", "export")
-    """What recipe=convert does: HF to native, native to HF, or both and compare."""
+    mode: str = choice("roundtrip", "import", "export", "verify")
+    """What recipe=convert does: HF to native, native to HF, both and compare, or check an exported folder."""
     output: str | None = None
     """Folder that recipe=convert publishes to. Null: inside the run directory."""
+    folder: str | None = None
+    """Exported folder that mode=verify checks against its manifest."""
+    source: str | None = None
+    """Local folder or hub id with whose tensors mode=verify compares that folder's, too. Null: the manifest only."""
     verify: bool = True
     """Whether every imported and exported tensor is read back and compared bit by bit."""
     strict: bool = True
@@ -83,6 +87,8 @@ class ConversionConfig:
     """HF names (with * as wildcard) that a checkpoint may lack."""
     allow_unexpected: list[str] = field(default_factory=list)
     """HF names (with * as wildcard) that a checkpoint may have beyond what the model takes."""
+    allow_nonfinite: bool = False
+    """Whether NaN and infinite weights may be published."""
     export_dtype: str | None = field(default=None, metadata={"choices": DTYPES})
     """Precision of exported tensors. Null: the parameters' own."""
     max_shard_size: str = "5GB"

@@ -34,7 +34,7 @@ def test_every_name_without_set_up(ranks: RankServer, tmp_path: Path) -> None:
     assert seen["handles"] == [True, False] and seen["supports"] == [True, True, False]
     assert seen["hidden_size"] == TINY["hidden_size"] and seen["loaded"] == ()
     tensors = payload(tmp_path / "source")
-    assert seen["weights"] == (len(tensors), (), ["model.safetensors"])
+    assert seen["weights"] == (len(tensors), (), ["megabridge.json", "model.safetensors"])
     assert payload(tmp_path / "out" / "weights") == tensors
     assert seen["refusals"].keys() == EXPECTED.keys()
     for name, part in EXPECTED.items():

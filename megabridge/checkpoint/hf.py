@@ -167,34 +167,3 @@ class Reader(_Files):
         """Checks every file that was read once more."""
         for file in self._fds:
             self.check(file)
-
-
-class Writer(_Files):
-    """Writes boxes at their places in files that exist and have their final size. Use as a context."""
-
-    def __init__(self) -> None:
-        super().__init__(os.O_WRONLY)
-        self.bytes_written = 0
-
-    def write(self, info: TensorInfo, transfer: Transfer, source: torch.Tensor) -> None:
-        """Writes the native side of `transfer` in `source`, cast to the file's dtype, into its box of the file."""
-        fd, itemsize = self._fd(info.file), info.dtype.itemsize
-        for part in transfer.split(STAGING):
-            data = native_box(source, part).to(dtype=info.dtype, device="cpu").contiguous()
-            length, starts = part.rows()
-            flat = memoryview((ctypes.c_char * (data.numel() * itemsize)).from_address(data.data_ptr())).cast("B")
-            step = length * itemsize
-            for number, start in enumerate(starts):
-                _pwrite(fd, flat[number * step : (number + 1) * step], info.start + start * itemsize)
-            self.bytes_written += len(flat)
-
-    def sync(self) -> None:
-        """Makes what was written durable."""
-        for fd in self._fds.values():
-            os.fsync(fd)
-
-
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)

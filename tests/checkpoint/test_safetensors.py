@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megabridge.checkpoint.hf import Reader, Writer, find_tensors, native_box
+from megabridge.checkpoint.hf import Reader, find_tensors, native_box
 from megabridge.checkpoint.safetensors import DTYPES, MAX_HEADER, build_header, read_header
+from megabridge.conversion.writer import Writer
 from megabridge.errors import CheckpointError
 from megabridge.mapping import Cut, Dims, Fuse, Same, transfers
 
