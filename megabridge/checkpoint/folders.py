@@ -15,6 +15,7 @@ import re
 import shutil
 import time
 import uuid
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Final
@@ -140,12 +141,18 @@ def _rename(partial: Path, folder: Path, *, replace: bool) -> None:
             partial.rename(folder)
         fsync(folder.parent)
     except OSError:
-        if is_exchanged:
-            _exchange(partial, folder)
-        elif not partial.exists():
-            folder.rename(partial)
-        if is_aside:
-            old.rename(folder)
+        try:
+            if is_exchanged:
+                _exchange(partial, folder)
+            elif not partial.exists():
+                folder.rename(partial)
+            if is_aside:
+                old.rename(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} can't be published durably, nor can what was there be brought back: {error.strerror}; one of the two is "
+                f"there, or the old one at {old}; look after the disk and write again."
+            ) from error
         raise
 
 
@@ -161,6 +168,21 @@ def _exchange(left: Path, right: Path) -> bool:
     if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return False
     raise OSError(number, os.strerror(number), str(right))
+
+
+def space(folder: Path, needed: int) -> str:
+    """What an error says of room for `needed` bytes in the place of `folder`."""
+    try:
+        free = f"has {shutil.disk_usage(folder.parent).free} free"
+    except OSError:
+        free = "can't be asked for its free space"
+    return f"it needs {needed} bytes, and {folder.parent} {free}"
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises CheckpointError where `needed` bytes don't fit beside `folder`."""
+    if needed > shutil.disk_usage(folder.parent).free:
+        raise CheckpointError(f"No space left on device for {folder}: {space(folder, needed)}; free some or write elsewhere.")
 
 
 def recover(folder: Path) -> None:
@@ -226,20 +248,29 @@ def claim(folder: Path) -> tuple[IO[str], str]:
     path = _beside(folder, LOCK_SUFFIX)
     try:
         make_parents(folder)
-        while True:
-            file = path.open("a+")
-            _flock(file, fcntl.LOCK_EX, folder)
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                break
-            file.close()  # the one before removed it when it was done
-        token = uuid.uuid4().hex
-        file.truncate(0)
-        file.write(token)
-        file.flush()
-        _flock(file, fcntl.LOCK_SH, folder)
+        file = _won(path, folder)
+        try:
+            token = uuid.uuid4().hex
+            file.truncate(0)
+            file.write(token)
+            file.flush()
+            recover(folder)
+            _flock(file, fcntl.LOCK_SH, folder)
+        except OSError:
+            release(folder, file)
+            raise
     except OSError as error:
         raise CheckpointError(f"{folder} can't be written: {error.strerror} ({path}); write elsewhere.") from error
     return file, token
+
+
+def _won(path: Path, folder: Path) -> IO[str]:
+    while True:
+        file = path.open("a+")
+        _flock(file, fcntl.LOCK_EX, folder)
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+        file.close()  # the one before removed it when it was done
 
 
 def join(folder: Path, token: str) -> IO[str]:
@@ -265,7 +296,8 @@ def join(folder: Path, token: str) -> IO[str]:
 
 def release(folder: Path, file: IO[str]) -> None:
     """Gives a claimed name back and removes the lock, once no rank writes any more."""
-    _beside(folder, LOCK_SUFFIX).unlink(missing_ok=True)
+    with suppress(OSError):  # a lock file that stays is no harm
+        _beside(folder, LOCK_SUFFIX).unlink()
     file.close()
 
 

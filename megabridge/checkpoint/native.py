@@ -28,7 +28,8 @@ from megabridge.errors import CheckpointError, listed
 from megabridge.platform import quiet
 
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
@@ -83,6 +84,7 @@ def save(
     on rank 0 with an empty folder. Raises CheckpointError on every rank; the model and the optimizer are never changed.
     """
     partial = on_rank_zero("starting a checkpoint", lambda: folders.begin(folder))
+    needed = 0
     try:
         state = _model_state(chunks)
         common: dict[str, Any] = {
@@ -99,18 +101,29 @@ def save(
             common["scheduler_steps"] = scheduler.num_steps
         state[_RNG] = _rng_object(_rng_state())
         state[_COMMON] = common
+        needed = sum(gather(_bytes(state)))
+        on_rank_zero("looking for space for a checkpoint", lambda: folders.check_space(partial, needed))
         _write(state, partial)
+        on_rank_zero("committing a checkpoint", lambda: _publish(folder, write_assets))
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{folder} can't be written: {error}. Nothing was changed, and earlier steps are kept.") from error
+        raise CheckpointError(
+            f"{folder} can't be written: {error}. Nothing was changed, and earlier steps are kept; {folders.space(folder, needed)}."
+        ) from error
 
-    def publish() -> None:
-        if write_assets is not None:
-            (partial / ASSETS).mkdir()
-            write_assets(partial / ASSETS)
-        folders.commit(folder)
 
-    on_rank_zero("committing a checkpoint", publish)
+def _publish(folder: Path, write_assets: Callable[[Path], None] | None) -> None:
+    if write_assets is not None:
+        place = folders.partial_of(folder) / ASSETS
+        place.mkdir()
+        write_assets(place)
+    folders.commit(folder)
+
+
+def _bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of the tensors that this rank writes."""
+    tensors = (entry for entry in nested_values(dict(state)) if isinstance(entry, ShardedTensor | ShardedTensorFactory))
+    return sum(entry.data.nbytes for entry in tensors if is_main_replica(entry.replica_id) and entry.data is not None)
 
 
 def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = None, scheduler: Any = None) -> Progress:

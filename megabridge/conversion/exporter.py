@@ -56,8 +56,8 @@ def export_weights(
     """Publishes the model as a Hugging Face folder at `path`. Collective; all ranks must see the same file system.
 
     Everything is written into a hidden folder beside `path`, read back and compared, made durable, and renamed last;
-    `write_assets(folder)` adds config and tokenizer on rank 0. A folder of an
-    earlier export at `path` is replaced. What a killed export left in the hidden folder is used again where it is right.
+    `write_assets(folder)` adds config and tokenizer on rank 0. An earlier export at `path` is replaced. What a killed export left
+    in the hidden folder is used again where it is right.
 
     Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was at `path` stays. NaN and
     infinite values are refused unless `allow_nonfinite`.
@@ -102,7 +102,6 @@ def _claimed(path: Path) -> Iterator[None]:
         _check_replaceable(path)
         file, token = folders.claim(path)
         own.append(file)
-        folders.recover(path)
         return token
 
     try:
@@ -128,9 +127,12 @@ def _release(path: Path, own: list[IO[str]]) -> None:
 
 def _check_replaceable(path: Path) -> None:
     """Raises CheckpointError where publishing at `path` would remove what no export wrote."""
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path} is a file, where the export's folder is to be; export elsewhere or remove it.")
-    foreign = sorted(entry.name for entry in path.iterdir() if not manifest.may_hold(entry.name)) if path.is_dir() else []
+    try:
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path} is a file, where the export's folder is to be; export elsewhere or remove it.")
+        foreign = sorted(entry.name for entry in path.iterdir() if not manifest.may_hold(entry.name)) if path.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be written: {error.strerror}; export elsewhere.") from error
     if foreign:
         raise CheckpointError(
             f"{path} would be replaced by the export, but holds what no export writes: {', '.join(foreign[:5])}; "

@@ -117,13 +117,9 @@ def space_named(folder: Path, shards: list[Shard]) -> Iterator[None]:
         yield
     except OSError as error:
         needed = sum(shard.size for shard in shards)
-        try:
-            free = f"has {shutil.disk_usage(folder.parent).free} free"
-        except OSError:
-            free = "can't be asked for its free space"
         raise CheckpointError(
-            f"writing the export failed: {error.strerror} ({error.filename or 'in a shard'}); it needs {needed} bytes, and "
-            f"{folder.parent} {free}; nothing was published. Free some or export elsewhere."
+            f"writing the export failed: {error.strerror} ({error.filename or 'in a shard'}); {folders.space(folder, needed)}; "
+            "nothing was published. Free some or export elsewhere."
         ) from error
 
 
@@ -164,20 +160,21 @@ class Writer:
                     f"finite, but too large for {info.dtype}" if is_finite(ours) else "NaN or infinite values"
                 )
             size = data.numel() * info.dtype.itemsize
+            fd = self._fd(info.file)  # also of a file that is right: it may not be durable yet
             if info.file in self._kept and same_bits(data, self._reader.box(info, part)):
                 self.bytes_kept += size
             else:
-                self._write(info, part, data)
+                self._write(fd, info, part, data)
                 self.bytes_written += size
 
-    def _write(self, info: TensorInfo, part: Transfer, data: torch.Tensor) -> None:
+    def _write(self, fd: int, info: TensorInfo, part: Transfer, data: torch.Tensor) -> None:
         itemsize = info.dtype.itemsize
         length, starts = part.rows()
         flat = memoryview((ctypes.c_char * (data.numel() * itemsize)).from_address(data.data_ptr())).cast("B")
         step = length * itemsize
         try:
             for number, start in enumerate(starts):
-                _pwrite(self._fd(info.file), flat[number * step : (number + 1) * step], info.start + start * itemsize)
+                _pwrite(fd, flat[number * step : (number + 1) * step], info.start + start * itemsize)
         except OSError as error:
             error.filename = error.filename or str(info.file)
             raise
@@ -188,7 +185,7 @@ class Writer:
         return self._fds[file]
 
     def sync(self) -> None:
-        """Makes what was written durable."""
+        """Makes the files that hold these boxes durable."""
         for file, fd in self._fds.items():
             try:
                 os.fsync(fd)
