@@ -7,7 +7,7 @@ model are collective: every rank calls them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +17,14 @@ from megabridge import agreement
 from megabridge.checkpoint import assets, source
 from megabridge.checkpoint.hf import find_tensors
 from megabridge.checkpoint.safetensors import TensorInfo
-from megabridge.conversion.exporter import Dtypes, export_weights
+from megabridge.conversion import tasks
+from megabridge.conversion.exporter import Dtypes, export_specs, export_weights
 from megabridge.conversion.importer import import_weights
 from megabridge.conversion.native import survey
-from megabridge.conversion.plan import Plan, make_plan
+from megabridge.conversion.plan import Plan, check_source, make_plan
 from megabridge.conversion.report import Report
+from megabridge.conversion.stream import BUCKET_BYTES, Entries, Stream
+from megabridge.conversion.tasks import Box, ConversionTask
 from megabridge.errors import ConfigError
 from megabridge.families import all_families, family_for
 from megabridge.families.registry import architecture_of
@@ -199,14 +202,9 @@ class AutoBridge:
     def _export(self, model: Model, path: Path, write: Callable[[Path, str | None], None], weight_dtype: torch.dtype | str | None,
                 max_shard_size: str | int, verify: bool, allow_nonfinite: bool, show_progress: bool) -> Report:  # fmt: skip
         plan = self.plan(model)
-        dtypes: Dtypes
-        if weight_dtype == "source":
-            if not self.source_dtypes:
-                raise ConfigError("weight_dtype='source' needs an import by this bridge before; load weights or name a dtype.")
-            dtypes, name = self.source_dtypes, None
-        else:
-            dtypes = _dtype(weight_dtype)
-            used = {spec.dtype for spec in plan.tensors.values()} if dtypes is None else {dtypes}
+        dtypes, name = self._dtypes(weight_dtype), None
+        if weight_dtype != "source":
+            used = {spec.dtype for spec in plan.tensors.values()} if weight_dtype is None else {_dtype(weight_dtype)}
             name = str(used.pop()).removeprefix("torch.") if len(used) == 1 else None
         with bytes_bar("export", show=show_progress and agreement.rank() == 0) as progress:
             return export_weights(
@@ -221,6 +219,14 @@ class AutoBridge:
                 progress=progress,
             )
 
+    def _dtypes(self, weight_dtype: torch.dtype | str | None) -> Dtypes:
+        """What `weight_dtype` asks for: one dtype, one by name, or None for the parameters'."""
+        if weight_dtype != "source":
+            return _dtype(weight_dtype)
+        if not self.source_dtypes:
+            raise ConfigError("weight_dtype='source' needs an import by this bridge before; load weights or name a dtype.")
+        return self.source_dtypes
+
     def write_assets(self, folder: Path, dtype: str | None = None) -> None:
         """Writes config, generation config, tokenizer and chat template into `folder`, as they came. One rank calls it.
 
@@ -229,6 +235,59 @@ class AutoBridge:
         assets.write_config(folder, self.config, source=self.folder, dtype=dtype)
         if self.folder is not None:
             assets.copy_assets(self.folder, folder)
+
+    # ------------------------------------------------------------------ to other programs, without files
+
+    def export_hf_weights(self, model: Model, cpu: bool = False, show_progress: bool = True,
+                          conversion_tasks: Sequence[ConversionTask] | None = None, *,
+                          weight_dtype: torch.dtype | Literal["source"] | str | None = None, bucket_bytes: int = BUCKET_BYTES,
+                          consumers: Collection[int] | None = None) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+        """(name, whole tensor) of every Hugging Face tensor, names and order as in an export; each owns its storage.
+
+        Collective: every rank calls it and uses the iterator up, or closes it; only ranks in `consumers` (None: all) get
+        tensors, the others' iterators are empty. `cpu` brings them to the host. `conversion_tasks`, from `get_conversion_tasks`,
+        says which tensors, in which order. Memory beside the model: two buckets of `bucket_bytes` and one tensor. Raises the same
+        MegabridgeError on every rank; also where another rank closed the iterator before the end. Hold it in
+        `contextlib.closing` where an exception may keep it alive.
+        """
+        stream = self._stream(model, conversion_tasks, weight_dtype, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers)
+        return stream.whole(show_progress=show_progress)
+
+    def export_hf_buckets(self, model: Model, *, cpu: bool = False, conversion_tasks: Sequence[ConversionTask] | None = None,
+                          weight_dtype: torch.dtype | Literal["source"] | str | None = None, bucket_bytes: int = BUCKET_BYTES,
+                          consumers: Collection[int] | None = None) -> Iterator[tuple[torch.Tensor, Entries]]:  # fmt: skip
+        """(flat bytes, entries) of the same tensors, valid until the next step; `entry.view(flat)` is a tensor. Collective."""
+        return self._stream(model, conversion_tasks, weight_dtype, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers).flat()
+
+    def export_hf_shards(self, model: Model, *, replicas: bool = False) -> Iterator[tuple[str, Box, torch.Tensor]]:
+        """(name, box, view of a parameter) of what this rank gives to an export, or holds with `replicas`. Nothing is exchanged.
+
+        Over all ranks the boxes tile every tensor once; `box.view(whole).copy_(local)` puts a part in its place.
+        """
+        return tasks.shards(self.family, self.native, model, replicas=replicas)
+
+    def get_conversion_tasks(self, model: Model, hf_path: str | Path | None = None) -> list[ConversionTask]:
+        """A task for every Hugging Face tensor, in an export's order. Collective.
+
+        `hf_path` gives them the dtypes of that checkpoint, and the tied copies that it carries.
+        """
+        plan, dtypes = self.plan(model), None
+        aliases = self.aliases & plan.aliases.keys()
+        if hf_path is not None:
+            infos = self._open(hf_path)
+            check_source(plan, infos)
+            aliases = frozenset(plan.aliases.keys() & infos.keys())
+            dtypes = {name: info.dtype for name, info in infos.items()}
+        return tasks.make_tasks(plan, model, export_specs(plan, dtypes, aliases))
+
+    def _stream(self, model: Model, chosen: Sequence[ConversionTask] | None, weight_dtype: torch.dtype | str | None, *, cpu: bool,
+                bucket_bytes: int, consumers: Collection[int] | None) -> Stream:  # fmt: skip
+        plan = self.plan(model)
+        with agreement.together("starting the stream"):
+            dtypes = self._dtypes(weight_dtype)
+            aliases = self.aliases & plan.aliases.keys()
+            specs = export_specs(plan, dtypes, aliases) if chosen is None else tasks.task_specs(plan, chosen, dtypes)
+        return Stream(plan, specs, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers)
 
     # ------------------------------------------------------------------ what it knows
 
