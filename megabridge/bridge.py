@@ -7,7 +7,7 @@ model are collective: every rank calls them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,13 @@ from megabridge.checkpoint import assets, source
 from megabridge.checkpoint.hf import find_tensors
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion import tasks
+from megabridge.conversion.buckets import Entries
 from megabridge.conversion.exporter import Dtypes, export_specs, export_weights
 from megabridge.conversion.importer import import_weights
 from megabridge.conversion.native import survey
 from megabridge.conversion.plan import Plan, check_source, make_plan
 from megabridge.conversion.report import Report
-from megabridge.conversion.stream import BUCKET_BYTES, Entries, Stream
+from megabridge.conversion.stream import BUCKET_BYTES, Stream
 from megabridge.conversion.tasks import Box, ConversionTask
 from megabridge.errors import ConfigError
 from megabridge.families import all_families, family_for
@@ -179,28 +180,27 @@ class AutoBridge:
 
     def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, *,
                            weight_dtype: torch.dtype | Literal["source"] | str | None = None,
-                           max_shard_size: str | int = "5GB", verify: bool = True,
-                           allow_nonfinite: bool = False) -> Report:  # fmt: skip
+                           max_shard_size: str | int = "5GB", verify: bool = True, allow_nonfinite: bool = False,
+                           writer: str = "shared") -> Report:  # fmt: skip
         """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
 
         `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. The folder appears
         by one rename, after every tensor was read back and compared. NaN and infinite values are refused unless `allow_nonfinite`.
+        `writer="gather"` has rank 0 write everything, for ranks that share no file system.
         """
-        return self._export(
-            model, Path(path), self.write_assets, weight_dtype, max_shard_size, verify, allow_nonfinite, show_progress
-        )
+        options = {"max_shard_size": max_shard_size, "verify": verify, "allow_nonfinite": allow_nonfinite, "writer": writer}
+        return self._export(model, Path(path), self.write_assets, weight_dtype, show_progress, options)
 
     def save_hf_weights(self, model: Model, path: str | Path, show_progress: bool = True, *,
                         weight_dtype: torch.dtype | Literal["source"] | str | None = None,
-                        max_shard_size: str | int = "5GB", verify: bool = True,
-                        allow_nonfinite: bool = False) -> Report:  # fmt: skip
+                        max_shard_size: str | int = "5GB", verify: bool = True, allow_nonfinite: bool = False,
+                        writer: str = "shared") -> Report:  # fmt: skip
         """The same with weights only. Collective."""
-        return self._export(
-            model, Path(path), lambda folder, dtype: None, weight_dtype, max_shard_size, verify, allow_nonfinite, show_progress
-        )
+        options = {"max_shard_size": max_shard_size, "verify": verify, "allow_nonfinite": allow_nonfinite, "writer": writer}
+        return self._export(model, Path(path), lambda folder, dtype: None, weight_dtype, show_progress, options)
 
     def _export(self, model: Model, path: Path, write: Callable[[Path, str | None], None], weight_dtype: torch.dtype | str | None,
-                max_shard_size: str | int, verify: bool, allow_nonfinite: bool, show_progress: bool) -> Report:  # fmt: skip
+                show_progress: bool, options: dict[str, Any]) -> Report:  # fmt: skip
         plan = self.plan(model)
         dtypes, name = self._dtypes(weight_dtype), None
         if weight_dtype != "source":
@@ -213,10 +213,8 @@ class AutoBridge:
                 write_assets=lambda folder: write(folder, name),
                 dtypes=dtypes,
                 aliases=self.aliases & plan.aliases.keys(),
-                max_shard_size=max_shard_size,
-                verify=verify,
-                allow_nonfinite=allow_nonfinite,
                 progress=progress,
+                **options,
             )
 
     def _dtypes(self, weight_dtype: torch.dtype | str | None) -> Dtypes:
@@ -241,7 +239,7 @@ class AutoBridge:
     def export_hf_weights(self, model: Model, cpu: bool = False, show_progress: bool = True,
                           conversion_tasks: Sequence[ConversionTask] | None = None, *,
                           weight_dtype: torch.dtype | Literal["source"] | str | None = None, bucket_bytes: int = BUCKET_BYTES,
-                          consumers: Collection[int] | None = None) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+                          consumers: Collection[int] | None = None) -> Generator[tuple[str, torch.Tensor]]:  # fmt: skip
         """(name, whole tensor) of every Hugging Face tensor, names and order as in an export; each owns its storage.
 
         Collective: every rank calls it and uses the iterator up, or closes it; only ranks in `consumers` (None: all) get
@@ -251,11 +249,11 @@ class AutoBridge:
         `contextlib.closing` where an exception may keep it alive.
         """
         stream = self._stream(model, conversion_tasks, weight_dtype, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers)
-        return stream.whole(show_progress=show_progress)
+        return stream.tensors(show_progress=show_progress)
 
     def export_hf_buckets(self, model: Model, *, cpu: bool = False, conversion_tasks: Sequence[ConversionTask] | None = None,
                           weight_dtype: torch.dtype | Literal["source"] | str | None = None, bucket_bytes: int = BUCKET_BYTES,
-                          consumers: Collection[int] | None = None) -> Iterator[tuple[torch.Tensor, Entries]]:  # fmt: skip
+                          consumers: Collection[int] | None = None) -> Generator[tuple[torch.Tensor, Entries]]:  # fmt: skip
         """(flat bytes, entries) of the same tensors, valid until the next step; `entry.view(flat)` is a tensor. Collective."""
         return self._stream(model, conversion_tasks, weight_dtype, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers).flat()
 

@@ -93,6 +93,8 @@ class ConversionConfig:
     """Precision of exported tensors. Null: the parameters' own."""
     max_shard_size: str = "5GB"
     """Largest safetensors file of an export, as in transformers."""
+    writer: str = choice("shared", "gather")
+    """Who writes an export's files: every rank its own part, on a file system that all share; or rank 0, sent everything."""
     logits_tokens: int = 64
     """Tokens of the fixed batch on which logits are compared with transformers. 0: not compared."""
 

@@ -48,6 +48,7 @@ def main(config: Config) -> None:
                 output / "hf",
                 weight_dtype=conversion.export_dtype or ("source" if bridge.import_report else None),
                 max_shard_size=conversion.max_shard_size,
+                writer=conversion.writer,
                 verify=conversion.verify,
                 allow_nonfinite=conversion.allow_nonfinite,
             )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 import torch
 
@@ -19,15 +19,18 @@ from megabridge.checkpoint import folders, native
 from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion import manifest
 from megabridge.conversion.compare import Difference, compare, to_file
+from megabridge.conversion.gather import Gathered, compare_gathered
 from megabridge.conversion.importer import Progress, silent
 from megabridge.conversion.manifest import digests
 from megabridge.conversion.plan import Plan, Spec
 from megabridge.conversion.report import Report
 from megabridge.conversion.writer import Shard, Writer, plan_shards, reserve, space_named, write_index
-from megabridge.errors import CheckpointError, MegabridgeError, ParityError, listed
-from megabridge.mapping import natural
+from megabridge.errors import CheckpointError, ConfigError, MegabridgeError, ParityError, listed
+from megabridge.mapping import Transfer, natural
 
 Dtypes = Mapping[str, torch.dtype] | torch.dtype | None
+WRITERS: Final = ("shared", "gather")
+Boxes = Iterable[tuple[TensorInfo, Transfer, torch.Tensor]]  # file, place in the tensor, elements: what `Writer.write` takes
 
 
 def export_specs(plan: Plan, dtypes: Dtypes, aliases: frozenset[str]) -> dict[str, Spec]:
@@ -51,9 +54,13 @@ def export_weights(
     max_shard_size: str | int = "5GB",
     verify: bool = True,
     allow_nonfinite: bool = False,
+    writer: str = "shared",
     progress: Progress = silent,
 ) -> Report:
-    """Publishes the model as a Hugging Face folder at `path`. Collective; all ranks must see the same file system.
+    """Publishes the model as a Hugging Face folder at `path`. Collective.
+
+    With `writer="shared"` every rank writes what it owns, and all must see the same file system; with "gather" rank 0 is sent
+    everything, and its file system alone counts.
 
     Everything is written into a hidden folder beside `path`, read back and compared, made durable, and renamed last;
     `write_assets(folder)` adds config and tokenizer on rank 0. An earlier export at `path` is replaced. What a killed export left
@@ -62,23 +69,30 @@ def export_weights(
     Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was at `path` stays. NaN and
     infinite values are refused unless `allow_nonfinite`.
     """
+    if writer not in WRITERS:
+        raise ConfigError(f"writer={writer!r} must be one of {', '.join(WRITERS)}.")
     begin = time.perf_counter()
     path = Path(os.path.realpath(path))
     partial = folders.partial_of(path)
     shards = plan_shards(partial, export_specs(plan, dtypes, aliases), max_shard_size)
     infos = {name: info for shard in shards for name, info in shard.tensors.items()}
-    with _claimed(path):
+    writers = {name: [0] for name in infos} if writer == "gather" else _writers(plan, infos)
+    with _claimed(path, is_shared=writer == "shared"):
         try:
             kept = agreement.on_rank_zero("reserving space for the export", lambda: reserve(partial, shards))
-            with agreement.together("writing weights"), space_named(partial, shards):
-                written = _write(plan, infos, kept, progress)
+            with (
+                agreement.together("writing weights"),
+                space_named(partial, shards),
+                closing(Gathered(plan, infos) if writer == "gather" else _own(plan, infos)) as boxes,
+            ):
+                written = _write(boxes, infos, writers, kept, progress)
             everyones = agreement.gather(written)
             if not allow_nonfinite:
                 _refuse_nonfinite(everyones)
             seconds = time.perf_counter() - begin
-            found, verify_seconds = _verify(plan, partial, shards) if verify else (Difference((), 0.0, 0), 0.0)
+            found, verify_seconds = _verify(plan, partial, shards, writer) if verify else (Difference((), 0.0, 0), 0.0)
             begin = time.perf_counter()
-            by_name = _digests(plan, infos, everyones)
+            by_name = _digests(writers, infos, everyones)
             agreement.on_rank_zero("publishing the export", lambda: _publish(path, shards, write_assets, by_name))
         except (MegabridgeError, OSError):
             if agreement.rank() == 0:
@@ -91,8 +105,8 @@ def export_weights(
 
 
 @contextmanager
-def _claimed(path: Path) -> Iterator[None]:
-    """No other export writes to `path` meanwhile, and every rank sees the folder of rank 0. Collective.
+def _claimed(path: Path, *, is_shared: bool) -> Iterator[None]:
+    """No other export writes to `path` meanwhile, and, where it is shared, every rank sees the folder of rank 0. Collective.
 
     Only an end that all ranks came to removes the lock, and lets the caller remove files: where one died, others may still write.
     """
@@ -107,7 +121,7 @@ def _claimed(path: Path) -> Iterator[None]:
     try:
         token = agreement.on_rank_zero("claiming the folder of the export", claim)
         with agreement.together("opening the folder of the export"):
-            if agreement.rank() != 0:
+            if is_shared and agreement.rank() != 0:
                 own.append(folders.join(path, token))
         yield
     except (MegabridgeError, OSError):
@@ -150,36 +164,44 @@ class Written:
     digests: Mapping[str, str]
 
 
-def _write(plan: Plan, infos: Mapping[str, TensorInfo], kept: frozenset[Path], progress: Progress) -> Written:
+def _own(plan: Plan, infos: Mapping[str, TensorInfo]) -> Generator[tuple[TensorInfo, Transfer, torch.Tensor]]:
+    """The boxes that this rank writes into a shared folder."""
     targets: dict[str, list[str]] = {name: [name] for name in plan.tensors}
     for alias, name in plan.aliases.items():
         if alias in infos:
             targets[name].append(alias)
-    total = sum(t.elements * infos[item.hf[t.part]].dtype.itemsize for item in plan.items if item.is_writer for t in item.transfers)
-    with Writer([info for info in infos.values() if info.file in kept]) as writer:
-        for item in plan.items:
-            for transfer in item.transfers if item.is_writer else ():
-                for name in targets[item.hf[transfer.part]]:
-                    writer.write(infos[name], transfer, item.live.data)
+    for item in plan.items:
+        for transfer in item.transfers if item.is_writer else ():
+            for name in targets[item.hf[transfer.part]]:
+                yield infos[name], transfer, item.live.data
+
+
+def _write(boxes: Boxes, infos: Mapping[str, TensorInfo], writers: Mapping[str, list[int]], kept: frozenset[Path],
+           progress: Progress) -> Written:  # fmt: skip
+    mine = [infos[name] for name, ranks in writers.items() if agreement.rank() in ranks]
+    total = sum(info.nbytes // len(writers[info.name]) for info in mine)  # ranks have about equal parts
+    with Writer([info for info in mine if info.file in kept]) as writer:
+        for info, transfer, data in boxes:
+            writer.write(info, transfer, data)
             progress(writer.bytes_written + writer.bytes_kept, total)
-        mine = [infos[name] for name, ranks in _writers(plan, infos).items() if ranks == [agreement.rank()]]
+        alone = [info for info in mine if len(writers[info.name]) == 1]
         with ThreadPoolExecutor(1) as thread:  # the disk and a core work at the same time
             synced = thread.submit(writer.sync)
-            found = digests(mine)
+            found = digests(alone)
             synced.result()
         return Written(writer.bytes_written, writer.bytes_kept, writer.nonfinite, found)
 
 
 def _writers(plan: Plan, infos: Mapping[str, TensorInfo]) -> dict[str, list[int]]:
-    """The ranks that write each tensor."""
+    """The ranks that write each tensor into a shared folder."""
     return {name: sorted({source.rank for source in plan.sources[plan.aliases.get(name, name)]}) for name in infos}
 
 
-def _digests(plan: Plan, infos: Mapping[str, TensorInfo], everyones: list[Written]) -> dict[str, str]:
+def _digests(writers: Mapping[str, list[int]], infos: Mapping[str, TensorInfo], everyones: list[Written]) -> dict[str, str]:
     """Every tensor's digest. Collective: those that several ranks wrote are taken now, by these ranks in turn."""
     load = [0] * agreement.world_size()
     mine = []
-    for name, ranks in _writers(plan, infos).items():
+    for name, ranks in writers.items():
         if len(ranks) > 1:
             least = min(ranks, key=lambda rank: load[rank])
             load[least] += infos[name].nbytes
@@ -211,11 +233,12 @@ def _publish(path: Path, shards: list[Shard], write_assets: Callable[[Path], Non
     folders.commit(path, replace=True)
 
 
-def _verify(plan: Plan, partial: Path, shards: list[Shard]) -> tuple[Difference, float]:
+def _verify(plan: Plan, partial: Path, shards: list[Shard], writer: str) -> tuple[Difference, float]:
     begin = time.perf_counter()
     with agreement.together("reading the export back"):
-        infos = {name: info for shard in shards for name, info in _headers(partial, shard).items()}
-    found = compare(plan, infos, to_file)
+        is_seen = writer == "shared" or agreement.rank() == 0
+        infos = {name: info for shard in shards for name, info in (_headers(partial, shard) if is_seen else shard.tensors).items()}
+    found = compare_gathered(plan, infos) if writer == "gather" else compare(plan, infos, to_file)
     if found.mismatched:
         raise ParityError(
             "these tensors differ from the model after the export; nothing was published:\n  " + listed(list(found.mismatched))

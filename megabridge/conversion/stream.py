@@ -8,11 +8,9 @@ integer: go on, closed or failed. Python objects are exchanged at the start, and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any, Final
 
 import torch
@@ -20,85 +18,13 @@ import torch.distributed as dist
 
 from megabridge import agreement
 from megabridge.checkpoint.hf import native_box, view
-from megabridge.conversion.plan import Plan, Source, Spec
+from megabridge.conversion.buckets import Bucket, Entries, Piece, Section, lay_out, plan_buckets
+from megabridge.conversion.plan import Plan, Spec
 from megabridge.errors import ConfigError, MegabridgeError, listed
 from megabridge.loggers.bars import bytes_bar
 
 BUCKET_BYTES: Final = 512 << 20
-ALIGNMENT: Final = 64  # bytes; where every tensor of a bucket begins
 GO, CLOSED, FAILED = 0, 1, 2
-
-
-@dataclass(frozen=True, slots=True)
-class BucketEntry:
-    """A tensor inside a bucket's flat tensor; `offset` counts bytes."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    def view(self, flat: torch.Tensor) -> torch.Tensor:
-        """The tensor, in the bucket's memory."""
-        return flat[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
-
-
-Entries = tuple[BucketEntry, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Whole tensors that travel together; `size` in bytes."""
-
-    entries: Entries
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One box on the wire, from byte `offset` on: contiguous, in the order of the tensor's dimensions."""
-
-    source: Source
-    entry: BucketEntry
-    offset: int
-
-    def view(self, wire: torch.Tensor) -> torch.Tensor:
-        sizes, _, _ = self.source.transfer.hf_view()
-        size = self.source.transfer.elements * self.entry.dtype.itemsize
-        return wire[self.offset : self.offset + size].view(self.entry.dtype).view(sizes)
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """What one rank gives to a bucket: bytes `start` to `stop` of this rank's wire; empty where it need not travel."""
-
-    rank: int
-    start: int
-    stop: int
-    pieces: tuple[Piece, ...]
-
-
-def aligned(position: int) -> int:
-    return -(-position // ALIGNMENT) * ALIGNMENT
-
-
-def plan_buckets(specs: Mapping[str, Spec], bucket_bytes: int) -> list[Bucket]:
-    """Buckets of whole tensors, in order, each of at most `bucket_bytes`; a larger tensor travels alone."""
-    out: list[Bucket] = []
-    held: list[BucketEntry] = []
-    size = 0
-    for name, spec in specs.items():
-        nbytes = prod(spec.shape) * spec.dtype.itemsize
-        if held and aligned(size) + nbytes > bucket_bytes:
-            out.append(Bucket(tuple(held), size))
-            held, size = [], 0
-        held.append(BucketEntry(name, spec.dtype, spec.shape, aligned(size)))
-        size = held[-1].offset + nbytes
-    return [*out, Bucket(tuple(held), size)] if held else out
 
 
 class _Ended(Exception):
@@ -108,8 +34,9 @@ class _Ended(Exception):
 class Stream:
     """The tensors of `specs`, in this order, on the ranks in `consumers` (None: all). Every rank makes one and uses it up.
 
-    `cpu` brings them to the host. Raises ConfigError, on every rank, when ranks ask for different things. When a rank leaves
-    early, the other consumers' next step raises MegabridgeError; when one fails, every rank raises its error.
+    `cpu` brings them to the host; `in_rows` lets a tensor that is larger than a bucket travel in blocks of rows. Raises
+    ConfigError, on every rank, when ranks ask for different things. When a rank leaves early, the other consumers' next step raises
+    MegabridgeError; when one fails, every rank raises its error.
     """
 
     def __init__(
@@ -120,16 +47,15 @@ class Stream:
         cpu: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
         consumers: Collection[int] | None = None,
+        in_rows: bool = False,
     ) -> None:
-        self.rank, self.world = agreement.rank(), agreement.world_size()
-        self.consumers = _agreed(specs, bucket_bytes, consumers, self.world)
-        self.is_consumer = self.rank in self.consumers
-        self.to_all = len(self.consumers) == self.world
-        self.plan = plan
-        self.buckets = plan_buckets(specs, bucket_bytes)
-        self.tensors = len(specs)
-        self.bytes = sum(entry.nbytes for bucket in self.buckets for entry in bucket.entries)
-        self.delivered = 0  # tensors that the caller was given
+        self._rank, self._world = agreement.rank(), agreement.world_size()
+        self._consumers = _agreed(specs, bucket_bytes, consumers, self._world)
+        self._is_consumer = self._rank in self._consumers
+        self._plan = plan
+        self._buckets = plan_buckets(specs, bucket_bytes, in_rows=in_rows)
+        self._count = sum(len(bucket.entries) for bucket in self._buckets)
+        self._delivered = 0  # tensors that the caller was given
         self._parameters = {item.record.name: item.live for item in plan.items}
         self._home = plan.items[0].live.data.device if plan.items else torch.device("cpu")
         self._carrier = _carrier(self._home)  # where the wire lies
@@ -143,35 +69,35 @@ class Stream:
 
     # ------------------------------------------------------------------ what callers see
 
-    def flat(self) -> Iterator[tuple[torch.Tensor, Entries]]:
+    def flat(self) -> Generator[tuple[torch.Tensor, Entries]]:
         """(flat bytes, entries) of every bucket; the bytes are valid until the next step."""
         return _primed(self._flat())
 
-    def whole(self, *, show_progress: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, *, show_progress: bool) -> Generator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every tensor; each owns its storage."""
-        return _primed(self._whole(show_progress))
+        return _primed(self._tensors(show_progress))
 
     def _flat(self) -> Generator[tuple[torch.Tensor, Entries]]:
         with closing(self._steps()) as steps:
             next(steps)
             yield torch.empty(0), ()
             for flat, entries in steps:
-                self.delivered += len(entries)
+                self._delivered += len(entries)
                 yield flat, entries
 
-    def _whole(self, show_progress: bool) -> Generator[tuple[str, torch.Tensor]]:
-        show = show_progress and self.rank == min(self.consumers)
+    def _tensors(self, show_progress: bool) -> Generator[tuple[str, torch.Tensor]]:
+        show = show_progress and self._rank == min(self._consumers)
         with closing(self._steps()) as steps:
             next(steps)
             yield "", torch.empty(0)
             with bytes_bar("stream", show=show) as progress:
-                done = 0
+                done, total = 0, sum(bucket.size for bucket in self._buckets)
                 for flat, entries in steps:
                     for entry in entries:
                         tensor = entry.view(flat).clone(memory_format=torch.contiguous_format)
-                        self.delivered += 1
+                        self._delivered += 1
                         done += entry.nbytes
-                        progress(done, self.bytes)
+                        progress(done, total)
                         yield entry.name, tensor
 
     # ------------------------------------------------------------------ the steps
@@ -183,12 +109,12 @@ class Stream:
             yield torch.empty(0), ()
             is_handed_over = False
             self._send_next()
-            for bucket in self.buckets:
+            for bucket in self._buckets:
                 self._arrive()
                 self._guarded(partial(self._join, bucket))
                 self._send_next()
                 self._guarded(partial(self._land, bucket))
-                if self.is_consumer and self._error is None:
+                if self._is_consumer and self._error is None:
                     is_handed_over = True
                     yield self._buffers["host" if self._to_host else "flat"][: bucket.size], bucket.entries
                     is_handed_over = False
@@ -213,9 +139,9 @@ class Stream:
         """Packs the next bucket, exchanges states and sends it; after the last one, states only. Ends or raises on all ranks."""
         number = self._next
         self._next += 1
-        is_last = number == len(self.buckets)
+        is_last = number == len(self._buckets)
         if not is_last and not self._is_leaving:
-            self._guarded(partial(self._pack, self.buckets[number]))
+            self._guarded(partial(self._pack, self._buckets[number]))
         # Whoever leaves after the last bucket was sent leaves nobody with less than the whole.
         own = FAILED if self._error is not None else CLOSED if self._is_leaving and not is_last else GO
         if self._worst(own) != GO:
@@ -224,7 +150,7 @@ class Stream:
             self._works = self._send()
 
     def _worst(self, own: int) -> int:
-        if self.world == 1:
+        if self._world == 1:
             return own
         state = torch.tensor([own], dtype=torch.int32, device=self._carrier)
         dist.all_reduce(state, op=dist.ReduceOp.MAX)
@@ -232,25 +158,25 @@ class Stream:
 
     def _end(self) -> None:
         """Says why the stream ends: raises on every rank, except where it was closed and where nobody waits for tensors."""
-        states = agreement.gather((self._is_leaving, self.delivered))
+        states = agreement.gather((self._is_leaving, self._delivered))
         with agreement.together("streaming weights"):
             if self._error is not None:
                 raise self._error
-        if self.is_consumer and not self._is_leaving:
+        if self._is_consumer and not self._is_leaving:
             rank, count = next((rank, count) for rank, (is_leaving, count) in enumerate(states) if is_leaving)
             raise MegabridgeError(
-                f"rank {rank} closed the stream after {count} of {self.tensors} tensors, so this rank has no whole model; "
+                f"rank {rank} closed the stream after {count} of {self._count} tensors, so this rank has no whole model; "
                 "consume the stream to its end on every rank, or close it on all."
             )
         raise _Ended
 
     def _leave(self) -> None:
-        if self.world > 1 and not dist.is_initialized():
+        if self._world > 1 and not dist.is_initialized():
             return  # dropped after the groups ended: nobody is waiting
         self._is_leaving = True
         try:
             self._arrive()
-            if self._next <= len(self.buckets):
+            if self._next <= len(self._buckets):
                 self._send_next()
         except (_Ended, MegabridgeError):
             return
@@ -258,42 +184,23 @@ class Stream:
     # ------------------------------------------------------------------ packing, sending, joining
 
     def _pack(self, bucket: Bucket) -> None:
-        self._sections, size = self._lay_out(bucket)
+        self._sections, size = lay_out(bucket, self._plan, self._rank, self._consumers)
         wire = self._buffer("wire", size, self._carrier)
         for section in self._sections:
-            if section.rank == self.rank and section.stop > section.start:
+            if section.rank == self._rank and section.travels:
                 for piece in section.pieces:
                     piece.view(wire).copy_(self._own(piece))
 
-    def _lay_out(self, bucket: Bucket) -> tuple[list[Section], int]:
-        """The sections of `bucket` that this rank sends or receives, by rank, and the length of the wire."""
-        by_rank: dict[int, list[tuple[Source, BucketEntry]]] = {}
-        for entry in bucket.entries:
-            for source in self.plan.sources[self.plan.aliases.get(entry.name, entry.name)]:
-                by_rank.setdefault(source.rank, []).append((source, entry))
-        sections, position = [], 0
-        for rank in sorted(by_rank):
-            if not self.is_consumer and rank != self.rank:
-                continue
-            start, pieces = position, []
-            for source, entry in by_rank[rank]:
-                pieces.append(Piece(source, entry, position))
-                position = aligned(position + source.transfer.elements * entry.dtype.itemsize)
-            if self.consumers == {rank}:
-                position = start  # the only one who wants it has it
-            sections.append(Section(rank, start, position, tuple(pieces)))
-        return sections, position
-
     def _send(self) -> list[Any]:
         wire = self._buffers["wire"]
-        moving = [section for section in self._sections if section.stop > section.start]
-        if self.to_all:
+        moving = [section for section in self._sections if section.travels]
+        if len(self._consumers) == self._world:
             return [dist.broadcast(wire[s.start : s.stop], src=s.rank, async_op=True) for s in moving]
         operations = []
         for section in moving:
             data = wire[section.start : section.stop]
-            if section.rank == self.rank:
-                operations += [dist.P2POp(dist.isend, data, peer) for peer in sorted(self.consumers) if peer != self.rank]
+            if section.rank == self._rank:
+                operations += [dist.P2POp(dist.isend, data, peer) for peer in sorted(self._consumers) if peer != self._rank]
             else:
                 operations.append(dist.P2POp(dist.irecv, data, section.rank))
         return dist.batch_isend_irecv(operations) if operations else []
@@ -304,23 +211,23 @@ class Stream:
 
     def _join(self, bucket: Bucket) -> None:
         """Puts the pieces that arrived into the flat tensor."""
-        if not self.is_consumer:
+        if not self._is_consumer:
             return
         flat, wire = self._buffer("flat", bucket.size, self._home), self._buffers["wire"]
         for section in self._sections:
             for piece in section.pieces:
-                box = view(piece.entry.view(flat), piece.source.transfer.hf_view())
-                box.copy_(piece.view(wire) if section.stop > section.start else self._own(piece))
+                box = view(piece.entry.view(flat), piece.transfer.hf_view())
+                box.copy_(piece.view(wire) if section.travels else self._own(piece))
 
     def _land(self, bucket: Bucket) -> None:
         """Copies the flat tensor to the host where the caller wants it there, while the next bucket travels."""
-        if self.is_consumer and self._to_host:
+        if self._is_consumer and self._to_host:
             host = self._buffer("host", bucket.size, torch.device("cpu"))
             host.copy_(self._buffers["flat"][: bucket.size], non_blocking=True)
             torch.cuda.current_stream(self._home).synchronize()
 
     def _own(self, piece: Piece) -> torch.Tensor:
-        return native_box(self._parameters[piece.source.native].data, piece.source.transfer)
+        return native_box(self._parameters[piece.native].data, piece.transfer)
 
     def _buffer(self, name: str, size: int, device: torch.device) -> torch.Tensor:
         """`size` bytes that are kept from bucket to bucket; replaced by more where they don't suffice."""
@@ -330,7 +237,7 @@ class Stream:
         return self._buffers[name][:size]
 
 
-def _primed[T](generator: Generator[T]) -> Iterator[T]:
+def _primed[T](generator: Generator[T]) -> Generator[T]:
     """A generator past its first, empty step: closing or dropping it runs its `finally` even when nothing was taken from it."""
     next(generator)
     return generator

@@ -301,6 +301,87 @@ def resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def gathered(sources: list[str], out: str, bucket_bytes: int) -> list[dict[str, Any]]:
+    """Exports by the shared and the gathering writer; for the second, every rank sees a folder of its own."""
+    from megabridge.conversion import gather
+
+    gather.BUCKET_BYTES = bucket_bytes  # type: ignore[misc]
+    own = Path(out) / f"rank{dist.get_rank()}"
+    reports = []
+    for number, source in enumerate(sources):
+        bridge = AutoBridge.from_hf_pretrained(source)
+        model = provide(bridge)
+        options: dict[str, Any] = {"show_progress": False, "weight_dtype": "bfloat16" if number == 1 else None}
+        options["max_shard_size"] = "40KB" if number == 0 else "5GB"
+        shared = bridge.save_hf_pretrained(model, Path(out) / "shared" / str(number), **options)
+        report = bridge.save_hf_pretrained(model, own / str(number), writer="gather", **options)
+        reports.append(
+            {
+                "copied": (shared.bytes_copied, report.bytes_copied),
+                "mismatched": report.mismatched,
+                "verified": report.is_verified,
+                "mine": sorted(path.name for path in own.glob("*")),
+            }
+        )
+    return reports
+
+
+def gathered_failures(source: str, out: str) -> dict[str, tuple[str, bool]]:
+    """What a damaged file, a replica that differs, and ranks that fail look like here; and whether anything was published."""
+    from megabridge.conversion import exporter, gather
+
+    gather.BUCKET_BYTES = 3000  # type: ignore[misc]
+    bridge = AutoBridge.from_hf_pretrained(source)
+    model = provide(bridge)
+    rank, seen = dist.get_rank(), {}
+    norms = dict(model[0].named_parameters())["decoder.layers.0.self_attention.linear_proj.weight"]
+    real_headers, real_write, real_pack = exporter._headers, exporter.Writer.write, Stream._pack
+
+    def damaged(partial: Path, shard: Any) -> Any:
+        file, info = partial / shard.name, shard.tensors["model.norm.weight"]
+        data = bytearray(file.read_bytes())
+        data[info.start] ^= 1
+        file.write_bytes(data)
+        return real_headers(partial, shard)
+
+    def full(self: Any, info: Any, *args: Any) -> None:
+        if info.name == "model.layers.1.self_attn.q_proj.weight":
+            raise OSError(28, "No space left on device")
+        real_write(self, info, *args)
+
+    def no_memory(self: Stream, bucket: Any) -> None:
+        if rank == 2 and bucket.entries[0].name > "model.layers.1":
+            raise MemoryError("no memory left")
+        real_pack(self, bucket)
+
+    def attempt(name: str) -> None:
+        try:
+            message = refusal(lambda: bridge.save_hf_weights(model, Path(out) / "out", show_progress=False, writer="gather"))
+        except MemoryError as error:
+            message = f"own MemoryError: {error}"
+        assert usable()
+        seen[name] = message, any(Path(out).glob("*out*"))
+
+    exporter._headers = damaged
+    attempt("damaged file")
+    exporter._headers = real_headers
+    if rank == 3:
+        with torch.no_grad():
+            norms.view(-1)[5] += 1
+    attempt("other replica")
+    if rank == 3:
+        with torch.no_grad():
+            norms.view(-1)[5] -= 1
+    exporter.Writer.write = full  # type: ignore[method-assign]
+    attempt("full")
+    exporter.Writer.write = real_write  # type: ignore[method-assign]
+    Stream._pack = no_memory  # type: ignore[method-assign]
+    attempt("packing")
+    Stream._pack = real_pack  # type: ignore[method-assign]
+    seen["writer"] = refusal(lambda: bridge.save_hf_weights(model, Path(out) / "out", writer="carrier pigeon")), False
+    return seen
+
+
 def other_checkpoint(source: str, hf_path: str) -> dict[str, Any]:
     """Tasks of another checkpoint of the architecture, and the tensors they bring; and refusals of foreign tasks."""
     from dataclasses import replace

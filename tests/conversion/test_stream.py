@@ -14,7 +14,7 @@ from megabridge.checkpoint.hf import find_tensors
 from megabridge.mapping import natural
 from megabridge.topology import Topology
 from tests.cases.models import TINY, llama_config
-from tests.conversion.test_round_trip import payload
+from tests.conversion.test_round_trip import identical, payload
 from tests.ranks import RankServer
 
 SEEDS = [1, 2, 3]
@@ -170,3 +170,33 @@ def test_tasks_of_another_checkpoint(ranks: RankServer, models: list[Path], tmp_
         assert "nothing" in seen["refusal"] and "(3,) is not a tensor of this model" in seen["refusal"]
         assert "stands twice" in seen["refusal"] and seen["refusal"].startswith("ConfigError: conversion_tasks must be")
         assert seen["dtype"].startswith("ConfigError: dtype='int3'") and seen["none"] == []
+
+
+@pytest.mark.parametrize("layout", [Topology(tp=4), Topology(tp=2, pp=2), Topology(pp=2, vpp=2, dp=2)], ids=str)
+def test_a_gathered_export_is_the_shared_one(ranks: RankServer, models: list[Path], tmp_path: Path, layout: Topology) -> None:
+    """Also where large tensors travel in blocks of rows; ranks other than 0 write nothing."""
+    kwargs = {"sources": [str(model) for model in models], "out": str(tmp_path), "bucket_bytes": 3000}
+    for rank, reports in enumerate(ranks.run("tests.cases.stream:gathered", topology=layout, kwargs=kwargs)):
+        for number, report in enumerate(reports):
+            assert report["copied"][0] == report["copied"][1] and report["verified"] and report["mismatched"] == ()
+            assert report["mine"] == ([str(known) for known in range(number + 1)] if rank == 0 else [])
+    for number, source in enumerate(models):
+        assert identical(tmp_path / "shared" / str(number), tmp_path / "rank0" / str(number))
+        assert number == 1 or payload(tmp_path / "rank0" / str(number)) == payload(source)
+
+
+def test_a_gathered_export_fails_on_all_ranks_and_publishes_nothing(ranks: RankServer, models: list[Path], tmp_path: Path) -> None:
+    kwargs = {"source": str(models[-1]), "out": str(tmp_path)}
+    results = ranks.run("tests.cases.stream:gathered_failures", topology=Topology(tp=2, dp=2), kwargs=kwargs)
+    expected = {
+        "damaged file": "ParityError: these tensors differ from the model after the export; nothing was published:\n  model.norm.weight",
+        "other replica": "ParityError: these tensors differ from the model after the export; nothing was published:\n  model.layers.0.self_attn.o_proj.weight",
+        "full": "No space left on device",
+        "packing": "MemoryError: no memory left",
+        "writer": "ConfigError: writer='carrier pigeon' must be one of shared, gather",
+    }
+    for seen in results:
+        for name, part in expected.items():
+            assert part in seen[name][0] and not seen[name][1], f"{name}: {seen[name]}"
+    assert "rank 0 failed while writing weights" in results[3]["full"][0]
+    assert "rank 2 failed while streaming weights" in results[0]["packing"][0]
