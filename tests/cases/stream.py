@@ -243,10 +243,22 @@ def endings(source: str) -> dict[str, tuple[str, int, float]]:
             for _, entries in stream:
                 got.extend(entry.name for entry in entries)
 
-    total = len(bridge.get_conversion_tasks(model))
+    def held() -> None:
+        """The loop's exception is caught while a name still holds the stream: closing it is what ends it."""
+        stream = bridge.export_hf_weights(model, show_progress=False, bucket_bytes=SMALL)
+        with closing(stream):
+            for number, _ in enumerate(stream):
+                if rank == 0 and number == 1:
+                    break
+
+    sizes = [len(entries) for _, entries in bridge.export_hf_buckets(model, bucket_bytes=SMALL)]
+    assert len(sizes) >= 4
+    total, before_last = sum(sizes), sum(sizes[:-1])
     cases: dict[str, Steps] = {
         "closed": lambda: consume(1 if rank == 1 else None),
-        "closed late": lambda: consume(total - 1 if rank == 1 else None),
+        "closed in the third last bucket": lambda: consume(before_last - sizes[-2] if rank == 1 else None),
+        "closed in the last bucket but one": lambda: consume(before_last if rank == 1 else None),
+        "closed in the last bucket": lambda: consume(total - 1 if rank == 1 else None),
         "closed after the last": lambda: consume(total if rank == 1 else None),
         "closed by all": lambda: consume(5),
         "closed by the consumer": lambda: consume(2, consumers=[2]),
@@ -254,10 +266,12 @@ def endings(source: str) -> dict[str, tuple[str, int, float]]:
         "dropped unused": dropped,
         "collected": collected,
         "raised in the loop": body,
+        "held": held,
         "packing": lambda: fail("_pack", 3),
         "packing the first": lambda: fail("_pack", 1, consumers=[0]),
         "joining": lambda: fail("_join", 2),
-        "joining the last": lambda: fail("_join", 4),
+        "joining the last": lambda: fail("_join", len(sizes)),
+        "landing the last": lambda: fail("_land", len(sizes)),
         "dtypes differ": lambda: consume(weight_dtype=torch.bfloat16 if rank == 2 else None),
         "bucket size": lambda: consume(bucket_bytes=0) if rank == 3 else consume(),
         "consumers": lambda: consume(consumers=[4]),
