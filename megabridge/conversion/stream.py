@@ -94,11 +94,10 @@ class Stream:
                 done, total = 0, sum(bucket.size for bucket in self._buckets)
                 for flat, entries in steps:
                     for entry in entries:
-                        tensor = entry.view(flat).clone(memory_format=torch.contiguous_format)
                         self._delivered += 1
                         done += entry.nbytes
                         progress(done, total)
-                        yield entry.name, tensor
+                        yield entry.name, entry.view(flat).clone()
 
     # ------------------------------------------------------------------ the steps
 

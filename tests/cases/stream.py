@@ -302,6 +302,7 @@ def peak(config: dict[str, Any], bucket_bytes: int) -> tuple[int, int, int]:
     def run(**options: Any) -> None:
         for _, tensor in bridge.export_hf_weights(model, show_progress=False, bucket_bytes=bucket_bytes, **options):
             tensor.sum()
+            del tensor  # or the loop holds two
 
     run(conversion_tasks=one)  # what is imported and connected once
     Path("/proc/self/clear_refs").write_text("5")
