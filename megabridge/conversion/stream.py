@@ -246,7 +246,8 @@ def _carrier(home: torch.device) -> torch.device:
     """The device of tensors that the default group can move."""
     if agreement.world_size() == 1:
         return home
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    is_nccl = "cuda:nccl" in dist.get_backend_config()
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 
 
 def _agreed(specs: Mapping[str, Spec], bucket_bytes: int, consumers: Collection[int] | None, world: int) -> frozenset[int]:
