@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from megabridge.errors import ConfigError
 from megabridge.topology import Topology
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -129,6 +130,8 @@ class RecipeConfig:
     """Steps between log lines."""
     answer_prompt: str | None = None
     """A question that the source and the exported model answer at the end, both through transformers. Null: none."""
+    single_process: bool = False
+    """Whether one process without process groups runs it, whatever `parallel` says: it plans, or starts ranks by itself."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of your own recipe: +recipe.options.anything=1."""
 
@@ -221,6 +224,18 @@ def register() -> None:
 def typed(values: Mapping[str, Any] | DictConfig) -> Config:
     """The resolved config as dataclasses; raises omegaconf's errors for an unknown key or a wrong type."""
     return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values)))
+
+
+def processes(config: Config, world_size: int | None = None) -> Topology:
+    """The layout of the processes that run the recipe: that of `parallel` (see `topology`), or of one process.
+
+    Raises ConfigError when `world_size` processes were started and they can't be that.
+    """
+    if not config.recipe.single_process:
+        return topology(config.parallel, world_size)
+    if world_size not in (None, 1):
+        raise ConfigError(f"{config.recipe.target} runs in one process, but {world_size} were started; start it without torchrun or srun.")
+    return Topology()
 
 
 def topology(parallel: ParallelConfig, world_size: int | None = None) -> Topology:
