@@ -175,6 +175,16 @@ class BackendConfig:
 
 
 @dataclass
+class BenchConfig:
+    name: str = choice("conversion")
+    """What recipe=bench measures."""
+    layouts: list[str] = field(default_factory=lambda: ["single"])
+    """Layouts to measure, each written as single or tp2pp2. On CUDA those that need more GPUs than there are are left out."""
+    repeats: int = 3
+    """How often each measure is taken; the best counts."""
+
+
+@dataclass
 class Config:
     """The whole config, as a recipe gets it."""
 
@@ -190,6 +200,8 @@ class Config:
     """Which program runs, for how long."""
     data: dict[str, Any] = field(default_factory=dict)
     """A megabridge.data.DataModule: its class in `_target_`, its arguments beside it."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    """What recipe=bench measures."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -234,7 +246,9 @@ def processes(config: Config, world_size: int | None = None) -> Topology:
     if not config.recipe.single_process:
         return topology(config.parallel, world_size)
     if world_size not in (None, 1):
-        raise ConfigError(f"{config.recipe.target} runs in one process, but {world_size} were started; start it without torchrun or srun.")
+        raise ConfigError(
+            f"{config.recipe.target} runs in one process, but {world_size} were started; start it without torchrun or srun."
+        )
     return Topology()
 
 

@@ -70,7 +70,7 @@ class Plan:
     """This rank's items, and all ranks' tensors in natural order.
 
     `sources` says by tensor which boxes tile it and who writes them: by rank, then in module order, equal on every rank. `aliases`
-    maps tensors that a tied checkpoint may carry besides to the tensors they equal.
+    maps tensors that a tied checkpoint may carry besides to the tensors they equal. `records` are, by rank, of what it writes.
     """
 
     items: tuple[Item, ...]
@@ -79,6 +79,7 @@ class Plan:
     aliases: Mapping[str, str]
     family: Family
     dims: Dims
+    records: tuple[tuple[Record, ...], ...]
 
     @property
     def owned_bytes(self) -> int:
@@ -87,7 +88,7 @@ class Plan:
 
 
 class Expansion:
-    """Records to entries by a family's rules. Names are resolved and shapes cut once each: ranks, layers and experts repeat them."""
+    """Records to entries by a family's rules. Each name is resolved and each shape cut once: ranks and layers repeat them."""
 
     def __init__(self, family: Family, dims: Dims) -> None:
         self.family = family
@@ -142,16 +143,16 @@ def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live
         own, problems = expansion.entries(live.record for live in lives)
         gathered = agreement.gather((_packed([live.record for live in lives if live.record.is_writer]), problems))
         check_fits({problem for _, rank_problems in gathered for problem in rank_problems})
-        tensors, sources = tile(expansion, (_unpacked(records) for records, _ in gathered))
+        records = tuple(_unpacked(packed) for packed, _ in gathered)
+        tensors, sources = tile(expansion, records)
         check_fits({line for lines in agreement.gather(_contradictions(own, tensors)) for line in lines})
     by_name = {live.name: live for live in lives}
     items = tuple(
         Item(entry.record, entry.hf, entry.shapes, entry.transfers, entry.is_tied_copy, by_name[entry.record.name]) for entry in own
     )
     aliases = family.weights.tied_aliases() if expansion.dims.tied else {}
-    return Plan(
-        items, tensors, sources, {name: to for name, to in aliases.items() if to in tensors}, family, expansion.dims
-    )
+    present = {name: to for name, to in aliases.items() if to in tensors}
+    return Plan(items, tensors, sources, present, family, expansion.dims, records)
 
 
 @contextmanager
@@ -231,13 +232,13 @@ def _packed(records: Iterable[Record]) -> bytes:
     return zlib.compress(pickle.dumps(rows), 1)
 
 
-def _unpacked(packed: bytes) -> list[Record]:
+def _unpacked(packed: bytes) -> tuple[Record, ...]:
     rows = pickle.loads(zlib.decompress(packed))
     cuts: dict[tuple[int, ...] | None, Cut | None] = {None: None}
     for _, _, _, cut, _ in rows:
         if cut not in cuts:
             cuts[cut] = Cut(*cut)
-    return [Record(sys.intern(name), shape, dtype, cuts[cut], is_writer) for name, shape, dtype, cut, is_writer in rows]
+    return tuple(Record(sys.intern(name), shape, dtype, cuts[cut], is_writer) for name, shape, dtype, cut, is_writer in rows)
 
 
 def check_source(

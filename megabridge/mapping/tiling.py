@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from megabridge.mapping.boxes import Run
 from megabridge.mapping.layout import Shape
@@ -92,7 +93,7 @@ class _Sweep:
                 events.setdefault(stop, []).append((box, -1))
         covering: dict[int, int] = {}
         edges = sorted(events)
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in pairwise(edges):
             for box, change in events[start]:
                 covering[box] = covering.get(box, 0) + change
                 if covering[box] == 0:

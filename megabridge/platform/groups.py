@@ -89,7 +89,9 @@ def imagined(topology: Topology, rank: int) -> Iterator[None]:
     Nothing is sent: a collective inside leaves its arguments as they are. Raises ConfigError when groups exist already.
     """
     if dist.is_initialized():
-        raise ConfigError("ranks that don't run are imagined in a process without groups, but this one has some; call groups.stop().")
+        raise ConfigError(
+            "ranks that don't run are imagined in a process without groups, but this one has some; call groups.stop()."
+        )
     hook = sys.excepthook  # torch replaces it by one that names the rank
     dist.init_process_group("fake", rank=rank, world_size=topology.world_size)
     try:

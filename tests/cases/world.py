@@ -25,7 +25,10 @@ def seen_by_ranks(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     bridge = AutoBridge.from_hf_config(config, dtype=dtype)
     model = provide(bridge, load_weights=False)
     plan = bridge.plan(model)
-    written = {name: sum(s.transfer.elements for s in sources if s.rank == torch.distributed.get_rank()) for name, sources in plan.sources.items()}
+    written = {
+        name: sum(s.transfer.elements for s in sources if s.rank == torch.distributed.get_rank())
+        for name, sources in plan.sources.items()
+    }
     parameters = [live.data for live in survey(model)]
     return {
         "records": [plain(live.record) for live in survey(model)],

@@ -22,7 +22,9 @@ def counted(shape: tuple[int, ...], boxes: list[Box]) -> np.ndarray:
     """How many boxes hold each element, with a margin of 2 before and 20 behind in every dimension."""
     counts = np.zeros([length + 22 for length in shape], dtype=int)
     for box in boxes:
-        counts[np.ix_(*([2 + run.start + i * run.stride + j for i in range(run.count) for j in range(run.block)] for run in box))] += 1
+        counts[
+            np.ix_(*([2 + run.start + i * run.stride + j for i in range(run.count) for j in range(run.block)] for run in box))
+        ] += 1
     return counts
 
 
@@ -56,7 +58,12 @@ def test_a_tensor_cut_in_pieces_and_then_damaged(cuts: list[tuple[int, int]], ch
     assert flaw((24, 24), boxes) is None
     damaged = list(boxes)
     last = damaged.pop()
-    damaged += [[], [last, last], [(Run.span(last[0].start + 1, last[0].size), last[1])], [(last[0], Run.span(last[1].start, last[1].size + 1))]][change]
+    damaged += [
+        [],
+        [last, last],
+        [(Run.span(last[0].start + 1, last[0].size), last[1])],
+        [(last[0], Run.span(last[1].start, last[1].size + 1))],
+    ][change]
     assert flaw((24, 24), damaged) is not None
 
 
