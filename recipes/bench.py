@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import megabridge.platform as platform
-from megabridge import host
+from megabridge import checks, host
 from megabridge.bridge import AutoBridge
 from megabridge.checkpoint import assets
 from megabridge.config import Config
@@ -40,16 +40,12 @@ RATIOS = (
 def main(config: Config) -> None:
     """One process calls it, without process groups."""
     run_dir = Path(config.run_dir)
-    layouts = [Topology.parse(text) for text in config.bench.layouts]
-    fits = [layout for layout in layouts if platform.is_cpu() or layout.world_size <= host.visible_gpus()]
-    if not fits:
-        raise ConfigError(f"bench.layouts={config.bench.layouts} must have one that this host's GPUs suffice for; add single.")
     with Reporter(config, assemble.loggers(config)) as report:
         source, narrow = write_configs(config, run_dir)
         results: dict[str, Any] = {}
-        for layout in layouts:
-            if layout not in fits:
-                report.say(f"{layout}: left out, it needs {layout.world_size} GPUs")
+        for layout in map(Topology.parse, config.bench.layouts):
+            if problem := misfit(config, layout):
+                report.say(f"{layout}: left out: {problem}")
                 continue
             results[str(layout)] = measure(config, layout, run_dir / str(layout), source, narrow)
             for line in table(str(layout), results[str(layout)]):
@@ -59,6 +55,17 @@ def main(config: Config) -> None:
         content = {"host": describe_host(), "model": config.model.name, "dtype": config.model.dtype, "layouts": results}
         (run_dir / "bench.json").write_text(json.dumps(content, indent=2) + "\n")
         report.say(f"all figures: {run_dir / 'bench.json'}")
+
+
+def misfit(config: Config, layout: Topology) -> str | None:
+    """Why the model, or this host, can't have `layout`."""
+    if not platform.is_cpu() and layout.world_size > host.visible_gpus():
+        return f"it needs {layout.world_size} GPUs, and this host has {host.visible_gpus()}"
+    try:
+        checks.check_layout(config, layout)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def write_configs(config: Config, run_dir: Path) -> tuple[Path, Path]:

@@ -69,7 +69,9 @@ def test_each_layout_is_measured_and_told(ranks: RankServer, tmp_path: Path) -> 
     assert read["import"] == read["owned"] < read["import of whole tensors"] == results["tp2"]["bytes"]
     assert all(calls["objects"] <= 10 for name, calls in results["tp2"]["collectives"].items() if "whole" not in name)
 
-    (started,) = ranks.run(f"{CASES}:conduct", world_size=1, kwargs={"run_dir": str(tmp_path / "run"), "results": results})
+    (started,) = ranks.run(
+        f"{CASES}:conduct", world_size=1, kwargs={"run_dir": str(tmp_path / "run"), "results": {**results, "tp3": {}}}
+    )
     assert [(run["values"]["parallel"]["tp"], run["world_size"]) for run in started] == [(1, 1), (2, 2)]
     for run in started:
         assert run["values"]["recipe"]["target"] == "recipes.bench_ranks:main" and not run["values"]["recipe"]["single_process"]
@@ -83,6 +85,7 @@ def test_each_layout_is_measured_and_told(ranks: RankServer, tmp_path: Path) -> 
         " x plain copy (at least 0.9 wanted)",
         " x save_pretrained",
         "CPU time per tensor: plan ",
+        "tp3: left out: parallel.tp=3 must divide num_attention_heads=8",
     ):
         assert text in lines, text
     assert not (tmp_path / "run" / "source").exists()
