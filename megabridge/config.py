@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from megabridge.errors import ConfigError
 from megabridge.topology import Topology
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -137,6 +138,8 @@ class RecipeConfig:
     """Steps between log lines."""
     answer_prompt: str | None = None
     """A question that the source and the exported model answer at the end, both through transformers. Null: none."""
+    single_process: bool = False
+    """Whether one process without process groups runs it, whatever `parallel` says: it plans, or starts ranks by itself."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of your own recipe: +recipe.options.anything=1."""
 
@@ -180,6 +183,16 @@ class BackendConfig:
 
 
 @dataclass
+class BenchConfig:
+    name: str = choice("conversion")
+    """What recipe=bench measures."""
+    layouts: list[str] = field(default_factory=lambda: ["single"])
+    """Layouts to measure, each written as single or tp2pp2. On CUDA those that need more GPUs than there are are left out."""
+    repeats: int = 3
+    """How often each measure is taken; the best counts."""
+
+
+@dataclass
 class Config:
     """The whole config, as a recipe gets it."""
 
@@ -195,6 +208,8 @@ class Config:
     """Which program runs, for how long."""
     data: dict[str, Any] = field(default_factory=dict)
     """A megabridge.data.DataModule: its class in `_target_`, its arguments beside it."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    """What recipe=bench measures."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -229,6 +244,20 @@ def register() -> None:
 def typed(values: Mapping[str, Any] | DictConfig) -> Config:
     """The resolved config as dataclasses; raises omegaconf's errors for an unknown key or a wrong type."""
     return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values)))
+
+
+def processes(config: Config, world_size: int | None = None) -> Topology:
+    """The layout of the processes that run the recipe: that of `parallel` (see `topology`), or of one process.
+
+    Raises ConfigError when `world_size` processes were started and they can't be that.
+    """
+    if not config.recipe.single_process:
+        return topology(config.parallel, world_size)
+    if world_size not in (None, 1):
+        raise ConfigError(
+            f"{config.recipe.target} runs in one process, but {world_size} were started; start it without torchrun or srun."
+        )
+    return Topology()
 
 
 def topology(parallel: ParallelConfig, world_size: int | None = None) -> Topology:

@@ -76,12 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_rank(values: Mapping[str, Any]) -> float | None:
-    """Runs the recipe on this rank, in the process groups of `parallel`; returns its objective. Every rank calls it."""
+    """Runs the recipe on this rank; returns its objective. Every rank calls it.
+
+    The process groups of `parallel` exist meanwhile, unless recipe.single_process says that it needs none.
+    """
     config = schema.typed(values)
     recipe = load_recipe(config.recipe.target)
     torch.use_deterministic_algorithms(config.deterministic)
-    topology = schema.topology(config.parallel, groups.world_size())
-    groups.start(topology, seed=config.seed)
+    if not config.recipe.single_process:
+        groups.start(schema.processes(config, groups.world_size()), seed=config.seed)
     objective = recipe(config)
     groups.stop()
     return objective

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -62,6 +65,11 @@ def start(
         _check_world(topology, world_size)
         _start_torch(rank, world_size, init_method, timeout)
     _check_world(topology, dist.get_world_size())
+    _start_megatron(topology)
+    _seed(seed)
+
+
+def _start_megatron(topology: Topology, **options: bool) -> None:
     parallel_state.initialize_model_parallel(
         topology.tp,
         topology.pp,
@@ -69,9 +77,29 @@ def start(
         context_parallel_size=topology.cp,
         expert_model_parallel_size=topology.ep,
         expert_tensor_parallel_size=topology.expert_tp,
+        **options,
     )
     _started.topology = topology
-    _seed(seed)
+
+
+@contextmanager
+def imagined(topology: Topology, rank: int) -> Iterator[None]:
+    """Groups in which this process believes to be `rank` of `topology`, for building meta-device chunks of ranks that don't run.
+
+    Nothing is sent: a collective inside leaves its arguments as they are. Raises ConfigError when groups exist already.
+    """
+    if dist.is_initialized():
+        raise ConfigError(
+            "ranks that don't run are imagined in a process without groups, but this one has some; call groups.stop()."
+        )
+    hook = sys.excepthook  # torch replaces it by one that names the rank
+    dist.init_process_group("fake", rank=rank, world_size=topology.world_size)
+    try:
+        _start_megatron(topology, create_gloo_process_groups=False)  # gloo has no groups of ranks that don't run
+        yield
+    finally:
+        stop()
+        sys.excepthook = hook
 
 
 def ensure(topology: Topology) -> None:
