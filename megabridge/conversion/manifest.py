@@ -18,7 +18,6 @@ from typing import Any, Final
 import torch
 import xxhash
 
-from megabridge import __version__
 from megabridge.checkpoint import assets
 from megabridge.checkpoint.hf import INDEX, Reader
 from megabridge.checkpoint.safetensors import NAMES, TensorInfo, parse_json
@@ -94,7 +93,7 @@ def write(folder: Path, infos: Mapping[str, TensorInfo], found: Mapping[str, str
         "tensors": {name: asdict(entry_of(info, found[name])) for name, info in infos.items()},
         "files": {name: asdict(file_entry(folder / name)) for name in other_files(folder) if name not in shards},
         "layout": dict(layout),
-        "versions": {"megabridge": __version__, "megatron-core": version("megatron-core"), "torch": torch.__version__},
+        "versions": {"megabridge": version("megabridge"), "megatron-core": version("megatron-core"), "torch": torch.__version__},
     }
     lines = json.dumps(content, indent=1, ensure_ascii=False)
     (folder / MANIFEST).write_text(lines + "\n", encoding="utf-8")
