@@ -21,6 +21,10 @@ class Report:
     mismatched: tuple[str, ...]
     max_abs_diff: float
     is_verified: bool
+    copied_by_rank: tuple[int, ...] = ()
+    """Of an import: bytes that each rank copied out of files into its parameters."""
+    fetched_by_node: tuple[int, ...] = ()
+    """Of an import: bytes of the different pages (4 KiB) that each node's ranks touched, to be read from storage at worst once."""
 
     def metrics(self) -> dict[str, float]:
         """Figures by name, for loggers. `gb_per_s` counts 10^9 bytes of the Hugging Face side."""

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megabridge.checkpoint.hf import Reader, Writer, find_tensors, native_box
+from megabridge.checkpoint import hf
+from megabridge.checkpoint.hf import Reader, Way, Writer, find_tensors, native_box
 from megabridge.checkpoint.safetensors import DTYPES, MAX_HEADER, build_header, read_header
+from megabridge.conversion.walk import Job, fill, silent, walk
 from megabridge.errors import CheckpointError
 from megabridge.mapping import Cut, Dims, Fuse, Same, transfers
 
@@ -182,8 +184,14 @@ def test_other_weights_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [None, *(Cut(d, s, n, i) for d, s, n in ((0, 1, 2), (0, 1, 4), (1, 1, 3)) for i in range(n))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_boxes_are_read_and_written_back(tmp_path: Path, cut: Cut | None, dtype: torch.dtype) -> None:
-    """One share is read, changed and written: the file has exactly the share's elements changed."""
+@pytest.mark.parametrize("way", ["mapped", "sequential"])
+@pytest.mark.parametrize("long", [1, 32 << 10])
+def test_boxes_are_read_and_written_back(
+    tmp_path: Path, cut: Cut | None, dtype: torch.dtype, way: Way, long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One share is read, changed and written: the file has exactly the share's elements changed. `long` 1: all by position."""
+    monkeypatch.setattr(hf, "LONG", long)
+    monkeypatch.setattr(hf, "PIECE", 64)  # bytes: every box is read in several parts
     layout = Fuse("num_query_groups", ("heads_per_group", 1, 1))
     parts = [torch.randn(rows, 6) for rows in (16, 8, 8)]
     names = ["q", "k", "v"]
@@ -196,9 +204,9 @@ def test_boxes_are_read_and_written_back(tmp_path: Path, cut: Cut | None, dtype:
         shape[cut.dim] //= cut.size
     target = torch.full(shape, torch.nan, dtype=dtype)
     moves = transfers(layout, (32, 6), SIZES, cut)
-    with Reader(infos.values()) as reader:
-        for move in moves:
-            reader.read(infos[names[move.part]], move, target)
+    with Reader(infos.values(), way=way) as reader:
+        jobs = [Job(infos[names[move.part]], move, target) for move in moves]
+        walk(reader, jobs, fill, straight=True, limit=64, progress=silent)
         assert reader.bytes_copied == target.numel() * 4
     assert not target.isnan().any()
     for move in moves:
@@ -220,12 +228,12 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     infos = find_tensors(tmp_path)
     (move,) = transfers(Same(), (4096,), SIZES, None)
     with Reader(infos.values()) as reader:
-        reader.read(infos["a"], move, torch.empty(4096))
+        walk(reader, [Job(infos["a"], move, torch.empty(4096))], fill, straight=True, progress=silent)
         with (tmp_path / "model.safetensors").open("r+b") as stream:
             stream.truncate(100)
         with pytest.raises(CheckpointError, match="changed while being read"):
             reader.finish()
         with pytest.raises(CheckpointError, match="changed while being read"):
-            reader.read(infos["a"], move, torch.empty(4096))
+            walk(reader, [Job(infos["a"], move, torch.empty(4096))], fill, straight=True, progress=silent)
         with pytest.raises(CheckpointError, match="changed while being read"):
             reader.mapped(infos["a"])
