@@ -10,20 +10,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self, override
+from typing import Final, Literal, Self, get_args, override
 
 import torch
 
 from megabridge import last_words
 from megabridge.checkpoint.filesystems import is_remote
+from megabridge.checkpoint.pickles import read_pickle
 from megabridge.checkpoint.safetensors import Stamp, TensorInfo, parse_json, read_header, stamp_of
 from megabridge.checkpoint.stretches import hf_length, narrow, span_of, stretches
-from megabridge.errors import CheckpointError, listed
+from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.mapping import Transfer
 from megabridge.mapping.transfer import contiguous_strides
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+BIN: Final = "pytorch_model.bin"
 STAGING: Final = 8 << 20  # elements that a walk holds in memory at once, beside the parameters
 PIECE: Final = 8 << 20  # bytes that one thread reads at once, and the size of its buffer
 LONG: Final = 32 << 10  # bytes of a stretch from which a positioned read is faster than copying out of a mapping
@@ -32,6 +34,7 @@ _IOV_MAX: Final = 1024  # buffers that one preadv may have (limits.h)
 
 Geometry = tuple[list[int], list[int], int]  # sizes, strides, offset, in elements
 Way = Literal["auto", "mapped", "sequential"]
+Headers = Callable[[Path], dict[str, TensorInfo]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,54 +61,73 @@ def native_box(tensor: torch.Tensor, transfer: Transfer) -> torch.Tensor:
     return view(tensor, transfer.native_view(tensor.stride()))
 
 
-def find_tensors(folder: Path) -> dict[str, TensorInfo]:
+def find_tensors(folder: Path, *, allow_bin: bool = False) -> dict[str, TensorInfo]:
     """Every tensor of a Hugging Face folder, in one file or sharded with an index; all headers are checked.
 
-    Raises CheckpointError for a folder without safetensors, and for an index that doesn't match its files exactly.
+    Safetensors are taken where there are any; torch's pickled files only with `allow_bin`, and then nothing but tensors is
+    unpickled. Raises CheckpointError for a folder without weights, and for an index that doesn't match its files exactly.
     """
-    single, index = folder / SINGLE, folder / INDEX
-    if single.is_file():
-        return read_header(_inside(folder, SINGLE))
-    if index.is_file():
-        return _indexed(folder, index)
+    kinds: list[tuple[str, str, Headers]] = [(SINGLE, INDEX, read_header), (BIN, f"{BIN}.index.json", read_pickle)]
+    for single, index, read in kinds[: 2 if allow_bin else 1]:
+        if (folder / single).is_file():
+            return read(_inside(folder, single, index))
+        if (folder / index).is_file():
+            return _indexed(folder, index, read)
     others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".safetensors", ".pt", ".gguf"))
-    found = f"it has {', '.join(others)}" if others else "it has no weights at all"
-    raise CheckpointError(f"{folder} must hold {SINGLE} or {INDEX}; {found}; convert the weights to safetensors first.")
+    found = f"it has {', '.join(others[:8])}" if others else "it has no weights at all"
+    pickled = any(name.startswith("pytorch_model") for name in others)
+    allow = "set conversion.allow_bin=true to read pickled tensors (no code is run), or " if pickled else ""
+    raise CheckpointError(f"{folder} must hold {SINGLE} or {INDEX}; {found}; {allow}convert the weights to safetensors first.")
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _inside(folder: Path, name: str, index: str) -> Path:
     """The file `name` directly in `folder`. Links may lead to the blobs of the same hub cache entry, nowhere else."""
     if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
         raise CheckpointError(
-            f"{folder}: the file name {name!r} in {INDEX} must be a plain name inside the folder; fetch it again."
+            f"{folder}: the file name {name[:500]!r} in {index} must be a plain name inside the folder; fetch it again."
         )
     path = folder / name
-    real, roots = path.resolve(), [folder.resolve()]
+    try:
+        real, roots = path.resolve(strict=True), [folder.resolve()]
+    except (OSError, ValueError, RuntimeError) as error:  # missing, too long, not encodable, or a circle of links
+        raise CheckpointError(f"{str(path)[:1000]!r} is named in {index} and must exist ({error}); fetch it again.") from None
     if folder.resolve().parent.name == "snapshots":
         roots.append(folder.resolve().parent.parent / "blobs")
     if not any(real.parent == root for root in roots):
         raise CheckpointError(f"{path} must lie inside its folder, but leads to {real}; copy the file there.")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is named in {INDEX} and must exist; fetch it again.")
+    if not real.is_file():
+        raise CheckpointError(f"{path} is named in {index} and must be a file; fetch it again.")
     return path
 
 
-def _indexed(folder: Path, index: Path) -> dict[str, TensorInfo]:
-    content = parse_json(index.read_bytes(), str(index))
+def parse_index(text: bytes, index: Path) -> dict[str, str]:
+    """The weight_map of an index: tensor names and the files that hold them. Raises CheckpointError; reads nothing."""
+    content = parse_json(text, str(index))
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise CheckpointError(f"{index} must have a weight_map from tensor names to file names; fetch it again.")
+    return names
+
+
+def _indexed(folder: Path, index: str, read: Headers) -> dict[str, TensorInfo]:
+    path = folder / index
+    names = parse_index(path.read_bytes(), path)
+    files = sorted(set(names.values()))
+    stem, suffix = index.removesuffix(".index.json").rsplit(".", 1)
+    strays = sorted(stray.name for stray in folder.glob(f"{stem}-*-of-*.{suffix}") if stray.name not in files)
+    problems = [
+        f"{stray} lies in the folder, but the index doesn't name it; remove it if it is of another model" for stray in strays
+    ]
     found: dict[str, TensorInfo] = {}
-    problems = []
-    for file in sorted(set(names.values())):
-        for name, info in read_header(_inside(folder, file)).items():
+    for file in files:
+        for name, info in read(_inside(folder, file, index)).items():
             if names.get(name) != file:
                 place = f"puts it in {names[name]}" if name in names else "doesn't list it"
                 problems.append(f"{file} holds {name!r}, but the index {place}")
             found[name] = info
     problems += [f"the index puts {name!r} in {file}, which lacks it" for name, file in names.items() if name not in found]
     if problems:
-        raise CheckpointError(f"{index} must match its files; fetch the folder again:\n  " + listed(problems))
+        raise CheckpointError(f"{path} must match its files; fetch the folder again:\n  " + listed(problems))
     return found
 
 
@@ -147,6 +169,8 @@ class Reader(_Files):
 
     def __init__(self, infos: Iterable[TensorInfo], *, way: Way = "auto") -> None:
         super().__init__(os.O_RDONLY)
+        if way not in get_args(Way):
+            raise ConfigError(f"reader={way!r} must be one of {', '.join(get_args(Way))}.")
         self._stamps: dict[Path, Stamp] = {}
         for info in infos:
             if info.file not in self._stamps:
