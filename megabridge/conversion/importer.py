@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -47,6 +48,7 @@ def import_weights(
     begin = time.perf_counter()
     with agreement.together("checking the source"):
         absent = check_source(plan, infos, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+        _check_dtypes([infos[name] for name in (*plan.tensors, *plan.aliases) if name in infos])
     jobs = _jobs(plan, infos, absent)
     with (
         sharing(infos, jobs, dedupe=dedupe) as shared,
@@ -81,6 +83,24 @@ def import_weights(
     if not allow_nonfinite:
         refuse_nonfinite(plan, absent)
     return replace(report, verify_seconds=time.perf_counter() - begin)
+
+
+def _check_dtypes(infos: Sequence[TensorInfo]) -> None:
+    """Raises CheckpointError for weights that aren't floating-point numbers, and for a dtype beside another of its size.
+
+    One flipped letter in a header turns BF16 into F16; no checkpoint mixes two dtypes of one size.
+    """
+    problems = [f"{info.name} is {info.dtype}" for info in infos if not info.dtype.is_floating_point]
+    counts = Counter(info.dtype for info in infos if info.dtype.is_floating_point)
+    for size in {dtype.itemsize for dtype in counts}:
+        usual = max((dtype for dtype in counts if dtype.itemsize == size), key=lambda dtype: counts[dtype])
+        same_size = (info for info in infos if info.dtype.is_floating_point and info.dtype.itemsize == size)
+        problems += [f"{info.name} is {info.dtype}, others are {usual}" for info in same_size if info.dtype != usual]
+    if problems:
+        raise CheckpointError(
+            "weights must be floating-point numbers, those of equal size of one dtype; fetch the checkpoint again, or save it "
+            "in one dtype:\n  " + listed(problems)
+        )
 
 
 def _jobs(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[Job]:

@@ -53,7 +53,7 @@ class Block:
     pieces: tuple[tuple[str, Ranges], ...]
 
 
-def blocks_of(infos: Mapping[str, TensorInfo], limit: int = SLOT) -> list[Block]:
+def blocks_of(infos: Mapping[str, TensorInfo], limit: int) -> list[Block]:
     """All tensors as blocks of at most `limit` bytes, in the order of the files; small neighbours share one."""
     out: list[Block] = []
     for info in sorted(infos.values(), key=lambda info: (info.file.name, info.start)):
@@ -127,7 +127,7 @@ def sharing(infos: Mapping[str, TensorInfo], jobs: Sequence[Job], *, dedupe: boo
 
 @contextmanager
 def _sharing(infos: Mapping[str, TensorInfo], jobs: Sequence[Job]) -> Iterator[Sharing]:
-    blocks = blocks_of(infos)
+    blocks = blocks_of(infos, SLOT)
     mine = _parts(blocks, jobs)
     found = agreement.gather((node_of_this_rank(), np.array(sorted(mine), dtype=np.int64)))
     ranks = tuple(number for number, (node, _) in enumerate(found) if node == found[agreement.rank()][0])
