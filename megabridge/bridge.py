@@ -15,7 +15,7 @@ import torch
 
 from megabridge import agreement
 from megabridge.checkpoint import assets, source
-from megabridge.checkpoint.hf import find_tensors
+from megabridge.checkpoint.hf import Way, find_tensors
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion import tasks
 from megabridge.conversion.buckets import Entries
@@ -44,7 +44,8 @@ class AutoBridge:
     """
 
     def __init__(self, config: dict[str, Any], *, folder: Path | None, location: str | None = None, revision: str | None = None,
-                 dtype: torch.dtype | None = None, aliases: frozenset[str] = frozenset()) -> None:  # fmt: skip
+                 dtype: torch.dtype | None = None, aliases: frozenset[str] = frozenset(),
+                 allow_bin: bool = False) -> None:  # fmt: skip
         self.config = config
         self.folder = folder
         self.location = location
@@ -53,6 +54,7 @@ class AutoBridge:
         self.native = self.family.native(config)
         self.dtype = dtype or _dtype_of(config)
         self.aliases = aliases
+        self.allow_bin = allow_bin
         self.source_dtypes: dict[str, torch.dtype] = {}
         self.import_report: Report | None = None
         self._plan: tuple[tuple[int, ...], Plan] | None = None
@@ -61,10 +63,11 @@ class AutoBridge:
 
     @classmethod
     def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None,
-                           trust_remote_code: bool = False) -> AutoBridge:  # fmt: skip
+                           trust_remote_code: bool = False, allow_bin: bool = False) -> AutoBridge:  # fmt: skip
         """A bridge to a local folder or a hub model. Only config and tokenizer are fetched now; no code of the model ever runs.
 
-        `dtype` is the parameters' ("bfloat16" or torch.bfloat16), by default config.json's. Raises CheckpointError for what
+        `dtype` is the parameters' ("bfloat16" or torch.bfloat16), by default config.json's; `allow_bin` lets a local folder's
+        weights be torch's pickled files where it has no others. Raises CheckpointError for what
         can't be reached or read, ConfigError for an architecture or a setting that isn't supported.
         """
         if trust_remote_code:
@@ -72,7 +75,14 @@ class AutoBridge:
                 "trust_remote_code=True is not supported: families convert by name, no model code is run; leave it out."
             )
         folder = source.resolve(str(path), revision=revision, config_only=True)
-        return cls(assets.read_config(folder), folder=folder, location=str(path), revision=revision, dtype=_dtype(dtype))
+        return cls(
+            assets.read_config(folder),
+            folder=folder,
+            location=str(path),
+            revision=revision,
+            dtype=_dtype(dtype),
+            allow_bin=allow_bin,
+        )
 
     @classmethod
     def from_hf_config(cls, config: Any, *, dtype: torch.dtype | str | None = None) -> AutoBridge:
@@ -145,24 +155,28 @@ class AutoBridge:
         return self._plan[1]
 
     def load_hf_weights(self, model: Model, hf_path: str | Path | None = None, *, show_progress: bool = True, verify: bool = True,
-                        allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()) -> Report:  # fmt: skip
+                        allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = (), allow_bin: bool = False,
+                        allow_nonfinite: bool = False, reader: Way = "auto", dedupe: bool = False) -> Report:  # fmt: skip
         """Fills a model from `hf_path` or the bridge's own source, and compares every copy bit for bit. Collective.
 
         `allow_missing` and `allow_unexpected` are name patterns; everything else must match exactly (MappingError). An optimizer
-        made before keeps its own copies: make it afterwards, or call its `reload_model_params`.
+        made before keeps its own copies: make it afterwards, or call its `reload_model_params`. `allow_bin` takes torch's pickled
+        files (tensors only) where there are no safetensors, `allow_nonfinite` takes NaN and infinity; `reader` and `dedupe` are the
+        settings conversion.reader and conversion.dedupe.
         """
-        infos = self._open(hf_path)
+        infos = self._open(hf_path, allow_bin=allow_bin or self.allow_bin)
         plan = self.plan(model)
         with bytes_bar("import", show=show_progress and agreement.rank() == 0) as progress:
             report = import_weights(
-                plan, infos, allow_missing=allow_missing, allow_unexpected=allow_unexpected, verify=verify, progress=progress
-            )
+                plan, infos, allow_missing=allow_missing, allow_unexpected=allow_unexpected, allow_nonfinite=allow_nonfinite,
+                verify=verify, way=reader, dedupe=dedupe, progress=progress,
+            )  # fmt: skip
         self.aliases = frozenset(plan.aliases.keys() & infos.keys())
         self.source_dtypes = {name: info.dtype for name, info in infos.items()}
         self.import_report = report
         return report
 
-    def _open(self, hf_path: str | Path | None) -> dict[str, TensorInfo]:
+    def _open(self, hf_path: str | Path | None, *, allow_bin: bool) -> dict[str, TensorInfo]:
         location = self.location if hf_path is None else str(hf_path)
         if location is None:
             raise ConfigError("a bridge made from a config has no weights; give hf_path.")
@@ -174,7 +188,7 @@ class AutoBridge:
                     raise ConfigError(
                         f"hf_path={location!r} is a {other}, this bridge converts {self.family.architecture}; give one of those."
                     )
-            return find_tensors(folder)
+            return find_tensors(folder, allow_bin=allow_bin)
 
     # ------------------------------------------------------------------ back to Hugging Face
 
@@ -272,7 +286,7 @@ class AutoBridge:
         plan, dtypes = self.plan(model), None
         aliases = self.aliases & plan.aliases.keys()
         if hf_path is not None:
-            infos = self._open(hf_path)
+            infos = self._open(hf_path, allow_bin=self.allow_bin)
             check_source(plan, infos)
             aliases = frozenset(plan.aliases.keys() & infos.keys())
             dtypes = {name: info.dtype for name, info in infos.items()}

@@ -88,8 +88,14 @@ class ConversionConfig:
     """HF names (with * as wildcard) that a checkpoint may lack."""
     allow_unexpected: list[str] = field(default_factory=list)
     """HF names (with * as wildcard) that a checkpoint may have beyond what the model takes."""
+    allow_bin: bool = False
+    """Whether weights may come from a pickled pytorch_model.bin where there are no safetensors; only tensors are unpickled."""
     allow_nonfinite: bool = False
-    """Whether NaN and infinite weights may be published."""
+    """Whether weights may hold NaN or infinity."""
+    reader: str = choice("auto", "mapped", "sequential")
+    """How column cuts are read: copied out of a mapped file, or out of whole rows; auto chooses by file system."""
+    dedupe: bool = False
+    """Whether the ranks of a host read every part of a checkpoint once between them, through 64 MiB of shared memory."""
     export_dtype: str | None = field(default=None, metadata={"choices": DTYPES})
     """Precision of exported tensors. Null: the parameters' own."""
     max_shard_size: str = "5GB"

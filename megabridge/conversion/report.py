@@ -23,6 +23,10 @@ class Report:
     max_abs_diff: float
     is_verified: bool
     bytes_kept: int = 0
+    copied_by_rank: tuple[int, ...] = ()
+    """Of an import: bytes that each rank copied out of files into its parameters."""
+    fetched_by_node: tuple[int, ...] = ()
+    """Of an import: bytes of the different pages (4 KiB) that each node's ranks touched, to be read from storage at worst once."""
 
     def metrics(self) -> dict[str, float]:
         """Figures by name, for loggers. `gb_per_s` counts 10^9 bytes of the Hugging Face side."""

@@ -10,7 +10,7 @@ import torch
 
 from megabridge.checkpoint.hf import native_box, view
 from megabridge.conversion.native import Live, survey, unwrap
-from megabridge.conversion.plan import Entry, Plan, Source, Spec, entries
+from megabridge.conversion.plan import Entry, Expansion, Plan, Source, Spec
 from megabridge.errors import ConfigError, MappingError, listed
 from megabridge.families import Family
 from megabridge.mapping import Dims, Run, Transfer
@@ -137,7 +137,7 @@ def shards(
     The view shows the parameter's own memory. Raises MappingError for parameters that no rule feeds.
     """
     lives = survey(model)
-    found, problems = entries(family, Dims.of(native), [live.record for live in lives])
+    found, problems = Expansion(family, Dims.of(native)).entries(live.record for live in lives)
     if problems:
         raise MappingError("the model doesn't fit its architecture's rules:\n  " + listed(problems))
     by_name = {live.name: live for live in lives}
