@@ -144,8 +144,8 @@ def _start_torch(rank: int, world_size: int, init_method: str | None, timeout: f
     if platform.is_cpu():
         where["backend"] = "gloo"
     elif torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count()))
-        torch.cuda.set_device(local_rank)
+        if world_size > 1 or "LOCAL_RANK" in os.environ:  # a single process keeps the device that it chose
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
         where["backend"] = "nccl"
     else:
         raise ConfigError("MEGABRIDGE_PLATFORM=cuda, but torch sees no CUDA device; set it to cpu or auto.")
