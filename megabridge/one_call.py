@@ -31,14 +31,17 @@ SIZES: Final[Mapping[str, str]] = {
 
 @contextlib.contextmanager
 def borrowed_groups(provider: ModelProvider) -> Iterator[None]:
-    """The process groups of `provider`'s layout; those that the block starts end with it. Every rank enters it."""
+    """The process groups of `provider`'s layout; those that the block starts end with it (torch's own only in a single process).
+
+    Every rank enters it.
+    """
     running = groups.current()
     try:
         provider.start_groups()
         yield
     finally:
         if running is None:
-            groups.stop()
+            groups.stop(for_good=False)
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ from megabridge.checkpoint import folders
 from megabridge.checkpoint.unpickle import read_metadata
 from megabridge.errors import CheckpointError, listed
 
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
@@ -97,7 +97,8 @@ class Source:
         loaded = torch_dist._replace_sharded_keys_with_state_dict_keys(values, flat_mapping, rename_mapping)
         torch_dist._restore_dict_types(loaded, entries)
         merge(result, loaded)
-        dict_list_map_inplace(_merged_in_place, factories)
+        wholes, _ = extract_matching_values(dict(state), lambda entry: isinstance(entry, ShardedTensorFactory), True)
+        _merge_in_place(factories, wholes)
         merged: dict[str, Any] = apply_factory_merges(result, factories)
         return merged
 
@@ -105,14 +106,20 @@ class Source:
         dcp_load(target, storage_reader=_Reader(self), planner=planner, no_dist=True)
 
 
-def _merged_in_place(factory: Any) -> Any:
-    """`factory` with a merge that copies nothing where its parts are views of the whole tensor, which then is filled already."""
-    whole, merge = factory.data, factory.merge_fn
+def _merge_in_place(factories: Any, wholes: Any) -> None:
+    """Lets `factories` copy nothing where the parts are views of the whole tensor, in `wholes`: it is filled already then."""
+    for key, factory in factories.items():
+        if isinstance(factory, ShardedTensorFactory):
+            factories[key] = _merging_in_place(factory, wholes[key].data)
+        else:
+            _merge_in_place(factory, wholes[key])
 
+
+def _merging_in_place(factory: Any, whole: Any) -> Any:
     def merged(parts: Any) -> Any:
         pieces = list(nested_values(parts)) if isinstance(parts, dict | list) else [parts]
         in_place = isinstance(whole, torch.Tensor) and all(_is_inside(piece, whole) for piece in pieces)
-        return whole if in_place and sum(piece.numel() for piece in pieces) == whole.numel() else merge(parts)
+        return whole if in_place and sum(piece.numel() for piece in pieces) == whole.numel() else factory.merge_fn(parts)
 
     return replace(factory, merge_fn=merged)
 
