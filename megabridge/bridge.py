@@ -62,14 +62,14 @@ class AutoBridge(HFModel):
         provider.register_pre_wrap_hook(load)
         return provider
 
-    def to_megatron_model(self, load_weights: bool = True, hf_path: str | Path | None = None, *, wrap_with_ddp: bool = False,
-                          **settings: Any) -> list[torch.nn.Module]:  # fmt: skip
+    def to_megatron_model(self, load_weights: bool = True, hf_path: str | Path | None = None, *, revision: str | None = None,
+                          wrap_with_ddp: bool = False, **settings: Any) -> list[torch.nn.Module]:  # fmt: skip
         """The model itself, without data-parallel wrapping unless `wrap_with_ddp`.
 
         `settings` are the provider's, such as tensor_model_parallel_size=2, or sizes by their short names (tp, pp, vpp, cp, ep,
         etp). Without any size the layout is that of the process groups that run, else a single process.
         """
-        provider = self.to_megatron_provider(load_weights, hf_path)
+        provider = self.to_megatron_provider(load_weights, hf_path, revision=revision)
         one_call.arrange(provider, settings)
         return provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
 
@@ -218,7 +218,15 @@ class AutoBridge(HFModel):
         this bridge afterwards has what the checkpoint keeps of its source.
         """
         provider, folder = self._native_provider(path, dtype, settings)
-        return self._filled(provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp, init="empty"), folder)
+        chunks = provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp, init="empty")
+        self.load_native_weights(chunks, folder)
+        return chunks
+
+    def load_native_weights(self, model: Model, path: str | Path) -> None:
+        """Fills a model from a native checkpoint, and takes over what that keeps of its source. Collective."""
+        folder = native.locate(Path(path))
+        native.load_weights(folder, model)
+        self.record = SourceRecord.read(folder / native.ASSETS)
 
     def _native_provider(
         self, path: str | Path, dtype: torch.dtype | str | None, settings: dict[str, Any]
@@ -231,11 +239,6 @@ class AutoBridge(HFModel):
             provider.params_dtype = dtype_named(dtype) or native.stored(folder).dtype
             one_call.arrange(provider, settings)
         return provider, folder
-
-    def _filled(self, chunks: list[torch.nn.Module], folder: Path) -> list[torch.nn.Module]:
-        native.load_weights(folder, chunks)
-        self.record = SourceRecord.read(folder / native.ASSETS)
-        return chunks
 
     @classmethod
     def import_ckpt(cls, hf_model_id: str | Path, megatron_path: str | Path, *, revision: str | None = None,
@@ -275,7 +278,8 @@ class AutoBridge(HFModel):
         own.token = self.token
         with one_call.borrowed_groups(provider):
             output = one_call.target(hf_path, replace=True)
-            chunks = own._filled(one_call.provide_unfilled(provider, output.parent, self.device_map), folder)
+            chunks = one_call.provide_unfilled(provider, output.parent, self.device_map)
+            own.load_native_weights(chunks, folder)
             if weight_dtype is None and own.record is not None and not native.stored(folder).is_trained:
                 weight_dtype = "source"
             return own.save_hf_pretrained(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megabridge import AutoBridge
 from megabridge.checkpoint import native
 from megabridge.config import Config
 from megabridge.errors import ConfigError
@@ -28,7 +29,7 @@ def main(config: Config) -> None:
     with Reporter(config, assemble.loggers(config)) as report:
         report.say(provider.describe())
         if conversion.mode == "export":
-            native.load_weights(checkpoint(config), chunks)
+            bridge.load_native_weights(chunks, checkpoint(config))
         else:
             assert bridge.import_report is not None
             report.log(0, {f"import/{name}": value for name, value in bridge.import_report.metrics().items()})
@@ -40,13 +41,21 @@ def main(config: Config) -> None:
             exported = bridge.save_hf_pretrained(
                 chunks,
                 output / "hf",
-                weight_dtype=conversion.export_dtype or ("source" if bridge.import_report else None),
+                weight_dtype=conversion.export_dtype or ("source" if is_as_imported(config, bridge) else None),
+                strict=conversion.strict,
                 max_shard_size=conversion.max_shard_size,
                 verify=conversion.verify,
             )
             report.log(0, {f"export/{name}": value for name, value in exported.metrics().items()})
             report.say(f"export: {exported}")
             report.say(f"Hugging Face folder: {output / 'hf'}")
+
+
+def is_as_imported(config: Config, bridge: AutoBridge) -> bool:
+    """Whether the weights are those of the source, never trained: they are exported in its dtypes then."""
+    if config.conversion.mode == "roundtrip":
+        return True
+    return bridge.record is not None and not native.stored(native.locate(checkpoint(config))).is_trained
 
 
 def checkpoint(config: Config) -> Path:

@@ -12,6 +12,7 @@ from megabridge.topology import Topology
 from tests.checkpoint.fake_hub import COMMIT, serving
 from tests.conversion.test_round_trip import payload
 from tests.ranks import RankServer
+from tests.recipes.test_recipes import metrics, values
 
 CASES = "tests.cases.native_models"
 ASSETS = ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -91,9 +92,9 @@ def test_in_the_groups_that_run(ranks: RankServer, source: Path, tmp_path: Path,
         assert payload(tmp_path / folder) == payload(source) and files(tmp_path / folder) == files(source)
 
 
-def test_push_to_hub(ranks: RankServer, source: Path, tmp_path: Path) -> None:
-    models: dict[str, dict[str, bytes]] = {}
-    with serving(models) as (address, _):
+def test_a_hub_as_source_and_target(ranks: RankServer, source: Path, tmp_path: Path) -> None:
+    models = {"me/code": {"config.json": (source / "config.json").read_bytes(), "modeling_own.py": b"raise SystemExit"}}
+    with serving(models, gated="org/gated") as (address, fetched):
         kwargs = {"source": str(source), "endpoint": address, "cache": str(tmp_path / "cache")}
         (said,) = ranks.run(f"{CASES}:uploaded", world_size=1, kwargs=kwargs)
     assert "needs a model to export" in said["no model"]
@@ -101,8 +102,26 @@ def test_push_to_hub(ranks: RankServer, source: Path, tmp_path: Path) -> None:
     assert said["url"] == f"{address}/me/model/commit/{COMMIT}"
     assert said["folder url"] == f"{address}/me/folder/commit/{COMMIT}"
     assert "config.json" in said["no folder"] and said["config"]
+    assert said["handles"] and fetched[0] == "config.json" and fetched[1] == "config.json", "me/folder's alone, then me/code's"
+    assert said["code"] == [[], ["modeling_own.py"]]
+    assert said["revision"] == COMMIT and said["imported"] == (), "weights are those of the config's commit"
+    assert "ask for it on" in said["gated"] and "org/gated and set HF_TOKEN" in said["gated"]
     assert models["me/model"].keys() == models["me/folder"].keys() == {*ASSETS, "model.safetensors"}
     assert {name: models["me/model"][name] for name in ASSETS} == files(source)
     (tmp_path / "downloaded").mkdir()
     (tmp_path / "downloaded" / "model.safetensors").write_bytes(models["me/model"]["model.safetensors"])
     assert payload(tmp_path / "downloaded") == payload(source)
+
+
+def test_training_starts_from_an_imported_checkpoint(ranks: RankServer, tmp_path: Path) -> None:
+    """checkpoint.resume takes weights without an optimizer as step 0: the run is the one that imports them itself."""
+    source = tmp_path / "model"
+    ranks.run("tests.cases.recipes:make_source", kwargs={"folder": str(source)})
+    ranks.run(f"{CASES}:imported", world_size=1, kwargs={"source": str(source), "path": str(tmp_path / "native")})
+    losses = []
+    for name, checkpoint in (("import", {}), ("resume", {"resume": str(tmp_path / "native")})):
+        model = {"load_weights": name == "import"}
+        config = values(tmp_path / name, source, Topology(), recipe={"steps": 2}, checkpoint=checkpoint, callbacks={}, model=model)
+        ranks.run("tests.cases.recipes:recipe", kwargs={"name": "finetune", "values": config})
+        losses.append([row["validation/loss"] for row in metrics(tmp_path / name, "validation/")])
+    assert losses[0] == losses[1] and losses[0][0] > losses[0][-1]

@@ -39,6 +39,7 @@ class HFExport(Callback):
             weight_dtype=conversion.export_dtype,
             max_shard_size=conversion.max_shard_size,
             verify=conversion.verify,
+            strict=conversion.strict,
         )
         trainer.log({f"export/{name}": value for name, value in report.metrics().items()})
         trainer.exports.append(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 from pathlib import Path
 
 from megabridge.data import bytes as byte_tokenizer
@@ -27,6 +28,17 @@ def greedy(folder: str, prompt: str, new_tokens: int) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokens = model.generate(**tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=new_tokens)
     return str(tokenizer.decode(tokens[0]))
+
+
+def generated(arguments: list[str]) -> str:
+    """What a rank of recipes.generate_from_hf prints."""
+    from recipes import generate_from_hf
+
+    sys.argv[1:] = arguments
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        generate_from_hf.main()
+    return output.getvalue()
 
 
 def blocks(code: list[str], folder: str) -> list[str]:

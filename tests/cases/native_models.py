@@ -141,6 +141,10 @@ def in_running_groups(source: str, out: str) -> None:
     assert len(provide(bridge)) == len(again)
 
 
+def imported(source: str, path: str) -> None:
+    AutoBridge.import_ckpt(source, path, show_progress=False)
+
+
 def uploaded(source: str, endpoint: str, cache: str) -> dict[str, Any]:
     """push_to_hub with a model, from a folder, without the right to; then the repository as a bridge's source."""
     import huggingface_hub
@@ -157,5 +161,14 @@ def uploaded(source: str, endpoint: str, cache: str) -> dict[str, Any]:
     answers["url"] = bridge.push_to_hub("me/model", model, token="writer", show_progress=False, weight_dtype="source")
     answers["folder url"] = bridge.push_to_hub("me/folder", folder=source, token="writer")
     answers["no folder"] = refusal(lambda: bridge.push_to_hub("me/folder", folder=cache, token="writer"))
+    answers["handles"] = AutoBridge.can_handle("me/folder")
+    answers["code"] = [
+        sorted(path.name for path in AutoBridge.from_hf_pretrained("me/code", trust_remote_code=trust).folder.glob("*.py"))  # type: ignore[union-attr]
+        for trust in (False, True)
+    ]
+    bridge = AutoBridge.from_hf_pretrained("me/model", revision="main")
+    answers["revision"] = bridge.revision
+    answers["imported"] = bridge.load_hf_weights(model, show_progress=False).mismatched
+    answers["gated"] = refusal(lambda: bridge.load_hf_weights(model, "org/gated"))
     answers["config"] = json.loads((Path(source) / "config.json").read_text()) == AutoBridge.from_hf_pretrained("me/model").config
     return answers
