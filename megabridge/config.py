@@ -35,7 +35,7 @@ class ModelConfig:
     revision: str | None = None
     """Hub revision of config, tokenizer and weights alike."""
     trust_remote_code: bool = False
-    """Whether code that comes with the checkpoint may run. Nothing in megabridge needs it."""
+    """Whether the checkpoint's own *.py files are fetched, and kept for exports. megabridge itself runs none of them."""
     load_weights: bool = True
     """False: random weights of the shape in `hf`, even where `path` names real ones (still used for the tokenizer)."""
     dtype: str = choice(*DTYPES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megabridge import agreement
+from megabridge import AutoBridge, agreement
 from megabridge.checkpoint import native, source
 from megabridge.config import Config
 from megabridge.conversion import verify as verify_folder
@@ -34,7 +34,7 @@ def main(config: Config) -> None:
     with Reporter(config, assemble.loggers(config)) as report:
         report.say(provider.describe())
         if conversion.mode == "export":
-            native.load_weights(checkpoint(config), chunks)
+            bridge.load_native_weights(chunks, checkpoint(config))
         else:
             assert bridge.import_report is not None
             report.log(0, {f"import/{name}": value for name, value in bridge.import_report.metrics().items()})
@@ -46,7 +46,8 @@ def main(config: Config) -> None:
             exported = bridge.save_hf_pretrained(
                 chunks,
                 output / "hf",
-                weight_dtype=conversion.export_dtype or ("source" if bridge.import_report else None),
+                weight_dtype=conversion.export_dtype or ("source" if is_as_imported(config, bridge) else None),
+                strict=conversion.strict,
                 max_shard_size=conversion.max_shard_size,
                 writer=conversion.writer,
                 verify=conversion.verify,
@@ -76,6 +77,13 @@ def verify(config: Config) -> None:
         raise CheckpointError(f"{folder} differs in {len(problems)} places from what it should be; export it again.")
     with Reporter(config, assemble.loggers(config)) as report:
         report.say(checked)
+
+
+def is_as_imported(config: Config, bridge: AutoBridge) -> bool:
+    """Whether the weights are those of the source, never trained: they are exported in its dtypes then."""
+    if config.conversion.mode == "roundtrip":
+        return True
+    return bridge.record is not None and not native.stored(native.locate(checkpoint(config))).is_trained
 
 
 def checkpoint(config: Config) -> Path:

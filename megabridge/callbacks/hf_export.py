@@ -41,6 +41,7 @@ class HFExport(Callback):
             writer=conversion.writer,
             verify=conversion.verify,
             allow_nonfinite=conversion.allow_nonfinite,
+            strict=conversion.strict,
         )
         trainer.log({f"export/{name}": value for name, value in report.metrics().items()})
         trainer.exports.append(target)

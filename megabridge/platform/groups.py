@@ -134,11 +134,15 @@ def world_size(default: int = 1) -> int:
     return int(os.environ.get("WORLD_SIZE", str(default)))
 
 
-def stop() -> None:
-    """Ends megatron-core's groups and torch's. Does nothing when there are none. Every rank calls it."""
+def stop(*, for_good: bool = True) -> None:
+    """Ends megatron-core's groups and torch's. Does nothing when there are none. Every rank calls it.
+
+    With `for_good=False` others may be started after it: torch's stays where there are more ranks than this one, which
+    could not meet a second time at the store that they met at.
+    """
     _started.topology = None
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if dist.is_initialized() and (for_good or dist.get_world_size() == 1):
         dist.destroy_process_group()
 
 
@@ -172,18 +176,17 @@ def _start_torch(rank: int, world_size: int, init_method: str | None, timeout: f
     if platform.is_cpu():
         where["backend"] = "gloo"
     elif torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count()))
-        torch.cuda.set_device(local_rank)
+        if world_size > 1 or "LOCAL_RANK" in os.environ:  # a single process keeps the device that it chose
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
         where["backend"] = "nccl"
     else:
         raise ConfigError("MEGABRIDGE_PLATFORM=cuda, but torch sees no CUDA device; set it to cpu or auto.")
-    store = ranks.forked_store(rank, world_size)
     if init_method is not None:
         where["init_method"] = init_method
-    elif store is not None:
-        where["store"] = store
     elif world_size == 1:
         where["store"] = HashStore()
+    elif (store := ranks.forked_store(rank, world_size)) is not None:
+        where["store"] = store
     else:
         where["init_method"] = "env://"
     dist.init_process_group(**where)
