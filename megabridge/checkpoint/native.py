@@ -88,7 +88,7 @@ def locate(path: Path) -> Path:
 def stored(folder: Path) -> Stored:
     """What is in a native folder, without reading a tensor. A folder of another program's counts as trained. Needs no ranks."""
     source = reader.open_folder(folder)
-    common = source.read_common().get(_COMMON) if source.has_common else None
+    common = source.read_common().get(_COMMON) if source.has_state else None
     dtypes: Counter[torch.dtype] = Counter()
     for name, (dtype, elements) in source.tensors().items():
         if not name.startswith("optimizer."):
@@ -294,7 +294,8 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
     is_view = tensor.untyped_storage().size() != tensor.nbytes
     if tensor.device.type != "cpu" or not is_view or not tensor.is_contiguous() or not tensor.numel():
         return tensor
-    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())  # the model keeps it alive
+    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor  # which may be held by nothing else: the optimizer's entries are made for the save
     return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 
 

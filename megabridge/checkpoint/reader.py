@@ -45,7 +45,7 @@ class Source:
         return {key: (e.properties.dtype, e.size.numel()) for key, e in entries if isinstance(e, TensorStorageMetadata)}
 
     @property
-    def has_common(self) -> bool:
+    def has_state(self) -> bool:
         """Whether `read_common` finds something: megatron-core before 0.19 wrote it elsewhere."""
         return _COMMON_KEY in self.metadata.state_dict_metadata
 
@@ -64,7 +64,7 @@ class Source:
 
     def read_common(self) -> dict[str, Any]:
         """The state that is equal on all ranks."""
-        if not self.has_common:
+        if not self.has_state:
             raise CheckpointError(
                 f"{self.folder} has no common state (megatron-core before 0.19 wrote it elsewhere); load its weights instead."
             )
