@@ -6,243 +6,170 @@ model are collective: every rank calls them.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from megabridge import agreement
-from megabridge.checkpoint import assets, source
-from megabridge.checkpoint.hf import find_tensors
-from megabridge.checkpoint.safetensors import TensorInfo
-from megabridge.conversion.exporter import Dtypes, export_weights
-from megabridge.conversion.importer import import_weights
-from megabridge.conversion.native import survey
-from megabridge.conversion.plan import Plan, make_plan
+from megabridge import agreement, hub, one_call
+from megabridge.checkpoint import assets, native
+from megabridge.checkpoint.record import SourceRecord
 from megabridge.conversion.report import Report
 from megabridge.errors import ConfigError
-from megabridge.families import all_families, family_for
-from megabridge.families.registry import architecture_of
-from megabridge.loggers.bars import bytes_bar
+from megabridge.hf_model import dtype_named
+from megabridge.hf_weights import HFWeights, Model, WeightDtype
 from megabridge.provider import ModelProvider
 
-Model = Sequence[torch.nn.Module]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-class AutoBridge:
-    """Made by `from_hf_pretrained` or `from_hf_config`.
-
-    `config` is the content of config.json as published; `folder` holds it, with tokenizer and templates, or is None for a bridge
-    made from a config object; `import_report` tells of the last import.
-    """
-
-    def __init__(self, config: dict[str, Any], *, folder: Path | None, location: str | None = None, revision: str | None = None,
-                 dtype: torch.dtype | None = None, aliases: frozenset[str] = frozenset()) -> None:  # fmt: skip
-        self.config = config
-        self.folder = folder
-        self.location = location
-        self.revision = revision
-        self.family = family_for(config)
-        self.native = self.family.native(config)
-        self.dtype = dtype or _dtype_of(config)
-        self.aliases = aliases
-        self.source_dtypes: dict[str, torch.dtype] = {}
-        self.import_report: Report | None = None
-        self._plan: tuple[tuple[int, ...], Plan] | None = None
-
-    # ------------------------------------------------------------------ making one
-
-    @classmethod
-    def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None,
-                           trust_remote_code: bool = False) -> AutoBridge:  # fmt: skip
-        """A bridge to a local folder or a hub model. Only config and tokenizer are fetched now; no code of the model ever runs.
-
-        `dtype` is the parameters' ("bfloat16" or torch.bfloat16), by default config.json's. Raises CheckpointError for what
-        can't be reached or read, ConfigError for an architecture or a setting that isn't supported.
-        """
-        if trust_remote_code:
-            raise ConfigError(
-                "trust_remote_code=True is not supported: families convert by name, no model code is run; leave it out."
-            )
-        folder = source.resolve(str(path), revision=revision, config_only=True)
-        return cls(assets.read_config(folder), folder=folder, location=str(path), revision=revision, dtype=_dtype(dtype))
-
-    @classmethod
-    def from_hf_config(cls, config: Any, *, dtype: torch.dtype | str | None = None) -> AutoBridge:
-        """A bridge from a transformers config object or a dict of its content. It has no weights and no tokenizer."""
-        content = dict(config) if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
-        content["architectures"] = content.get("architectures") or [architecture_of(content)]
-        return cls(content, folder=None, dtype=_dtype(dtype))
-
-    @staticmethod
-    def list_supported_models() -> list[str]:
-        """Hugging Face class names that convert."""
-        return sorted(all_families())
-
-    @staticmethod
-    def supports(config: Any) -> bool:
-        """Whether a config (object or dict) converts: its architecture is known and every setting can be represented."""
-        content = dict(config) if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
-        try:
-            family_for(content).native(content)
-        except ConfigError:
-            return False
-        return True
-
-    @classmethod
-    def can_handle(cls, path: str | Path, trust_remote_code: bool = False) -> bool:
-        """Whether the model at `path` converts. Raises CheckpointError when it can't be reached or is broken."""
-        del trust_remote_code  # a model that needs its own code is unsupported either way
-        return cls.supports(assets.read_config(source.resolve(str(path), config_only=True)))
+class AutoBridge(HFWeights):
+    """A Hugging Face model (see `HFModel`) and its ways into Megatron-Core and back (see also `HFWeights`)."""
 
     # ------------------------------------------------------------------ into Megatron
 
-    def to_megatron_provider(self, load_weights: bool = True, hf_path: str | Path | None = None) -> ModelProvider:
+    def to_megatron_provider(self, load_weights: bool = True, hf_path: str | Path | None = None, *,
+                             revision: str | None = None) -> ModelProvider:  # fmt: skip
         """A provider of this model. With `load_weights`, providing it also fills it from `hf_path` or the bridge's own source."""
-        provider = ModelProvider(self.native, family_name=self.family.architecture)
-        if self.dtype is not None:
-            provider.params_dtype = self.dtype
-        if load_weights:
-            if hf_path is None and self.location is None:
-                raise ConfigError(
-                    "a bridge made from a config has no weights; call to_megatron_provider(load_weights=False) or give hf_path."
-                )
+        provider = self.provider()
+        if not load_weights:
+            if hf_path is not None:
+                raise ConfigError(f"hf_path={str(hf_path)!r} has no meaning with load_weights=False; leave one of them out.")
+            return provider
+        if hf_path is None and self.location is None:
+            raise ConfigError(
+                "a bridge made from a config has no weights; call to_megatron_provider(load_weights=False), give hf_path, or use "
+                "load_megatron_model for a native checkpoint."
+            )
 
-            def load(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-                self.load_hf_weights(chunks, hf_path)
-                return chunks
+        def load(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+            self.load_hf_weights(chunks, hf_path, revision=revision)
+            return chunks
 
-            provider.perform_initialization = False  # every element is filled by the import
-            provider.register_pre_wrap_hook(load)
+        provider.perform_initialization = False  # every element is filled by the import
+        provider.register_pre_wrap_hook(load)
         return provider
 
-    def to_megatron_model(
-        self, load_weights: bool = True, hf_path: str | Path | None = None, **settings: Any
-    ) -> list[torch.nn.Module]:
-        """The model itself, without data-parallel wrapping. `settings` are the provider's, such as tensor_model_parallel_size=2."""
-        provider = self.to_megatron_provider(load_weights, hf_path)
-        wrap_with_ddp = settings.pop("wrap_with_ddp", False)
-        for name, value in settings.items():
-            setattr(provider, name, value)
-        provider.finalize()
+    def to_megatron_model(self, load_weights: bool = True, hf_path: str | Path | None = None, *, revision: str | None = None,
+                          wrap_with_ddp: bool = False, **settings: Any) -> list[torch.nn.Module]:  # fmt: skip
+        """The model itself, without data-parallel wrapping unless `wrap_with_ddp`.
+
+        `settings` are the provider's, such as tensor_model_parallel_size=2, or sizes by their short names (tp, pp, vpp, cp, ep,
+        etp). Without any size the layout is that of the process groups that run, else a single process.
+        """
+        provider = self.to_megatron_provider(load_weights, hf_path, revision=revision)
+        one_call.arrange(provider, settings)
         return provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
 
-    def plan(self, model: Model) -> Plan:
-        """The conversion plan of a model, made once and cached. Collective the first time."""
-        lives = survey(model)
-        key = tuple(id(live.parameter) for live in lives)
-        known = self._plan is not None and self._plan[0] == key
-        if not all(agreement.gather(known)):
-            self._plan = (key, make_plan(self.family, self.native, lives))
-        assert self._plan is not None
-        return self._plan[1]
+    # ------------------------------------------------------------------ to the hub
 
-    def load_hf_weights(self, model: Model, hf_path: str | Path | None = None, *, show_progress: bool = True, verify: bool = True,
-                        allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()) -> Report:  # fmt: skip
-        """Fills a model from `hf_path` or the bridge's own source, and compares every copy bit for bit. Collective.
+    def push_to_hub(self, repo_id: str, model: Model | None = None, *, folder: str | Path | None = None,
+                    private: bool | None = None, revision: str | None = None, commit_message: str | None = None,
+                    token: str | None = None, **export: Any) -> str:  # fmt: skip
+        """Uploads a model to the hub's repository `repo_id`, made where it is missing, and returns the commit's URL. Collective.
 
-        `allow_missing` and `allow_unexpected` are name patterns; everything else must match exactly (MappingError). An optimizer
-        made before keeps its own copies: make it afterwards, or call its `reload_model_params`.
+        A `model` is exported first (`export` are save_hf_pretrained's keywords), verified, and uploaded by rank 0: by way of
+        `folder`, which stays, or of a temporary one. Without a model, `folder` is an export that exists. `token` is by default the
+        bridge's, then HF_TOKEN. Raises CheckpointError when the hub refuses or can't be reached.
         """
-        infos = self._open(hf_path)
-        plan = self.plan(model)
-        with bytes_bar("import", show=show_progress and agreement.rank() == 0) as progress:
-            report = import_weights(
-                plan, infos, allow_missing=allow_missing, allow_unexpected=allow_unexpected, verify=verify, progress=progress
+        if model is None and (folder is None or export):
+            raise ConfigError("push_to_hub needs a model to export, or the folder of an export and no keywords of one.")
+        with one_call.scratch(folder) as place:
+            if model is not None:
+                self.save_hf_pretrained(model, place, **export)
+            return agreement.on_rank_zero(
+                "uploading",
+                lambda: hub.upload(
+                    place, repo_id, private=private, revision=revision, commit_message=commit_message, token=token or self.token
+                ),
             )
-        self.aliases = frozenset(plan.aliases.keys() & infos.keys())
-        self.source_dtypes = {name: info.dtype for name, info in infos.items()}
-        self.import_report = report
+
+    # ------------------------------------------------------------------ native checkpoints
+
+    def save_megatron_model(self, model: Model, path: str | Path) -> None:
+        """Writes parameters, config, tokenizer and templates as a native checkpoint that any layout can load. Collective.
+
+        `path` must not exist or be empty (CheckpointError); it appears by one rename, when it is complete.
+        """
+        folder = one_call.target(path, replace=False)
+        native.save(folder, list(model), progress=native.Progress(), write_assets=self.write_assets)
+
+    def load_megatron_model(self, path: str | Path, *, dtype: torch.dtype | str | None = None, wrap_with_ddp: bool = False,
+                            **settings: Any) -> list[torch.nn.Module]:  # fmt: skip
+        """The model of a native checkpoint: of its folder, a step's or a run's. Written under any layout. Collective.
+
+        `dtype` is the parameters', by default the checkpoint's; `settings` are to_megatron_model's (tp, pp, ...). An export with
+        this bridge afterwards has what the checkpoint keeps of its source.
+        """
+        provider, folder = self._native_provider(path, dtype, settings)
+        chunks = provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp, init="empty")
+        self.load_native_weights(chunks, folder)
+        return chunks
+
+    def load_native_weights(self, model: Model, path: str | Path) -> None:
+        """Fills a model from a native checkpoint, and takes over what that keeps of its source. Collective."""
+        folder = native.locate(Path(path))
+        native.load_weights(folder, model)
+        self.record = SourceRecord.read(folder / native.ASSETS)
+
+    def _native_provider(
+        self, path: str | Path, dtype: torch.dtype | str | None, settings: dict[str, Any]
+    ) -> tuple[ModelProvider, Path]:
+        with agreement.together("opening a native checkpoint"):
+            folder = native.locate(Path(path))
+            if (folder / native.ASSETS).is_dir():
+                self.check_same(assets.read_config(folder / native.ASSETS), str(folder))
+            provider = self.provider()
+            provider.params_dtype = dtype_named(dtype) or native.stored(folder).dtype
+            one_call.arrange(provider, settings)
+        return provider, folder
+
+    @classmethod
+    def import_ckpt(cls, hf_model_id: str | Path, megatron_path: str | Path, *, revision: str | None = None,
+                    dtype: torch.dtype | str | None = None, torch_dtype: torch.dtype | str | None = None,
+                    trust_remote_code: bool = False, device_map: str | None = None, token: str | None = None,
+                    show_progress: bool = True, **settings: Any) -> Report:  # fmt: skip
+        """A Hugging Face model as a native checkpoint, with its config, tokenizer and templates.
+
+        One process without any set-up is enough, whatever the model's size: parameters are kept in a file beside
+        `megatron_path`, which must not exist or be empty; with device_map="cuda" they go to the device instead. `settings` such
+        as tp=2 spread the work over torchrun's ranks; every rank calls it then.
+        """
+        bridge = cls.from_hf_pretrained(
+            hf_model_id, revision=revision, dtype=dtype, torch_dtype=torch_dtype,
+            trust_remote_code=trust_remote_code, device_map=device_map, token=token,
+        )  # fmt: skip
+        provider = bridge.provider()
+        one_call.arrange(provider, settings)
+        with one_call.borrowed_groups(provider):
+            folder = one_call.target(megatron_path, replace=False)
+            chunks = one_call.provide_unfilled(provider, folder.parent, bridge.device_map)
+            report = bridge.load_hf_weights(chunks, show_progress=show_progress)
+            bridge.save_megatron_model(chunks, folder)
         return report
 
-    def _open(self, hf_path: str | Path | None) -> dict[str, TensorInfo]:
-        location = self.location if hf_path is None else str(hf_path)
-        if location is None:
-            raise ConfigError("a bridge made from a config has no weights; give hf_path.")
-        with agreement.together("opening the source"):
-            folder = source.resolve(location, revision=self.revision)
-            if hf_path is not None:
-                other = architecture_of(assets.read_config(folder))
-                if other != self.family.architecture:
-                    raise ConfigError(
-                        f"hf_path={location!r} is a {other}, this bridge converts {self.family.architecture}; give one of those."
-                    )
-            return find_tensors(folder)
+    def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, show_progress: bool = True, *, strict: bool = True,
+                    weight_dtype: WeightDtype = None, max_shard_size: str | int = "5GB",
+                    source_path: str | Path | None = None, **settings: Any) -> Report:  # fmt: skip
+        """A native checkpoint (its folder, a step's or a run's) as a complete Hugging Face folder; as `import_ckpt` otherwise.
 
-    # ------------------------------------------------------------------ back to Hugging Face
-
-    def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, *,
-                           weight_dtype: torch.dtype | Literal["source"] | str | None = None,
-                           max_shard_size: str | int = "5GB", verify: bool = True) -> Report:  # fmt: skip
-        """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
-
-        `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. The folder appears
-        by one rename, after every tensor was read back and compared.
+        Config, tokenizer and templates are those that the checkpoint carries, else the bridge's. `weight_dtype` is by default the
+        checkpoint's, and each tensor's source dtype for a checkpoint that was converted and never trained.
         """
-        return self._export(model, Path(path), self.write_assets, weight_dtype, max_shard_size, verify, show_progress)
-
-    def save_hf_weights(self, model: Model, path: str | Path, show_progress: bool = True, *,
-                        weight_dtype: torch.dtype | Literal["source"] | str | None = None,
-                        max_shard_size: str | int = "5GB", verify: bool = True) -> Report:  # fmt: skip
-        """The same with weights only. Collective."""
-        return self._export(model, Path(path), lambda folder, dtype: None, weight_dtype, max_shard_size, verify, show_progress)
-
-    def _export(self, model: Model, path: Path, write: Callable[[Path, str | None], None], weight_dtype: torch.dtype | str | None,
-                max_shard_size: str | int, verify: bool, show_progress: bool) -> Report:  # fmt: skip
-        plan = self.plan(model)
-        dtypes: Dtypes
-        if weight_dtype == "source":
-            if not self.source_dtypes:
-                raise ConfigError("weight_dtype='source' needs an import by this bridge before; load weights or name a dtype.")
-            dtypes, name = self.source_dtypes, None
-        else:
-            dtypes = _dtype(weight_dtype)
-            used = {spec.dtype for spec in plan.tensors.values()} if dtypes is None else {dtypes}
-            name = str(used.pop()).removeprefix("torch.") if len(used) == 1 else None
-        with bytes_bar("export", show=show_progress and agreement.rank() == 0) as progress:
-            return export_weights(
-                plan,
-                path,
-                write_assets=lambda folder: write(folder, name),
-                dtypes=dtypes,
-                aliases=self.aliases & plan.aliases.keys(),
+        provider, folder = self._native_provider(megatron_path, None, settings)
+        carries = (folder / native.ASSETS).is_dir()
+        own = AutoBridge.from_auto_config(folder, trust_remote_code=self.trust_remote_code) if carries else self
+        own.token = self.token
+        with one_call.borrowed_groups(provider):
+            output = one_call.target(hf_path, replace=True)
+            chunks = one_call.provide_unfilled(provider, output.parent, self.device_map)
+            own.load_native_weights(chunks, folder)
+            if weight_dtype is None and own.record is not None and not native.stored(folder).is_trained:
+                weight_dtype = "source"
+            return own.save_hf_pretrained(
+                chunks,
+                output,
+                show_progress,
+                source_path=source_path,
+                strict=strict,
+                weight_dtype=weight_dtype,
                 max_shard_size=max_shard_size,
-                verify=verify,
-                progress=progress,
             )
-
-    def write_assets(self, folder: Path, dtype: str | None = None) -> None:
-        """Writes config, generation config, tokenizer and chat template into `folder`, as they came. One rank calls it.
-
-        `dtype` is what config.json is to say of the weights; None leaves it.
-        """
-        assets.write_config(folder, self.config, source=self.folder, dtype=dtype)
-        if self.folder is not None:
-            assets.copy_assets(self.folder, folder)
-
-    # ------------------------------------------------------------------ what it knows
-
-    @property
-    def transformer_config(self) -> Any:
-        """The TransformerConfig of this model on one rank."""
-        provider = self.to_megatron_provider(load_weights=False)
-        provider.finalize()
-        return provider.config
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
-
-
-def _dtype_of(config: dict[str, Any]) -> torch.dtype | None:
-    for key in assets.DTYPE_KEYS:
-        if config.get(key) is not None:
-            return _dtype(str(config[key]).removeprefix("torch."))
-    return None

@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from megabridge.errors import ConfigError
 from megabridge.topology import Topology
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -34,7 +35,7 @@ class ModelConfig:
     revision: str | None = None
     """Hub revision of config, tokenizer and weights alike."""
     trust_remote_code: bool = False
-    """Whether code that comes with the checkpoint may run. Nothing in megabridge needs it."""
+    """Whether the checkpoint's own *.py files are fetched, and kept for exports. megabridge itself runs none of them."""
     load_weights: bool = True
     """False: random weights of the shape in `hf`, even where `path` names real ones (still used for the tokenizer)."""
     dtype: str = choice(*DTYPES)
@@ -71,10 +72,14 @@ class ParallelConfig:
 
 @dataclass
 class ConversionConfig:
-    mode: str = choice("roundtrip", "import", "export")
-    """What recipe=convert does: HF to native, native to HF, or both and compare."""
+    mode: str = choice("roundtrip", "import", "export", "verify")
+    """What recipe=convert does: HF to native, native to HF, both and compare, or check an exported folder."""
     output: str | None = None
     """Folder that recipe=convert publishes to. Null: inside the run directory."""
+    folder: str | None = None
+    """Exported folder that mode=verify checks against its manifest."""
+    source: str | None = None
+    """Local folder or hub id with whose tensors mode=verify compares that folder's, too. Null: the manifest only."""
     verify: bool = True
     """Whether every imported and exported tensor is read back and compared bit by bit."""
     strict: bool = True
@@ -83,10 +88,20 @@ class ConversionConfig:
     """HF names (with * as wildcard) that a checkpoint may lack."""
     allow_unexpected: list[str] = field(default_factory=list)
     """HF names (with * as wildcard) that a checkpoint may have beyond what the model takes."""
+    allow_bin: bool = False
+    """Whether weights may come from a pickled pytorch_model.bin where there are no safetensors; only tensors are unpickled."""
+    allow_nonfinite: bool = False
+    """Whether weights may hold NaN or infinity."""
+    reader: str = choice("auto", "mapped", "sequential")
+    """How column cuts are read: copied out of a mapped file, or out of whole rows; auto chooses by file system."""
+    dedupe: bool = False
+    """Whether the ranks of a host read every part of a checkpoint once between them, through 64 MiB of shared memory."""
     export_dtype: str | None = field(default=None, metadata={"choices": DTYPES})
     """Precision of exported tensors. Null: the parameters' own."""
     max_shard_size: str = "5GB"
     """Largest safetensors file of an export, as in transformers."""
+    writer: str = choice("shared", "gather")
+    """Who writes an export's files: every rank its own part, on a file system that all share; or rank 0, sent everything."""
     logits_tokens: int = 64
     """Tokens of the fixed batch on which logits are compared with transformers. 0: not compared."""
 
@@ -129,6 +144,8 @@ class RecipeConfig:
     """Steps between log lines."""
     answer_prompt: str | None = None
     """A question that the source and the exported model answer at the end, both through transformers. Null: none."""
+    single_process: bool = False
+    """Whether one process without process groups runs it, whatever `parallel` says: it plans, or starts ranks by itself."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of your own recipe: +recipe.options.anything=1."""
 
@@ -172,6 +189,16 @@ class BackendConfig:
 
 
 @dataclass
+class BenchConfig:
+    name: str = choice("conversion")
+    """What recipe=bench measures."""
+    layouts: list[str] = field(default_factory=lambda: ["single"])
+    """Layouts to measure, each written as single or tp2pp2. On CUDA those that need more GPUs than there are are left out."""
+    repeats: int = 3
+    """How often each measure is taken; the best counts."""
+
+
+@dataclass
 class Config:
     """The whole config, as a recipe gets it."""
 
@@ -187,6 +214,8 @@ class Config:
     """Which program runs, for how long."""
     data: dict[str, Any] = field(default_factory=dict)
     """A megabridge.data.DataModule: its class in `_target_`, its arguments beside it."""
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    """What recipe=bench measures."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -221,6 +250,20 @@ def register() -> None:
 def typed(values: Mapping[str, Any] | DictConfig) -> Config:
     """The resolved config as dataclasses; raises omegaconf's errors for an unknown key or a wrong type."""
     return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values)))
+
+
+def processes(config: Config, world_size: int | None = None) -> Topology:
+    """The layout of the processes that run the recipe: that of `parallel` (see `topology`), or of one process.
+
+    Raises ConfigError when `world_size` processes were started and they can't be that.
+    """
+    if not config.recipe.single_process:
+        return topology(config.parallel, world_size)
+    if world_size not in (None, 1):
+        raise ConfigError(
+            f"{config.recipe.target} runs in one process, but {world_size} were started; start it without torchrun or srun."
+        )
+    return Topology()
 
 
 def topology(parallel: ParallelConfig, world_size: int | None = None) -> Topology:

@@ -80,7 +80,7 @@ def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: in
                 f"{memory / 2**30:.0f}; use a smaller model, or GPUs."
             )
         return "cpu"
-    small = parameters is None or parameters <= LARGEST_ON_CPU
+    small = parameters is None or parameters <= LARGEST_ON_CPU or config.recipe.steps == 0
     if config.platform == "auto" and gpus == 0 and small and fits_cpu:
         return "cpu"
     if 0 < world <= gpus:

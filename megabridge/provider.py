@@ -190,6 +190,16 @@ class ModelProvider:
         """`hook(chunks) -> chunks` runs on every rank after mixed-precision and data-parallel wrapping."""
         self._post_wrap_hooks.append(hook)
 
+    def start_groups(self) -> None:
+        """Finalizes, and makes the process groups of this layout current, starting them when there are none. Every rank calls it.
+
+        Raises ConfigError, with the torchrun command, when more processes are needed.
+        """
+        self.finalize()
+        config = self.config
+        needed = config.tensor_model_parallel_size * config.pipeline_model_parallel_size * config.context_parallel_size
+        groups.ensure(self.topology(max(groups.world_size(), needed)))
+
     def provide(
         self,
         pre_process: bool | None = None,
@@ -214,7 +224,8 @@ class ModelProvider:
             post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         layers = self.split[parallel_state.get_pipeline_model_parallel_rank()][vp_stage or 0]
         spec = self._layer_spec(config)
-        device = torch.device("meta") if init == "meta" else platform.device()
+        on_cpu = config.use_cpu_initialization  # on a CUDA host: the model is converted, not run
+        device = torch.device("meta" if init == "meta" else "cpu") if on_cpu else platform.device()
         with device, _initialization(config, enabled=init == "random"):
             return CausalLM(
                 config,
@@ -245,10 +256,8 @@ class ModelProvider:
         distributed optimizer (`ddp_config` overrides fields of DistributedDataParallelConfig), and runs the post-wrap
         hooks. Raises ConfigError, with the torchrun command, when more processes are needed.
         """
-        self.finalize()
+        self.start_groups()
         config = self.config
-        needed = config.tensor_model_parallel_size * config.pipeline_model_parallel_size * config.context_parallel_size
-        groups.ensure(self.topology(max(groups.world_size(), needed)))
         vpp = config.virtual_pipeline_model_parallel_size
         stages = [None] if vpp is None else list(range(vpp))
         chunks = [self.provide(vp_stage=stage, init=init) for stage in stages]

@@ -141,8 +141,8 @@ def job(cfg: DictConfig) -> float | None:
 
 def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
     values, run_config = resolve(cfg, run_dir)
-    topology = config.topology(run_config.parallel)
-    checks.check_layout(run_config, topology)
+    checks.check_layout(run_config, config.topology(run_config.parallel))
+    topology = config.processes(run_config)
     platform = host.choose_platform(run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides)
     write_config(cfg, values)
     return local.launch(values, world_size=topology.world_size, platform=platform)
@@ -187,7 +187,8 @@ def _become_rank(here: place.Place) -> None:
         raise ConfigError("-m starts several runs, but torchrun or srun started this one as rank; sweep without them.")
     cfg = _compose(arguments)
     values, run_config = resolve(cfg, Path(cfg.run_dir))
-    checks.check_layout(run_config, config.topology(run_config.parallel, here.world_size))
+    started = config.processes(run_config, here.world_size)
+    checks.check_layout(run_config, config.topology(run_config.parallel) if run_config.recipe.single_process else started)
     if here.rank == 0:
         write_config(cfg, values)
     raw: Any = OmegaConf.to_container(cfg, resolve=False)

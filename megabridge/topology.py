@@ -6,6 +6,7 @@ Dense layers see tp x cp x dp x pp; expert layers see etp x ep x edp x pp over t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from megabridge.errors import ConfigError
@@ -84,6 +85,14 @@ class Topology:
                 "start that many or change the sizes in parallel."
             )
         return cls(dp=dp, **fixed)
+
+    @classmethod
+    def parse(cls, text: str) -> Topology:
+        """The topology that `str` writes so: `single`, `tp2pp2vpp2`. Raises ConfigError for anything else."""
+        sizes = re.findall(r"(tp|pp|vpp|cp|ep|dp|etp)([0-9]+)", text)
+        if text != "single" and (not sizes or "".join(map("".join, sizes)) != text or len(dict(sizes)) != len(sizes)):
+            raise ConfigError(f"the layout {text!r} must read like single, tp2 or tp2pp2vpp2.")
+        return cls(**{name: int(size) for name, size in sizes})
 
     def coordinate(self, rank: int) -> Coordinate:
         """The place of global rank `rank`, 0 <= rank < world_size."""

@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from megabridge import config as schema
+from megabridge import last_words
 from megabridge.checks import nearest
 from megabridge.config import Config
 from megabridge.errors import ConfigError, MegabridgeError
@@ -59,10 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megabridge.worker")
     parser.add_argument("--config", type=int, required=True, help="descriptor of the resolved config, JSON")
     parser.add_argument("--outcome", type=int, help="descriptor of the file that takes the outcome")
+    parser.add_argument("--note", type=int, help="descriptor of the file that takes what this process reads")
     parser.add_argument("--digest", help="of the config, where torchrun or srun started the ranks")
     parser.add_argument("--fork", type=int, help="number of ranks to fork")
     given = parser.parse_args(arguments)
     values = json.loads(os.pread(given.config, os.fstat(given.config).st_size, 0))
+    if given.note is not None:
+        last_words.keep(last_words.page(given.note))
     outcome: Failure | float | None
     try:
         if given.fork is not None:
@@ -76,12 +80,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_rank(values: Mapping[str, Any]) -> float | None:
-    """Runs the recipe on this rank, in the process groups of `parallel`; returns its objective. Every rank calls it."""
+    """Runs the recipe on this rank; returns its objective. Every rank calls it.
+
+    The process groups of `parallel` exist meanwhile, unless recipe.single_process says that it needs none.
+    """
     config = schema.typed(values)
     recipe = load_recipe(config.recipe.target)
     torch.use_deterministic_algorithms(config.deterministic)
-    topology = schema.topology(config.parallel, groups.world_size())
-    groups.start(topology, seed=config.seed)
+    if not config.recipe.single_process:
+        groups.start(schema.processes(config, groups.world_size()), seed=config.seed)
     objective = recipe(config)
     groups.stop()
     return objective

@@ -1,16 +1,19 @@
-"""Converts without training: recipe=convert conversion.mode=import|export|roundtrip.
+"""Converts without training: recipe=convert conversion.mode=import|export|roundtrip|verify.
 
 import: a Hugging Face model to a native checkpoint. export: a native checkpoint (checkpoint.resume) to a Hugging Face
-folder. roundtrip: there and back; the exported folder has the source's bytes, tensor by tensor.
+folder. roundtrip: there and back; the exported folder has the source's bytes, tensor by tensor. verify: an exported
+folder (conversion.folder) against its manifest, and against conversion.source where that is set.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megabridge.checkpoint import native
+from megabridge import AutoBridge, agreement
+from megabridge.checkpoint import native, source
 from megabridge.config import Config
-from megabridge.errors import ConfigError
+from megabridge.conversion import verify as verify_folder
+from megabridge.errors import CheckpointError, ConfigError
 from megabridge.loggers import Reporter
 from megabridge.training import assemble
 
@@ -18,6 +21,9 @@ from megabridge.training import assemble
 def main(config: Config) -> None:
     """Every rank calls it, in running process groups."""
     conversion = config.conversion
+    if conversion.mode == "verify":
+        verify(config)
+        return
     output = Path(conversion.output) if conversion.output else Path(config.run_dir)
     config.model.load_weights = conversion.mode != "export"
     bridge = assemble.bridge(config)
@@ -28,7 +34,7 @@ def main(config: Config) -> None:
     with Reporter(config, assemble.loggers(config)) as report:
         report.say(provider.describe())
         if conversion.mode == "export":
-            native.load_weights(checkpoint(config), chunks)
+            bridge.load_native_weights(chunks, checkpoint(config))
         else:
             assert bridge.import_report is not None
             report.log(0, {f"import/{name}": value for name, value in bridge.import_report.metrics().items()})
@@ -40,13 +46,44 @@ def main(config: Config) -> None:
             exported = bridge.save_hf_pretrained(
                 chunks,
                 output / "hf",
-                weight_dtype=conversion.export_dtype or ("source" if bridge.import_report else None),
+                weight_dtype=conversion.export_dtype or ("source" if is_as_imported(config, bridge) else None),
+                strict=conversion.strict,
                 max_shard_size=conversion.max_shard_size,
+                writer=conversion.writer,
                 verify=conversion.verify,
+                allow_nonfinite=conversion.allow_nonfinite,
             )
             report.log(0, {f"export/{name}": value for name, value in exported.metrics().items()})
             report.say(f"export: {exported}")
             report.say(f"Hugging Face folder: {output / 'hf'}")
+
+
+def verify(config: Config) -> None:
+    """Checks a folder without a model. Prints all that is wrong with it, and raises CheckpointError."""
+    conversion = config.conversion
+    if conversion.folder is None:
+        raise ConfigError("conversion.mode=verify needs the folder of an export; set conversion.folder=<folder>.")
+    folder = Path(conversion.folder)
+    checked = f"{folder} is what its manifest says"
+    problems = verify_folder.against_manifest(folder)
+    if conversion.source is not None:
+        with agreement.together("fetching the source"):
+            origin = source.resolve(conversion.source)
+        problems += verify_folder.against_source(folder, origin)
+        checked += f", and its tensors are those of {conversion.source}"
+    if problems:
+        if agreement.rank() == 0:
+            print(*problems, sep="\n", flush=True)
+        raise CheckpointError(f"{folder} differs in {len(problems)} places from what it should be; export it again.")
+    with Reporter(config, assemble.loggers(config)) as report:
+        report.say(checked)
+
+
+def is_as_imported(config: Config, bridge: AutoBridge) -> bool:
+    """Whether the weights are those of the source, never trained: they are exported in its dtypes then."""
+    if config.conversion.mode == "roundtrip":
+        return True
+    return bridge.record is not None and not native.stored(native.locate(checkpoint(config))).is_trained
 
 
 def checkpoint(config: Config) -> Path:

@@ -15,7 +15,11 @@ EXPECTED = {
     "other architecture": "is a MambaForCausalLM, this bridge converts LlamaForCausalLM",
     "unsupported": "ConfigError: architecture 'MambaForCausalLM' is not supported",
     "dtype": "ConfigError: dtype='int8' must be one of",
-    "remote code": "ConfigError: trust_remote_code=True",
+    "device": "ConfigError: device_map='balanced' must be 'auto', 'cpu', 'cuda' or 'cuda:<n>'",
+    "no CUDA": "ConfigError: device_map='cuda:1' needs a CUDA device",
+    "two dtypes": "are two names for one thing",
+    "no MLA": "LlamaForCausalLM has no multi-latent attention; use transformer_config",
+    "no use": "has no meaning with load_weights=False",
     "source dtype": "ConfigError: weight_dtype='source' needs an import",
     "shard size": "ConfigError: max_shard_size='5 potatoes'",
     "more processes": "torchrun --nproc-per-node=16",
@@ -32,9 +36,12 @@ def test_every_name_without_set_up(ranks: RankServer, tmp_path: Path) -> None:
     (seen,) = ranks.run("tests.cases.bridge:surface", world_size=1, kwargs=kwargs)
     assert "LlamaForCausalLM" in seen["supported"]
     assert seen["handles"] == [True, False] and seen["supports"] == [True, True, False]
+    assert not seen["not every head"], "what converts is what a provider can be made of"
+    assert seen["dtypes"] == ["torch.float32", "torch.float16"]
+    assert seen["trusted"] == [[], ["evil.py"]]
     assert seen["hidden_size"] == TINY["hidden_size"] and seen["loaded"] == ()
     tensors = payload(tmp_path / "source")
-    assert seen["weights"] == (len(tensors), (), ["model.safetensors"])
+    assert seen["weights"] == (len(tensors), (), ["megabridge.json", "model.safetensors"])
     assert payload(tmp_path / "out" / "weights") == tensors
     assert seen["refusals"].keys() == EXPECTED.keys()
     for name, part in EXPECTED.items():

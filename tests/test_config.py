@@ -14,6 +14,7 @@ from megabridge import checks, config, host
 from megabridge.config import Config
 from megabridge.errors import ConfigError
 from megabridge.run import conf_folder, resolve
+from megabridge.topology import Topology
 from tests.compose import compose
 
 CONF = conf_folder()
@@ -74,7 +75,7 @@ def test_every_yaml_composes_and_names_what_exists(group: str, choice: str) -> N
 def test_the_groups_of_the_product_exist() -> None:
     assert MODELS.keys() | {"auto"} <= {choice for group, choice in CHOICES if group == "model"}
     assert LAYOUTS.keys() <= {choice for group, choice in CHOICES if group == "parallel"}
-    groups = "model parallel conversion checkpoint recipe data optimizer scheduler backend callbacks logger experiment"
+    groups = "model parallel conversion checkpoint recipe bench data optimizer scheduler backend callbacks logger experiment"
     assert {group for group, _ in CHOICES} == set(groups.split())
 
 
@@ -106,6 +107,15 @@ def test_dp_follows_from_the_world_or_sets_it() -> None:
     assert config.topology(typed("parallel=tp2").parallel, 8).dp == 4
     with pytest.raises(ConfigError, match="needs 4 processes, but there are 8"):
         config.topology(typed("parallel=tp2", "parallel.dp=2").parallel, 8)
+
+
+@pytest.mark.parametrize("recipe", ["plan", "bench"])
+def test_a_recipe_of_one_process(recipe: str) -> None:
+    run = typed(f"recipe={recipe}", "parallel=tp8pp2")
+    assert config.processes(run) == config.processes(run, 1) == Topology()
+    assert config.processes(typed("parallel=tp2"), 8) == Topology(tp=2, dp=4)
+    with pytest.raises(ConfigError, match=rf"recipes\.{recipe}:main runs in one process, but 2 were started"):
+        config.processes(run, 2)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +196,7 @@ def test_every_schema_field_is_documented() -> None:
 
 def platform_of(*overrides: str, gpus: int = 0, memory: int = 24 * GIB) -> str:
     run = typed(*overrides)
-    return host.choose_platform(run, config.topology(run.parallel), gpus=gpus, memory=memory, overrides=list(overrides))
+    return host.choose_platform(run, config.processes(run), gpus=gpus, memory=memory, overrides=list(overrides))
 
 
 def test_small_models_run_on_a_cpu_and_gpus_are_used_where_they_suffice() -> None:
@@ -196,6 +206,8 @@ def test_small_models_run_on_a_cpu_and_gpus_are_used_where_they_suffice() -> Non
     assert platform_of("model=tiny_llama", "parallel=tp8pp2", "platform=cpu", gpus=1) == "cpu"
     assert platform_of("model=llama32_1b", "platform=cpu", memory=64 * GIB) == "cpu"
     assert platform_of("model=llama32_1b", "recipe=convert", "platform=cpu", memory=8 * GIB) == "cpu"
+    assert platform_of("model=llama31_8b", "recipe=convert", memory=8 * GIB) == "cpu", "nothing is trained"
+    assert platform_of("model=llama31_8b", "recipe=plan", "parallel=tp8pp2", gpus=1) == "cuda", "one process, whatever the layout"
 
 
 def refusal(*overrides: str, gpus: int = 0, memory: int = 24 * GIB) -> str:

@@ -51,3 +51,11 @@ def test_names() -> None:
         "tp2pp2vpp2dp3",
         "tp2ep2etp1",
     ]
+
+
+def test_names_are_read_back() -> None:
+    for topology in (Topology(), Topology(tp=2, pp=2, vpp=2, dp=3), Topology(tp=2, ep=2, etp=1)):
+        assert Topology.parse(str(topology)) == topology
+    for text in ("", "tp", "tp2 pp2", "tp2tp2", "2tp", "singletp2", "xtp2"):
+        with pytest.raises(ConfigError, match="must read like single, tp2 or tp2pp2vpp2"):
+            Topology.parse(text)

@@ -28,6 +28,8 @@ PATTERNS: Final = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+CODE: Final = ("*.py",)
+"""Code that came with a model: kept beside the rest only where the user trusts it. Nothing here runs it."""
 DTYPE_KEYS: Final = ("dtype", "torch_dtype")
 
 
@@ -42,9 +44,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def copy_assets(source: Path, target: Path) -> list[str]:
-    """Copies tokenizer, templates and generation config, following links. Returns the names. One rank calls it."""
-    names = sorted({str(path.relative_to(source)) for pattern in PATTERNS for path in source.glob(pattern) if path.is_file()})
+def copy_assets(source: Path, target: Path, *, code: bool = False) -> list[str]:
+    """Copies tokenizer, templates, generation config, and `code`, following links. Returns the names. One rank calls it."""
+    patterns = (*PATTERNS, *CODE) if code else PATTERNS
+    names = sorted({str(path.relative_to(source)) for pattern in patterns for path in source.glob(pattern) if path.is_file()})
     for name in names:
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / name)

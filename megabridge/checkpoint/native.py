@@ -8,10 +8,12 @@ came with the file: megatron-core's own `dist_checkpointing.load` unpickles free
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import queue
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +30,14 @@ from megabridge.errors import CheckpointError, listed
 from megabridge.platform import quiet
 
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
@@ -54,6 +63,40 @@ class Progress:
     """What the run's course depends on (seed, batch size, learning rate, ...), to be compared on resume."""
     same_layout: bool = True
     """On a load: whether the checkpoint was written under this layout, so that the random state was restored too."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a native folder says of itself: its parameters' dtype (most elements' one), and whether they were trained."""
+
+    dtype: torch.dtype
+    is_trained: bool
+
+
+def locate(path: Path) -> Path:
+    """The native folder that `path` names: itself, the one of a step, or a run's newest. Needs no ranks."""
+    known = (path, path / folders.NATIVE, folders.latest(path), folders.latest(path / "checkpoints"))
+    found = next((folder for folder in known if folder is not None and folders.is_committed(folder)), None)
+    if found is None:
+        raise CheckpointError(
+            f"{path} must be a complete native checkpoint, a step's folder or a run's folder; no {folders.MARKER} with a .metadata "
+            "beside it is there."
+        )
+    return found
+
+
+def stored(folder: Path) -> Stored:
+    """What is in a native folder, without reading a tensor. A folder of another program's counts as trained. Needs no ranks."""
+    source = reader.open_folder(folder)
+    common = source.read_common().get(_COMMON) if source.has_state else None
+    dtypes: Counter[torch.dtype] = Counter()
+    for name, (dtype, elements) in source.tensors().items():
+        if not name.startswith("optimizer."):
+            dtypes[dtype] += elements
+    if not dtypes:
+        raise CheckpointError(f"{folder} holds no parameters; use another checkpoint.")
+    is_trained = not isinstance(common, dict) or "optimizer" in common or common.get("step") != 0
+    return Stored(dtypes.most_common(1)[0][0], is_trained)
 
 
 def layout() -> dict[str, int]:
@@ -83,6 +126,7 @@ def save(
     on rank 0 with an empty folder. Raises CheckpointError on every rank; the model and the optimizer are never changed.
     """
     partial = on_rank_zero("starting a checkpoint", lambda: folders.begin(folder))
+    needed = 0
     try:
         state = _model_state(chunks)
         common: dict[str, Any] = {
@@ -99,30 +143,45 @@ def save(
             common["scheduler_steps"] = scheduler.num_steps
         state[_RNG] = _rng_object(_rng_state())
         state[_COMMON] = common
-        _write(state, partial)
+        needed = sum(gather(_bytes(state)))
+        on_rank_zero("looking for space for a checkpoint", lambda: folders.check_space(partial, needed))
+        _write(_without_views(state), partial)
+        on_rank_zero("committing a checkpoint", lambda: _publish(folder, write_assets))
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{folder} can't be written: {error}. Nothing was changed, and earlier steps are kept.") from error
+        raise CheckpointError(
+            f"{folder} can't be written: {error}. Nothing was changed, and earlier steps are kept; {folders.space(folder, needed)}."
+        ) from error
 
-    def publish() -> None:
-        if write_assets is not None:
-            (partial / ASSETS).mkdir()
-            write_assets(partial / ASSETS)
-        folders.commit(folder)
 
-    on_rank_zero("committing a checkpoint", publish)
+def _publish(folder: Path, write_assets: Callable[[Path], None] | None) -> None:
+    if write_assets is not None:
+        place = folders.partial_of(folder) / ASSETS
+        place.mkdir()
+        write_assets(place)
+    folders.commit(folder)
+
+
+def _bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of the tensors that this rank writes."""
+    tensors = (entry for entry in nested_values(dict(state)) if isinstance(entry, ShardedTensor | ShardedTensorFactory))
+    return sum(entry.data.nbytes for entry in tensors if is_main_replica(entry.replica_id) and entry.data is not None)
 
 
 def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = None, scheduler: Any = None) -> Progress:
     """Reads `folder`, written under any layout, into the model, the optimizer and the scheduler, bit for bit.
 
     Hyperparameters (learning rate, decay, betas) stay those of the running optimizer; only its state is read. The random
-    state is restored where the layout is the same. Raises CheckpointError on every rank, and before anything is changed
+    state is restored where the layout is the same. A folder that was converted and never trained gives its weights only:
+    the run begins with them at step 0. Raises CheckpointError on every rank, and before anything is changed
     where the folder is incomplete, damaged or of another model.
     """
     with together("opening a checkpoint"):
         source = reader.open_folder(folder)
         common = _common(source)
+    if optimizer is not None and "optimizer" not in common and common["step"] == 0:
+        load_weights(folder, chunks, optimizer=optimizer)
+        return replace(_progress(common), same_layout=True)
     state = _model_state(chunks)
     if optimizer is not None:
         if "optimizer" not in common:
@@ -218,6 +277,28 @@ def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     return state
 
 
+def _without_views(state: dict[str, Any]) -> dict[str, Any]:
+    """`state` with every CPU tensor over the same memory as a storage of its own: megatron-core's writer copies views first."""
+    apply_factories(state)
+
+    def alone(entry: Any) -> Any:
+        if isinstance(entry, ShardedTensor) and isinstance(entry.data, torch.Tensor):
+            entry.data = _alone(entry.data)
+        return entry
+
+    dict_list_map_inplace(alone, state)
+    return state
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    is_view = tensor.untyped_storage().size() != tensor.nbytes
+    if tensor.device.type != "cpu" or not is_view or not tensor.is_contiguous() or not tensor.numel():
+        return tensor
+    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor  # which may be held by nothing else: the optimizer's entries are made for the save
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+
+
 def _fill(chunks: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
     for index, chunk in enumerate(unwrap_model(list(chunks))):
         wrong = chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=False)
@@ -232,7 +313,7 @@ def _check_names(source: reader.Source, state: Mapping[str, Any], *, ignored: tu
     problems = source.problems(wanted)
     everyones = gather((set(wanted), problems))
     wrong = sorted({problem for _, theirs in everyones for problem in theirs})
-    extra = source.tensor_names() - set().union(*(names for names, _ in everyones))
+    extra = source.tensors().keys() - set().union(*(names for names, _ in everyones))
     wrong += [f"{name}: in the checkpoint, not in the model" for name in sorted(extra) if not name.startswith(ignored)]
     if wrong:
         raise CheckpointError(

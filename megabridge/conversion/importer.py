@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from math import prod
+from pathlib import Path
 
 import torch
 
 from megabridge import agreement
-from megabridge.checkpoint.hf import Reader
+from megabridge.checkpoint.hf import PAGE, Reader, Way, native_box
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion.compare import compare, to_native
-from megabridge.conversion.plan import Item, Plan, check_source
+from megabridge.conversion.plan import Plan, check_source
 from megabridge.conversion.report import Report
+from megabridge.conversion.shared import node_of_this_rank, read_boxes, sharing
+from megabridge.conversion.walk import Job, Progress, fill, silent
 from megabridge.errors import CheckpointError, ParityError, listed
 
-Progress = Callable[[int, int], None]  # bytes done and bytes in all, of this rank
-
-
-def silent(done: int, total: int) -> None:
-    """A progress report that shows nothing."""
+__all__ = ["Progress", "import_weights", "silent"]
+Spans = dict[str, list[tuple[int, int]]]  # by file, first page and one past the last
 
 
 @torch.no_grad()
@@ -30,49 +33,150 @@ def import_weights(
     *,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    allow_nonfinite: bool = False,
     verify: bool = True,
+    way: Way = "auto",
+    dedupe: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Fills this rank's parameters from a folder's tensors (see `find_tensors`), cast to the parameters' dtype. Collective.
 
-    Elements that no tensor feeds (vocabulary padding) become zero. Raises MappingError before anything is copied when names or
-    shapes differ, CheckpointError for damaged files, ParityError when a copy differs; the same on every rank.
+    Elements that no tensor feeds (vocabulary padding) become zero. `way` is how a Reader takes short stretches; with `dedupe` the
+    ranks of a node read every block once between them. Raises MappingError before anything is copied when names or shapes differ,
+    CheckpointError for damaged files and for NaN or infinite weights, ParityError when a copy differs; the same on every rank.
     """
     begin = time.perf_counter()
     with agreement.together("checking the source"):
         absent = check_source(plan, infos, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
-    with agreement.together("reading weights"), Reader(infos.values()) as reader:
-        total = plan.owned_bytes
-        for item in plan.items:
-            _fill(reader, infos, item, absent)
-            progress(reader.bytes_copied, total)
+        _check_dtypes([infos[name] for name in (*plan.tensors, *plan.aliases) if name in infos])
+    jobs = _jobs(plan, infos, absent)
+    with (
+        sharing(infos, jobs, dedupe=dedupe) as shared,
+        agreement.together("reading weights"),
+        Reader(infos.values(), way=way) as reader,
+    ):
+        _zero_unfed(plan, absent)
+        read_boxes(reader, jobs, fill, shared=shared, straight=True, progress=progress)
         reader.finish()
-    copied = sum(agreement.gather(reader.bytes_copied))
+        _synchronize(jobs)
+    counts = agreement.gather((reader.bytes_copied, node_of_this_rank(), _merged(reader.fetched)))
     seconds = time.perf_counter() - begin
     names = [name for name in plan.tensors if name not in absent]
-    size = sum(infos[name].nbytes for name in names)
-    if not verify:
-        return Report(len(names), size, copied, seconds, 0.0, (), 0.0, False)
+    copied = tuple(count for count, _, _ in counts)
+    report = Report(
+        tensors=len(names),
+        bytes=sum(infos[name].nbytes for name in names),
+        bytes_copied=sum(copied),
+        seconds=seconds,
+        verify_seconds=0.0,
+        mismatched=(),
+        max_abs_diff=0.0,
+        is_verified=False,
+        copied_by_rank=copied,
+        fetched_by_node=_by_node([(node, spans) for _, node, spans in counts]),
+    )
     begin = time.perf_counter()
-    found = compare(plan, infos, to_native, absent=absent)
-    aliases = sorted(set(found.mismatched) & plan.aliases.keys())
+    if verify:
+        found = compare(plan, infos, to_native, absent=absent, way=way, dedupe=dedupe)
+        _refuse(plan, found.mismatched)
+        report = replace(report, mismatched=found.mismatched, max_abs_diff=found.max_abs, is_verified=True)
+    if not allow_nonfinite:
+        refuse_nonfinite(plan, absent)
+    return replace(report, verify_seconds=time.perf_counter() - begin)
+
+
+def _check_dtypes(infos: Sequence[TensorInfo]) -> None:
+    """Raises CheckpointError for weights that aren't floating-point numbers, and for a dtype beside another of its size.
+
+    One flipped letter in a header turns BF16 into F16; no checkpoint mixes two dtypes of one size.
+    """
+    problems = [f"{info.name} is {info.dtype}" for info in infos if not info.dtype.is_floating_point]
+    counts = Counter(info.dtype for info in infos if info.dtype.is_floating_point)
+    for size in {dtype.itemsize for dtype in counts}:
+        usual = max((dtype for dtype in counts if dtype.itemsize == size), key=lambda dtype: counts[dtype])
+        same_size = (info for info in infos if info.dtype.is_floating_point and info.dtype.itemsize == size)
+        problems += [f"{info.name} is {info.dtype}, others are {usual}" for info in same_size if info.dtype != usual]
+    if problems:
+        raise CheckpointError(
+            "weights must be floating-point numbers, those of equal size of one dtype; fetch the checkpoint again, or save it "
+            "in one dtype:\n  " + listed(problems)
+        )
+
+
+def _jobs(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[Job]:
+    named = ((item, transfer, item.hf[transfer.part]) for item in plan.items for transfer in item.transfers)
+    return [Job(infos[name], transfer, item.live.data) for item, transfer, name in named if name not in absent]
+
+
+def _zero_unfed(plan: Plan, absent: frozenset[str]) -> None:
+    for item in plan.items:
+        fed = sum(transfer.elements for transfer in item.transfers)
+        if fed < prod(item.live.data.shape) and not absent.intersection(item.hf):
+            item.live.data.zero_()
+
+
+def _synchronize(jobs: Sequence[Job]) -> None:
+    for device in {job.target.device for job in jobs if job.target.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+
+
+def _refuse(plan: Plan, mismatched: tuple[str, ...]) -> None:
+    aliases = sorted(set(mismatched) & plan.aliases.keys())
     if aliases:
         pairs = [f"{name} differs from {plan.aliases[name]}" for name in aliases]
         raise CheckpointError(
             "the config ties embedding and output weights, so the file's copies must be equal bit for bit; set "
             "tie_word_embeddings to false or remove the copy:\n  " + listed(pairs)
         )
-    if found.mismatched:
-        raise ParityError("these tensors differ from the source after the import:\n  " + listed(list(found.mismatched)))
-    return Report(len(names), size, copied, seconds, time.perf_counter() - begin, found.mismatched, found.max_abs, True)
+    if mismatched:
+        raise ParityError("these tensors differ from the source after the import:\n  " + listed(list(mismatched)))
 
 
-def _fill(reader: Reader, infos: Mapping[str, TensorInfo], item: Item, absent: frozenset[str]) -> None:
-    target = item.live.data
-    fed = sum(transfer.elements for transfer in item.transfers)
-    if fed < prod(target.shape) and not absent.intersection(item.hf):
-        target.zero_()
-    for transfer in item.transfers:
-        name = item.hf[transfer.part]
-        if name not in absent:
-            reader.read(infos[name], transfer, target)
+def refuse_nonfinite(plan: Plan, absent: frozenset[str] = frozenset()) -> None:
+    """Raises CheckpointError with the names of tensors whose parameters hold NaN or infinity, on every rank alike. Collective."""
+    verdicts = [_is_finite(item.live.data) for item in plan.items]
+    answers = torch.stack(verdicts).tolist() if verdicts else []
+    items = [item for item, finite in zip(plan.items, answers, strict=True) if not finite]
+    boxes = [(item.hf[t.part], native_box(item.live.data, t)) for item in items for t in item.transfers if t.elements]
+    bad = [name for name, box in boxes if name not in absent and not box.float().isfinite().all()]
+    names = sorted(set(chain.from_iterable(agreement.gather(bad))))
+    if names:
+        raise CheckpointError(
+            "weights must be finite numbers; these hold NaN or infinity, or values too large for the parameters' dtype; mend the "
+            "checkpoint, or set conversion.allow_nonfinite=true:\n  " + listed(names)
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether all elements are numbers, as a scalar where the tensor lives. The extremes of a tensor with a NaN are NaN."""
+    if tensor.numel() == 0:
+        return torch.tensor(True, device=tensor.device)
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.bfloat16)  # float8 has no order in torch; bfloat16 holds every value of it
+    least, most = tensor.aminmax()
+    return least.isfinite() & most.isfinite()
+
+
+def _merged(spans: Mapping[Path, list[tuple[int, int]]] | Spans) -> Spans:
+    """The same pages, with spans that touch joined."""
+    out: Spans = {}
+    for file, entries in spans.items():
+        joined: list[tuple[int, int]] = []
+        for start, stop in sorted(entries):
+            if joined and start <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+            else:
+                joined.append((start, stop))
+        out[str(file)] = joined
+    return out
+
+
+def _by_node(found: Iterable[tuple[str, Spans]]) -> tuple[int, ...]:
+    """Bytes of the different pages that each node's ranks touched; nodes in the order of their first ranks."""
+    nodes: dict[str, Spans] = {}
+    for node, spans in found:
+        for file, entries in spans.items():
+            nodes.setdefault(node, {}).setdefault(file, []).extend(entries)
+    return tuple(
+        sum(stop - start for entries in _merged(spans).values() for start, stop in entries) * PAGE for spans in nodes.values()
+    )

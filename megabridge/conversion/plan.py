@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import gc
+import pickle
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cached_property
-from math import prod
 
 import torch
 
@@ -17,7 +19,8 @@ from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion.native import Live, Record
 from megabridge.errors import MappingError, listed
 from megabridge.families import Family
-from megabridge.mapping import Dims, Transfer, natural, transfers
+from megabridge.mapping import Cut, Dims, Resolved, Transfer, natural, transfers
+from megabridge.mapping.tiling import Flaw, flaw, hf_boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +69,13 @@ class Source:
 class Plan:
     """This rank's items, and all ranks' tensors in natural order.
 
-    `aliases` maps tensors that a tied checkpoint may carry besides to the tensors they equal. `records` holds every rank's
-    parameters, by rank.
+    `sources` says by tensor which boxes tile it and who writes them: by rank, then in module order, equal on every rank. `aliases`
+    maps tensors that a tied checkpoint may carry besides to the tensors they equal. `records` are, by rank, of what it writes.
     """
 
     items: tuple[Item, ...]
     tensors: Mapping[str, Spec]
+    sources: Mapping[str, tuple[Source, ...]]
     aliases: Mapping[str, str]
     family: Family
     dims: Dims
@@ -82,94 +86,159 @@ class Plan:
         """Bytes of this rank's parameters that some tensor feeds."""
         return sum(t.elements * item.live.parameter.element_size() for item in self.items for t in item.transfers)
 
-    @cached_property
-    def sources(self) -> Mapping[str, tuple[Source, ...]]:
-        """By tensor, the boxes that tile it: by rank, then in module order. Equal on every rank."""
-        found: dict[str, list[Source]] = {name: [] for name in self.tensors}
-        for rank, records in enumerate(self.records):
-            for entry in entries(self.family, self.dims, [record for record in records if record.is_writer])[0]:
-                for transfer in entry.transfers if entry.is_writer else ():
-                    found[entry.hf[transfer.part]].append(Source(rank, entry.record.name, transfer))
-        return {name: tuple(boxes) for name, boxes in found.items()}
 
+class Expansion:
+    """Records to entries by a family's rules. Each name is resolved and each shape cut once: ranks and layers repeat them."""
 
-def entries(family: Family, dims: Dims, records: Iterable[Record]) -> tuple[list[Entry], list[str]]:
-    """What the family's rules say of `records`, and a line for each that no rule feeds or whose shape contradicts its rule."""
-    out: list[Entry] = []
-    problems: list[str] = []
-    for record in records:
-        rule = family.weights.resolve(record.name, tied=dims.tied)
+    def __init__(self, family: Family, dims: Dims) -> None:
+        self.family = family
+        self.dims = dims
+        self._resolved: dict[str, Resolved | None] = {}
+        self._first: dict[tuple[int, tuple[int, ...], Cut | None], Entry] = {}
+
+    @property
+    def distinct(self) -> list[Entry]:
+        """One entry for each arrangement seen: parameters of one layout, shape and cut share their transfers."""
+        return list(self._first.values())
+
+    def entry(self, record: Record) -> Entry:
+        """What fills the parameter of `record`. Raises MappingError when no rule does, or its rule contradicts the shape."""
+        name = record.name
+        if name not in self._resolved:
+            self._resolved[name] = self.family.weights.resolve(name, tied=self.dims.tied)
+        rule = self._resolved[name]
         if rule is None:
-            problems.append(f"no rule of {family.architecture} feeds the parameter {record.name} {record.shape}")
-            continue
-        try:
-            moves = transfers(rule.layout, record.shape, dims, record.cut)
-            whole = rule.layout.part_shapes(record.shape, dims)
-        except MappingError as error:
-            problems.append(f"{record.name}: {error}")
-            continue
-        out.append(Entry(record, rule.names(len(whole)), tuple(whole), moves, rule.is_tied_copy))
-    return out, problems
+            raise MappingError(f"no rule of {self.family.architecture} feeds the parameter {name} {record.shape}")
+        key = (id(rule.layout), record.shape, record.cut)  # the family holds its layouts for good
+        first = self._first.get(key)
+        if first is None:
+            try:
+                moves = transfers(rule.layout, record.shape, self.dims, record.cut)
+                shapes = tuple(rule.layout.part_shapes(record.shape, self.dims))
+            except MappingError as error:
+                raise MappingError(f"{name}: {error}") from error
+            first = self._first[key] = Entry(record, rule.names(len(shapes)), shapes, moves, rule.is_tied_copy)
+        return Entry(record, rule.names(len(first.shapes)), first.shapes, first.transfers, rule.is_tied_copy)
+
+    def entries(self, records: Iterable[Record]) -> tuple[list[Entry], list[str]]:
+        """The entries of `records`, and a line for each that has none."""
+        out: list[Entry] = []
+        problems: list[str] = []
+        for record in records:
+            try:
+                out.append(self.entry(record))
+            except MappingError as error:
+                problems.append(str(error))
+        return out, problems
 
 
 def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live]) -> Plan:
-    """The plan for this rank's parameters. Collective: ranks exchange names and shapes once.
+    """The plan for this rank's parameters. Collective: ranks exchange the records of what they write once.
 
-    Raises the same MappingError on every rank, with every parameter that no rule feeds and every contradiction between shapes.
+    Raises the same MappingError on every rank, with every parameter that no rule feeds and every contradiction between shapes, and
+    when the boxes that ranks write don't tile every tensor exactly once.
     """
-    dims = Dims.of(native)
-    own, problems = entries(family, dims, [live.record for live in lives])
+    expansion = Expansion(family, Dims.of(native))
+    with uncollected():
+        own, problems = expansion.entries(live.record for live in lives)
+        gathered = agreement.gather((_packed([live.record for live in lives if live.record.is_writer]), problems))
+        check_fits({problem for _, rank_problems in gathered for problem in rank_problems})
+        records = tuple(_unpacked(packed) for packed, _ in gathered)
+        tensors, sources = tile(expansion, records)
+        check_fits({line for lines in agreement.gather(_contradictions(own, tensors)) for line in lines})
     by_name = {live.name: live for live in lives}
     items = tuple(
         Item(entry.record, entry.hf, entry.shapes, entry.transfers, entry.is_tied_copy, by_name[entry.record.name]) for entry in own
     )
-    tensors = _merge(agreement.gather((_shapes(own), problems)))
-    _check_tiling(own, tensors)
-    aliases = family.weights.tied_aliases() if dims.tied else {}
-    records = agreement.gather(tuple(live.record for live in lives))
-    return Plan(items, tensors, {name: to for name, to in aliases.items() if to in tensors}, family, dims, tuple(records))
+    aliases = family.weights.tied_aliases() if expansion.dims.tied else {}
+    present = {name: to for name, to in aliases.items() if to in tensors}
+    return Plan(items, tensors, sources, present, family, expansion.dims, records)
 
 
-Shapes = list[tuple[str, tuple[int, ...], torch.dtype, str]]
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside: a plan makes many objects and no cycles, and looking for some takes as long as planning."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
-def _shapes(found: Iterable[Entry]) -> Shapes:
-    return [
-        (name, shape, entry.record.dtype, entry.record.name)
-        for entry in found
-        for name, shape in zip(entry.hf, entry.shapes, strict=True)
-    ]
+def check_fits(problems: Iterable[str]) -> None:
+    """Raises one MappingError with all of `problems`, if there are any."""
+    if found := sorted(problems):
+        raise MappingError("the model doesn't fit its architecture's rules:\n  " + listed(found))
 
 
-def _merge(found: list[tuple[Shapes, list[str]]]) -> dict[str, Spec]:
+def tile(expansion: Expansion, records: Iterable[Iterable[Record]]) -> tuple[dict[str, Spec], dict[str, tuple[Source, ...]]]:
+    """The tensors, in natural order, that ranks' records make up, and the boxes that tile each. `records` are by rank.
+
+    Proves, box by box, that every element of every tensor is written exactly once; raises MappingError otherwise.
+    """
     specs: dict[str, Spec] = {}
-    problems = sorted({problem for _, rank_problems in found for problem in rank_problems})
-    for name, shape, dtype, native in (entry for shapes, _ in found for entry in shapes):
-        known = specs.setdefault(name, Spec(shape, dtype))
-        if known != Spec(shape, dtype):
-            problems.append(f"{native} wants {name} as {dtype} {shape}, another rank or parameter as {known.dtype} {known.shape}")
-    if problems:
-        raise MappingError("the model doesn't fit its architecture's rules:\n  " + listed(problems))
-    return {name: specs[name] for name in sorted(specs, key=natural)}
+    boxes: dict[str, list[Source]] = {}
+    problems: list[str] = []
+    for rank, held in enumerate(records):
+        found, unfed = expansion.entries(record for record in held if record.is_writer)
+        problems += unfed + _contradictions(found, specs)
+        for entry in found:
+            for transfer in entry.transfers if entry.is_writer else ():
+                boxes.setdefault(entry.hf[transfer.part], []).append(Source(rank, entry.record.name, transfer))
+    check_fits(set(problems))
+    names = sorted(specs, key=natural)
+    _check_tiling(specs, boxes)
+    return {name: specs[name] for name in names}, {name: tuple(boxes[name]) for name in names}
 
 
-def _check_tiling(own: Iterable[Entry], tensors: Mapping[str, Spec]) -> None:
-    """Raises MappingError unless the boxes that ranks write have exactly as many elements as the tensors."""
-    counts: Counter[str] = Counter()
-    for entry in own:
-        if entry.is_writer:
-            for transfer in entry.transfers:
-                counts[entry.hf[transfer.part]] += transfer.elements
-    written: Counter[str] = Counter()
-    for theirs in agreement.gather(counts):
-        written.update(theirs)
-    problems = [
-        f"{name}: ranks write {written[name]} elements of {prod(spec.shape)}"
-        for name, spec in tensors.items()
-        if written[name] != prod(spec.shape)
-    ]
+def _contradictions(found: Iterable[Entry], specs: dict[str, Spec]) -> list[str]:
+    """A line for each tensor of `found` that `specs` has otherwise; one that it lacks is added."""
+    problems = []
+    for entry in found:
+        dtype = entry.record.dtype
+        for name, shape in zip(entry.hf, entry.shapes, strict=True):
+            known = specs.get(name)
+            if known is None:
+                specs[name] = Spec(shape, dtype)
+            elif known.shape != shape or known.dtype != dtype:
+                problems.append(
+                    f"{entry.record.name} wants {name} as {dtype} {shape}, another rank or parameter as {known.dtype} {known.shape}"
+                )
+    return problems
+
+
+def _check_tiling(specs: Mapping[str, Spec], boxes: Mapping[str, Sequence[Source]]) -> None:
+    proven: dict[tuple[object, ...], Flaw | None] = {}  # layers repeat: the same transfers of the same shape are proven once
+    problems = []
+    for name, spec in specs.items():
+        moves = [source.transfer for source in boxes.get(name, ())]
+        key = (spec.shape, *map(id, moves))
+        if key not in proven:
+            proven[key] = flaw(spec.shape, hf_boxes(moves))
+        if (found := proven[key]) is not None:
+            problems.append(f"{name} {spec.shape}: {found} of the {len(moves)} that ranks write")
     if problems:
         raise MappingError("the ranks' parameters must tile every tensor exactly once:\n  " + listed(problems))
+
+
+def _packed(records: Iterable[Record]) -> bytes:
+    """Records to send: a gather takes as much memory as the largest answer times the ranks, and names compress well."""
+    rows = [
+        (record.name, record.shape, record.dtype, None if record.cut is None else astuple(record.cut), record.is_writer)
+        for record in records
+    ]
+    return zlib.compress(pickle.dumps(rows), 1)
+
+
+def _unpacked(packed: bytes) -> tuple[Record, ...]:
+    rows = pickle.loads(zlib.decompress(packed))
+    cuts: dict[tuple[int, ...] | None, Cut | None] = {None: None}
+    for _, _, _, cut, _ in rows:
+        if cut not in cuts:
+            cuts[cut] = Cut(*cut)
+    return tuple(Record(sys.intern(name), shape, dtype, cuts[cut], is_writer) for name, shape, dtype, cut, is_writer in rows)
 
 
 def check_source(

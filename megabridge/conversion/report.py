@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Report:
     """What one import or export moved and how it compared, over all ranks.
 
-    `tensors` and `bytes` count the Hugging Face side; `bytes_copied` what all ranks copied out of or into files;
+    `tensors` and `bytes` count the Hugging Face side; `bytes_copied` what all ranks copied out of or into files, `bytes_kept` what
+    an export found written already, by one that was killed;
     `seconds` is the walk without verification. `mismatched` names tensors whose bits differ after the cast to the target's dtype.
     """
 
@@ -21,6 +22,11 @@ class Report:
     mismatched: tuple[str, ...]
     max_abs_diff: float
     is_verified: bool
+    bytes_kept: int = 0
+    copied_by_rank: tuple[int, ...] = ()
+    """Of an import: bytes that each rank copied out of files into its parameters."""
+    fetched_by_node: tuple[int, ...] = ()
+    """Of an import: bytes of the different pages (4 KiB) that each node's ranks touched, to be read from storage at worst once."""
 
     def metrics(self) -> dict[str, float]:
         """Figures by name, for loggers. `gb_per_s` counts 10^9 bytes of the Hugging Face side."""
@@ -38,4 +44,5 @@ class Report:
         verified = (
             f"{len(self.mismatched)} mismatched, max abs difference {self.max_abs_diff:g}" if self.is_verified else "not verified"
         )
-        return f"{self.tensors} tensors, {self.bytes / 1e6:.1f} MB in {self.seconds:.2f} s, {verified}"
+        kept = f" ({self.bytes_kept / 1e6:.1f} MB were there already)" if self.bytes_kept else ""
+        return f"{self.tensors} tensors, {self.bytes / 1e6:.1f} MB{kept} in {self.seconds:.2f} s, {verified}"

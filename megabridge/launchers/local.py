@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any, Final
 
+from megabridge import last_words
 from megabridge.host import cores
 from megabridge.launchers import processes, report
 from megabridge.launchers.place import Place
@@ -43,6 +44,8 @@ class _Worker:
     process: subprocess.Popen[bytes]
     outcome: IO[bytes]
     """The unnamed file in which it leaves its outcome."""
+    note: IO[bytes]
+    """The unnamed file in which it notes what it reads."""
 
 
 def launch(values: Mapping[str, Any], *, world_size: int, platform: str) -> float | None:
@@ -63,7 +66,8 @@ def launch(values: Mapping[str, Any], *, world_size: int, platform: str) -> floa
         config = stack.enter_context(config_file(values))
         for place in places:
             outcome = stack.enter_context(tempfile.TemporaryFile())
-            workers.append(_start(place, world_size, config, outcome, environ))
+            note = stack.enter_context(tempfile.TemporaryFile())
+            workers.append(_start(place, world_size, config, outcome, note, environ))
         return _wait(workers)
 
 
@@ -93,9 +97,11 @@ def threads_each(world_size: int) -> int:
     return max(1, cores() // world_size)
 
 
-def _start(place: Place | None, world_size: int, config: int, outcome: IO[bytes], environ: dict[str, str]) -> _Worker:
+def _start(
+    place: Place | None, world_size: int, config: int, outcome: IO[bytes], note: IO[bytes], environ: dict[str, str]
+) -> _Worker:
     """Starts the rank at `place`, or with None the process that forks all ranks."""
-    arguments = [f"--config={config}", f"--outcome={outcome.fileno()}"]
+    arguments = [f"--config={config}", f"--outcome={outcome.fileno()}", f"--note={note.fileno()}"]
     if place is None:
         arguments.append(f"--fork={world_size}")
     parent = os.getpid()
@@ -103,11 +109,11 @@ def _start(place: Place | None, world_size: int, config: int, outcome: IO[bytes]
         [sys.executable, "-m", "megabridge.worker", *arguments],
         env=environ | ({} if place is None else place.environ()),
         stdin=subprocess.DEVNULL,
-        pass_fds=(config, outcome.fileno()),
+        pass_fds=(config, outcome.fileno(), note.fileno()),
         process_group=0,
         preexec_fn=lambda: processes.die_with_parent(parent),
     )
-    return _Worker(-1 if place is None else place.rank, process, outcome)
+    return _Worker(-1 if place is None else place.rank, process, outcome, note)
 
 
 def _wait(workers: list[_Worker]) -> float | None:
@@ -130,17 +136,19 @@ def _first_failure(failed: list[_Worker]) -> Failure:
     for worker in failed:
         outcome = report.read(worker.outcome.fileno())
         if not isinstance(outcome, Failure):
-            return Failure(worker.rank, worker.process.returncode, _cause_of_death(worker.process.returncode))
+            return Failure(worker.rank, worker.process.returncode, _cause_of_death(worker))
         known.append(outcome)
     return min(known, key=lambda failure: failure.time)
 
 
-def _cause_of_death(exit_code: int) -> str:
+def _cause_of_death(worker: _Worker) -> str:
     """What to say of a process that left no report."""
+    exit_code: int = worker.process.returncode
     if exit_code >= 0:
         return f"ended with exit code {exit_code} and without a report; its own output may say why."
     name = signal.Signals(-exit_code).name
-    hints = {"SIGKILL": " (out of memory, or killed from outside)", "SIGBUS": " (a file that it read was truncated)"}
+    files = last_words.truncated(last_words.page(worker.note.fileno())) if name == "SIGBUS" else ""
+    hints = {"SIGKILL": " (out of memory, or killed from outside)", "SIGBUS": f" (a file that it read was truncated){files}"}
     return f"was ended by {name}{hints.get(name, '')}."
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -62,6 +65,11 @@ def start(
         _check_world(topology, world_size)
         _start_torch(rank, world_size, init_method, timeout)
     _check_world(topology, dist.get_world_size())
+    _start_megatron(topology)
+    _seed(seed)
+
+
+def _start_megatron(topology: Topology, **options: bool) -> None:
     parallel_state.initialize_model_parallel(
         topology.tp,
         topology.pp,
@@ -69,9 +77,29 @@ def start(
         context_parallel_size=topology.cp,
         expert_model_parallel_size=topology.ep,
         expert_tensor_parallel_size=topology.expert_tp,
+        **options,
     )
     _started.topology = topology
-    _seed(seed)
+
+
+@contextmanager
+def imagined(topology: Topology, rank: int) -> Iterator[None]:
+    """Groups in which this process believes to be `rank` of `topology`, for building meta-device chunks of ranks that don't run.
+
+    Nothing is sent: a collective inside leaves its arguments as they are. Raises ConfigError when groups exist already.
+    """
+    if dist.is_initialized():
+        raise ConfigError(
+            "ranks that don't run are imagined in a process without groups, but this one has some; call groups.stop()."
+        )
+    hook = sys.excepthook  # torch replaces it by one that names the rank
+    dist.init_process_group("fake", rank=rank, world_size=topology.world_size)
+    try:
+        _start_megatron(topology, create_gloo_process_groups=False)  # gloo has no groups of ranks that don't run
+        yield
+    finally:
+        stop()
+        sys.excepthook = hook
 
 
 def ensure(topology: Topology) -> None:
@@ -106,11 +134,15 @@ def world_size(default: int = 1) -> int:
     return int(os.environ.get("WORLD_SIZE", str(default)))
 
 
-def stop() -> None:
-    """Ends megatron-core's groups and torch's. Does nothing when there are none. Every rank calls it."""
+def stop(*, for_good: bool = True) -> None:
+    """Ends megatron-core's groups and torch's. Does nothing when there are none. Every rank calls it.
+
+    With `for_good=False` others may be started after it: torch's stays where there are more ranks than this one, which
+    could not meet a second time at the store that they met at.
+    """
     _started.topology = None
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if dist.is_initialized() and (for_good or dist.get_world_size() == 1):
         dist.destroy_process_group()
 
 
@@ -144,18 +176,17 @@ def _start_torch(rank: int, world_size: int, init_method: str | None, timeout: f
     if platform.is_cpu():
         where["backend"] = "gloo"
     elif torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count()))
-        torch.cuda.set_device(local_rank)
+        if world_size > 1 or "LOCAL_RANK" in os.environ:  # a single process keeps the device that it chose
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
         where["backend"] = "nccl"
     else:
         raise ConfigError("MEGABRIDGE_PLATFORM=cuda, but torch sees no CUDA device; set it to cpu or auto.")
-    store = ranks.forked_store(rank, world_size)
     if init_method is not None:
         where["init_method"] = init_method
-    elif store is not None:
-        where["store"] = store
     elif world_size == 1:
         where["store"] = HashStore()
+    elif (store := ranks.forked_store(rank, world_size)) is not None:
+        where["store"] = store
     else:
         where["init_method"] = "env://"
     dist.init_process_group(**where)

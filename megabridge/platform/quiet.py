@@ -22,6 +22,9 @@ _WARNINGS: Final[tuple[tuple[str, type[Warning]], ...]] = (
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
     # Names that megatron-core calls, renamed in newer versions of torch.
     (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
+    # A native checkpoint is read without collectives of torch's, and megatron-core describes it with torch's older class.
+    (r"torch\.distributed is disabled, unavailable or uninitialized", UserWarning),
+    (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
     # megatron-core's source has an escape in a docstring; shown once, when it is compiled to bytecode.
     (r"invalid escape sequence", SyntaxWarning),
     (r'"\\-" is an invalid escape sequence', SyntaxWarning),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import mmap
 import os
 import selectors
 import signal
@@ -25,6 +26,7 @@ from typing import Final
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
+from megabridge import last_words
 from megabridge.errors import ConfigError, MegabridgeError
 
 _PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
@@ -59,6 +61,7 @@ class _Rank:
     pid: int
     pidfd: int
     pipe: int
+    note: mmap.mmap
     report: str = ""
     exit_code: int | None = None
 
@@ -127,15 +130,17 @@ class _Group:
             read_end, write_end = os.pipe()
             host = os.getpid()
             leader = self.ranks[0].pid if self.ranks else 0
+            note = last_words.page()
             pid = os.fork()
             if pid == 0:
                 os.close(read_end)
+                last_words.keep(note)
                 _run_rank(self, rank, write_end, leader=leader, host=host)
             os.close(write_end)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.setpgid(pid, leader or pid)  # the rank does so too: whoever is first
             os.set_blocking(read_end, False)
-            self.ranks.append(_Rank(rank=rank, pid=pid, pidfd=os.pidfd_open(pid), pipe=read_end))
+            self.ranks.append(_Rank(rank=rank, pid=pid, pidfd=os.pidfd_open(pid), pipe=read_end, note=note))
 
     def wait(self, deadline: float | None) -> FirstFailure | None:
         """Waits for every rank; returns at the first failure, leaving the others to `kill`."""
@@ -165,7 +170,7 @@ class _Group:
         if causes or not any(rank.report for rank in self.ranks):
             rank = (causes or silent)[0]
             assert rank.exit_code is not None
-            return FirstFailure(rank.rank, rank.exit_code, _cause_of_death(rank.exit_code), "", False)
+            return FirstFailure(rank.rank, rank.exit_code, _cause_of_death(rank.exit_code, rank.note), "", False)
         reports = [(json.loads(rank.report), rank) for rank in self.ranks if rank.report]
         report, rank = min(reports, key=lambda pair: float(pair[0]["time"]))
         return FirstFailure(rank.rank, report["exit_code"], report["error"], report["traceback"], bool(report["is_expected"]))
@@ -184,6 +189,7 @@ class _Group:
                 rank.exit_code = _reap(rank.pid)
             os.close(rank.pidfd)
             os.close(rank.pipe)
+            rank.note.close()
         self.ranks.clear()
 
     def _has_ended(self, rank: _Rank) -> bool:
@@ -263,9 +269,11 @@ def _signal_group(leader: int, number: signal.Signals) -> None:
         os.killpg(leader, number)
 
 
-def _cause_of_death(exit_code: int) -> str:
+def _cause_of_death(exit_code: int, note: mmap.mmap) -> str:
     if exit_code < 0:
         hint = " (out of memory, or killed from outside)" if exit_code == -signal.SIGKILL else ""
+        if exit_code == -signal.SIGBUS:
+            hint = f" (a file that it read was truncated){last_words.truncated(note)}"
         return f"ended by signal {signal.Signals(-exit_code).name}{hint}."
     return f"ended with exit code {exit_code} and no error."
 

@@ -75,6 +75,10 @@ def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -
         verify=conversion.verify,
         allow_missing=conversion.allow_missing if conversion.strict else ["*"],
         allow_unexpected=conversion.allow_unexpected if conversion.strict else ["*"],
+        allow_bin=conversion.allow_bin,
+        allow_nonfinite=conversion.allow_nonfinite,
+        reader=conversion.reader,  # type: ignore[arg-type]  # one of its choices
+        dedupe=conversion.dedupe,
     )
     return chunks
 

@@ -22,6 +22,16 @@ def refusal(call: Any) -> str:
     return "nothing was raised"
 
 
+def trusted(source: str, out: Path) -> list[list[str]]:
+    """The *.py files of an export without and with trust_remote_code."""
+    found = []
+    for trust in (False, True):
+        bridge = AutoBridge.from_hf_pretrained(source, trust_remote_code=trust)
+        bridge.save_hf_pretrained(bridge.to_megatron_model(), out / f"trust_{trust}", show_progress=False)
+        found.append([path.name for path in (out / f"trust_{trust}").glob("*.py")])
+    return found
+
+
 def surface(source: str, out: str) -> dict[str, Any]:
     """Every public name that needs no second rank, used once."""
     other = Path(out) / "other"
@@ -40,6 +50,11 @@ def surface(source: str, out: str) -> dict[str, Any]:
         "supported": AutoBridge.list_supported_models(),
         "handles": [AutoBridge.can_handle(source), AutoBridge.can_handle(other)],
         "supports": [AutoBridge.supports(TINY), AutoBridge.supports(LlamaConfig()), AutoBridge.supports(MambaConfig())],
+        "not every head": AutoBridge.supports({**TINY, "num_key_value_heads": 3}),
+        "dtypes": [
+            str(AutoBridge.from_hf_pretrained(source, torch_dtype=name, device_map="cpu").dtype) for name in ("auto", "float16")
+        ],
+        "trusted": trusted(source, Path(out)),
         "hidden_size": from_config.transformer_config.hidden_size,
         "loaded": from_config.load_hf_weights(bare, source, show_progress=False).mismatched,
         "weights": (weights.tensors, weights.mismatched, sorted(path.name for path in (Path(out) / "weights").iterdir())),
@@ -49,7 +64,11 @@ def surface(source: str, out: str) -> dict[str, Any]:
             "other architecture": refusal(lambda: bridge.load_hf_weights(model, other)),
             "unsupported": refusal(lambda: AutoBridge.from_hf_pretrained(other)),
             "dtype": refusal(lambda: AutoBridge.from_hf_pretrained(source, dtype="int8")),
-            "remote code": refusal(lambda: AutoBridge.from_hf_pretrained(source, trust_remote_code=True)),
+            "device": refusal(lambda: AutoBridge.from_hf_pretrained(source, device_map="balanced")),
+            "no CUDA": refusal(lambda: AutoBridge.from_hf_pretrained(source, device_map="cuda:1")),
+            "two dtypes": refusal(lambda: AutoBridge.from_hf_pretrained(source, dtype="float32", torch_dtype="float16")),
+            "no MLA": refusal(lambda: bridge.mla_transformer_config),
+            "no use": refusal(lambda: bridge.to_megatron_provider(load_weights=False, hf_path=source)),
             "source dtype": refusal(
                 lambda: AutoBridge.from_hf_pretrained(source).save_hf_weights(model, out, weight_dtype="source")
             ),

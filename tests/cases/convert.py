@@ -99,7 +99,7 @@ def refusals(folders: list[str]) -> list[tuple[str, str, float]]:
 
 def failing_export(source: str, out: str, rank: int) -> tuple[str, str, bool]:
     """One rank can't write: what every rank raises, and whether anything was published."""
-    from megabridge.checkpoint.hf import Writer
+    from megabridge.conversion.writer import Writer
 
     bridge = AutoBridge.from_hf_pretrained(source)
     model = provide(bridge)

@@ -1,7 +1,8 @@
-"""A hub of our own on this machine: the few answers of the hub's HTTP interface that a download asks for."""
+"""A hub of our own on this machine: the few answers of the hub's HTTP interface that a download or an upload asks for."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -16,7 +17,10 @@ COMMIT: Final = "1" * 40
 
 @contextmanager
 def serving(models: Mapping[str, Mapping[str, bytes]], *, gated: str = "") -> Iterator[tuple[str, list[str]]]:
-    """(address, names of the files that were fetched) of a server with `models`: id to file name to content."""
+    """(address, names of the files that were fetched) of a server with `models`: id to file name to content.
+
+    A repository that is made and filled is in `models` afterwards, which then must be mutable. Only the token "writer" may.
+    """
     fetched: list[str] = []
 
     class Answers(BaseHTTPRequestHandler):
@@ -51,6 +55,30 @@ def serving(models: Mapping[str, Mapping[str, bytes]], *, gated: str = "") -> It
                     fetched.append(file[3])
                 self.answer(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
 
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            call = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(preupload|commit)/([\w.-]+)", self.path.partition("?")[0])
+            if self.headers.get("Authorization") != "Bearer writer":
+                self.answer(401, b'{"error": "Invalid username or password."}')
+            elif self.path == "/api/repos/create":
+                asked = json.loads(body)
+                name = f"{asked['organization']}/{asked['name']}"
+                assert isinstance(models, dict)
+                models.setdefault(name, {})
+                self.answer(200, json.dumps({"url": f"http://{self.headers['Host']}/{name}", "name": name}).encode())
+            elif call and call[2] == "preupload":
+                files = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
+                ]
+                self.answer(200, json.dumps({"files": files}).encode())
+            else:
+                assert call
+                entries = [json.loads(line) for line in body.splitlines()]
+                files = {entry["value"]["path"]: entry["value"] for entry in entries if entry["key"] == "file"}
+                models[call[1]] = {path: base64.b64decode(file["content"]) for path, file in files.items()}  # type: ignore[index]
+                url = f"http://{self.headers['Host']}/{call[1]}/commit/{COMMIT}"
+                self.answer(200, json.dumps({"commitUrl": url, "commitOid": COMMIT}).encode())
+
         def entry(self, path: str, content: bytes) -> dict[str, object]:
             return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
@@ -59,7 +87,7 @@ def serving(models: Mapping[str, Mapping[str, bytes]], *, gated: str = "") -> It
             for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +148,31 @@ def test_convert_goes_round_and_through_a_native_checkpoint(
         assert all((found[name] == tensor).all() for name, tensor in expected.items())
     with pytest.raises(RankError, match=r"checkpoint\.resume=<run>"):
         convert("export")
+
+
+def test_plan_runs_in_one_process_whatever_the_layout(tmp_path: Path) -> None:
+    """As a user starts it; nothing is downloaded, and only one process runs the recipe."""
+    command = "recipe=plan model=llama31_8b parallel=tp8pp2 parallel.dp=128 conversion.max_shard_size=1GB logger=local platform=cpu run_dir=run"
+    root = Path(__file__).parent.parent.parent
+    environ = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "megabridge.run", *command.split()],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "291 tensors, 16060.5 MB: each element is written by exactly one of 2048 ranks" in run.stdout
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert (
+        plan["world_size"] == 2048
+        and plan["bytes"] == sum(share["written_bytes"] for share in plan["ranks"].values()) == 2 * 8_030_261_248
+    )
+    assert sorted(map(int, plan["ranks"])) == [*range(8), *range(1024, 1032)]
+    assert all(share["held_bytes"] == share["fed_bytes"] >= share["written_bytes"] for share in plan["ranks"].values())
+    assert {share["files"] for share in plan["ranks"].values()} != {1}
 
 
 def test_a_setting_that_cannot_work_names_itself(ranks: RankServer, tmp_path: Path, source: Path) -> None:

@@ -1,0 +1,272 @@
+"""Streaming: whole Hugging Face tensors, moved between ranks in flat buckets, the next one in flight while one is used.
+
+Each rank packs its boxes of a bucket into one section of a buffer, the *wire*; sections travel, and a rank that asked for the
+tensors puts them together in a second buffer, the *flat* tensor that it yields. Before a bucket travels, all ranks exchange one
+integer: go on, closed or failed. Python objects are exchanged at the start, and when a stream ends early.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from megabridge import agreement
+from megabridge.checkpoint.hf import native_box, view
+from megabridge.conversion.buckets import Bucket, Entries, Piece, Section, lay_out, plan_buckets
+from megabridge.conversion.plan import Plan, Spec
+from megabridge.errors import ConfigError, MegabridgeError, listed
+from megabridge.loggers.bars import bytes_bar
+
+BUCKET_BYTES: Final = 512 << 20
+GO, CLOSED, FAILED = 0, 1, 2
+
+
+class _Ended(Exception):
+    """Ends a stream on this rank without an error."""
+
+
+class Stream:
+    """The tensors of `specs`, in this order, on the ranks in `consumers` (None: all). Every rank makes one and uses it up.
+
+    `cpu` brings them to the host; `in_rows` lets a tensor that is larger than a bucket travel in blocks of rows. Raises
+    ConfigError, on every rank, when ranks ask for different things. When a rank leaves early, the other consumers' next step raises
+    MegabridgeError; when one fails, every rank raises its error.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        specs: Mapping[str, Spec],
+        *,
+        cpu: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
+        consumers: Collection[int] | None = None,
+        in_rows: bool = False,
+    ) -> None:
+        self._rank, self._world = agreement.rank(), agreement.world_size()
+        self._consumers = _agreed(specs, bucket_bytes, consumers, self._world)
+        self._is_consumer = self._rank in self._consumers
+        self._plan = plan
+        self._buckets = plan_buckets(specs, bucket_bytes, in_rows=in_rows)
+        self._count = sum(len(bucket.entries) for bucket in self._buckets)
+        self._delivered = 0  # tensors that the caller was given
+        self._parameters = {item.record.name: item.live for item in plan.items}
+        self._home = plan.items[0].live.data.device if plan.items else torch.device("cpu")
+        self._carrier = _carrier(self._home)  # where the wire lies
+        self._to_host = cpu and self._home.type != "cpu"
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._sections: list[Section] = []  # of the bucket that is on the wire
+        self._works: list[Any] = []
+        self._next = 0  # number of the bucket that travels next
+        self._error: Exception | None = None
+        self._is_leaving = False
+
+    # ------------------------------------------------------------------ what callers see
+
+    def flat(self) -> Generator[tuple[torch.Tensor, Entries]]:
+        """(flat bytes, entries) of every bucket; the bytes are valid until the next step."""
+        return _primed(self._flat())
+
+    def tensors(self, *, show_progress: bool) -> Generator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of every tensor; each owns its storage."""
+        return _primed(self._tensors(show_progress))
+
+    def _flat(self) -> Generator[tuple[torch.Tensor, Entries]]:
+        with closing(self._steps()) as steps:
+            next(steps)
+            yield torch.empty(0), ()
+            for flat, entries in steps:
+                self._delivered += len(entries)
+                yield flat, entries
+
+    def _tensors(self, show_progress: bool) -> Generator[tuple[str, torch.Tensor]]:
+        show = show_progress and self._rank == min(self._consumers)
+        with closing(self._steps()) as steps:
+            next(steps)
+            yield "", torch.empty(0)
+            with bytes_bar("stream", show=show) as progress:
+                done, total = 0, sum(bucket.size for bucket in self._buckets)
+                for flat, entries in steps:
+                    for entry in entries:
+                        self._delivered += 1
+                        done += entry.nbytes
+                        progress(done, total)
+                        yield entry.name, entry.view(flat).clone()
+
+    # ------------------------------------------------------------------ the steps
+
+    def _steps(self) -> Generator[tuple[torch.Tensor, Entries]]:
+        """The buckets, after a first empty one: from there on, whoever closes or drops this says so to the other ranks."""
+        is_handed_over = True
+        try:
+            yield torch.empty(0), ()
+            is_handed_over = False
+            self._send_next()
+            for bucket in self._buckets:
+                self._arrive()
+                self._guarded(partial(self._join, bucket))
+                self._send_next()
+                self._guarded(partial(self._land, bucket))
+                if self._is_consumer and self._error is None:
+                    is_handed_over = True
+                    yield self._buffers["host" if self._to_host else "flat"][: bucket.size], bucket.entries
+                    is_handed_over = False
+            if self._error is not None:
+                raise self._error  # the last bucket's way to the host, after the last exchange of states
+        except _Ended:
+            return
+        finally:
+            if is_handed_over:
+                self._leave()
+            self._buffers.clear()
+
+    def _guarded(self, work: Callable[[], object]) -> None:
+        """Keeps an error of this rank until all ranks exchange their state."""
+        if self._error is None:
+            try:
+                work()
+            except Exception as error:
+                self._error = error
+
+    def _send_next(self) -> None:
+        """Packs the next bucket, exchanges states and sends it; after the last one, states only. Ends or raises on all ranks."""
+        number = self._next
+        self._next += 1
+        is_last = number == len(self._buckets)
+        if not is_last and not self._is_leaving:
+            self._guarded(partial(self._pack, self._buckets[number]))
+        # Whoever leaves after the last bucket was sent leaves nobody with less than the whole.
+        own = FAILED if self._error is not None else CLOSED if self._is_leaving and not is_last else GO
+        if self._worst(own) != GO:
+            self._end()
+        if not is_last:
+            self._works = self._send()
+
+    def _worst(self, own: int) -> int:
+        if self._world == 1:
+            return own
+        state = torch.tensor([own], dtype=torch.int32, device=self._carrier)
+        dist.all_reduce(state, op=dist.ReduceOp.MAX)
+        return int(state.item())
+
+    def _end(self) -> None:
+        """Says why the stream ends: raises on every rank, except where it was closed and where nobody waits for tensors."""
+        states = agreement.gather((self._is_leaving, self._delivered))
+        with agreement.together("streaming weights"):
+            if self._error is not None:
+                raise self._error
+        if self._is_consumer and not self._is_leaving:
+            rank, count = next((rank, count) for rank, (is_leaving, count) in enumerate(states) if is_leaving)
+            raise MegabridgeError(
+                f"rank {rank} closed the stream after {count} of {self._count} tensors, so this rank has no whole model; "
+                "consume the stream to its end on every rank, or close it on all."
+            )
+        raise _Ended
+
+    def _leave(self) -> None:
+        if self._world > 1 and not dist.is_initialized():
+            return  # dropped after the groups ended: nobody is waiting
+        self._is_leaving = True
+        try:
+            self._arrive()
+            if self._next <= len(self._buckets):
+                self._send_next()
+        except (_Ended, MegabridgeError):
+            return
+
+    # ------------------------------------------------------------------ packing, sending, joining
+
+    def _pack(self, bucket: Bucket) -> None:
+        self._sections, size = lay_out(bucket, self._plan, self._rank, self._consumers)
+        wire = self._buffer("wire", size, self._carrier)
+        for section in self._sections:
+            if section.rank == self._rank and section.travels:
+                for piece in section.pieces:
+                    piece.view(wire).copy_(self._own(piece))
+
+    def _send(self) -> list[Any]:
+        wire = self._buffers["wire"]
+        moving = [section for section in self._sections if section.travels]
+        if len(self._consumers) == self._world:
+            return [dist.broadcast(wire[s.start : s.stop], src=s.rank, async_op=True) for s in moving]
+        operations = []
+        for section in moving:
+            data = wire[section.start : section.stop]
+            if section.rank == self._rank:
+                operations += [dist.P2POp(dist.isend, data, peer) for peer in sorted(self._consumers) if peer != self._rank]
+            else:
+                operations.append(dist.P2POp(dist.irecv, data, section.rank))
+        return dist.batch_isend_irecv(operations) if operations else []
+
+    def _arrive(self) -> None:
+        while self._works:
+            self._works.pop(0).wait()
+
+    def _join(self, bucket: Bucket) -> None:
+        """Puts the pieces that arrived into the flat tensor."""
+        if not self._is_consumer:
+            return
+        flat, wire = self._buffer("flat", bucket.size, self._home), self._buffers["wire"]
+        for section in self._sections:
+            for piece in section.pieces:
+                box = view(piece.entry.view(flat), piece.transfer.hf_view())
+                box.copy_(piece.view(wire) if section.travels else self._own(piece))
+
+    def _land(self, bucket: Bucket) -> None:
+        """Copies the flat tensor to the host where the caller wants it there, while the next bucket travels."""
+        if self._is_consumer and self._to_host:
+            host = self._buffer("host", bucket.size, torch.device("cpu"))
+            host.copy_(self._buffers["flat"][: bucket.size], non_blocking=True)
+            torch.cuda.current_stream(self._home).synchronize()
+
+    def _own(self, piece: Piece) -> torch.Tensor:
+        return native_box(self._parameters[piece.native].data, piece.transfer)
+
+    def _buffer(self, name: str, size: int, device: torch.device) -> torch.Tensor:
+        """`size` bytes that are kept from bucket to bucket; replaced by more where they don't suffice."""
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers.pop(name, None)  # before the new one is made
+            self._buffers[name] = torch.empty(size, dtype=torch.uint8, device=device, pin_memory=name == "host")
+        return self._buffers[name][:size]
+
+
+def _primed[T](generator: Generator[T]) -> Generator[T]:
+    """A generator past its first, empty step: closing or dropping it runs its `finally` even when nothing was taken from it."""
+    next(generator)
+    return generator
+
+
+def _carrier(home: torch.device) -> torch.device:
+    """The device of tensors that the default group can move."""
+    if agreement.world_size() == 1:
+        return home
+    is_nccl = "cuda:nccl" in dist.get_backend_config()
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
+def _agreed(specs: Mapping[str, Spec], bucket_bytes: int, consumers: Collection[int] | None, world: int) -> frozenset[int]:
+    """The consumers, after every rank was found to ask for the same. Collective."""
+    with agreement.together("starting the stream"):
+        if bucket_bytes < 1:
+            raise ConfigError(f"bucket_bytes={bucket_bytes} must be a number of bytes from 1.")
+        wanted = frozenset(range(world) if consumers is None else consumers)
+        if not wanted or not wanted <= set(range(world)):
+            raise ConfigError(f"consumers={sorted(wanted)} must name one or more of the ranks 0 to {world - 1}.")
+    text = repr((list(specs.items()), bucket_bytes, sorted(wanted)))
+    _check_equal(agreement.gather(hashlib.sha256(text.encode()).hexdigest()))
+    return wanted
+
+
+def _check_equal(digests: Sequence[str]) -> None:
+    others = [f"rank {rank}" for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ConfigError(
+            "conversion_tasks, weight_dtype, bucket_bytes and consumers must be equal on every rank; these differ from rank 0:\n  "
+            + listed(others)
+        )

@@ -1,0 +1,162 @@
+"""Walks: every box that this rank needs, read by a few threads and handed to a visitor. No collective, no whole tensor.
+
+On CUDA each thread reads into a pinned buffer of its own and copies on a stream of its own, so that one thread's copy runs while
+others read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from megabridge.checkpoint.hf import PIECE, Fetched, Reader, native_box, view
+from megabridge.checkpoint.safetensors import TensorInfo
+from megabridge.mapping import Transfer
+from megabridge.mapping.transfer import contiguous_strides
+
+Progress = Callable[[int, int], None]  # bytes done and bytes in all, of this rank
+_MOST_THREADS: Final = 8  # with a buffer of PIECE bytes each, 64 MiB
+_TICK: Final = 0.05  # seconds between two reports of progress
+
+
+def silent(done: int, total: int) -> None:
+    """A progress report that shows nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A box of the tensor `info` and the local parameter `target` that holds it."""
+
+    info: TensorInfo
+    transfer: Transfer
+    target: torch.Tensor
+
+
+Visit = Callable[["Lane", Job, Transfer, Fetched], None]  # a part of the job's transfer, and the file's side of it
+
+
+class Lane:
+    """What one thread reads through: a buffer of PIECE bytes, and on CUDA a stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffer: torch.Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.default_stream(device))
+
+    def buffer(self) -> torch.Tensor:
+        """The buffer, when copies out of it have ended. Bytes, 1-D."""
+        self.wait()
+        if self._buffer is None:
+            self._buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=self._stream is not None)
+        return self._buffer
+
+    def wait(self) -> None:
+        """Waits for what was started on the stream."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def stream(self) -> AbstractContextManager[object]:
+        """A context in which operations run on this lane's stream."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def on_device(self, fetched: Fetched) -> torch.Tensor:
+        """The box on the parameters' device, in the file's dtype; to be used inside `stream()`, before the next `buffer()`."""
+        if self._stream is None:
+            return fetched.box
+        flat, geometry = fetched.flat, fetched.geometry
+        if not fetched.is_buffered:  # short stretches are put together on the CPU, so that only the box is copied to the device
+            box = fetched.box
+            packed = self.buffer()[: box.numel() * box.element_size()].view(box.dtype)
+            packed.view(box.shape).copy_(box)
+            flat, geometry = packed, (geometry[0], list(contiguous_strides(tuple(box.shape))), 0)
+        return view(flat.to(self.device, non_blocking=True), geometry)
+
+
+def fill(lane: Lane, job: Job, part: Transfer, fetched: Fetched) -> None:
+    """The visit that copies a part into its parameter, cast to the parameter's dtype."""
+    native_box(job.target, part).copy_(lane.on_device(fetched))
+
+
+def threads_of_a_rank() -> int:
+    """How many threads read on this rank: the ranks of a host share its cores, but while one waits for a disk another can work."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(_MOST_THREADS, max(2, len(os.sched_getaffinity(0)) // ranks))
+
+
+def walk(
+    reader: Reader, jobs: Sequence[Job], visit: Visit, *, straight: bool = False, limit: int = PIECE, progress: Progress
+) -> None:
+    """Calls `visit` with every part of every job, in several threads; parts have at most `limit` bytes.
+
+    With `straight`, a part whose bytes can be read right into the parameter is, and `visit` isn't called for it. Raises the first
+    error of a thread when all have stopped.
+    """
+    ordered = sorted(jobs, key=lambda job: (job.info.file, job.info.start))
+    total = bytes_of(jobs)
+
+    def do(lane: Lane, job: Job, part: Transfer) -> None:
+        same = straight and lane.device.type == "cpu" and job.target.dtype == job.info.dtype
+        if not (same and reader.read_into(job.info, part, job.target)):
+            visit(lane, job, part, reader.fetch(job.info, part, lane.buffer))
+        reader.copied(part.elements * job.info.dtype.itemsize)
+
+    parts = ((job, part) for job in ordered for part in reader.parts(job.info, job.transfer, limit))
+    _parallel(parts, do, device_of(jobs), lambda: progress(reader.bytes_copied, total))
+
+
+def bytes_of(jobs: Sequence[Job]) -> int:
+    """What the jobs copy out of the files."""
+    return sum(job.transfer.elements * job.info.dtype.itemsize for job in jobs)
+
+
+def device_of(jobs: Sequence[Job]) -> torch.device:
+    """Where the jobs' parameters live."""
+    return jobs[0].target.device if jobs else torch.device("cpu")
+
+
+def _parallel(
+    work: Iterator[tuple[Job, Transfer]], do: Callable[[Lane, Job, Transfer], None], device: torch.device, tick: Callable[[], None]
+) -> None:
+    taking = threading.Lock()
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            lane = Lane(device)
+            with lane.stream():
+                while not failures:
+                    with taking:
+                        item = next(work, None)
+                    if item is None:
+                        break
+                    do(lane, *item)
+            lane.wait()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, name=f"reader-{number}") for number in range(threads_of_a_rank())]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(_TICK)
+                tick()
+    except BaseException as error:  # Ctrl-C: the threads stop after what they do now
+        failures.append(error)
+        raise
+    finally:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    if failures:
+        raise failures[0]

@@ -1,0 +1,182 @@
+"""The plan of a whole job in one process: every rank's transfers, their sums, and the proof that they tile every tensor.
+
+A layout of 2,048 ranks needs none of them: one meta-device chunk per pipeline stage and virtual stage says what a stage holds, and
+where a rank sits in the stage is arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megabridge.checkpoint.hf import STAGING
+from megabridge.conversion.native import Record, survey
+from megabridge.conversion.plan import Expansion, Source, Spec, check_fits, tile, uncollected
+from megabridge.conversion.writer import plan_shards
+from megabridge.families import Family
+from megabridge.mapping import Cut, Dims, Transfer
+from megabridge.mapping.tiling import flaw, native_boxes
+from megabridge.platform import groups
+from megabridge.provider import ModelProvider
+from megabridge.topology import Coordinate, Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank holds and moves, in bytes of the parameters' dtypes.
+
+    `held_bytes` are its parameters, `fed_bytes` what an import copies into them out of files, `written_bytes` what an export copies
+    out of them. The box of a transfer is made of stretches of consecutive bytes in a file: `stretches` is how many reads an import
+    takes at least where nothing is mapped. `staging_bytes` is the largest copy that a walk holds beside the parameters, `files` how
+    many files of an export it writes into.
+    """
+
+    parameters: int
+    held_bytes: int
+    fed_bytes: int
+    written_bytes: int
+    transfers: int
+    stretches: int
+    staging_bytes: int
+    files: int
+
+
+@dataclass(frozen=True)
+class WorldPlan:
+    """All ranks of `topology`. `stages` holds the records of the first rank of every pipeline stage.
+
+    That it exists is the proof: `plan_world` raises where the boxes of all ranks don't tile every tensor and every parameter.
+    """
+
+    topology: Topology
+    tensors: Mapping[str, Spec]
+    sources: Mapping[str, tuple[Source, ...]]
+    stages: tuple[tuple[Record, ...], ...]
+    expansion: Expansion = field(repr=False)
+
+    def records(self, rank: int) -> tuple[Record, ...]:
+        """The records that `native.survey` finds on `rank`, in module order."""
+        place = self.topology.coordinate(rank)
+        return tuple(record_at(record, place) for record in self.stages[place.pp])
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of all tensors, in the parameters' dtypes."""
+        return sum(prod(spec.shape) * spec.dtype.itemsize for spec in self.tensors.values())
+
+    def shares(self, max_shard_size: str | int = "5GB") -> dict[int, Share]:
+        """What ranks move, by rank, for those that write; every other rank holds the same as one of these and writes nothing.
+
+        `max_shard_size` decides which files an export has.
+        """
+        shards = plan_shards(Path(), self.tensors, max_shard_size)
+        file_of = {name: number for number, shard in enumerate(shards) for name in shard.tensors}
+        files: dict[int, set[int]] = {}
+        for name, sources in self.sources.items():
+            for source in sources:
+                files.setdefault(source.rank, set()).add(file_of[name])
+        sums = _Sums(self.expansion)
+        with uncollected():
+            return {rank: sums.share(self.records(rank), len(files.get(rank, ()))) for rank in _first_replicas(self.topology)}
+
+
+def plan_world(family: Family, native: Mapping[str, Any], provider: ModelProvider, topology: Topology) -> WorldPlan:
+    """Plans every rank of `topology` for a finalized provider of these sizes, in a process without groups. Builds no weights.
+
+    Raises MappingError when a parameter has no rule, shapes contradict each other, or the boxes that ranks write don't tile every
+    tensor exactly once, and ConfigError when this process has groups.
+    """
+    expansion = Expansion(family, Dims.of(native))
+    stages = tuple(_stage(provider, topology, pp) for pp in range(topology.pp))
+    with uncollected():
+        tensors, sources = tile(expansion, _writers(stages, topology))
+        check_fits(_unfilled(expansion))
+    return WorldPlan(topology, tensors, sources, stages, expansion)
+
+
+def record_at(record: Record, place: Coordinate) -> Record:
+    """What the rank at `place` says of a parameter of which `record` is the first rank's of its stage.
+
+    Ranks of a stage hold the same parameters: tp decides the share of a cut one, and of equal copies the first is written.
+    """
+    cut = record.cut
+    if cut is not None and cut.index != place.tp:
+        cut = Cut(cut.dim, cut.stride, cut.size, place.tp)
+    is_writer = place.dp == place.cp == 0 and (cut is not None or place.tp == 0)
+    return Record(record.name, record.shape, record.dtype, cut, is_writer)
+
+
+def _stage(provider: ModelProvider, topology: Topology, pp: int) -> tuple[Record, ...]:
+    """The records of the first rank of a stage, from chunks without memory."""
+    widths = range(1, topology.dp + 1)
+    dp = next(dp for dp in widths if topology.tp * topology.cp * dp % (topology.expert_tp * topology.ep) == 0)
+    narrow = replace(topology, dp=dp)  # replicas only cost time
+    with groups.imagined(narrow, narrow.rank(pp=pp)):
+        numbers: list[int | None] = list(range(topology.vpp)) if topology.vpp > 1 else [None]
+        chunks: list[torch.nn.Module] = [provider.provide(vp_stage=number, init="meta") for number in numbers]
+        return tuple(live.record for live in survey(chunks))
+
+
+def _first_replicas(topology: Topology) -> list[int]:
+    return [topology.rank(tp=tp, pp=pp) for pp in range(topology.pp) for tp in range(topology.tp)]
+
+
+def _writers(stages: tuple[tuple[Record, ...], ...], topology: Topology) -> Iterator[Iterator[Record]]:
+    """By rank, what it writes."""
+    first = set(_first_replicas(topology))
+    for rank in range(topology.world_size):
+        place = topology.coordinate(rank)
+        yield (record_at(record, place) for record in (stages[place.pp] if rank in first else ()))
+
+
+def _unfilled(expansion: Expansion) -> list[str]:
+    """A line for every arrangement whose native boxes overlap or reach out. Elements in no box are vocabulary padding."""
+    problems = []
+    for entry in expansion.distinct:
+        shape = local_shape(entry.record)
+        if (found := flaw(shape, native_boxes(entry.transfers), allow_gaps=True)) is not None:
+            problems.append(f"{entry.record.name} {shape}, share {entry.record.cut}: {found}")
+    return problems
+
+
+def local_shape(record: Record) -> tuple[int, ...]:
+    """The shape of the parameter that the record's rank holds."""
+    cut = record.cut
+    if cut is None:
+        return record.shape
+    return tuple(length // cut.size if dim == cut.dim else length for dim, length in enumerate(record.shape))
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Adds up shares. The figures of a parameter's transfers are counted once: layers repeat them."""
+
+    expansion: Expansion
+    known: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # elements fed, stretches, largest transfer
+
+    def share(self, records: tuple[Record, ...], files: int) -> Share:
+        held = held_bytes = fed_bytes = written = count = stretches = staging = 0
+        for record in records:
+            entry = self.expansion.entry(record)
+            size, elements = record.dtype.itemsize, prod(local_shape(record))
+            fed, pieces, largest = self._figures(entry.transfers)
+            held += elements
+            held_bytes += elements * size
+            fed_bytes += fed * size
+            written += fed * size if entry.is_writer else 0
+            count += len(entry.transfers)
+            stretches += pieces
+            staging = max(staging, min(largest, STAGING) * size)
+        return Share(held, held_bytes, fed_bytes, written, count, stretches, staging, files)
+
+    def _figures(self, moves: tuple[Transfer, ...]) -> tuple[int, int, int]:
+        if id(moves) not in self.known:
+            sizes = [move.elements for move in moves]
+            self.known[id(moves)] = sum(sizes), sum(len(move.rows()[1]) for move in moves), max(sizes, default=0)
+        return self.known[id(moves)]

@@ -1,0 +1,208 @@
+"""A Hugging Face model as the bridge knows it before any weight moves: its config, its family, its files, its provider."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final, Self
+
+import torch
+
+from megabridge import one_call
+from megabridge.checkpoint import assets, native, source
+from megabridge.checkpoint.record import SourceRecord
+from megabridge.errors import CheckpointError, ConfigError, listed
+from megabridge.families import all_families, family_for
+from megabridge.families.registry import architecture_of
+from megabridge.provider import ModelProvider
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Settings in which two configs of one model may differ: they change neither the parameters nor what is computed from them.
+_FREE: Final = frozenset(("seq_length", "init_method_std"))
+
+
+class HFModel:
+    """Made by `from_hf_pretrained`, `from_hf_config` or `from_auto_config`.
+
+    `config` is the content of config.json as published; `folder` holds it, with tokenizer and templates, or is None for one
+    made from a config object; `location` is where the weights are, if anywhere; `record` tells of the weights that were imported,
+    here or before the native checkpoint that was loaded.
+    """
+
+    def __init__(self, config: dict[str, Any], *, folder: Path | None, location: str | None = None, revision: str | None = None,
+                 token: str | None = None, trust_remote_code: bool = False, dtype: torch.dtype | None = None,
+                 device_map: str = "auto", allow_bin: bool = False) -> None:  # fmt: skip
+        self.config = config
+        self.folder = folder
+        self.location = location
+        self.revision = revision
+        self.token = token
+        self.trust_remote_code = trust_remote_code
+        self.device_map = device_map
+        self.allow_bin = allow_bin
+        self.family = family_for(config)
+        self.native = self.family.native(config)
+        self.dtype = dtype or _dtype_of(config)
+        self.record: SourceRecord | None = None
+
+    @classmethod
+    def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None,
+                           torch_dtype: torch.dtype | str | None = None, trust_remote_code: bool = False,
+                           device_map: str | None = None, token: str | None = None, allow_bin: bool = False) -> Self:  # fmt: skip
+        """A bridge to a local folder or a hub model. Only config and tokenizer are fetched now, the weights when they are loaded.
+
+        `revision` is a branch, tag or commit of the hub's repository; config, tokenizer and weights come from one commit. `dtype`
+        (or `torch_dtype`) is the parameters', by default config.json's. `device_map` says where they live: "auto" (this rank's CUDA
+        device, or the CPU where there is none), "cpu" or "cuda[:n]". Families convert by name, so code of the model never runs
+        here; with `trust_remote_code` its *.py files are kept with the tokenizer and come back with every export, else they are
+        not even fetched. `allow_bin` lets a local folder's weights be torch's pickled files (tensors only) where it has no others.
+        Raises CheckpointError for what can't be reached or read, ConfigError for an architecture or a setting that isn't
+        supported.
+        """
+        device = one_call.check_device_map(device_map)
+        folder = source.resolve(str(path), revision=revision, token=token, config_only=True, code=trust_remote_code)
+        return cls(
+            assets.read_config(folder),
+            folder=folder,
+            location=str(path),
+            revision=source.commit_of(folder) or revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            dtype=one_dtype(dtype, torch_dtype),
+            device_map=device,
+            allow_bin=allow_bin,
+        )
+
+    @classmethod
+    def from_hf_config(cls, config: Any, *, dtype: torch.dtype | str | None = None) -> Self:
+        """A bridge from a transformers config object or a dict of its content. It has no weights and no tokenizer."""
+        content = content_of(config)
+        content["architectures"] = content.get("architectures") or [architecture_of(content)]
+        return cls(content, folder=None, dtype=dtype_named(dtype))
+
+    @classmethod
+    def from_auto_config(cls, megatron_path: str | Path, hf_model_id: str | Path | None = None, trust_remote_code: bool = False, *,
+                         revision: str | None = None, token: str | None = None) -> Self:  # fmt: skip
+        """A bridge to a native checkpoint, from the config, tokenizer and chat template that it carries.
+
+        `hf_model_id` (a folder or hub id, at `revision`) is where they come from instead; a checkpoint that was not written by
+        megabridge needs it. Raises CheckpointError where neither has a config, ConfigError where both do and they contradict.
+        """
+        own = native.locate(Path(megatron_path)) / native.ASSETS
+        if hf_model_id is None:
+            if not own.is_dir():
+                raise CheckpointError(f"{own.parent} carries no config; give hf_model_id, the model that it has the shape of.")
+            made = cls(assets.read_config(own), folder=own, trust_remote_code=trust_remote_code)
+        else:
+            made = cls.from_hf_pretrained(hf_model_id, revision=revision, token=token, trust_remote_code=trust_remote_code)
+            if own.is_dir():
+                made.check_same(assets.read_config(own), str(own))
+        made.record = SourceRecord.read(own)
+        return made
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """Hugging Face class names that convert."""
+        return sorted(all_families())
+
+    @staticmethod
+    def supports(config: Any) -> bool:
+        """Whether a config (object or dict) converts: its architecture is known and every setting can be represented."""
+        content = content_of(config)
+        try:
+            family = family_for(content)
+            ModelProvider(family.native(content), family_name=family.architecture).finalize()
+        except ConfigError:
+            return False
+        return True
+
+    @classmethod
+    def can_handle(cls, path: str | Path, trust_remote_code: bool = False) -> bool:
+        """Whether the model at `path` converts; only its config.json is fetched.
+
+        Raises CheckpointError when it can't be reached or is broken. `trust_remote_code` changes nothing in the answer: a model
+        that only its own code can describe has no family.
+        """
+        del trust_remote_code
+        return cls.supports(assets.read_config(source.resolve(str(path), config_only=True, tokenizer=False)))
+
+    def provider(self) -> ModelProvider:
+        """A provider of this model that loads no weights; its settings can still be changed."""
+        made = ModelProvider(self.native, family_name=self.family.architecture)
+        if self.dtype is not None:
+            made.params_dtype = self.dtype
+        one_call.follow_device_map(made, self.device_map)
+        return made
+
+    def check_same(self, config: dict[str, Any], what: str) -> None:
+        """Raises ConfigError unless `config` describes the model of this bridge."""
+        other = architecture_of(config)
+        if other != self.family.architecture:
+            raise ConfigError(f"{what} is a {other}, this bridge converts {self.family.architecture}; give one of those.")
+        theirs = self.family.native(config)
+        different = [
+            f"{name}={theirs[name]!r}, here {value!r}"
+            for name, value in self.native.items()
+            if name not in _FREE and theirs[name] != value
+        ]
+        if different:
+            raise ConfigError(f"{what} must have this bridge's settings, or be given its own bridge; it has {listed(different)}.")
+
+    def write_hf_assets(self, folder: Path, dtype: str | None = None) -> None:
+        """Writes config, generation config, tokenizer and chat template, as they came. One rank calls it.
+
+        `dtype` is what config.json is to say of the weights; None leaves it.
+        """
+        assets.write_config(folder, self.config, source=self.folder, dtype=dtype)
+        if self.folder is not None:
+            assets.copy_assets(self.folder, folder, code=self.trust_remote_code)
+
+    def write_assets(self, folder: Path) -> None:
+        """Writes what travels with a native checkpoint: the same, and what is known of the source. One rank calls it."""
+        self.write_hf_assets(folder)
+        if self.record is not None:
+            self.record.write(folder)
+
+    @property
+    def transformer_config(self) -> Any:
+        """The TransformerConfig of this model on one rank."""
+        provider = self.provider()
+        provider.finalize()
+        return provider.config
+
+    @property
+    def mla_transformer_config(self) -> Any:
+        """The MLATransformerConfig of a model with multi-latent attention. Raises ConfigError for any other."""
+        if not self.native.get("multi_latent_attention"):
+            raise ConfigError(f"{self.family.architecture} has no multi-latent attention; use transformer_config.")
+        return self.transformer_config
+
+
+def content_of(config: Any) -> dict[str, Any]:
+    """A config object of transformers, or a dict, as the content of a config.json."""
+    content: dict[str, Any] = dict(config) if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
+    return content
+
+
+def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that `dtype` is or names. Raises ConfigError."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that two names for one keyword give; transformers' "auto" is the default, config.json's."""
+    given = {dtype_named(None if value == "auto" else value) for value in (dtype, torch_dtype) if value is not None}
+    if len(given) > 1:
+        raise ConfigError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} are two names for one thing; give one.")
+    return given.pop() if given else None
+
+
+def _dtype_of(config: dict[str, Any]) -> torch.dtype | None:
+    for key in assets.DTYPE_KEYS:
+        if config.get(key) is not None:
+            return dtype_named(str(config[key]).removeprefix("torch."))
+    return None

@@ -1,0 +1,77 @@
+"""Plans a layout without running it: recipe=plan parallel=tp8pp2, in one process, from the config alone.
+
+Proves that the ranks' boxes make up every Hugging Face tensor exactly once, and says what each rank holds, reads and writes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from megabridge import config as schema
+from megabridge.bridge import AutoBridge
+from megabridge.config import Config
+from megabridge.conversion.world import Share, WorldPlan, plan_world
+from megabridge.loggers import Reporter
+from megabridge.training import assemble
+
+
+def main(config: Config) -> None:
+    """One process calls it, without process groups. Leaves plan.json in the run directory."""
+    config.model.load_weights = False
+    hf = config.model.hf
+    bridge = AutoBridge.from_hf_config(hf, dtype=config.model.dtype) if hf else assemble.bridge(config)
+    provider = assemble.provider(config, bridge)
+    with Reporter(config, assemble.loggers(config)) as report:
+        report.say(provider.describe())
+        begin = time.perf_counter()
+        world = plan_world(bridge.family, bridge.native, provider, schema.topology(config.parallel))
+        shares = world.shares(config.conversion.max_shard_size)
+        report.say(
+            f"{len(world.tensors)} tensors, {world.bytes / 1e6:.1f} MB: each element is written by exactly one of "
+            f"{world.topology.world_size} ranks, proven in {time.perf_counter() - begin:.1f} s"
+        )
+        for line in table(world, shares):
+            report.say(line)
+        file = Path(config.run_dir) / "plan.json"
+        file.write_text(json.dumps(content(world, shares), indent=2) + "\n")
+        report.say(f"every rank: {file}")
+
+
+def table(world: WorldPlan, shares: dict[int, Share]) -> list[str]:
+    """A line per pipeline stage: the range over its tensor parallel ranks. Replicas hold the same and write nothing."""
+    columns = ("stage", "holds MB", "reads MB", "in pieces", "writes MB", "into files", "staging MB")
+    lines = [" ".join(f"{column:>17}" for column in columns)]
+    for pp in range(world.topology.pp):
+        stage = [share for rank, share in shares.items() if world.topology.coordinate(rank).pp == pp]
+        cells = (
+            str(pp),
+            _span(share.held_bytes / 1e6 for share in stage),
+            _span(share.fed_bytes / 1e6 for share in stage),
+            _span(share.stretches for share in stage),
+            _span(share.written_bytes / 1e6 for share in stage),
+            _span(share.files for share in stage),
+            _span(share.staging_bytes / 1e6 for share in stage),
+        )
+        lines.append(" ".join(f"{cell:>17}" for cell in cells))
+    return lines
+
+
+def _span(values: Iterable[float]) -> str:
+    found = list(values)
+    low, high = (f"{value:.0f}" if isinstance(value, int) else f"{value:.1f}" for value in (min(found), max(found)))
+    return low if low == high else f"{low} to {high}"
+
+
+def content(world: WorldPlan, shares: dict[int, Share]) -> dict[str, object]:
+    """What plan.json holds: sizes in bytes, shares by rank for the ranks that write."""
+    return {
+        "parallel": str(world.topology),
+        "world_size": world.topology.world_size,
+        "tensors": len(world.tensors),
+        "bytes": world.bytes,
+        "ranks": {str(rank): asdict(share) for rank, share in shares.items()},
+    }
