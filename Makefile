@@ -33,7 +33,7 @@ exit 1
 endef
 export find_python
 
-.PHONY: help venv run test test-memory lowest lint format lock wheel clean
+.PHONY: help venv run test test-gpu test-memory lowest lint format lock wheel clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -46,6 +46,9 @@ test: venv  ## All tests
 
 test-memory: venv  ## Converts a 3 GB model in 1.5 GB of memory; takes 12 GB of disk
 	@MEGABRIDGE_MEMORY_GB=3 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/test_memory.py $(ARGS)
+
+test-gpu: venv  ## Tests that need one CUDA device
+	@MEGABRIDGE_PLATFORM=cuda $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest -rs tests/gpu $(ARGS)
 
 lowest: $(UV)  ## All tests with the lowest versions that pyproject.toml allows, in an environment of their own
 	@$(PYTHON) -m venv $(VENV)/lowest

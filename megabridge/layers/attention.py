@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megabridge.errors import ConfigError
+from megabridge.layers import flex
 from megabridge.layers.norm import LayerNorm, RMSNorm
 from megabridge.style import Style
 
@@ -79,28 +80,34 @@ class TorchAttention(torch.nn.Module):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self.style.query_temperature is not None:
             query = query * _temperature(*self.style.query_temperature, query)
-        allowed = self._allowed(attention_mask, key, causal=causal)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.dropout if self.training else 0.0
+        window = self.window if self.window is not None and self.window < key.shape[2] else None
+        is_special = window is not None or self.style.attention_softcap is not None
+        if is_special and causal and attention_mask is None and flex.can_take(query, dropout=dropout):
+            context = flex.attend(query, key, value, window=window, softcap=self.style.attention_softcap, scale=self.scale)
+            return context.permute(2, 0, 1, 3).flatten(2)
+        allowed = self._allowed(attention_mask, key, causal=causal)
         # Heads are cut over tp, so that each rank drops its own; under sequence parallelism megatron-core uses the
         # default generator here (dot_product_attention.py).
         forked = dropout > 0 and not self.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
             attend = F.scaled_dot_product_attention if self.style.attention_softcap is None else self._softcapped
             context = attend(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
+                query,
+                key,
+                value,
                 attn_mask=allowed,
                 dropout_p=dropout,
                 is_causal=causal and allowed is None,
                 scale=self.scale,
-                enable_gqa=query.shape[2] != key.shape[2],
+                enable_gqa=query.shape[1] != key.shape[1],
             )
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _allowed(self, mask: Tensor | None, key: Tensor, *, causal: bool) -> Tensor | None:
         """Which keys a query may attend to, [s, s] or [b, 1, s, s]; None where is_causal says it all."""
-        length = key.shape[0]
+        length = key.shape[-2]
         window = self.window if self.window is not None and self.window < length else None
         if mask is None and window is None and self.style.attention_softcap is None:
             return None

@@ -1,0 +1,151 @@
+"""Conversion, layers and backends on one CUDA device, in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megabridge.extras import is_installed
+from megabridge.families import all_families
+
+ON_GPU = torch.cuda.is_available() and os.environ["MEGABRIDGE_PLATFORM"] == "cuda"
+pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and make test-gpu")
+ARCHITECTURES = sorted(all_families())
+
+
+@pytest.fixture(scope="module")
+def single() -> Iterator[None]:
+    from megabridge.platform import groups
+    from megabridge.topology import Topology
+
+    groups.start(Topology())
+    yield
+    groups.stop()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.cases import families
+
+    root = tmp_path_factory.mktemp("sources")
+    families.make(str(root), ARCHITECTURES)
+    return root
+
+
+def payload(folder: Path) -> dict[str, bytes]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def provide(source: Path, **settings: Any) -> tuple[Any, list[Any]]:
+    from megabridge import AutoBridge
+
+    bridge = AutoBridge.from_hf_pretrained(source)
+    return bridge, bridge.to_megatron_model(**settings)
+
+
+@pytest.mark.parametrize("reader", ["mapped", "sequential"])
+def test_there_and_back_and_streamed(reader: str, single: None, sources: Path, tmp_path: Path) -> None:
+    source = sources / "LlamaForCausalLM"
+    bridge, model = provide(source)
+    assert all(parameter.is_cuda for chunk in model for parameter in chunk.parameters())
+    for parameter in model[0].parameters():
+        parameter.data.fill_(7.0)
+    report = bridge.load_hf_weights(model, reader=reader, show_progress=False)
+    assert report.mismatched == ()
+    bridge.save_hf_pretrained(model, tmp_path / "hf", show_progress=False)
+    expected = payload(source)
+    assert payload(tmp_path / "hf") == expected
+    for cpu in (False, True):
+        with closing(bridge.export_hf_weights(model, cpu=cpu, show_progress=False, bucket_bytes=1 << 14)) as stream:
+            seen = dict(stream)
+        assert {tensor.is_cuda for tensor in seen.values()} == {not cpu}
+        assert {name: tensor.cpu().view(torch.uint8).numpy().tobytes() for name, tensor in seen.items()} == expected
+        with closing(bridge.export_hf_buckets(model, cpu=cpu, bucket_bytes=1 << 14)) as buckets:
+            flat = {entry.name: entry.view(bytes_).clone() for bytes_, entries in buckets for entry in entries}
+        assert {name: tensor.cpu().view(torch.uint8).numpy().tobytes() for name, tensor in flat.items()} == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_and_bytes_in_fp32(architecture: str, single: None, sources: Path, tmp_path: Path) -> None:
+    from megabridge.layers.logits import gather_logits
+    from tests.cases.models import prompt
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    bridge, model = provide(sources / architecture, backend="torch")
+    expected = torch.load(sources / architecture / "reference.pt")["logits"]
+    logits = gather_logits(model, prompt(bridge.config["vocab_size"])).cpu()
+    bridge.save_hf_pretrained(model, tmp_path / "hf", show_progress=False)
+    assert payload(tmp_path / "hf") == payload(sources / architecture)
+    # fp32 sums in another order, on kernels of their own, relative to the largest logit
+    assert ((logits - expected).abs().max() / expected.abs().max()).item() < 2e-4
+
+
+@pytest.mark.skipif(not is_installed("transformer_engine"), reason="Transformer Engine is not installed")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transformer_engine(architecture: str, single: None, sources: Path, tmp_path: Path) -> None:
+    """Where the architecture allows it: bytes are equal, and bf16 logits as near to fp32 as the torch backend's are."""
+    from megabridge.errors import ConfigError
+    from megabridge.layers.logits import gather_logits
+    from tests.cases.models import prompt
+
+    source = sources / architecture
+    expected = torch.load(source / "reference.pt")["logits"]
+    distance = {}
+    for backend in ("torch", "te"):
+        try:
+            bridge, model = provide(source, backend=backend, params_dtype=torch.bfloat16)
+        except ConfigError as error:
+            assert backend == "te" and "needs backend=torch" in str(error)
+            pytest.skip(str(error).splitlines()[0])
+        logits = gather_logits(model, prompt(bridge.config["vocab_size"])).cpu()
+        distance[backend] = ((logits - expected).norm() / expected.norm()).item()
+        if backend == "te":
+            bridge.save_hf_pretrained(model, tmp_path / "hf", show_progress=False, weight_dtype=torch.float32)
+            theirs = {name: tensor.bfloat16().float() for name, tensor in _tensors(source).items()}
+            ours = _tensors(tmp_path / "hf")
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    print(f"{architecture}: relative distance from fp32 logits {distance}")
+    assert distance["te"] < 1.5 * distance["torch"] + 0.01, distance
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "softcap"), [(100, None), (None, 5.0), (100, 5.0), (1, None)])
+def test_flex_attention_beside_the_formula(window: int | None, softcap: float | None, dtype: torch.dtype) -> None:
+    from megabridge.layers import flex
+
+    torch.manual_seed(0)
+    shape = (2, 8, 300, 64)
+    query, key, value = (
+        torch.randn(shape if i == 0 else (2, 2, 300, 64), device="cuda", dtype=dtype, requires_grad=True) for i in range(3)
+    )
+    out = flex.attend(query, key, value, window=window, softcap=softcap, scale=0.125)
+    out.float().square().sum().backward()
+    got = [out, query.grad, key.grad, value.grad]
+    plain = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    scores = plain[0] @ plain[1].repeat_interleave(4, 1).transpose(-1, -2) * 0.125
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    positions = torch.arange(300, device="cuda")
+    distance = positions[:, None] - positions[None]
+    scores = scores.masked_fill((distance < 0) | (distance >= (window or 300)), -torch.inf)
+    expected = scores.softmax(-1) @ plain[2].repeat_interleave(4, 1)
+    expected.square().sum().backward()
+    wanted = [expected, *(tensor.grad for tensor in plain)]
+    limit = 1e-2 if dtype is torch.bfloat16 else 2e-3  # rounding of inputs to bf16, or to tf32 inside the kernel
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ((ours.double() - theirs).norm() / theirs.norm()).item() < limit
