@@ -126,29 +126,32 @@ class AutoBridge(HFWeights):
     def import_ckpt(cls, hf_model_id: str | Path, megatron_path: str | Path, *, revision: str | None = None,
                     dtype: torch.dtype | str | None = None, torch_dtype: torch.dtype | str | None = None,
                     trust_remote_code: bool = False, device_map: str | None = None, token: str | None = None,
-                    show_progress: bool = True, **settings: Any) -> Report:  # fmt: skip
+                    allow_bin: bool = False, allow_nonfinite: bool = False, show_progress: bool = True,
+                    **settings: Any) -> Report:  # fmt: skip
         """A Hugging Face model as a native checkpoint, with its config, tokenizer and templates.
 
         One process without any set-up is enough, whatever the model's size: parameters are kept in a file beside
         `megatron_path`, which must not exist or be empty; with device_map="cuda" they go to the device instead. `settings` such
-        as tp=2 spread the work over torchrun's ranks; every rank calls it then.
+        as tp=2 spread the work over torchrun's ranks; every rank calls it then. The other keywords are those of
+        `from_hf_pretrained` and `load_hf_weights`.
         """
         bridge = cls.from_hf_pretrained(
             hf_model_id, revision=revision, dtype=dtype, torch_dtype=torch_dtype,
-            trust_remote_code=trust_remote_code, device_map=device_map, token=token,
+            trust_remote_code=trust_remote_code, device_map=device_map, token=token, allow_bin=allow_bin,
         )  # fmt: skip
         provider = bridge.provider()
         one_call.arrange(provider, settings)
         with one_call.borrowed_groups(provider):
             folder = one_call.target(megatron_path, replace=False)
             chunks = one_call.provide_unfilled(provider, folder.parent, bridge.device_map)
-            report = bridge.load_hf_weights(chunks, show_progress=show_progress)
+            report = bridge.load_hf_weights(chunks, allow_nonfinite=allow_nonfinite, show_progress=show_progress)
             bridge.save_megatron_model(chunks, folder)
         return report
 
     def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, show_progress: bool = True, *, strict: bool = True,
                     weight_dtype: WeightDtype = None, max_shard_size: str | int = "5GB",
-                    source_path: str | Path | None = None, **settings: Any) -> Report:  # fmt: skip
+                    source_path: str | Path | None = None, allow_nonfinite: bool = False,
+                    **settings: Any) -> Report:  # fmt: skip
         """A native checkpoint (its folder, a step's or a run's) as a complete Hugging Face folder; as `import_ckpt` otherwise.
 
         Config, tokenizer and templates are those that the checkpoint carries, else the bridge's. `weight_dtype` is by default the
@@ -172,4 +175,5 @@ class AutoBridge(HFWeights):
                 strict=strict,
                 weight_dtype=weight_dtype,
                 max_shard_size=max_shard_size,
+                allow_nonfinite=allow_nonfinite,
             )

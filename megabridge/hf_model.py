@@ -55,7 +55,7 @@ class HFModel:
         (or `torch_dtype`) is the parameters', by default config.json's. `device_map` says where they live: "auto" (this rank's CUDA
         device, or the CPU where there is none), "cpu" or "cuda[:n]". Families convert by name, so code of the model never runs
         here; with `trust_remote_code` its *.py files are kept with the tokenizer and come back with every export, else they are
-        not even fetched. `allow_bin` lets a local folder's weights be torch's pickled files (tensors only) where it has no others.
+        not even fetched. `allow_bin` lets the weights be torch's pickled files (tensors only) where there are no others.
         Raises CheckpointError for what can't be reached or read, ConfigError for an architecture or a setting that isn't
         supported.
         """

@@ -88,10 +88,13 @@ class HFWeights(HFModel):
         if location is None:
             raise ConfigError("a bridge made from a config has no weights; give hf_path.")
         with agreement.together("opening the source"):
-            folder = source.resolve(location, revision=revision or self.revision, token=self.token, code=self.trust_remote_code)
+            allow_bin = allow_bin or self.allow_bin
+            folder = source.resolve(
+                location, revision=revision or self.revision, token=self.token, code=self.trust_remote_code, allow_bin=allow_bin
+            )
             if hf_path is not None:
                 self.check_same(assets.read_config(folder), f"hf_path={location!r}")
-            return find_tensors(folder, allow_bin=allow_bin or self.allow_bin)
+            return find_tensors(folder, allow_bin=allow_bin)
 
     # ------------------------------------------------------------------ into files
 

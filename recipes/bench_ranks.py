@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,14 @@ def _time_export(clock: Clock, subject: Subject, model: Model, own: peers.Groups
     shards = plan_shards(out, plan.tensors)
     clock.time("export of whole tensors", lambda: peers.export_whole(plan, shards, own))
     _remove(out)
+    clock.time("stream", lambda: _stream(subject, model))
+
+
+def _stream(subject: Subject, model: Model) -> None:
+    """Every rank gets every tensor, and drops it."""
+    with closing(subject.bridge.export_hf_weights(model, show_progress=False)) as tensors:
+        for _ in tensors:
+            pass
 
 
 def _transformers_model(subject: Subject) -> Any:
@@ -221,6 +229,7 @@ def _watched(subject: Subject, model: Model, own: peers.Groups, out: Path) -> di
         "import of whole tensors": lambda: peers.import_whole(plan, infos, own),
         "export": lambda: subject.save(model, out),
         "export of whole tensors": lambda: peers.export_whole(plan, shards, own),
+        "stream": lambda: _stream(subject, model),
     }
     peaks, collectives, read = {}, {}, {}
     for name, walk in walks.items():

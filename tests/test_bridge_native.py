@@ -106,7 +106,8 @@ def test_a_hub_as_source_and_target(ranks: RankServer, source: Path, tmp_path: P
     assert said["code"] == [[], ["modeling_own.py"]]
     assert said["revision"] == COMMIT and said["imported"] == (), "weights are those of the config's commit"
     assert "ask for it on" in said["gated"] and "org/gated and set HF_TOKEN" in said["gated"]
-    assert models["me/model"].keys() == models["me/folder"].keys() == {*ASSETS, "model.safetensors"}
+    assert models["me/folder"].keys() == {*ASSETS, "model.safetensors"}
+    assert models["me/model"].keys() == {*ASSETS, "model.safetensors", "megabridge.json"}
     assert {name: models["me/model"][name] for name in ASSETS} == files(source)
     (tmp_path / "downloaded").mkdir()
     (tmp_path / "downloaded" / "model.safetensors").write_bytes(models["me/model"]["model.safetensors"])

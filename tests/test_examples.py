@@ -56,11 +56,13 @@ def test_the_page_is_whole() -> None:
 
 def test_python_in_one_process(ranks: RankServer, model: Path, tmp_path: Path) -> None:
     (printed,) = python(ranks, [block for block in PYTHON if block not in NATIVE], model, tmp_path)
-    which, loaded, typed, layout, exported, config = printed
+    which, loaded, typed, layout, exported, streamed, config = printed
     assert "LlamaForCausalLM" in which and "True" in which
     assert "0 mismatched" in loaded and typed.strip() == "{torch.bfloat16}"
     assert "needs 16 processes" in layout and "torchrun --nproc-per-node=16" in layout
     assert exported.strip() == config.strip() == "64"
+    shapes = [f"{name} {shape}" for name, (_, shape, _) in payload(tmp_path / "exported").items()]
+    assert streamed.splitlines() == [*shapes, f"{len(shapes)} tensors"]
     for folder in ("exported", "weights"):
         assert payload(tmp_path / folder) == payload(model)
     assert (tmp_path / "exported" / "config.json").read_bytes() == (model / "config.json").read_bytes()

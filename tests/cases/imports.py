@@ -207,7 +207,7 @@ def mutations(rule: Rule) -> Iterator[tuple[str, Rule]]:
 
 
 def broken_rules(source: str) -> list[tuple[str, str, list[str], str, str | None]]:
-    """(native name, mutation, hf names of layer 0, error, first place that differs) of every rule of the family broken once."""
+    """(native name, mutation, names of layer 0 on both sides, error, first place that differs) of every rule of the family broken once."""
     bridge = AutoBridge.from_hf_pretrained(source)
     whole: Family = bridge.family
     model = provide(bridge)
@@ -222,5 +222,6 @@ def broken_rules(source: str) -> list[tuple[str, str, list[str], str, str | None
             place = None
             if not message:
                 place = first_difference(hidden_parity(model, Path(source), tokens, dtype="float32"), 1e-3)
-            out.append((rule.native[0], name, [tensor.format(layer=0) for tensor in rule.hf], message, place))
+            tensors = [tensor.format(layer=0) for tensor in dict.fromkeys((*rule.native, *rule.hf, *broken.hf))]
+            out.append((rule.native[0], name, tensors, message, place))
     return out

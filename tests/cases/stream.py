@@ -160,7 +160,7 @@ def changed(source: str, out: str) -> list[Seen]:
         looks.append(seen(bridge.export_hf_weights(model, show_progress=False, bucket_bytes=SMALL)))
         assert bridge.plan(model) is plan
         fresh = AutoBridge.from_hf_pretrained(source)
-        fresh.aliases = bridge.aliases
+        fresh.record = bridge.record
         fresh.save_hf_weights(model, Path(out) / str(len(looks)), show_progress=False)
 
     look()

@@ -7,12 +7,15 @@ import os
 import random
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
 import torch
 
-from megabridge.checkpoint.hf import parse_index
+from megabridge.checkpoint import hf
+from megabridge.checkpoint.hf import find_tensors, parse_index
 from megabridge.checkpoint.safetensors import build_header, parse_header
 from megabridge.errors import CheckpointError
 
@@ -129,10 +132,17 @@ def test_mutated_headers_are_refused_or_mean_what_they_say() -> None:
     assert 0 < accepted < HEADERS / 2, f"{accepted} accepted: the mutants must test both answers"
 
 
-def test_mutated_indexes_are_refused_or_mean_what_they_say() -> None:
+def test_mutated_indexes_are_refused_or_mean_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that reads otherwise than the original is refused beside the original's files."""
     weight_map = {f"model.layers.{n}.weight": f"model-0000{n % 3 + 1}-of-00003.safetensors" for n in range(6)}
     whole = json.dumps({"metadata": {"total_size": 96}, "weight_map": weight_map}).encode()
-    index = Path("folder/model.safetensors.index.json")
+    for file in set(weight_map.values()):
+        head, _ = build_header([(name, torch.float32, (2,)) for name in weight_map if weight_map[name] == file])
+        (tmp_path / file).write_bytes(head + bytes(16))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_bytes(whole)
+    assert find_tensors(tmp_path).keys() == weight_map.keys()
+    monkeypatch.setattr(hf, "read_header", lru_cache(hf.read_header))  # the files stay as they are
 
     def one(rng: random.Random) -> bool:
         text = mutate(whole, rng)
@@ -143,8 +153,12 @@ def test_mutated_indexes_are_refused_or_mean_what_they_say() -> None:
             return False
         content = json.loads(text.decode("utf-8"), object_pairs_hook=pairs_once)
         assert found == content["weight_map"] and found
-        assert all(type(name) is str and type(file) is str for name, file in found.items())
-        return True
+        if found == weight_map:
+            return True
+        index.write_bytes(text)
+        with pytest.raises(CheckpointError):
+            find_tensors(tmp_path)
+        return False
 
     accepted = run(INDEXES, SEED, one)
     assert 0 < accepted < INDEXES * 0.7, f"{accepted} accepted: the mutants must test both answers"

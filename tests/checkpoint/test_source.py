@@ -38,7 +38,12 @@ ASSETS = [*FILES][:5]
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    models = {"org/whole": FILES, "org/pickles": {"config.json": b"{}", "pytorch_model.bin": b"x"}, "org/none": {"README.md": b""}}
+    models = {
+        "org/whole": FILES,
+        "org/pickles": {"config.json": b"{}", "pytorch_model.bin": b"x"},
+        "org/none": {"README.md": b""},
+        "org/bare": FILES,
+    }
     with serving(models, gated="org/gated") as (address, fetched):
         use_endpoint(monkeypatch, address, tmp_path / "hub")
         yield fetched
@@ -105,12 +110,24 @@ def test_config_only_fetches_no_weights(hub: list[str]) -> None:
     assert sorted(hub) == sorted(ASSETS)
 
 
+def test_code_and_pickles_are_fetched_when_they_are_asked_for(hub: list[str]) -> None:
+    source.resolve("org/whole", code=True, allow_bin=True, progress=False)
+    assert sorted(hub) == sorted([*ASSETS, *WEIGHTS, "modeling_own.py"]), "no pickles where there are safetensors"
+    hub.clear()
+    folder = source.resolve("org/pickles", allow_bin=True, progress=False)
+    assert sorted(hub) == ["config.json", "pytorch_model.bin"] and source.commit_of(folder) == COMMIT
+    hub.clear()
+    source.resolve("org/bare", config_only=True, tokenizer=False, progress=False)
+    assert hub == ["config.json"]
+
+
 def test_refusals_of_the_hub(hub: list[str]) -> None:
     gated = refusal("org/gated")
     assert f"ask for it on {constants.ENDPOINT}/org/gated" in gated and "HF_TOKEN" in gated
     assert "org/unknown is neither a local folder nor a model on the hub" in refusal("org/unknown")
     assert "org/whole has no revision 'v9'" in refusal("org/whole", revision="v9")
     assert "must hold its weights as model*.safetensors; it has pytorch_model.bin" in refusal("org/pickles")
+    assert "conversion.allow_bin=true" in refusal("org/pickles")
     assert "org/none must hold a config.json" in refusal("org/none")
     assert not hub
 

@@ -62,12 +62,16 @@ def test_each_layout_is_measured_and_told(ranks: RankServer, tmp_path: Path) -> 
         results[str(layout)] = json.loads((tmp_path / str(layout) / "result.json").read_text())
         assert not (tmp_path / str(layout) / "out").exists()
     both = {"plan", "plain copy", "import", "import of whole tensors", "import verification", "plain write", "export",
-            "export verification", "export of whole tensors"}  # fmt: skip
+            "export verification", "export of whole tensors", "stream"}  # fmt: skip
     assert both <= results["tp2"]["seconds"].keys()
     assert results["single"]["seconds"].keys() - results["tp2"]["seconds"].keys() == {"from_pretrained", "save_pretrained"}
     read = results["tp2"]["bytes_read_per_rank"]
     assert read["import"] == read["owned"] < read["import of whole tensors"] == results["tp2"]["bytes"]
-    assert all(calls["objects"] <= 10 for name, calls in results["tp2"]["collectives"].items() if "whole" not in name)
+    assert all(
+        calls["objects"] < results["tp2"]["tensors"] / 4
+        for name, calls in results["tp2"]["collectives"].items()
+        if "whole" not in name
+    )
 
     (started,) = ranks.run(
         f"{CASES}:conduct", world_size=1, kwargs={"run_dir": str(tmp_path / "run"), "results": {**results, "tp3": {}}}
