@@ -22,6 +22,7 @@ from megabridge.checkpoint import assets
 from megabridge.checkpoint.hf import INDEX, Reader
 from megabridge.checkpoint.safetensors import NAMES, TensorInfo, parse_json
 from megabridge.errors import CheckpointError
+from megabridge.version import VERSION
 
 MANIFEST: Final = "megabridge.json"
 FORMAT: Final = 1
@@ -93,7 +94,7 @@ def write(folder: Path, infos: Mapping[str, TensorInfo], found: Mapping[str, str
         "tensors": {name: asdict(entry_of(info, found[name])) for name, info in infos.items()},
         "files": {name: asdict(file_entry(folder / name)) for name in other_files(folder) if name not in shards},
         "layout": dict(layout),
-        "versions": {"megabridge": version("megabridge"), "megatron-core": version("megatron-core"), "torch": torch.__version__},
+        "versions": {"megabridge": VERSION, "megatron-core": version("megatron-core"), "torch": torch.__version__},
     }
     lines = json.dumps(content, indent=1, ensure_ascii=False)
     (folder / MANIFEST).write_text(lines + "\n", encoding="utf-8")
