@@ -17,7 +17,7 @@ from megabridge.conversion.walk import Job, Lane, bytes_of
 from megabridge.mapping import Transfer
 
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CACHED: Final = PIECE // 4  # bytes compared at once on a CPU: what its cache holds
+_AT_ONCE: Final = PIECE // 2  # bytes compared at once on a CPU, whose threads hold them in two dtypes
 
 
 Cast = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -109,7 +109,7 @@ def _differing(reader: Reader, jobs: list[Job], cast: Cast, shared: Sharing | No
         verdicts.append((job, equal))
 
     on_cpu = all(job.target.device.type == "cpu" for job in jobs)
-    read_boxes(reader, jobs, visit, shared=shared, limit=_CACHED if on_cpu else PIECE)
+    read_boxes(reader, jobs, visit, shared=shared, limit=_AT_ONCE if on_cpu else PIECE)
     answers = torch.stack([equal for _, equal in verdicts]).tolist() if verdicts else []
     return list(dict.fromkeys(job for (job, _), equal in zip(verdicts, answers, strict=True) if not equal))
 
@@ -118,7 +118,7 @@ def _distance(reader: Reader, job: Job, cast: Cast) -> float:
     """The largest difference of a value; infinite where one is NaN, 0 where only signs of zeros differ."""
     largest = 0.0
     lane = Lane(job.target.device)
-    for part in reader.parts(job.info, job.transfer, _CACHED):
+    for part in reader.parts(job.info, job.transfer, _AT_ONCE):
         with lane.stream():
             ours, theirs = cast(native_box(job.target, part), lane.on_device(reader.fetch(job.info, part, lane.buffer)))
             distance = (ours.double() - theirs.double()).abs().max().item()

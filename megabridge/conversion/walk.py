@@ -83,7 +83,11 @@ class Lane:
 
 def fill(lane: Lane, job: Job, part: Transfer, fetched: Fetched) -> None:
     """The visit that copies a part into its parameter, cast to the parameter's dtype."""
-    native_box(job.target, part).copy_(lane.on_device(fetched))
+    box = native_box(job.target, part)
+    if fetched.is_buffered and box.is_contiguous() and box.dtype == fetched.flat.dtype and fetched.box.is_contiguous():
+        box.copy_(fetched.box, non_blocking=True)  # on CUDA from pinned memory right into the parameter
+    else:
+        box.copy_(lane.on_device(fetched))
 
 
 def threads_of_a_rank() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from megabridge.errors import MegabridgeError
 from megabridge.families.family import Family
 from megabridge.mapping import Fuse, Rule, Same, WeightMap
 from tests.cases.convert import provide
-from tests.cases.models import prompt
+from tests.cases.models import TINY, prompt
 
 
 def digest(model: list[torch.nn.Module]) -> str:
@@ -87,6 +89,47 @@ def ways(source: str) -> list[dict[str, Any]]:
                 "left": list(Path("/dev/shm").glob("megabridge-*")),
             }
         )
+    return out
+
+
+def anonymous() -> int:
+    """Anonymous memory of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+
+def memory(root: str) -> list[dict[str, int]]:
+    """Per dtype of the parameters and way of reading: the model's bytes, and the most memory of an import beside them."""
+    config = {
+        **TINY,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 3,
+        "vocab_size": 60_000,
+        "dtype": "bfloat16",
+    }
+    (Path(root) / "config.json").write_text(json.dumps(config))
+    out = []
+    for dtype in ("bfloat16", "float32"):
+        bridge = AutoBridge.from_hf_pretrained(root, dtype=dtype)
+        model = provide(bridge, load_weights=False)
+        if dtype == "bfloat16":
+            bridge.save_hf_weights(model, Path(root) / "weights", show_progress=False, verify=False)
+            (Path(root) / "weights" / "config.json").write_text(json.dumps(config))
+        for way in ("mapped", "sequential"):
+            before, samples, ended = anonymous(), [0], threading.Event()
+
+            def sample(samples: list[int] = samples, ended: threading.Event = ended) -> None:
+                while not ended.wait(0.001):
+                    samples.append(anonymous())
+
+            sampler = threading.Thread(target=sample)
+            sampler.start()
+            bridge.load_hf_weights(model, Path(root) / "weights", show_progress=False, reader=way)
+            ended.set()
+            sampler.join()
+            size = sum(parameter.nbytes for chunk in model for parameter in chunk.parameters())
+            out.append({"extra": max(*samples, before) - before, "model": size})
     return out
 
 

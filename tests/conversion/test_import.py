@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -57,6 +58,12 @@ def test_a_failing_shared_read_fails_on_every_rank(ranks: RankServer, tmp_path: 
             assert kind == "CheckpointError" and seconds < 10
             assert "model.safetensors failed: Input/output error" in message
             assert rank == 1 or message.startswith("rank 1 failed while reading weights")
+
+
+def test_an_import_needs_little_memory_beside_the_model(ranks: RankServer, tmp_path: Path) -> None:
+    """Anonymous memory, sampled: straight into parameters, cast, by rows, compared and checked, on a model of 300 MB."""
+    for way in ranks.run("tests.cases.imports:memory", kwargs={"root": str(tmp_path)})[0]:
+        assert 0 <= way["extra"] <= 64 << 20 and way["model"] > 140 << 20, way
 
 
 def write_parts(folder: Path) -> dict[str, torch.Tensor]:
@@ -147,20 +154,19 @@ def test_a_node_notices_a_rank_that_died(tmp_path: Path) -> None:
     file.write_bytes(bytes(shared._PAGE))
     ready, told = os.pipe()
     end, ended = os.pipe()
-    child = os.fork()
-    if child == 0:
-        descriptor = os.open(file, os.O_RDWR)
-        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, shared._LOCKS + 1)
-        os.write(told, b"x")
-        os.read(end, 1)
-        os._exit(0)
+    program = (
+        "import fcntl, os, sys; file, place, told, end = sys.argv[1], *map(int, sys.argv[2:]); fd = os.open(file, os.O_RDWR); "
+        "fcntl.lockf(fd, fcntl.LOCK_EX, 1, place); os.write(told, b'x'); os.read(end, 1); os._exit(0)"
+    )
+    arguments = [sys.executable, "-c", program, str(file), str(shared._LOCKS + 1), str(told), str(end)]
+    child = subprocess.Popen(arguments, pass_fds=(told, end))
     os.read(ready, 1)
     fd = os.open(file, os.O_RDWR)
     try:
         counters = shared._Counters(Sharing((), {}, 0, (4, 7), fd, mmap.mmap(fd, 0)))
         counters.check_alive(total=5)
         os.write(ended, b"x")
-        os.waitpid(child, 0)
+        child.wait()
         with pytest.raises(CheckpointError, match="rank 7 died"):
             counters.check_alive(total=5)
     finally:
