@@ -77,7 +77,7 @@ def test_help_and_cfg_answer_without_torch(tmp_path: Path) -> None:
         ("callbacks.hf_exprt=null", "unknown key 'callbacks.hf_exprt'; did you mean 'callbacks.hf_export'? To add it"),
         ("optimizer.lr=abc", "optimizer.lr: 'abc' must be a number."),
         ("parallel.tp=1.5", "parallel.tp: '1.5' must be a whole number."),
-        ("model=tiny_lama", "model=tiny_lama does not exist; did you mean 'tiny_llama'? It is one of: auto, "),
+        ("model=tiny_lama", "model=tiny_lama does not exist; did you mean 'tiny_llama'? It is one of: afm_4_5b, auto, "),
         ("parallel=tp4", "Any other size: parallel.tp=..."),
         ("experiment=null", "must be a string or a list"),
         ("a=[", "can't read the override 'a=['"),

@@ -11,9 +11,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 
 def can_take(query: Tensor, *, dropout: float) -> bool:
-    """Whether the kernel takes queries [b, heads, s, d] like these: on CUDA, heads as wide as a power of two from 16."""
-    width = query.shape[-1]
-    return query.is_cuda and dropout == 0.0 and width >= 16 and width & (width - 1) == 0
+    """Whether the kernel takes queries [b, heads, s, d] like these: on CUDA, at least 128, heads as wide as a power of two.
+
+    For fewer queries torch (2.11) chooses its decoding kernel, which not all shapes compile for.
+    """
+    length, width = query.shape[-2:]
+    return query.is_cuda and dropout == 0.0 and length >= 128 and width >= 16 and width & (width - 1) == 0
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, window: int | None, softcap: float | None, scale: float) -> Tensor:

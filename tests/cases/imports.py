@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from megabridge import AutoBridge
 from megabridge.checkpoint.hf import Reader, find_tensors
 from megabridge.conversion import shared
+from megabridge.conversion.native import survey
 from megabridge.conversion.parity import first_difference, hidden_parity
 from megabridge.errors import MegabridgeError
 from megabridge.families.family import Family
@@ -255,8 +257,11 @@ def broken_rules(source: str) -> list[tuple[str, str, list[str], str, str | None
     whole: Family = bridge.family
     model = provide(bridge)
     tokens = prompt(bridge.config["vocab_size"], batch=1, length=21)
+    here = {re.sub(r"(?<=layers\.)\d+", "{layer}", live.name) for live in survey(model)}
     out = []
     for number, rule in enumerate(whole.weights.rules):
+        if not here & set(rule.native):
+            continue  # of another backend's, or another norm's, parameter
         for name, broken in [*mutations(rule), ("none", rule)][: None if number == 0 else -1]:
             rules = (*whole.weights.rules[:number], broken, *whole.weights.rules[number + 1 :])
             bridge.family = replace(whole, weights=WeightMap(rules))

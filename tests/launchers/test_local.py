@@ -87,7 +87,7 @@ def failed(rank: int, exit_code: int, failure: Failure | None, folder: Path) -> 
     outcome = (folder / f"outcome{rank}").open("w+b")
     if failure is not None:
         report.write(outcome.fileno(), failure)
-    return local._Worker(rank, process, outcome)
+    return local._Worker(rank, process, outcome, (folder / f"note{rank}").open("w+b"))
 
 
 def test_of_several_failures_the_earliest_or_the_silent_one_counts(tmp_path: Path) -> None:
