@@ -17,10 +17,11 @@ from megabridge.conversion.walk import Job, Lane, bytes_of
 from megabridge.mapping import Transfer
 
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_AT_ONCE: Final = PIECE // 2  # bytes compared at once on a CPU, whose threads hold them in two dtypes
+_AT_ONCE: Final = PIECE // 4  # bytes compared at once on a CPU: what its cache holds
 
 
-Cast = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Convert = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+Cast = Callable[[torch.Tensor, torch.Tensor, Convert], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def compare(
 ) -> Difference:
     """Compares every copy of every parameter with its boxes. Collective: every rank gets the same answer.
 
-    `cast(ours, theirs)` brings a pair of boxes to one dtype: after an import the file's is cast to the parameter's, after an export
+    `cast(ours, theirs, convert)` brings a pair of boxes to one dtype: after an import the file's is cast to the parameter's, after an export
     the other way round. Tensors in `absent` are left out; aliases that the folder has are compared too. `way` and `dedupe` say
     how the files are read (see `import_weights`).
     """
@@ -101,17 +102,18 @@ def _jobs(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -
 
 def _differing(reader: Reader, jobs: list[Job], cast: Cast, shared: Sharing | None) -> list[Job]:
     """The jobs whose boxes differ. The parameters' device compares; it is asked once, at the end."""
-    verdicts: list[tuple[Job, torch.Tensor]] = []
+    verdicts: list[tuple[Job, torch.Tensor | bool]] = []
 
     def visit(lane: Lane, job: Job, part: Transfer, fetched: Fetched) -> None:
-        ours, theirs = _integers(*cast(native_box(job.target, part), lane.on_device(fetched)))
-        equal = torch.tensor(torch.equal(ours, theirs)) if ours.device.type == "cpu" else (ours == theirs).all()
+        ours, theirs = _integers(*cast(native_box(job.target, part), lane.on_device(fetched), lane.converted))
+        equal = torch.equal(ours, theirs) if ours.device.type == "cpu" else (ours == theirs).all()
         verdicts.append((job, equal))
 
     on_cpu = all(job.target.device.type == "cpu" for job in jobs)
     read_boxes(reader, jobs, visit, shared=shared, limit=_AT_ONCE if on_cpu else PIECE)
-    answers = torch.stack([equal for _, equal in verdicts]).tolist() if verdicts else []
-    return list(dict.fromkeys(job for (job, _), equal in zip(verdicts, answers, strict=True) if not equal))
+    tensors = [equal for _, equal in verdicts if isinstance(equal, torch.Tensor)]
+    answers = iter(torch.stack(tensors).tolist() if tensors else [])  # one wait for the device
+    return list(dict.fromkeys(job for job, equal in verdicts if not (equal if isinstance(equal, bool) else next(answers))))
 
 
 def _distance(reader: Reader, job: Job, cast: Cast) -> float:
@@ -120,17 +122,18 @@ def _distance(reader: Reader, job: Job, cast: Cast) -> float:
     lane = Lane(job.target.device)
     for part in reader.parts(job.info, job.transfer, _AT_ONCE):
         with lane.stream():
-            ours, theirs = cast(native_box(job.target, part), lane.on_device(reader.fetch(job.info, part, lane.buffer)))
+            fetched = reader.fetch(job.info, part, lane.buffer)
+            ours, theirs = cast(native_box(job.target, part), lane.on_device(fetched), lane.converted)
             distance = (ours.double() - theirs.double()).abs().max().item()
         largest = max(largest, float("inf") if distance != distance else distance)
     return largest
 
 
-def to_native(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def to_native(ours: torch.Tensor, theirs: torch.Tensor, convert: Convert) -> tuple[torch.Tensor, torch.Tensor]:
     """The file's box as the parameter's dtype."""
-    return ours, theirs.to(ours.dtype)
+    return ours, convert(theirs, ours.dtype)
 
 
-def to_file(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def to_file(ours: torch.Tensor, theirs: torch.Tensor, convert: Convert) -> tuple[torch.Tensor, torch.Tensor]:
     """The parameter's box as the file's dtype."""
-    return ours.to(theirs.dtype), theirs
+    return convert(ours, theirs.dtype), theirs

@@ -47,6 +47,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._buffer: torch.Tensor | None = None
+        self._scratch: torch.Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -58,6 +59,19 @@ class Lane:
         if self._buffer is None:
             self._buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=self._stream is not None)
         return self._buffer
+
+    def converted(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`tensor` in `dtype`, to be used before the next call.
+
+        On a CPU in memory of the lane's own: large blocks that threads take and give back again and again leave holes, and a
+        process would grow by about all that it converts.
+        """
+        if tensor.dtype == dtype or tensor.device.type != "cpu":
+            return tensor.to(dtype)
+        size = tensor.numel() * dtype.itemsize
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch[:size].view(dtype).view(tensor.shape).copy_(tensor)
 
     def wait(self) -> None:
         """Waits for what was started on the stream."""
