@@ -65,9 +65,9 @@ def compare(
 ) -> Difference:
     """Compares every copy of every parameter with its boxes. Collective: every rank gets the same answer.
 
-    `cast(ours, theirs, convert)` brings a pair of boxes to one dtype: after an import the file's is cast to the parameter's, after an export
-    the other way round. Tensors in `absent` are left out; aliases that the folder has are compared too. `way` and `dedupe` say
-    how the files are read (see `import_weights`).
+    `cast(ours, theirs, convert)` brings a pair of boxes to one dtype: after an import the file's is cast to the parameter's, after
+    an export the other way round. Tensors in `absent` are left out; aliases that the folder has are compared too. `way` and
+    `dedupe` say how the files are read (see `import_weights`).
     """
     jobs = _jobs(plan, infos, absent)
     distances: dict[str, float] = {}
