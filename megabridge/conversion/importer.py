@@ -15,7 +15,7 @@ import torch
 from megabridge import agreement
 from megabridge.checkpoint.hf import PAGE, Reader, Way, native_box
 from megabridge.checkpoint.safetensors import TensorInfo
-from megabridge.conversion.compare import compare, to_native
+from megabridge.conversion.compare import compare, is_finite, to_native
 from megabridge.conversion.plan import Plan, check_source
 from megabridge.conversion.report import Report
 from megabridge.conversion.shared import node_of_this_rank, read_boxes, sharing
@@ -134,7 +134,7 @@ def _refuse(plan: Plan, mismatched: tuple[str, ...]) -> None:
 
 def refuse_nonfinite(plan: Plan, absent: frozenset[str] = frozenset()) -> None:
     """Raises CheckpointError with the names of tensors whose parameters hold NaN or infinity, on every rank alike. Collective."""
-    verdicts = [_is_finite(item.live.data) for item in plan.items]
+    verdicts = [is_finite(item.live.data) for item in plan.items]
     answers = torch.stack(verdicts).tolist() if verdicts else []
     items = [item for item, finite in zip(plan.items, answers, strict=True) if not finite]
     boxes = [(item.hf[t.part], native_box(item.live.data, t)) for item in items for t in item.transfers if t.elements]
@@ -145,16 +145,6 @@ def refuse_nonfinite(plan: Plan, absent: frozenset[str] = frozenset()) -> None:
             "weights must be finite numbers; these hold NaN or infinity, or values too large for the parameters' dtype; mend the "
             "checkpoint, or set conversion.allow_nonfinite=true:\n  " + listed(names)
         )
-
-
-def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Whether all elements are numbers, as a scalar where the tensor lives. The extremes of a tensor with a NaN are NaN."""
-    if tensor.numel() == 0:
-        return torch.tensor(True, device=tensor.device)
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.to(torch.bfloat16)  # float8 has no order in torch; bfloat16 holds every value of it
-    least, most = tensor.aminmax()
-    return least.isfinite() & most.isfinite()
 
 
 def _merged(spans: Mapping[Path, list[tuple[int, int]]] | Spans) -> Spans:

@@ -18,7 +18,7 @@ from megabridge.topology import Topology
 from tests.cases.models import TINY, llama_config
 from tests.ranks import RankServer
 
-LAYOUTS = [Topology(tp=tp, pp=pp) for pp in (1, 2) for tp in (1, 2, 4)]
+LAYOUTS = [*(Topology(tp=tp, pp=pp) for pp in (1, 2) for tp in (1, 2, 4)), Topology(tp=2, pp=2, vpp=2)]
 COUNT = 54
 
 
