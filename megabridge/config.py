@@ -146,6 +146,8 @@ class RecipeConfig:
     """A question that the source and the exported model answer at the end, both through transformers. Null: none."""
     single_process: bool = False
     """Whether one process without process groups runs it, whatever `parallel` says: it plans, or starts ranks by itself."""
+    loads_model: bool = True
+    """Whether ranks hold the whole model. False: only names and shapes, or what fits, so that any host will do."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of your own recipe: +recipe.options.anything=1."""
 
@@ -226,6 +228,8 @@ class Config:
     """Name to megabridge.callbacks.Callback: class in `_target_`, arguments beside it. They run in this order."""
     logger: dict[str, Any] = field(default_factory=dict)
     """Name to megabridge.loggers.Logger: class in `_target_`, arguments beside it."""
+    family: str | None = None
+    """module:NAME of a megabridge.families.Family of your own; every process knows it before anything else happens."""
     platform: str = choice("auto", "cpu", "cuda")
     """Where ranks compute. auto: CUDA where there is a GPU, else the CPU with gloo."""
     seed: int = 1234

@@ -37,6 +37,21 @@ def register(family: Family) -> None:
     _registered[family.architecture] = family
 
 
+def register_named(target: str) -> Family:
+    """Registers the family that `target`, module:NAME, names, and returns it. Raises ConfigError when there is none."""
+    module_name, _, name = target.partition(":")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"family={target!r} must be module:NAME of a Family: {error}; check the name and PYTHONPATH.") from error
+    family = vars(module).get(name)
+    if not isinstance(family, Family):
+        known = ", ".join(key for key, value in vars(module).items() if isinstance(value, Family)) or "none"
+        raise ConfigError(f"family={target!r} must be module:NAME of a megabridge.families.Family; {module_name} has: {known}.")
+    register(family)
+    return family
+
+
 def all_families() -> dict[str, Family]:
     """Every known family by Hugging Face class name."""
     return {**_installed(), **_registered}

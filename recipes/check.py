@@ -1,0 +1,40 @@
+"""Checks a family, and a model of it: recipe=check model.path=... [family=package.module:NAME] [parallel.dp=4].
+
+The family's tiny config, with random weights that transformers makes, goes through every layout of the given number of ranks:
+names both ways, bytes of import and export, logits, gradients. A model in `model.path` has its config and its headers checked
+besides, and its weights where they fit into memory. Without model.path, the family alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from megabridge.config import Config
+from megabridge.errors import ParityError
+from megabridge.families import family_for, register_named
+from megabridge.loggers import Reporter
+from megabridge.platform import groups
+from megabridge.training import assemble
+from megabridge.workbench import battery, config_check, findings, layouts, real
+
+
+def main(config: Config) -> None:
+    """Every rank calls it, in running process groups, which it ends and starts. Raises ParityError with all that failed."""
+    folder, world_size = Path(config.run_dir) / "check", groups.world_size()
+    with Reporter(config, assemble.loggers(config)) as report:
+        given = config.model.path is not None or bool(config.model.hf)
+        family = family_for(assemble.model_config(config)) if given or config.family is None else register_named(config.family)
+        found = battery.check_family(config, family, folder / "tiny", world_size, report.say)
+        if given:
+            found.append(config_check.check_config(family, assemble.model_config(config), "model"))
+        if config.model.path is not None and found[-1].has_passed:
+            bridge = assemble.bridge(config)
+            legal = layouts.legal_layouts(config, bridge, world_size)
+            found += real.check_model(config, bridge, legal, folder / "exported")
+        for line in findings.table(found):
+            report.say(line)
+    (folder / "findings.json").write_text(json.dumps([asdict(finding) for finding in found], indent=2) + "\n")
+    if problems := battery.verdict(family.architecture, found):
+        raise ParityError(problems)
