@@ -154,7 +154,7 @@ def _targets(node: Any, path: str) -> Iterator[str]:
 def check_model(config: Config) -> None:
     """Raises ConfigError when nothing says which model it is. A `family` does: its tiny model is meant then."""
     model = config.model
-    if model.path is None and config.family is not None and not config.recipe.loads_model:
+    if model.path is None and config.family is not None and config.recipe.steps == 0:
         return
     if model.path is None and not model.hf:
         raise ConfigError(f"model={model.name} has neither model.path nor a shape; give model.path=<folder or hub id>.")

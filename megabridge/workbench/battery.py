@@ -51,7 +51,7 @@ def check_family(config: Config, family: Family, folder: Path, world_size: int, 
     Leaves the groups of the last layout running. `say` gets a line per layout.
     """
     hf = tiny_config(family, LAYERS)
-    found = [check_config(family, family.tiny | {"model_type": family.model_type}, "tiny config")]
+    found = [check_config(family, {**family.tiny, "model_type": family.model_type}, "tiny config")]
     try:
         agreement.on_rank_zero("making the trial model", lambda: write_trial(folder, hf, family, ranks=world_size).exists())
         trial = trial_config(config, folder)

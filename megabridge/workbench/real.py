@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from megabridge import agreement
 from megabridge.bridge import AutoBridge
 from megabridge.checkpoint import source
@@ -25,8 +27,6 @@ from megabridge.workbench.battery import LOGITS_TOLERANCE, folder_differences
 from megabridge.workbench.findings import Finding, failed, over_ranks
 from megabridge.workbench.layouts import Layout
 from megabridge.workbench.trial import load_hf
-
-import torch
 
 COPIES: Final = 4
 """How often a model's float32 size must fit into this host's memory: in megatron-core, in transformers, and as much again."""

@@ -94,7 +94,7 @@ def write_trial(folder: Path, config: Json, family: Family, *, ranks: int = 1, s
     model.save_pretrained(folder)
     (folder / "config.json").write_text(text)  # as given: what transformers adds is not part of it
     loss = torch.nn.functional.cross_entropy(model(rows[:, :-1]).logits.float().flatten(0, 1), rows[:, 1:].flatten())
-    loss.backward()
+    torch.autograd.backward(loss)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
