@@ -61,8 +61,11 @@ def check_family(config: Config, family: Family, folder: Path, world_size: int, 
     for layout in layouts:
         groups.change(layout.topology, seed=config.seed)
         say(f"{family.architecture}, tiny model: {layout}")
-        seen = over_ranks(check_trial(layout.config(trial), layout, folder, folder.parent / f"{folder.name}-{layout}"))
-        gc.collect()
+        export = folder.parent / f"{folder.name}-{layout}"
+        seen = over_ranks(check_trial(layout.config(trial), layout, folder, export))
+        if agreement.rank() == 0:
+            shutil.rmtree(export, ignore_errors=True)
+        gc.collect()  # models hold each other in cycles
         found += seen
         if layout is layouts[0] and not all(finding.has_passed for finding in seen if finding.what in ("bijection", "forward")):
             break  # the other layouts would fail alike, and slower
@@ -102,8 +105,6 @@ def _check_bytes(bridge: AutoBridge, chunks: Chunks, where: str, folder: Path, t
         problems = agreement.on_rank_zero("comparing the export with its source", lambda: folder_differences(folder, target))
     except MegabridgeError as error:
         return failed(where, "bytes", error)
-    if agreement.rank() == 0:
-        shutil.rmtree(target)
     return Finding(where, "bytes", f"{report.bytes:,}", tuple(problems))
 
 
