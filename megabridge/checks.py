@@ -158,7 +158,7 @@ def check_model(config: Config) -> None:
         return
     if model.path is None and not model.hf:
         raise ConfigError(f"model={model.name} has neither model.path nor a shape; give model.path=<folder or hub id>.")
-    if model.load_weights and model.path is None and config.recipe.loads_model:
+    if model.load_weights and model.path is None:
         raise ConfigError("model.load_weights=true needs model.path=<folder or hub id>; set it, or load_weights=false.")
 
 

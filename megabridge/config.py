@@ -146,8 +146,6 @@ class RecipeConfig:
     """A question that the source and the exported model answer at the end, both through transformers. Null: none."""
     single_process: bool = False
     """Whether one process without process groups runs it, whatever `parallel` says: it plans, or starts ranks by itself."""
-    loads_model: bool = True
-    """Whether ranks hold the whole model. False: only names and shapes, or what fits, so that any host will do."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of your own recipe: +recipe.options.anything=1."""
 

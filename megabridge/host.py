@@ -68,7 +68,7 @@ def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: in
     Raises ConfigError that says what is missing and which command would work, when it can't run here.
     """
     world = topology.world_size
-    parameters = known_shape(config.model).parameters if config.recipe.loads_model else None
+    parameters = known_shape(config.model).parameters
     least = 0 if parameters is None or config.recipe.steps == 0 else parameters * BYTES_PER_PARAMETER
     size = "" if parameters is None else f" ({parameters / 1e9:.2f}B parameters)"
     name = f"{config.model.name}{size} with parallel {topology}"

@@ -24,8 +24,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from megabridge import config as schema
-from megabridge import last_words
-from megabridge import families
+from megabridge import families, last_words
 from megabridge.checks import nearest
 from megabridge.config import Config
 from megabridge.errors import ConfigError, MegabridgeError

@@ -17,7 +17,7 @@ from megabridge.families import family_for, register_named
 from megabridge.loggers import Reporter
 from megabridge.platform import groups
 from megabridge.training import assemble
-from megabridge.workbench import battery, config_check, findings, layouts, real
+from megabridge.workbench import battery, findings, real
 
 
 def main(config: Config) -> None:
@@ -28,11 +28,7 @@ def main(config: Config) -> None:
         family = family_for(assemble.model_config(config)) if given or config.family is None else register_named(config.family)
         found = battery.check_family(config, family, folder / "tiny", world_size, report.say)
         if given:
-            found.append(config_check.check_config(family, assemble.model_config(config), "model"))
-        if config.model.path is not None and found[-1].has_passed:
-            bridge = assemble.bridge(config)
-            legal = layouts.legal_layouts(config, bridge, world_size)
-            found += real.check_model(config, bridge, legal, folder / "exported")
+            found += real.check_model(config, world_size, folder / "exported")
         for line in findings.table(found):
             report.say(line)
     (folder / "findings.json").write_text(json.dumps([asdict(finding) for finding in found], indent=2) + "\n")

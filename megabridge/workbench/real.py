@@ -19,28 +19,38 @@ from megabridge.config import Config
 from megabridge.conversion.native import survey
 from megabridge.conversion.plan import check_source, make_plan
 from megabridge.errors import MegabridgeError
+from megabridge.families import family_for
 from megabridge.host import memory_bytes
 from megabridge.layers.logits import gather_logits
 from megabridge.platform import groups
 from megabridge.training import assemble
 from megabridge.workbench.battery import LOGITS_TOLERANCE, folder_differences
+from megabridge.workbench.config_check import check_config
 from megabridge.workbench.findings import Finding, failed, over_ranks
-from megabridge.workbench.layouts import Layout
+from megabridge.workbench.layouts import Layout, legal_layouts
 from megabridge.workbench.trial import load_hf
 
 COPIES: Final = 4
 """How often a model's float32 size must fit into this host's memory: in megatron-core, in transformers, and as much again."""
 
 
-def check_model(config: Config, bridge: AutoBridge, layouts: list[Layout], scratch: Path) -> list[Finding]:
-    """What a model's own files say: headers under every one of `layouts`; weights and logits under the first. Collective."""
-    assert bridge.location is not None
-    folder = source.resolve(bridge.location, revision=bridge.revision)
+def check_model(config: Config, world_size: int, scratch: Path) -> list[Finding]:
+    """What a model's own files say: config.json; headers under every layout; weights and logits under the first. Collective.
+
+    Without model.path there is model.hf only. The groups of the last layout are left running.
+    """
+    hf = assemble.model_config(config)
+    own = check_config(family_for(hf), hf, "model")
+    if config.model.path is None:
+        return [own]
     try:
+        bridge = assemble.bridge(config)
+        layouts = legal_layouts(config, bridge, world_size)
+        folder = source.resolve(config.model.path, revision=config.model.revision)
         infos = find_tensors(folder)
     except MegabridgeError as error:
-        return [failed("model", "headers", error)]
-    found: list[Finding] = []
+        return [own, *([failed("model", "headers", error)] if own.has_passed else [])]
+    found = [own]
     for layout in layouts:
         groups.change(layout.topology, seed=config.seed)
         found += over_ranks([_check_headers(layout.config(config), bridge, f"model, {layout}", infos)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megabridge import config as schema
 from megabridge.config import Config
 from megabridge.families import Family, all_families, register
+from megabridge.families.fields import Field, FieldLike, Fixed
 from megabridge.families.llama import FAMILY
 from megabridge.families.parts import LAYER, attention, embeddings, gated_mlp, pre_norms
 from megabridge.mapping import WeightMap, block
@@ -78,3 +79,24 @@ def comparisons(root: str, out: str, cases: list[tuple[str, dict[str, Any]]], sp
             }
         )
     return seen
+
+
+@dataclass(frozen=True)
+class Halved(Field):
+    """A field that comes back as another value."""
+
+    def write(self, native: Any) -> dict[str, Any]:
+        return {self.hf: native[self.native] / 2}
+
+
+def changed(native: str, field: FieldLike) -> tuple[FieldLike, ...]:
+    """Llama's fields, that of `native` replaced."""
+    return tuple(field if isinstance(old, Field) and old.native == native else old for old in FAMILY.fields)
+
+
+WRONG = replace(
+    FAMILY,
+    fields=(*changed("layernorm_epsilon", Halved("layernorm_epsilon", "rms_norm_eps", 1e-6)), Fixed("residual_multiplier", 0.5)),
+)
+UNKNOWN = replace(FAMILY, architecture="NobodyForCausalLM", model_type="nobody")
+MISSING = replace(FAMILY, weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention())))

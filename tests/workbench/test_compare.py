@@ -21,7 +21,8 @@ BROKEN: list[tuple[str, dict[str, Any], str, str]] = [
     ("LlamaForCausalLM", {"swapped": True}, "model.layers.0.input_layernorm", "which doesn't differ"),
     ("LlamaForCausalLM", {"activation_func": "gelu"}, "model.layers.0.mlp", "before model.layers.0.mlp.down_proj"),
     ("SmolLM3ForCausalLM", {"no_rope_freq": [0, 0, 0, 1, 0]}, "model.layers.1.self_attn", "before model.layers.1.self_attn.o_proj"),
-    ("GemmaForCausalLM", {"embedding_multiplier": 7.0}, "model", "before model.layers.0"),
+    ("Gemma2ForCausalLM", {"embedding_multiplier": 7.0}, "model.embed_tokens", "its outputs differ"),
+    ("GraniteForCausalLM", {"embedding_multiplier": 7.0}, "model", "before model.layers.0"),
     ("GraniteForCausalLM", {"residual_multiplier": 0.3}, "model.layers.0", "before model.layers.0.post_attention_layernorm"),
     ("GraniteForCausalLM", {"logits_multiplier": 0.3}, "logits", "nothing before them"),
     ("Gemma3ForCausalLM", {"local_rope": ROPE}, "model.layers.0.self_attn", "before model.layers.0.self_attn.o_proj"),
@@ -37,7 +38,7 @@ def root(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.mark.parametrize(
     ("topology", "sp"),
-    [(Topology(), False), (Topology(tp=2), True), (Topology(tp=2, pp=2), False), (Topology(pp=2, vpp=2), False)],
+    [(Topology(tp=2), True), (Topology(tp=4), False), (Topology(pp=2, vpp=2), False)],
     ids=lambda value: str(value),
 )
 def test_nothing_differs_where_all_is_right(ranks: RankServer, root: Path, tmp_path: Path, topology: Topology, sp: bool) -> None:
@@ -48,7 +49,7 @@ def test_nothing_differs_where_all_is_right(ranks: RankServer, root: Path, tmp_p
     assert not {name: entry["fault"] for name, entry in found.items() if entry["fault"]}
     assert not {name: entry["not_compared"] for name, entry in found.items() if entry["not_compared"]}
     figures = {name: (entry["rows"], entry["worst"]) for name, entry in found.items()}
-    assert not {name: pair for name, pair in figures.items() if pair[0] < 50 or not 0 < pair[1] < 1e-4}
+    assert not {name: pair for name, pair in figures.items() if pair[0] < 50 or not 0 <= pair[1] < 1e-4}
     assert all(rank == seen[0] for rank in seen)
 
 
