@@ -7,6 +7,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 
+from megabridge import targets
 from megabridge.errors import ConfigError
 from megabridge.families.family import Family
 from megabridge.families.fields import Json
@@ -39,15 +40,9 @@ def register(family: Family) -> None:
 
 def register_named(target: str) -> Family:
     """Registers the family that `target`, module:NAME, names, and returns it. Raises ConfigError when there is none."""
-    module_name, _, name = target.partition(":")
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"family={target!r} must be module:NAME of a Family: {error}; check the name and PYTHONPATH.") from error
-    family = vars(module).get(name)
+    family = targets.named(target, where="family")
     if not isinstance(family, Family):
-        known = ", ".join(key for key, value in vars(module).items() if isinstance(value, Family)) or "none"
-        raise ConfigError(f"family={target!r} must be module:NAME of a megabridge.families.Family; {module_name} has: {known}.")
+        raise ConfigError(f"family={target!r} must name a megabridge.families.Family, not {type(family).__name__}.")
     register(family)
     return family
 

@@ -102,9 +102,9 @@ def _sizes(model: Model, rows: Rows) -> None:
         rows.fields.append(f"*sizes({', '.join(arguments)})")
         return
     for native in SIZES:
-        default = {"init_method_std": ", 0.02"}.get(native, "")
         if native in found:
-            rows.fields.append(f'Field("{native}", "{found[native]}"{default})')
+            end = ", 0.02" if native == "init_method_std" else ""
+            rows.fields.append(f'Field("{native}", "{found[native]}"{end})')
         elif native == "num_query_groups":
             rows.fields.append(f'Follows("num_query_groups", lambda hf: hf["{found["num_attention_heads"]}"])')
         elif native == "kv_channels":
