@@ -151,25 +151,32 @@ def _targets(node: Any, path: str) -> Iterator[str]:
             yield from _targets(value, f"{path}[{index}]")
 
 
-def check_model(model: ModelConfig) -> None:
-    """Raises ConfigError when nothing says which model it is."""
+def check_model(config: Config) -> None:
+    """Raises ConfigError when nothing says which model it is. A `family` does: its tiny model is meant then."""
+    model = config.model
+    if model.path is None and config.family is not None and config.recipe.steps == 0:
+        return
     if model.path is None and not model.hf:
         raise ConfigError(f"model={model.name} has neither model.path nor a shape; give model.path=<folder or hub id>.")
     if model.load_weights and model.path is None:
         raise ConfigError("model.load_weights=true needs model.path=<folder or hub id>; set it, or load_weights=false.")
 
 
-def check_recipe(target: str) -> None:
-    """Raises ConfigError when `target` is not module:function of a module that exists. Imports its package only."""
-    module, colon, function = target.partition(":")
-    if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise ConfigError(f"recipe.target={target!r} must be module:function, such as recipes.finetune:main.")
-    try:
-        found = find_spec(module) is not None
-    except ModuleNotFoundError:
-        found = False
-    if not found:
-        raise ConfigError(f"recipe.target={target!r}: there is no module {module!r}; check the name and PYTHONPATH.")
+def check_named(config: Config) -> None:
+    """Raises ConfigError when recipe.target or family is not module:name of a module that exists. Imports its package only."""
+    named = [("recipe.target", "function", "recipes.finetune:main", config.recipe.target)]
+    if config.family is not None:
+        named.append(("family", "NAME", "my_package.my_family:FAMILY", config.family))
+    for key, kind, example, value in named:
+        module, colon, name = value.partition(":")
+        if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+            raise ConfigError(f"{key}={value!r} must be module:{kind}, such as {example}.")
+        try:
+            found = find_spec(module) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            raise ConfigError(f"{key}={value!r}: there is no module {module!r}; check the name and PYTHONPATH.")
 
 
 def check_layout(config: Config, topology: Topology) -> None:

@@ -226,6 +226,8 @@ class Config:
     """Name to megabridge.callbacks.Callback: class in `_target_`, arguments beside it. They run in this order."""
     logger: dict[str, Any] = field(default_factory=dict)
     """Name to megabridge.loggers.Logger: class in `_target_`, arguments beside it."""
+    family: str | None = None
+    """module:NAME of a megabridge.families.Family of your own; every process knows it before anything else happens."""
     platform: str = choice("auto", "cpu", "cuda")
     """Where ranks compute. auto: CUDA where there is a GPU, else the CPU with gloo."""
     seed: int = 1234

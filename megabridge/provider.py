@@ -11,6 +11,7 @@ import torch
 
 import megabridge.platform as platform
 from megabridge import provider_rules as rules
+from megabridge import targets
 from megabridge.errors import ConfigError, listed
 from megabridge.layers.model import CausalLM
 from megabridge.layers.spec import final_norm, layer_spec
@@ -277,6 +278,8 @@ class ModelProvider:
         given = self.transformer_layer_spec
         if given is None:
             return layer_spec(self.resolved_backend, config, self.style)
+        if isinstance(given, str):
+            given = targets.named(given, where="transformer_layer_spec")
         return given if isinstance(given, ModuleSpec) else given(config)
 
 

@@ -155,8 +155,8 @@ def resolve(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], config.Conf
     typed = config.typed(values)
     checks.check_choices(typed)
     checks.check_targets(typed)
-    checks.check_model(typed.model)
-    checks.check_recipe(typed.recipe.target)
+    checks.check_model(typed)
+    checks.check_named(typed)
     return values, typed
 
 

@@ -47,6 +47,10 @@ class Style:
     learned_positions: bool = False
     """Whether positions are embedded by a table of `seq_length` rows."""
 
+    core_attention: str | None = None
+    """package.module:Class of a core attention of the architecture's own. It is made as megabridge.layers.attention.TorchAttention
+    is; a subclass of that needs to say only what differs."""
+
     @classmethod
     def of(cls, get: Callable[[str], Any]) -> Style:
         """The style that a provider's settings ask for; `get` reads one."""

@@ -37,6 +37,18 @@ def build[T](node: Mapping[str, Any], base: type[T], *, where: str) -> T:
     return chosen(**arguments)
 
 
+def named(target: str, *, where: str) -> Any:
+    """What `target`, module:NAME, names. Raises ConfigError, with the names of the module, when there is none."""
+    module_name, _, name = target.partition(":")
+    try:
+        members = vars(importlib.import_module(module_name))
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{where}={target!r} must be module:NAME: {error}; check the name and PYTHONPATH.") from error
+    if name not in members:
+        raise ConfigError(f"{where}={target!r}: {module_name} has no {name!r}{nearest(name, list(members))}")
+    return members[name]
+
+
 def find[T](target: object, base: type[T], *, where: str) -> type[T]:
     """The class named `target`, as package.module.Class. Raises ConfigError unless it is a subclass of `base`."""
     rule = f"{where}._target_={target!r} must name a subclass of {base.__module__}.{base.__qualname__}"

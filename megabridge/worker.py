@@ -24,7 +24,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from megabridge import config as schema
-from megabridge import last_words
+from megabridge import families, last_words
 from megabridge.checks import nearest
 from megabridge.config import Config
 from megabridge.errors import ConfigError, MegabridgeError
@@ -85,6 +85,8 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     The process groups of `parallel` exist meanwhile, unless recipe.single_process says that it needs none.
     """
     config = schema.typed(values)
+    if config.family is not None:
+        families.register_named(config.family)
     recipe = load_recipe(config.recipe.target)
     torch.use_deterministic_algorithms(config.deterministic)
     if not config.recipe.single_process:
@@ -108,6 +110,8 @@ def load_recipe(target: str) -> Recipe:
 def _fork(values: Mapping[str, Any], world_size: int, outcome: int) -> int:
     """Imports everything that the ranks need, forks them and waits; leaves rank 0's objective or the first failure."""
     config = schema.typed(values)
+    if config.family is not None:
+        families.register_named(config.family)
     load_recipe(config.recipe.target)
     _import_targets(config)
     for module in _IMPORTED_LATE:

@@ -7,6 +7,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 
+from megabridge import targets
 from megabridge.errors import ConfigError
 from megabridge.families.family import Family
 from megabridge.families.fields import Json
@@ -35,6 +36,15 @@ def _installed() -> dict[str, Family]:
 def register(family: Family) -> None:
     """Adds or replaces a family in this process."""
     _registered[family.architecture] = family
+
+
+def register_named(target: str) -> Family:
+    """Registers the family that `target`, module:NAME, names, and returns it. Raises ConfigError when there is none."""
+    family = targets.named(target, where="family")
+    if not isinstance(family, Family):
+        raise ConfigError(f"family={target!r} must name a megabridge.families.Family, not {type(family).__name__}.")
+    register(family)
+    return family
 
 
 def all_families() -> dict[str, Family]:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Final
 
+from megabridge import targets
 from megabridge.errors import ConfigError
 from megabridge.layers.attention import TorchAttention, TwoRopeAttention
 from megabridge.layers.norm import HeadsNorm, LayerNorm, RMSNorm
@@ -59,7 +60,9 @@ class TorchSpecProvider(BackendSpecProvider):  # type: ignore[misc]
         return functools.partial(LayerNorm, bias=self.style.qk_norm_bias if for_qk else self.style.norm_bias)
 
     def core_attention(self) -> Any:
-        return functools.partial(TorchAttention, style=self.style)
+        own = self.style.core_attention
+        chosen = TorchAttention if own is None else targets.named(own, where="core_attention")
+        return functools.partial(chosen, style=self.style)
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
         return LocalSpecProvider().grouped_mlp_modules(moe_use_grouped_gemm)

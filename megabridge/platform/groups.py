@@ -122,6 +122,23 @@ def ensure(topology: Topology) -> None:
         _started.topology = topology
 
 
+def change(topology: Topology, *, seed: int = DEFAULT_SEED) -> None:
+    """Ends megatron-core's groups and starts those of `topology` over the same processes. Every rank calls it.
+
+    Models made before must not be used any more. Raises ConfigError when the number of processes is another.
+    """
+    if dist.is_initialized():
+        _check_world(topology, dist.get_world_size())
+    own = parallel_state._global_process_group_list or []
+    _started.topology = None
+    parallel_state.destroy_model_parallel()
+    # It destroys some of its groups and forgets the others, which would keep their connections open.
+    for group in own:
+        if group is not None and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+    start(topology, seed=seed)
+
+
 def _groups_of(topology: Topology) -> Topology:
     """Equal for topologies whose groups are equal."""
     return dataclasses.replace(topology, vpp=1, etp=topology.expert_tp)

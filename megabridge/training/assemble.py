@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 
@@ -34,6 +34,14 @@ def bridge(config: Config) -> AutoBridge:
     return AutoBridge.from_hf_pretrained(
         location, revision=model.revision, dtype=model.dtype, trust_remote_code=model.trust_remote_code
     )
+
+
+def model_config(config: Config) -> dict[str, Any]:
+    """The content of the model's config.json: model.path's, or model.hf. Every rank calls it."""
+    model = config.model
+    if model.path is None:
+        return dict(model.hf)
+    return assets.read_config(source.resolve(model.path, revision=model.revision, config_only=True))
 
 
 def provider(config: Config, bridge: AutoBridge) -> ModelProvider:

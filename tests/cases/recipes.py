@@ -13,6 +13,7 @@ import torch
 from megabridge import config as schema
 from megabridge.callbacks import Callback
 from megabridge.data import DataModule
+from megabridge.families import register_named
 from tests.cases import tiny
 from tests.cases.models import TINY
 
@@ -76,5 +77,8 @@ def _letters() -> Any:
 
 def recipe(name: str, values: dict[str, Any]) -> float | None:
     """Runs recipes.`name`:main on the config with `values`, as the worker would."""
-    result: float | None = importlib.import_module(f"recipes.{name}").main(schema.typed(values))
+    config = schema.typed(values)
+    if config.family is not None:
+        register_named(config.family)
+    result: float | None = importlib.import_module(f"recipes.{name}").main(config)
     return result

@@ -1,0 +1,1 @@
+"""Tools for whoever adds a family: a battery of checks, a comparison module by module, and a first draft of the file."""

@@ -1,0 +1,158 @@
+"""The first version of a family file, from config.json and the headers of the safetensors files. No weight is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from megabridge.errors import ConfigError
+from megabridge.families.fields import INERT
+from megabridge.workbench.anatomy import Model, Shape, read_model
+from megabridge.workbench.recognise import Rows, recognise
+
+_IMPORTS: Final = {
+    "megabridge.families.fields": ("Choice", "Converted", "Field", "Fixed", "Follows"),
+    "megabridge.families.parts": (
+        "GATED_SILU", "LAYER", "QKV", "QKV_JOINED", "TIED", "UNTIED", "attention", "embeddings", "gated_mlp", "plain_mlp",
+        "post_norms", "pre_norms", "qk_norms", "rms", "sizes",
+    ),
+    "megabridge.families.positions": ("LayerRopes", "Rope", "Windows", "every"),
+    "megabridge.mapping": ("Same", "Transpose", "WeightMap", "block", "weight"),
+}  # fmt: skip
+_TINY: Final = {
+    "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8, "kv_channels": 16, "vocab_size": 131,
+    "seq_length": 256,
+}  # fmt: skip
+# Values of a tiny config that follow from its sizes.
+_SMALL: Final = {"sliding_window": 12, "max_window_layers": 2, "query_pre_attn_scalar": 16}
+
+
+def class_defaults(model_type: str) -> tuple[dict[str, Any], frozenset[str]]:
+    """What transformers' config class takes for keys that a config.json lacks, and the keys that every model has.
+
+    Nothing where transformers knows no such model.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    general = PreTrainedConfig().to_dict()
+    try:
+        known: dict[str, Any] = AutoConfig.for_model(model_type).to_dict()
+        # What changes with the sizes follows from them: it has no value of its own.
+        other: dict[str, Any] = AutoConfig.for_model(model_type, hidden_size=96, num_attention_heads=6).to_dict()
+    except Exception:  # an unknown model_type, or a class that refuses these sizes
+        return {}, frozenset(general)
+    return {key: value for key, value in known.items() if key not in general and other.get(key) == value}, frozenset(general)
+
+
+def draft(config: Mapping[str, Any], shapes: Mapping[str, Shape], source: str) -> tuple[str, list[str]]:
+    """(Python source of a family file, what is left to do, a line each).
+
+    The file can be imported in any case; it converts when nothing is left to do that says "no rule". Raises ConfigError for a
+    config.json without an architecture or without sizes.
+    """
+    if not config.get("architectures") or not config.get("model_type"):
+        raise ConfigError(f"{source}: config.json must have architectures and model_type for a draft; add them.")
+    defaults, general = class_defaults(str(config["model_type"]))
+    model = read_model(config, shapes, defaults)
+    rows = recognise(model, general)
+    body = _body(config, model, rows, general)
+    used = {module: [name for name in names if re.search(rf"\b{name}\b", body)] for module, names in _IMPORTS.items()}
+    imports = ["from megabridge.families import Family"]
+    imports += [f"from {module} import {', '.join(names)}" for module, names in used.items() if names]
+    notes = [f"# TODO {line}" for line in rows.todo]
+    head = f'"""{config["architectures"][0]}, drafted from {source}: see docs/adding-a-family.md."""'
+    return "\n".join([head, "", *imports, "", *notes, "# fmt: off", body, ""]), rows.todo
+
+
+def module_name(config: Mapping[str, Any]) -> str:
+    """A name for the file's module."""
+    return re.sub(r"\W", "_", str(config["model_type"]))
+
+
+def _body(config: Mapping[str, Any], model: Model, rows: Rows, general: frozenset[str]) -> str:
+    place = "*LAYER" if model.prefix == "model.layers.{layer}" else f'"decoder.layers.{{layer}}", "{model.prefix}"'
+    lines = [
+        "FAMILY = Family(",
+        f'    architecture="{config["architectures"][0]}",',
+        f'    model_type="{config["model_type"]}",',
+        "    fields=(",
+        *(f"        {row}," for row in rows.fields),
+        "    ),",
+        "    weights=WeightMap(",
+        *(f"        {row}," for row in rows.outside),
+        f"        block({place},",
+        *(f"              {row}," for row in rows.layer),
+        "        ),",
+        "    ),",
+    ]
+    if model.ignored:
+        lines.append(f"    ignored=({', '.join(_text(name) for name in model.ignored)},),")
+    lines += [
+        "    tiny={",
+        *(f"        {_text(key)}: {_text(value)}," for key, value in _tiny(config, model, general - rows.read).items()),
+        "    },",
+        ")",
+    ]
+    return "\n".join(lines)
+
+
+def _text(value: object) -> str:
+    """A literal, as our formatter would write it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_text(key)}: {_text(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_text(inner) for inner in value) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _tiny(config: Mapping[str, Any], model: Model, left_out: frozenset[str]) -> dict[str, Any]:
+    """A small config.json of the same kind."""
+    by_key = {key: native for native, key in model.sizes.items()}
+    layers, heads, groups = (model.size(name) or 1 for name in ("num_layers", "num_attention_heads", "num_query_groups"))
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in left_out or value is None:
+            continue
+        native = by_key.get(key)
+        if native == "num_query_groups":
+            out[key] = 8 if groups == heads else 1 if groups == 1 else 4
+        elif native in _TINY:
+            out[key] = _TINY[native]
+        elif key in ("rope_parameters", "rope_scaling"):
+            out[key] = _small_rope(value, 16 if "kv_channels" in model.sizes else 8)
+        elif key == "original_max_position_embeddings":
+            out[key] = 16
+        elif isinstance(value, list) and len(value) == layers:
+            out[key] = _each_kind(value, _TINY["num_layers"])
+        elif key in _SMALL:
+            out[key] = _SMALL[key]
+        elif (key not in INERT or key == "initializer_range") and key != "quantization_config":
+            out[key] = value
+    return out
+
+
+def _small_rope(rope: Any, width: int) -> Any:
+    """Rotary settings for heads of `width`, whose scaling has an effect on short prompts."""
+    if not isinstance(rope, dict):
+        return rope
+    out = {}
+    for key, value in rope.items():
+        if isinstance(value, dict):
+            out[key] = _small_rope(value, width)
+        elif key == "original_max_position_embeddings":
+            out[key] = 16
+        elif key in ("short_factor", "long_factor"):
+            out[key] = value[: int(width * rope.get("partial_rotary_factor", 1.0)) // 2]
+        else:
+            out[key] = value
+    return out
+
+
+def _each_kind(values: list[Any], count: int) -> list[Any]:
+    """`count` entries in which every kind of `values` occurs, in the order of their first occurrence."""
+    if len({_text(value) for value in values[:count]}) == len({_text(value) for value in values}):
+        return values[:count]
+    kinds: Iterable[Any] = {_text(value): value for value in values}.values()
+    return (list(kinds) * count)[:count]

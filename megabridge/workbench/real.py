@@ -1,0 +1,105 @@
+"""The check of a real model: its config, names and shapes of its tensors, and its weights where they fit into memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from megabridge import agreement
+from megabridge.bridge import AutoBridge
+from megabridge.checkpoint import source
+from megabridge.checkpoint.hf import find_tensors
+from megabridge.checkpoint.safetensors import TensorInfo
+from megabridge.config import Config
+from megabridge.conversion.native import survey
+from megabridge.conversion.plan import check_source, make_plan
+from megabridge.errors import MegabridgeError
+from megabridge.families import family_for
+from megabridge.host import memory_bytes
+from megabridge.layers.logits import gather_logits
+from megabridge.platform import groups
+from megabridge.training import assemble
+from megabridge.workbench.battery import LOGITS_TOLERANCE, folder_differences
+from megabridge.workbench.config_check import check_config
+from megabridge.workbench.findings import Finding, failed, over_ranks
+from megabridge.workbench.layouts import Layout, legal_layouts
+from megabridge.workbench.trial import load_hf
+
+COPIES: Final = 4
+"""How often a model's float32 size must fit into this host's memory: in megatron-core, in transformers, and as much again."""
+
+
+def check_model(config: Config, world_size: int, scratch: Path) -> list[Finding]:
+    """What a model's own files say: config.json; headers under every layout; weights and logits under the first. Collective.
+
+    Without model.path there is model.hf only. The groups of the last layout are left running.
+    """
+    hf = assemble.model_config(config)
+    own = check_config(family_for(hf), hf, "model")
+    if config.model.path is None:
+        return [own]
+    try:
+        bridge = assemble.bridge(config)
+        layouts = legal_layouts(config, bridge, world_size)
+        folder = source.resolve(config.model.path, revision=config.model.revision)
+        infos = find_tensors(folder)
+    except MegabridgeError as error:
+        return [own, *([failed("model", "headers", error)] if own.has_passed else [])]
+    found = [own]
+    for layout in layouts:
+        groups.change(layout.topology, seed=config.seed)
+        found += over_ranks([_check_headers(layout.config(config), bridge, f"model, {layout}", infos)])
+    size = sum(info.elements for info in infos.values()) * 4
+    if not config.model.load_weights or any(not finding.has_passed for finding in found):
+        return found
+    if COPIES * size > memory_bytes():
+        note = f"{size / 2**30:.0f} GiB as float32: not loaded"
+        return [*found, Finding("model", "weights", note)]
+    groups.change(layouts[0].topology, seed=config.seed)
+    return [*found, *over_ranks(_check_weights(layouts[0].config(config), layouts[0], folder, scratch))]
+
+
+def _check_headers(config: Config, bridge: AutoBridge, where: str, infos: Mapping[str, TensorInfo]) -> Finding:
+    """Whether the rules, applied to the model on the meta device, consume exactly the tensors that the files' headers list."""
+    try:
+        provider = assemble.provider(replace(config, model=replace(config.model, load_weights=False)), bridge)
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False, init="meta")
+        plan = make_plan(bridge.family, bridge.native, survey(chunks))
+        with agreement.together("comparing headers"):
+            check_source(plan, infos)
+    except MegabridgeError as error:
+        return failed(where, "headers", error)
+    return Finding(where, "headers", f"{len(infos)} tensors")
+
+
+def _check_weights(config: Config, layout: Layout, folder: Path, scratch: Path) -> list[Finding]:
+    """Import, export and logits of the real weights, in float32."""
+    where = f"model, {layout}"
+    config = replace(config, model=replace(config.model, dtype="float32"))
+    bridge = assemble.bridge(config)
+    try:
+        chunks = assemble.provider(config, bridge).provide_distributed_model(wrap_with_ddp=False, init="empty")
+        exported = bridge.save_hf_pretrained(chunks, scratch, show_progress=False, weight_dtype="source")
+        problems = agreement.on_rank_zero("comparing the export with its source", lambda: folder_differences(folder, scratch))
+    except MegabridgeError as error:
+        return [failed(where, "bytes", error)]
+    if agreement.rank() == 0:
+        shutil.rmtree(scratch)
+    found = [Finding(where, "bytes", f"{exported.bytes:,}", tuple(problems))]
+    generator = torch.Generator().manual_seed(config.seed)
+    tokens = torch.randint(0, bridge.native["vocab_size"], (1, 64), generator=generator)
+    ours = gather_logits(chunks, tokens).cpu()
+
+    def distance() -> float:
+        with torch.no_grad():
+            theirs = load_hf(folder, "float32")(tokens).logits
+        return float((ours - theirs).abs().max() / theirs.abs().max())
+
+    difference = agreement.on_rank_zero("comparing logits with transformers", distance)
+    text = f"differ from transformers' by {difference:.1e} of the largest; see recipe=compare"
+    return [*found, Finding(where, "logits", f"{difference:.1e}", () if difference <= LOGITS_TOLERANCE else (text,))]

@@ -1,0 +1,37 @@
+"""Compares a model with transformers' module by module: recipe=compare model.path=... parallel=tp2.
+
+The same tokens go through both; the report names the first module of transformers whose computation Megatron does differently, in
+any layout. Without model.path, the tiny model of `family`. recipe.options.tolerance sets the largest difference that is allowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megabridge.agreement import on_rank_zero
+from megabridge.config import Config
+from megabridge.errors import ParityError
+from megabridge.families import register_named
+from megabridge.loggers import Reporter
+from megabridge.training import assemble
+from megabridge.workbench import battery, modulewise, trial
+
+
+def main(config: Config) -> None:
+    """Every rank calls it, in running process groups. Raises ParityError where a module differs."""
+    folder = Path(config.run_dir) / "compare"
+    if config.model.path is None and config.family is not None:
+        family = register_named(config.family)
+        tiny = trial.tiny_config(family, battery.LAYERS)
+        on_rank_zero("making the trial model", lambda: trial.write_trial(folder / "tiny", tiny, family).exists())
+        config = battery.trial_config(config, folder / "tiny")
+    with Reporter(config, assemble.loggers(config)) as report:
+        bridge = assemble.bridge(config)
+        provider = assemble.provider(config, bridge)
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False, init=assemble.init(config))
+        report.say(provider.describe())
+        found = modulewise.compare_model(config, bridge, chunks, folder / "events.pt")
+        for line in found.lines():
+            report.say(line)
+    if found.fault is not None:
+        raise ParityError(f"{bridge.family.architecture}: first difference in {found.fault.module}: {found.fault.why}")

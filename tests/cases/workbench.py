@@ -1,0 +1,102 @@
+"""What ranks do in the tests of the workbench: batteries and comparisons of many trial models in one run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megabridge import config as schema
+from megabridge.config import Config
+from megabridge.families import Family, all_families, register
+from megabridge.families.fields import Field, FieldLike, Fixed
+from megabridge.families.llama import FAMILY
+from megabridge.families.parts import LAYER, attention, embeddings, gated_mlp, pre_norms
+from megabridge.mapping import WeightMap, block
+from megabridge.platform import groups
+from megabridge.training import assemble
+from megabridge.workbench import battery, modulewise, trial
+from megabridge.workbench.layouts import Layout
+
+SWAPPED = replace(
+    FAMILY,
+    weights=WeightMap(
+        embeddings(), block(*LAYER, pre_norms("post_attention_layernorm", "input_layernorm"), attention(), gated_mlp())
+    ),
+)
+
+
+def trials(root: str, architectures: list[str]) -> None:
+    for name in architectures:
+        family = all_families()[name]
+        trial.write_trial(Path(root) / name, trial.tiny_config(family, battery.LAYERS), family, ranks=4)
+
+
+def config_of(folder: Path, run_dir: Path, **groups_of: Any) -> tuple[Config, Layout]:
+    """The config of the trial in `folder` in the layout that runs; sequence parallel where `sp` says so."""
+    topology = groups.current()
+    assert topology is not None
+    layout = Layout(topology, groups_of.pop("sp", False) and topology.tp > 1)
+    values = {"model": {"name": folder.name, "path": None, **groups_of.pop("model", {})}, "run_dir": str(run_dir), **groups_of}
+    return layout.config(battery.trial_config(schema.typed(values), folder)), layout
+
+
+def batteries(root: str, out: str, architectures: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The findings of each trial under the running layout; every other one with sequence parallelism."""
+    seen = {}
+    for number, name in enumerate(architectures):
+        folder = Path(root) / name
+        config, layout = config_of(folder, Path(out), sp=number % 2 == 1)
+        seen[name] = [asdict(finding) for finding in battery.check_trial(config, layout, folder, Path(out) / name)]
+    return seen
+
+
+def comparisons(root: str, out: str, cases: list[tuple[str, dict[str, Any]]], sp: bool = False) -> list[dict[str, Any]]:
+    """Per (architecture, provider settings): the points compared and not, and the fault. `swapped` registers SWAPPED first."""
+    seen = []
+    for number, (name, settings) in enumerate(cases):
+        given = dict(settings)
+        family: Family = SWAPPED if given.pop("swapped", False) else all_families()[name]
+        register(family)
+        folder = Path(root) / name
+        config, _ = config_of(folder, Path(out), sp=sp, model={"provider": given}, recipe={"seq_length": 48})
+        bridge = assemble.bridge(config)
+        provider = assemble.provider(config, bridge)
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False, init="empty")
+        found = modulewise.compare_model(config, bridge, chunks, Path(out) / f"{number}.pt")
+        register(FAMILY)
+        dist.barrier()
+        fault = found.fault
+        seen.append(
+            {
+                "rows": len(found.rows),
+                "not_compared": found.not_compared,
+                "worst": max(row.difference for row in found.rows),
+                "fault": None if fault is None else (fault.module, fault.why),
+                "lines": found.lines(),
+            }
+        )
+    return seen
+
+
+@dataclass(frozen=True)
+class Halved(Field):
+    """A field that comes back as another value."""
+
+    def write(self, native: Any) -> dict[str, Any]:
+        return {self.hf: native[self.native] / 2}
+
+
+def changed(native: str, field: FieldLike) -> tuple[FieldLike, ...]:
+    """Llama's fields, that of `native` replaced."""
+    return tuple(field if isinstance(old, Field) and old.native == native else old for old in FAMILY.fields)
+
+
+WRONG = replace(
+    FAMILY,
+    fields=(*changed("layernorm_epsilon", Halved("layernorm_epsilon", "rms_norm_eps", 1e-6)), Fixed("residual_multiplier", 0.5)),
+)
+UNKNOWN = replace(FAMILY, architecture="NobodyForCausalLM", model_type="nobody")
+MISSING = replace(FAMILY, weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention())))
