@@ -211,7 +211,7 @@ class Reader(_Files):
         """`transfer` in parts of at most `limit` (up to PIECE) bytes, each of which one `fetch` or `read_into` can take."""
         for part in transfer.split(max(1, limit // info.dtype.itemsize)) if transfer.elements else ():
             if self.way(info.file) == "sequential" and not _is_long(info, part):
-                yield from narrow(part, PIECE // info.dtype.itemsize)
+                yield from narrow(part, limit // info.dtype.itemsize)
             else:
                 yield part
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from megabridge import agreement
-from megabridge.checkpoint.hf import PAGE, Reader, Way, native_box
+from megabridge.checkpoint.hf import PAGE, PIECE, Reader, Way, native_box
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion.compare import compare, is_finite, to_native
 from megabridge.conversion.plan import Plan, check_source
 from megabridge.conversion.report import Report
 from megabridge.conversion.shared import node_of_this_rank, read_boxes, sharing
-from megabridge.conversion.walk import Job, Progress, fill, silent
+from megabridge.conversion.walk import Job, Progress, device_of, fill, silent
 from megabridge.errors import CheckpointError, ParityError, listed
 
 __all__ = ["Progress", "import_weights", "silent"]
@@ -56,7 +56,8 @@ def import_weights(
         Reader(infos.values(), way=way) as reader,
     ):
         _zero_unfed(plan, absent)
-        read_boxes(reader, jobs, fill, shared=shared, straight=True, progress=progress)
+        limit = PIECE if device_of(jobs).type == "cuda" else PIECE // 2
+        read_boxes(reader, jobs, fill, shared=shared, straight=True, limit=limit, progress=progress)
         reader.finish()
         _synchronize(jobs)
     counts = agreement.gather((reader.bytes_copied, node_of_this_rank(), _merged(reader.fetched)))

@@ -6,6 +6,7 @@ others read.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from megabridge.mapping import Transfer
 from megabridge.mapping.transfer import contiguous_strides
 
 Progress = Callable[[int, int], None]  # bytes done and bytes in all, of this rank
-_MOST_THREADS: Final = 8  # with a buffer of PIECE bytes each, 64 MiB
+_MOST_THREADS: Final = 8  # with a pinned buffer of PIECE bytes each, 64 MiB; on a CPU no more than half of one is used
 _TICK: Final = 0.05  # seconds between two reports of progress
 
 
@@ -57,20 +58,20 @@ class Lane:
         """The buffer, when copies out of it have ended. Bytes, 1-D."""
         self.wait()
         if self._buffer is None:
-            self._buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=self._stream is not None)
+            self._buffer = _pages(PIECE) if self._stream is None else torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
         return self._buffer
 
     def converted(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`tensor` in `dtype`, to be used before the next call.
 
-        On a CPU in memory of the lane's own: large blocks that threads take and give back again and again leave holes, and a
-        process would grow by about all that it converts.
+        On a CPU in memory of the lane's own: what threads take from malloc and give back again and again, a process keeps, and
+        would grow by about all that it converts.
         """
         if tensor.dtype == dtype or tensor.device.type != "cpu":
             return tensor.to(dtype)
         size = tensor.numel() * dtype.itemsize
         if self._scratch is None or self._scratch.numel() < size:
-            self._scratch = torch.empty(size, dtype=torch.uint8)
+            self._scratch = _pages(size)
         return self._scratch[:size].view(dtype).view(tensor.shape).copy_(tensor)
 
     def wait(self) -> None:
@@ -93,6 +94,11 @@ class Lane:
             packed.view(box.shape).copy_(box)
             flat, geometry = packed, (geometry[0], list(contiguous_strides(tuple(box.shape))), 0)
         return view(flat.to(self.device, non_blocking=True), geometry)
+
+
+def _pages(size: int) -> torch.Tensor:
+    """`size` bytes straight from the system, which gets them back when the tensor goes; malloc would keep them per thread."""
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8, count=size)
 
 
 def fill(lane: Lane, job: Job, part: Transfer, fetched: Fetched) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megabridge import AutoBridge
 from megabridge.checkpoint.hf import Reader, find_tensors
-from megabridge.conversion import shared
+from megabridge.conversion import shared, walk
 from megabridge.conversion.native import survey
 from megabridge.conversion.parity import first_difference, hidden_parity
 from megabridge.errors import MegabridgeError
@@ -102,6 +102,7 @@ def anonymous() -> int:
 
 def memory(root: str) -> list[dict[str, int]]:
     """Per dtype of the parameters and way of reading: the model's bytes, and the most memory of an import beside them."""
+    walk.threads_of_a_rank = lambda: walk._MOST_THREADS
     config = {
         **TINY,
         "hidden_size": 512,
@@ -118,6 +119,9 @@ def memory(root: str) -> list[dict[str, int]]:
         if dtype == "bfloat16":
             bridge.save_hf_weights(model, Path(root) / "weights", show_progress=False, verify=False)
             (Path(root) / "weights" / "config.json").write_text(json.dumps(config))
+        for chunk in model:
+            for parameter in chunk.parameters():
+                parameter.data.fill_(1.0)  # its pages exist from here on
         for way in ("mapped", "sequential"):
             before, samples, ended = anonymous(), [0], threading.Event()
 

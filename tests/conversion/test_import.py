@@ -61,7 +61,7 @@ def test_a_failing_shared_read_fails_on_every_rank(ranks: RankServer, tmp_path: 
 
 
 def test_an_import_needs_little_memory_beside_the_model(ranks: RankServer, tmp_path: Path) -> None:
-    """Anonymous memory, sampled: straight into parameters, cast, by rows, compared and checked, on a model of 300 MB."""
+    """Anonymous memory, sampled: straight into parameters, cast, by rows, compared and checked, by eight threads."""
     for way in ranks.run("tests.cases.imports:memory", kwargs={"root": str(tmp_path)})[0]:
         assert 0 <= way["extra"] <= 64 << 20 and way["model"] > 140_000_000, way
 
