@@ -9,6 +9,7 @@ from megabridge.errors import MegabridgeError
 from megabridge.families import Family
 from megabridge.families.fields import INERT, Json
 from megabridge.workbench.findings import Finding, failed
+from megabridge.workbench.trial import quiet
 
 # What transformers' config classes keep about themselves, not about the model.
 _BOOKKEEPING: Final = INERT | frozenset(("id2label", "label2id", "architectures", "rope_scaling"))
@@ -67,6 +68,7 @@ def _meaning(hf: Json) -> dict[str, Any] | None:
     """All settings as transformers' config class understands a config.json; None where it has no such class."""
     from transformers import AutoConfig
 
+    quiet()
     content = {key: value for key, value in json.loads(json.dumps(dict(hf))).items() if key != "transformers_version"}
     try:
         meaning: dict[str, Any] = json.loads(json.dumps(AutoConfig.for_model(**content).to_dict()))

@@ -11,6 +11,7 @@ from megabridge.errors import ConfigError
 from megabridge.families.fields import INERT
 from megabridge.workbench.anatomy import Model, Shape, read_model
 from megabridge.workbench.recognise import Rows, recognise
+from megabridge.workbench.trial import quiet
 
 _IMPORTS: Final = {
     "megabridge.families.fields": ("Choice", "Converted", "Field", "Fixed", "Follows"),
@@ -36,6 +37,7 @@ def class_defaults(model_type: str) -> tuple[dict[str, Any], frozenset[str]]:
     """
     from transformers import AutoConfig, PreTrainedConfig
 
+    quiet()
     general = PreTrainedConfig().to_dict()
     try:
         known: dict[str, Any] = AutoConfig.for_model(model_type).to_dict()
@@ -153,6 +155,6 @@ def _small_rope(rope: Any, width: int) -> Any:
 def _each_kind(values: list[Any], count: int) -> list[Any]:
     """`count` entries in which every kind of `values` occurs, in the order of their first occurrence."""
     if len({_text(value) for value in values[:count]}) == len({_text(value) for value in values}):
-        return values[:count]
+        return (values * count)[:count]
     kinds: Iterable[Any] = {_text(value): value for value in values}.values()
     return (list(kinds) * count)[:count]

@@ -303,13 +303,16 @@ def _windows(model: Model, rows: Rows) -> None:
     if not config.get("sliding_window") and not kinds:
         return
     arguments = []
-    if kinds or "layer_types" in model.defaults:
-        kinds = kinds or model.defaults.get("layer_types") or []
-        count = next((n for n in range(1, len(kinds) + 1) if kinds == _every(n, len(kinds))), None)
-        arguments.append("every(2)" if count is None else f"every({count})")
-        rows.todo.append(
-            f"layers with a window, where config.json has no layer_types: taken for {arguments[0]}; see its config class."
-        )
+    usual = model.defaults.get("layer_types")
+    if kinds or usual:
+        rule = _pattern(usual or kinds)
+        arguments.append(rule or "every(2)")
+        if rule is None or not usual:
+            rows.todo.append(
+                f"which layers have a window, where config.json has no layer_types: taken for {arguments[0]}; see its config class."
+            )
+    if model.defaults.get("sliding_window"):
+        arguments.append(f"default={model.defaults['sliding_window']}")
     if "use_sliding_window" in config:
         arguments.append('switch="use_sliding_window"')
     patterns = [key for key in ("sliding_window_pattern", "max_window_layers") if key in config]
@@ -318,8 +321,13 @@ def _windows(model: Model, rows: Rows) -> None:
     rows.key(f"Windows({', '.join(arguments)})", "sliding_window", "layer_types", "use_sliding_window", *patterns)
 
 
-def _every(count: int, layers: int) -> list[str]:
-    return ["sliding_attention" if (layer + 1) % count else "full_attention" for layer in range(layers)]
+def _pattern(kinds: list[str]) -> str | None:
+    """The rule that gives `kinds`: all layers have a window but one in n."""
+    for count in range(1, len(kinds) + 1):
+        for first in range(count):
+            if kinds == ["full_attention" if layer % count == first else "sliding_attention" for layer in range(len(kinds))]:
+                return f"every({count})" if first == count - 1 else f"lambda hf, layer: layer % {count} != {first}"
+    return None
 
 
 def _left_over(model: Model, rows: Rows, general: Collection[str]) -> None:
