@@ -151,7 +151,7 @@ def test_memory_is_two_buckets_and_a_tensor(ranks: RankServer) -> None:
     for growth, largest, total in ranks.run(
         "tests.cases.stream:peak", topology=Topology(tp=2), kwargs={"config": config, "bucket_bytes": bucket}
     ):
-        assert total > 7 * bucket
+        assert total > 6 * bucket
         # Threads and sockets of the process group take some MiB too, whatever the bucket; a third bucket would show.
         assert growth <= 2 * bucket + largest + bucket // 2, f"{growth / 2**20:.1f} MiB"
 
