@@ -80,9 +80,11 @@ class Model:
             self.layer.pop(suffix, None)
 
     def module(self, names: tuple[str, ...]) -> str | None:
-        """The module of a layer whose weight's last name is one of `names`, below whatever it is in."""
+        """The module of a layer whose weight's last name is one of `names`, below whatever it is in but one of many (an expert)."""
         for name in names:
             for suffix in self.layer:
+                if _NUMBER.search(suffix) is not None:
+                    continue
                 if suffix == f"{name}.weight" or suffix.endswith(f".{name}.weight"):
                     return suffix.removesuffix(".weight")
         return None

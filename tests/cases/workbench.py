@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megabridge import config as schema
+from megabridge.checkpoint.hf import find_tensors
 from megabridge.config import Config
+from megabridge.errors import MegabridgeError
 from megabridge.families import Family, all_families, register
 from megabridge.families.fields import Field, FieldLike, Fixed
 from megabridge.families.llama import FAMILY
@@ -17,7 +20,8 @@ from megabridge.families.parts import LAYER, attention, embeddings, gated_mlp, p
 from megabridge.mapping import WeightMap, block
 from megabridge.platform import groups
 from megabridge.training import assemble
-from megabridge.workbench import battery, modulewise, trial
+from megabridge.workbench import battery, config_check, draft, modulewise, trial
+from megabridge.workbench.findings import problems_of
 from megabridge.workbench.layouts import Layout
 
 SWAPPED = replace(
@@ -100,3 +104,45 @@ WRONG = replace(
 )
 UNKNOWN = replace(FAMILY, architecture="NobodyForCausalLM", model_type="nobody")
 MISSING = replace(FAMILY, weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention())))
+
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "vocab_size": 131, "max_position_embeddings": 128, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def drafts(root: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Of each model, an architecture of ours or a model_type: what its draft says is to do, and what fails of its battery."""
+    return {name: _draft(Path(root) / name, name) for name in names}
+
+
+def _draft(folder: Path, name: str) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trial.quiet()
+    config = trial.tiny_config(all_families()[name], battery.LAYERS) if name in all_families() else {"model_type": name, **SMALL}
+    made = AutoConfig.for_model(**config)
+    model = AutoModelForCausalLM.from_config(made)
+    model.save_pretrained(folder)
+    if name in all_families():
+        (folder / "config.json").write_text(json.dumps(config))
+    shapes = {tensor: info.shape for tensor, info in find_tensors(folder).items()}
+    text, todo = draft.draft(json.loads((folder / "config.json").read_text()), shapes, name)
+    names: dict[str, Any] = {}
+    exec(text, names)
+    family = names["FAMILY"]
+    known = all_families().get(family.architecture)
+    register(family)
+    try:
+        found = [config_check.check_config(family, {**family.tiny, "model_type": family.model_type}, "tiny")]
+        source = trial.write_trial(folder / "trial", trial.tiny_config(family, battery.LAYERS), family)
+        config_of_trial, layout = config_of(source, folder)
+        found += battery.check_trial(config_of_trial, layout, source, folder / "export")
+        problems = problems_of(found)
+    except MegabridgeError as error:
+        problems = [str(error)]
+    finally:
+        if known is not None:
+            register(known)
+    return {"todo": todo, "text": text, "problems": problems}
