@@ -176,6 +176,9 @@ def test_shape_of_a_local_folder_is_read_from_its_config(tmp_path: Path) -> None
         ("recipe.target=recipes.finetne:main", "there is no module 'recipes.finetne'"),
         ("recipe.target=nowhere.at.all:main", "there is no module"),
         ("recipe.target=recipes.finetune", "must be module:function"),
+        ("family=my_family", "must be module:NAME, such as my_package"),
+        ("family=nowhere.at_all:FAMILY", r"family='nowhere\.at_all:FAMILY': there is no module"),
+        ("recipe=check model.path=null", "has neither"),
         ("model=auto", "has neither model.path nor a shape"),
         ("model.path=null", "load_weights=true needs model.path"),
     ],
@@ -183,6 +186,13 @@ def test_shape_of_a_local_folder_is_read_from_its_config(tmp_path: Path) -> None
 def test_what_resolve_refuses(overrides: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         typed(*overrides.split())
+
+
+def test_a_family_alone_says_which_model_where_nothing_is_trained() -> None:
+    given = ["family=megabridge.families.llama:FAMILY", "model=auto"]
+    assert typed("recipe=check", *given).family and typed("recipe=compare", *given).model.path is None
+    with pytest.raises(ConfigError, match="has neither"):
+        typed("recipe=finetune", *given)
 
 
 def test_every_schema_field_is_documented() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import pytest
 
 from megabridge import targets
 from megabridge.errors import ConfigError
+from megabridge.families import register_named
 
 HERE = __name__
 
@@ -57,3 +59,13 @@ def test_a_subclass_is_made_with_its_arguments() -> None:
 def test_what_is_refused(node: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(**node)
+
+
+def test_named() -> None:
+    assert targets.named("pathlib:Path", where="x") is Path
+    with pytest.raises(ConfigError, match=r"x='pathlib:Pth': pathlib has no 'Pth'; did you mean 'Path'"):
+        targets.named("pathlib:Pth", where="x")
+    with pytest.raises(ConfigError, match=r"must be module:NAME: No module named 'nowhere'"):
+        targets.named("nowhere:x", where="x")
+    with pytest.raises(ConfigError, match=r"must name a megabridge\.families\.Family, not type"):
+        register_named("pathlib:Path")

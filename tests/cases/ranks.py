@@ -87,3 +87,22 @@ def draws() -> tuple[float, float, float, float]:
     other = float(np.random.rand())
     groups.seed(5)
     return first, other, own, float(torch.rand(()))
+
+
+def changes() -> list[tuple[str, float, int]]:
+    """Per layout that four ranks go through: its name, a sum over its tensor-parallel group, and the open files afterwards."""
+    seen = []
+    for topology in (Topology(tp=4), Topology(pp=2, vpp=2, dp=2), Topology(tp=2, pp=2), *([Topology(dp=4), Topology(tp=4)] * 4)):
+        groups.change(topology)
+        one = torch.ones(1)
+        torch.distributed.all_reduce(one, group=parallel_state.get_tensor_model_parallel_group())
+        seen.append((str(groups.current()), float(one), len(list(Path("/proc/self/fd").iterdir()))))
+    return seen
+
+
+def wrong_change() -> str:
+    try:
+        groups.change(Topology(tp=8))
+    except ConfigError as error:
+        return f"{groups.current()}: {error}"
+    return ""

@@ -43,6 +43,14 @@ def test_ensure(ranks: RankServer) -> None:
         ]
 
 
+def test_layouts_one_after_the_other(ranks: RankServer) -> None:
+    for seen in ranks.run("tests.cases.ranks:changes", topology=Topology(dp=4)):
+        assert [(name, total) for name, total, _ in seen[:4]] == [("tp4", 4), ("pp2vpp2dp2", 1), ("tp2pp2", 2), ("dp4", 1)]
+        assert seen[-1][2] <= seen[4][2], "each layout closes its predecessor's connections"
+    [message, _] = ranks.run("tests.cases.ranks:wrong_change", topology=Topology(tp=2))
+    assert message.startswith("tp2: tp8 needs 8 processes, but 2 processes run")
+
+
 def test_seeds(ranks: RankServer) -> None:
     """Rank order: tp fastest, then dp, then pp."""
     draws = ranks.run("tests.cases.ranks:draws", topology=Topology(tp=2, dp=2, pp=2))
