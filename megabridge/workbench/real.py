@@ -30,14 +30,15 @@ from megabridge.workbench.findings import Finding, failed, over_ranks
 from megabridge.workbench.layouts import Layout, legal_layouts
 from megabridge.workbench.trial import load_hf
 
-COPIES: Final = 4
-"""How often a model's float32 size must fit into this host's memory: in megatron-core, in transformers, and as much again."""
+SPARE: Final = 2
+"""How often a model's float32 size must fit into memory beside megatron-core's copies: for transformers, and to spare."""
 
 
 def check_model(config: Config, world_size: int, scratch: Path) -> list[Finding]:
-    """What a model's own files say: config.json; headers under every layout; weights and logits under the first. Collective.
+    """What a model's own files say: config.json, headers under every layout, weights and logits. Collective.
 
-    Without model.path there is model.hf only. The groups of the last layout are left running.
+    Weights are loaded under the layout with fewest copies. Without model.path there is model.hf only.
+    The groups of the last layout are left running.
     """
     hf = assemble.model_config(config)
     own = check_config(family_for(hf), hf, "model")
@@ -57,11 +58,12 @@ def check_model(config: Config, world_size: int, scratch: Path) -> list[Finding]
     size = sum(info.elements for info in infos.values()) * 4
     if not config.model.load_weights or any(not finding.has_passed for finding in found):
         return found
-    if COPIES * size > memory_bytes():
+    layout = min(layouts, key=lambda one: one.topology.dp)
+    if (layout.topology.dp + SPARE) * size > memory_bytes():
         note = f"{size / 2**30:.0f} GiB as float32: not loaded"
         return [*found, Finding("model", "weights", note)]
-    groups.change(layouts[0].topology, seed=config.seed)
-    return [*found, *over_ranks(_check_weights(layouts[0].config(config), layouts[0], folder, scratch))]
+    groups.change(layout.topology, seed=config.seed)
+    return [*found, *over_ranks(_check_weights(layout.config(config), layout, folder, scratch))]
 
 
 def _check_headers(config: Config, bridge: AutoBridge, where: str, infos: Mapping[str, TensorInfo]) -> Finding:

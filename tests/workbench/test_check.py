@@ -50,7 +50,7 @@ def test_every_layout_of_four_ranks_and_the_models_own_files(ranks: RankServer, 
     assert all(found[layout].keys() == {"bijection", "bytes", "logits", "gradients"} for layout in LAYOUTS)
     model = [where for where in found if where.startswith("model")]
     assert {f"model, {layout}" for layout in ("dp4", "tp4", "tp2pp2")} < set(model), "3 layers: vpp2 over pp4 is not among them"
-    assert found["model, dp4"].keys() == {"headers", "bytes", "logits"}
+    assert found["model, tp4"].keys() == {"headers", "bytes", "logits"}, "weights under the first layout without copies"
     assert not [problems for checks in found.values() for problems in checks.values() if problems]
     assert not list((tmp_path / "check").glob("*/model.safetensors.partial")) and not (tmp_path / "check/exported").exists()
     lines = (tmp_path / "lines.txt").read_text().splitlines()
