@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megabridge.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from megabridge.bridge import AutoBridge
 
-__version__ = "0.1.0"
 __all__ = ["AutoBridge", "__version__"]
 
 

@@ -15,8 +15,8 @@ from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.families import all_families, family_for
 from megabridge.families.registry import architecture_of
 from megabridge.provider import ModelProvider
+from megabridge.provider_rules import DTYPES
 
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Settings in which two configs of one model may differ: they change neither the parameters nor what is computed from them.
 _FREE: Final = frozenset(("seq_length", "init_method_std"))
 

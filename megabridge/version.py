@@ -1,5 +1,3 @@
-"""The version of this package, for those who may not import the package itself."""
+"""The version of this package. The only place that states it; pyproject.toml reads it here."""
 
-from typing import Final
-
-VERSION: Final = "0.1.0"
+VERSION = "0.1.0"

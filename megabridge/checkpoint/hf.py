@@ -131,7 +131,7 @@ def _indexed(folder: Path, index: str, read: Headers) -> dict[str, TensorInfo]:
     return found
 
 
-class _Files:
+class Files:
     """Files opened when they are first needed, closed where the `with` block ends."""
 
     def __init__(self, flags: int) -> None:
@@ -158,7 +158,7 @@ class _Files:
         """Called once for every file, right after it was opened."""
 
 
-class Reader(_Files):
+class Reader(Files):
     """Reads boxes out of safetensors files; several threads may share one. Use as a context.
 
     A box made of long stretches is read by position. One of short stretches, such as a column cut, is copied out of a mapping of

@@ -97,17 +97,12 @@ def compare(
 
 
 def _jobs(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[Job]:
-    copies: dict[str, list[str]] = {}
-    for alias, original in plan.aliases.items():
-        if alias in infos:
-            copies.setdefault(original, []).append(alias)
     out = []
     for item in plan.items:
         target = item.live.data
         for transfer in item.transfers:
-            name = item.hf[transfer.part]
-            same = [name] if name not in absent else []
-            out += [Job(infos[tensor], transfer, target) for tensor in same + copies.get(name, [])]
+            names = plan.carriers(item.hf[transfer.part], infos)
+            out += [Job(infos[name], transfer, target) for name in names if name not in absent]
     return out
 
 

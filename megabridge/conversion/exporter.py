@@ -166,13 +166,9 @@ class Written:
 
 def _own(plan: Plan, infos: Mapping[str, TensorInfo]) -> Generator[tuple[TensorInfo, Transfer, torch.Tensor]]:
     """The boxes that this rank writes into a shared folder."""
-    targets: dict[str, list[str]] = {name: [name] for name in plan.tensors}
-    for alias, name in plan.aliases.items():
-        if alias in infos:
-            targets[name].append(alias)
     for item in plan.items:
         for transfer in item.transfers if item.is_writer else ():
-            for name in targets[item.hf[transfer.part]]:
+            for name in plan.carriers(item.hf[transfer.part], infos):
                 yield infos[name], transfer, item.live.data
 
 
@@ -199,16 +195,9 @@ def _writers(plan: Plan, infos: Mapping[str, TensorInfo]) -> dict[str, list[int]
 
 def _digests(writers: Mapping[str, list[int]], infos: Mapping[str, TensorInfo], everyones: list[Written]) -> dict[str, str]:
     """Every tensor's digest. Collective: those that several ranks wrote are taken now, by these ranks in turn."""
-    load = [0] * agreement.world_size()
-    mine = []
-    for name, ranks in writers.items():
-        if len(ranks) > 1:
-            least = min(ranks, key=lambda rank: load[rank])
-            load[least] += infos[name].nbytes
-            if least == agreement.rank():
-                mine.append(infos[name])
+    several = [infos[name] for name, ranks in writers.items() if len(ranks) > 1]
     with agreement.together("taking digests"):
-        found = digests(mine)
+        found = digests(manifest.share(several, writers))
     parts = [*agreement.gather(found), *(written.digests for written in everyones)]
     return {name: digest for part in parts for name, digest in part.items()}
 

@@ -82,8 +82,7 @@ def _digests(plan: Plan, infos: Mapping[str, TensorInfo]) -> Digests:
     out: Digests = []
     for item in plan.items:
         for transfer in item.transfers:
-            target = item.hf[transfer.part]
-            for name in (target, *(alias for alias, to in plan.aliases.items() if to == target and alias in infos)):
+            for name in plan.carriers(item.hf[transfer.part], infos):
                 dtype = infos[name].dtype
                 parts = (native_box(item.live.data, part).to(dtype) for part in transfer.split(STAGING))
                 out.append((name, transfer, _digest(parts)))

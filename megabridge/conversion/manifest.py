@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 import xxhash
 
+from megabridge import agreement
 from megabridge.checkpoint import assets
 from megabridge.checkpoint.hf import INDEX, Reader
 from megabridge.checkpoint.safetensors import NAMES, TensorInfo, parse_json
@@ -61,6 +62,18 @@ class Manifest:
 def entry_of(info: TensorInfo, digest: str) -> Entry:
     """What the manifest says of a tensor."""
     return Entry(info.file.name, info.start, NAMES[info.dtype], info.shape, digest)
+
+
+def share(infos: Iterable[TensorInfo], ranks: Mapping[str, Sequence[int]] | None = None) -> list[TensorInfo]:
+    """This rank's share of tensors, about the same number of bytes on every rank; `ranks` says by name who may take one."""
+    load = [0] * agreement.world_size()
+    mine = []
+    for info in infos:
+        least = min(range(len(load)) if ranks is None else ranks[info.name], key=lambda rank: load[rank])
+        load[least] += info.nbytes
+        if least == agreement.rank():
+            mine.append(info)
+    return mine
 
 
 def digests(infos: Iterable[TensorInfo]) -> dict[str, str]:

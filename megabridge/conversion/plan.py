@@ -6,7 +6,7 @@ import gc
 import pickle
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from difflib import get_close_matches
@@ -80,6 +80,10 @@ class Plan:
     family: Family
     dims: Dims
     records: tuple[tuple[Record, ...], ...]
+
+    def carriers(self, tensor: str, present: Container[str]) -> list[str]:
+        """The tensors of a folder that hold the elements of `tensor`: itself, and the tied copies among `present`."""
+        return [tensor, *(alias for alias, to in self.aliases.items() if to == tensor and alias in present)]
 
     @property
     def owned_bytes(self) -> int:

@@ -27,6 +27,7 @@ import torch
 from megabridge import agreement
 from megabridge.checkpoint.hf import PIECE, Fetched, Reader
 from megabridge.checkpoint.safetensors import TensorInfo
+from megabridge.checkpoint.stretches import span_of
 from megabridge.conversion.walk import Job, Lane, Progress, Visit, bytes_of, device_of, silent, walk
 from megabridge.errors import CheckpointError
 from megabridge.mapping import Transfer
@@ -257,8 +258,7 @@ def _use(reader: Reader, shared: Sharing, number: int, lane: Lane, visit: Visit)
     for job, part in shared.parts.get(number, ()):
         sizes, strides, offset = part.hf_view()
         place = _PAGE + number % SLOTS * SLOT + job.info.start + offset * job.info.dtype.itemsize - block.start
-        count = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-        flat = torch.frombuffer(shared.window, dtype=job.info.dtype, count=count, offset=place)
+        flat = torch.frombuffer(shared.window, dtype=job.info.dtype, count=span_of(part), offset=place)
         visit(lane, job, part, Fetched(flat, (sizes, strides, 0), False))
         reader.copied(part.elements * job.info.dtype.itemsize)
 

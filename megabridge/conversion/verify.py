@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ def against_manifest(folder: Path) -> list[str]:
         problems += [*_other_files(folder, said), *_entries(found, said)]
         sound = [info for name, info in found.items() if name in said.tensors and _is_same_place(info, said)]
     with agreement.together("taking digests"):
-        taken = manifest.digests(_share(sound))
+        taken = manifest.digests(manifest.share(sound))
     wrong = [name for name, digest in taken.items() if digest != said.tensors[name].xxh3_128]
     return problems + [f"{said.tensors[name].file}: {name} has other bytes than were written" for name in _everyones(wrong)]
 
@@ -56,7 +56,7 @@ def against_source(folder: Path, source: Path) -> list[str]:
 
 def _differing(ours: list[TensorInfo], theirs: Mapping[str, TensorInfo]) -> list[str]:
     """The tensors of this rank's share that differ from the source's, cast to their dtypes."""
-    share = _share(ours)
+    share = manifest.share(ours)
     found = []
     with Reader(share) as left, Reader(theirs[info.name] for info in share) as right:
         for info in share:
@@ -119,18 +119,6 @@ def _entries(found: Mapping[str, TensorInfo], said: Manifest) -> Iterator[str]:
 def _is_same_place(info: TensorInfo, said: Manifest) -> bool:
     entry = said.tensors[info.name]
     return manifest.entry_of(info, entry.xxh3_128) == entry
-
-
-def _share(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
-    """This rank's share of tensors, about the same number of bytes on every rank."""
-    load = [0] * agreement.world_size()
-    mine = []
-    for info in infos:
-        least = load.index(min(load))
-        load[least] += info.nbytes
-        if least == agreement.rank():
-            mine.append(info)
-    return mine
 
 
 def _everyones(names: list[str]) -> list[str]:

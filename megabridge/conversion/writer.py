@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, override
 
 import torch
 
 from megabridge.checkpoint import folders
-from megabridge.checkpoint.hf import INDEX, SINGLE, STAGING, Reader, native_box
+from megabridge.checkpoint.hf import INDEX, SINGLE, STAGING, Files, Reader, native_box
 from megabridge.checkpoint.safetensors import TensorInfo, build_header
 from megabridge.conversion.compare import is_finite, same_bits
 from megabridge.conversion.plan import Spec
@@ -123,7 +123,7 @@ def space_named(folder: Path, shards: list[Shard]) -> Iterator[None]:
         ) from error
 
 
-class Writer:
+class Writer(Files):
     """Writes boxes at their places in files that exist and have their final size. Use as a context.
 
     In the files of `existing` a box is written only where it differs. `bytes_written` and `bytes_kept` count; `nonfinite` maps
@@ -134,20 +134,16 @@ class Writer:
     """
 
     def __init__(self, existing: Sequence[TensorInfo] = ()) -> None:
+        super().__init__(os.O_WRONLY)
         self.bytes_written = 0
         self.bytes_kept = 0
         self.nonfinite: dict[str, str] = {}
         self._kept = {info.file for info in existing}
         self._reader = Reader(existing)
-        self._fds: dict[Path, int] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
+    @override
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        super().__exit__(kind, error, trace)
         self._reader.__exit__(kind, error, trace)
 
     def write(self, info: TensorInfo, transfer: Transfer, source: torch.Tensor) -> None:
@@ -178,11 +174,6 @@ class Writer:
         except OSError as error:
             error.filename = error.filename or str(info.file)
             raise
-
-    def _fd(self, file: Path) -> int:
-        if file not in self._fds:
-            self._fds[file] = os.open(file, os.O_WRONLY)
-        return self._fds[file]
 
     def sync(self) -> None:
         """Makes the files that hold these boxes durable."""

@@ -87,7 +87,9 @@ class TorchAttention(torch.nn.Module):
         if is_special and causal and attention_mask is None and flex.can_take(query, dropout=dropout):
             context = flex.attend(query, key, value, window=window, softcap=self.style.attention_softcap, scale=self.scale)
             return context.permute(2, 0, 1, 3).flatten(2)
-        allowed = self._allowed(attention_mask, key, causal=causal)
+        allowed = None
+        if is_special or attention_mask is not None:
+            allowed = _allowed(attention_mask, key, window, causal=causal)
         # Heads are cut over tp, so that each rank drops its own; under sequence parallelism megatron-core uses the
         # default generator here (dot_product_attention.py).
         forked = dropout > 0 and not self.sequence_parallel
@@ -104,20 +106,6 @@ class TorchAttention(torch.nn.Module):
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         return context.permute(2, 0, 1, 3).flatten(2)
-
-    def _allowed(self, mask: Tensor | None, key: Tensor, *, causal: bool) -> Tensor | None:
-        """Which keys a query may attend to, [s, s] or [b, 1, s, s]; None where is_causal says it all."""
-        length = key.shape[-2]
-        window = self.window if self.window is not None and self.window < length else None
-        if mask is None and window is None and self.style.attention_softcap is None:
-            return None
-        allowed = None if mask is None else ~mask
-        if causal and (allowed is None or allowed.shape[-2] == 1):
-            seen = _seen(length, window, key.device)
-            return seen if allowed is None else allowed & seen
-        if window is not None and allowed is not None:
-            allowed = allowed & _seen(length, window, key.device)
-        return allowed
 
     def _softcapped(
         self,
@@ -142,6 +130,18 @@ class TorchAttention(torch.nn.Module):
             scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
         return F.dropout(weights, dropout_p) @ value
+
+
+def _allowed(mask: Tensor | None, key: Tensor, window: int | None, *, causal: bool) -> Tensor | None:
+    """Which keys [b, heads, s, d] a query may attend to, [s, s] or [b, 1, s, s]; None for all.
+
+    A mask of every query says for itself what is causal.
+    """
+    allowed = None if mask is None else ~mask
+    if window is None and not (causal and (allowed is None or allowed.shape[-2] == 1)):
+        return allowed
+    seen = _seen(key.shape[-2], window, key.device)
+    return seen if allowed is None else allowed & seen
 
 
 @functools.lru_cache(maxsize=4)

@@ -80,7 +80,7 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             # Attention takes this factor from config.yarn_* attributes, which can't express every attention_factor.
             layer.self_attention._yarn_concentration_factor = ropes[-1 if windowed else 0].attention_factor
 
-    def _real_columns(self, width: int) -> int:
+    def real_columns(self, width: int) -> int:
         """How many of `width` vocabulary entries here are real; `width` is this rank's shard, or the whole."""
         first = 0 if width == self.vocab_size else self.pg_collection.tp.rank() * width
         return min(max(self.unpadded_vocab_size - first, 0), width)
@@ -93,7 +93,7 @@ class CausalLM(GPTModel):  # type: ignore[misc]
         if self.post_process and self.output_layer.weight is not None:
             weights.append(self.output_layer.weight)
         for weight in weights:
-            weight[self._real_columns(weight.shape[0]) :].zero_()
+            weight[self.real_columns(weight.shape[0]) :].zero_()
 
     def _scale_embeddings(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
         factor = self.style.embedding_multiplier
@@ -108,7 +108,7 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             logits = logits * self.style.logits_multiplier
         if self.style.logits_softcap is not None:
             logits = torch.tanh(logits / self.style.logits_softcap) * self.style.logits_softcap
-        real = self._real_columns(logits.shape[-1])
+        real = self.real_columns(logits.shape[-1])
         if real < logits.shape[-1]:
             logits[..., real:] = torch.finfo(logits.dtype).min  # not -inf: p * log p of a padded column would be NaN
         return logits, bias

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from megabridge import targets
+from megabridge import one_call, targets
 from megabridge.agreement import on_rank_zero
 from megabridge.bridge import AutoBridge
 from megabridge.checkpoint import assets, source
@@ -48,13 +48,7 @@ def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
     """The finalized provider of the bridge's model in this config's layout; providing it imports the weights, if any."""
     parallel = config.parallel
     made = bridge.to_megatron_provider(load_weights=False)
-    made.tensor_model_parallel_size = parallel.tp
-    made.pipeline_model_parallel_size = parallel.pp
-    made.virtual_pipeline_model_parallel_size = parallel.vpp if parallel.vpp > 1 else None
-    made.context_parallel_size = parallel.cp
-    made.expert_model_parallel_size = parallel.ep
-    if parallel.etp is not None:
-        made.expert_tensor_parallel_size = parallel.etp
+    one_call.arrange(made, {name: getattr(parallel, name) for name in one_call.SIZES})
     made.sequence_parallel = parallel.sequence_parallel
     if parallel.layout is not None:
         made.pipeline_model_parallel_layout = parallel.layout

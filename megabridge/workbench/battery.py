@@ -7,7 +7,6 @@ ending and starting megatron-core's groups.
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,8 +18,10 @@ from torch import Tensor
 
 from megabridge import agreement
 from megabridge.bridge import AutoBridge
+from megabridge.checkpoint import assets
 from megabridge.checkpoint.hf import Reader, find_tensors, native_box
 from megabridge.config import Config
+from megabridge.conversion import verify
 from megabridge.conversion.plan import Plan
 from megabridge.errors import MegabridgeError, ParityError, listed
 from megabridge.families import Family
@@ -29,7 +30,7 @@ from megabridge.platform import groups
 from megabridge.training import assemble
 from megabridge.training.step import Batch, forward_backward
 from megabridge.workbench.config_check import check_config
-from megabridge.workbench.findings import Finding, failed, over_ranks
+from megabridge.workbench.findings import Finding, failed, over_ranks, problems_of
 from megabridge.workbench.layouts import Layout, legal_layouts
 from megabridge.workbench.trial import GRADIENTS, Reference, read_reference, tiny_config, write_trial
 
@@ -102,31 +103,27 @@ def check_trial(config: Config, layout: Layout, folder: Path, target: Path) -> l
 def _check_bytes(bridge: AutoBridge, chunks: Chunks, where: str, folder: Path, target: Path) -> Finding:
     try:
         report = bridge.save_hf_pretrained(chunks, target, show_progress=False, weight_dtype="source")
-        problems = agreement.on_rank_zero("comparing the export with its source", lambda: folder_differences(folder, target))
+        problems = folder_differences(folder, target)
     except MegabridgeError as error:
         return failed(where, "bytes", error)
     return Finding(where, "bytes", f"{report.bytes:,}", tuple(problems))
 
 
 def folder_differences(source: Path, target: Path) -> list[str]:
-    """How the Hugging Face folder `target` differs from `source`: names, dtypes, shapes, bytes, config.json. One rank calls it."""
+    """How the Hugging Face folder `target` differs from `source`: names, dtypes, shapes, bytes, config.json. Collective."""
+    return [*verify.against_source(target, source), *agreement.on_rank_zero("comparing folders", lambda: _headings(source, target))]
+
+
+def _headings(source: Path, target: Path) -> list[str]:
     ours, theirs = find_tensors(target), find_tensors(source)
-    problems = [f"{name} is not in the export" for name in theirs.keys() - ours.keys()]
-    problems += [f"{name} is in the export only" for name in ours.keys() - theirs.keys()]
-    with Reader(ours.values()) as first, Reader(theirs.values()) as second:
-        for name in sorted(ours.keys() & theirs.keys()):
-            one, two = ours[name], theirs[name]
-            if (one.dtype, one.shape) != (two.dtype, two.shape):
-                problems.append(f"{name} is {two.dtype} {two.shape}, exported as {one.dtype} {one.shape}")
-            elif not torch.equal(_bits(first.mapped(one)), _bits(second.mapped(two))):
-                problems.append(f"{name}: other bytes in the export")
-    if json.loads((source / "config.json").read_text()) != json.loads((target / "config.json").read_text()):
+    problems = [
+        f"{name} is {theirs[name].dtype}, exported as {info.dtype}"
+        for name, info in ours.items()
+        if name in theirs and info.dtype != theirs[name].dtype
+    ]
+    if assets.read_config(source) != assets.read_config(target):
         problems.append("config.json: other keys or values in the export")
     return problems
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _check_logits(chunks: Chunks, where: str, reference: Reference) -> Finding:
@@ -198,5 +195,4 @@ def verdict(subject: str, findings: Sequence[Finding]) -> str | None:
     bad = [finding for finding in findings if not finding.has_passed]
     if not bad:
         return None
-    lines = [f"{finding.where}, {finding.what}: {problem}" for finding in bad for problem in finding.problems]
-    return f"{len(bad)} of {len(findings)} checks of {subject} failed:\n  " + "\n  ".join(lines)
+    return f"{len(bad)} of {len(findings)} checks of {subject} failed:\n  " + "\n  ".join(problems_of(bad))

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megabridge.conversion.parity import load_hf
 from megabridge.layers.logits import gather_logits
 from megabridge.workbench.pairing import LOGITS, Pair, Point
-from megabridge.workbench.trial import load_hf
+from megabridge.workbench.trial import quiet
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Event:
 
 def run_hf(folder: Path, modules: Iterable[str], tokens: Tensor, dtype: str, file: Path) -> None:
     """Runs transformers' model of `folder` on `tokens` [1, s] and writes the events at `modules` to `file`. One rank calls it."""
+    quiet()
     model = load_hf(folder, dtype)
     known = dict(model.named_modules())
     events: list[dict[str, Any]] = []

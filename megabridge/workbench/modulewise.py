@@ -15,6 +15,7 @@ from megabridge import agreement
 from megabridge.bridge import AutoBridge
 from megabridge.checkpoint import source
 from megabridge.config import Config
+from megabridge.conversion.plan import Plan
 from megabridge.workbench.capture import Event, read_events, run_hf, run_native
 from megabridge.workbench.pairing import LOGITS, Pair, Point, pairs, points_of
 
@@ -77,17 +78,25 @@ def tokens_for(native: Mapping[str, Any], *, length: int, tp: int, seed: int) ->
 
 
 def compare_model(config: Config, bridge: AutoBridge, chunks: Sequence[torch.nn.Module], file: Path) -> Comparison:
-    """Runs the same tokens through transformers' model of the bridge's folder, on rank 0, and through `chunks`. Collective.
+    """`compare_folder` with the bridge's own folder, as `config` says. Collective."""
+    tokens = tokens_for(bridge.native, length=config.recipe.seq_length, tp=config.parallel.tp, seed=config.seed)
+    folder = source.resolve(str(bridge.location), revision=bridge.revision)
+    tolerance = float(config.recipe.options.get("tolerance", TOLERANCES[config.model.dtype]))
+    return compare_folder(
+        bridge.plan(chunks), chunks, folder, tokens=tokens, dtype=config.model.dtype, tolerance=tolerance, file=file
+    )
+
+
+def compare_folder(
+    plan: Plan, chunks: Sequence[torch.nn.Module], folder: Path, *, tokens: Tensor, dtype: str, tolerance: float, file: Path
+) -> Comparison:
+    """Runs `tokens` [1, s] through transformers' model of `folder`, on rank 0, and through `chunks`. Collective.
 
     `file` takes what transformers' modules saw; all ranks must see it.
     """
-    plan = bridge.plan(chunks)
-    tokens = tokens_for(bridge.native, length=config.recipe.seq_length, tp=config.parallel.tp, seed=config.seed)
-    folder = source.resolve(str(bridge.location), revision=bridge.revision)
-    agreement.on_rank_zero("running transformers", lambda: run_hf(folder, points_of(plan), tokens, config.model.dtype, file))
+    agreement.on_rank_zero("running transformers", lambda: run_hf(folder, points_of(plan), tokens, dtype, file))
     events, matched = read_events(file), pairs(plan, chunks)
     seen = run_native(chunks, matched, tokens)
-    tolerance = float(config.recipe.options.get("tolerance", TOLERANCES[config.model.dtype]))
     return compare(events, matched, seen, tokens=tokens, tolerance=tolerance)
 
 

@@ -94,7 +94,7 @@ def pairs(plan: Plan, chunks: Sequence[torch.nn.Module]) -> list[Pair]:
     for model in models:
         found += _of_layers(plan.family, model)
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and model is models[-1]:
-            found.append(_of_logits(plan, model))
+            found.append(_of_logits(model))
     return found
 
 
@@ -146,8 +146,8 @@ def _of_layers(family: Family, model: torch.nn.Module) -> Iterator[Pair]:
                 yield Pair(Point(prefixes[1].format(layer=number), side), native, model.get_submodule(local))
 
 
-def _of_logits(plan: Plan, model: Any) -> Pair:
+def _of_logits(model: Any) -> Pair:
     size, index = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     share = model.vocab_size // size
-    real = min(max(plan.dims.vocab_size - index * share, 0), share)
+    real = model.real_columns(share)
     return Pair(Point(LOGITS, "output"), "logits", model, torch.arange(real), torch.arange(real) + index * share)

@@ -17,6 +17,7 @@ from megabridge.checkpoint.hf import find_tensors
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.config import Config
 from megabridge.conversion.native import survey
+from megabridge.conversion.parity import load_hf
 from megabridge.conversion.plan import check_source, make_plan
 from megabridge.errors import MegabridgeError
 from megabridge.families import family_for
@@ -28,7 +29,7 @@ from megabridge.workbench.battery import LOGITS_TOLERANCE, folder_differences
 from megabridge.workbench.config_check import check_config
 from megabridge.workbench.findings import Finding, failed, over_ranks
 from megabridge.workbench.layouts import Layout, legal_layouts
-from megabridge.workbench.trial import load_hf
+from megabridge.workbench.trial import quiet
 
 SPARE: Final = 2
 """How often a model's float32 size must fit into memory beside megatron-core's copies: for transformers, and to spare."""
@@ -87,7 +88,7 @@ def _check_weights(config: Config, layout: Layout, folder: Path, scratch: Path) 
     try:
         chunks = assemble.provider(config, bridge).provide_distributed_model(wrap_with_ddp=False, init="empty")
         exported = bridge.save_hf_pretrained(chunks, scratch, show_progress=False, weight_dtype="source")
-        problems = agreement.on_rank_zero("comparing the export with its source", lambda: folder_differences(folder, scratch))
+        problems = folder_differences(folder, scratch)
     except MegabridgeError as error:
         return [failed(where, "bytes", error)]
     if agreement.rank() == 0:
@@ -98,6 +99,7 @@ def _check_weights(config: Config, layout: Layout, folder: Path, scratch: Path) 
     ours = gather_logits(chunks, tokens).cpu()
 
     def distance() -> float:
+        quiet()
         with torch.no_grad():
             theirs = load_hf(folder, "float32")(tokens).logits
         return float((ours - theirs).abs().max() / theirs.abs().max())

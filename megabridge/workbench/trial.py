@@ -116,15 +116,6 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
-def load_hf(folder: Path, dtype: str) -> Any:
-    """transformers' model of a folder, in evaluation mode, with plain attention: its other kernels drop softcaps."""
-    from transformers import AutoModelForCausalLM
-
-    quiet()
-    kind = getattr(torch, dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="eager", trust_remote_code=False).eval()
-
-
 def _random_model(folder: Path, *, seed: int, deviation: float) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "LlamaForCausalLM:fewer": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "num_key_value_heads": 1},
     "Qwen3ForCausalLM:windows": {
-        "use_sliding_window": True, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"],
+        "use_sliding_window": True, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_key_value_heads": 2,
     },
     "Olmo2ForCausalLM:fewer": {"num_key_value_heads": 2},
@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GPTNeoXForCausalLM:sequential": {"use_parallel_residual": False},
     "Phi3ForCausalLM:plain": {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "GraniteForCausalLM:untied": {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
-    "Exaone4ForCausalLM:full": {"sliding_window": None, "layer_types": ["full_attention"]},
+    "Exaone4ForCausalLM:full": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
     "SmolLM3ForCausalLM:full": {"use_sliding_window": False, "sliding_window": None, "no_rope_layers": [1, 1, 1, 0]},
 }  # fmt: skip
 
@@ -47,11 +47,7 @@ def tiny_config(architecture: str) -> dict[str, Any]:
     """The config.json of a family's trial model, or of one of VARIANTS."""
     family = all_families()[architecture.partition(":")[0]]
     changed = replace(family, tiny={**family.tiny, **VARIANTS.get(architecture, {})})
-    config = trial.tiny_config(changed, battery.LAYERS)
-    for key in ("layer_types", "no_rope_layers"):
-        if key in config:
-            config[key] = (config[key] * battery.LAYERS)[: battery.LAYERS]
-    return config
+    return trial.tiny_config(changed, battery.LAYERS)
 
 
 def make(root: str, architectures: list[str]) -> None:

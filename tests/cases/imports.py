@@ -21,10 +21,11 @@ from megabridge import AutoBridge
 from megabridge.checkpoint.hf import Reader, find_tensors
 from megabridge.conversion import shared, walk
 from megabridge.conversion.native import survey
-from megabridge.conversion.parity import first_difference, hidden_parity
 from megabridge.errors import MegabridgeError
 from megabridge.families.family import Family
 from megabridge.mapping import Fuse, Rule, Same, WeightMap
+from megabridge.workbench.modulewise import compare_folder
+from megabridge.workbench.pairing import LOGITS
 from tests.cases.convert import provide
 from tests.cases.models import TINY, prompt
 
@@ -226,15 +227,22 @@ def killed_by_a_truncated_file(source: str) -> None:
     dist.barrier()
 
 
-def localised(good: str, bad: list[str]) -> list[tuple[float, str | None]]:
-    """Of each model in `bad`: how far its logits are from those of `good`, and the first place that differs."""
+def localised(good: str, bad: list[str], file: str) -> list[tuple[float, str | None]]:
+    """Of `good` and each model in `bad`, beside transformers with `good`: how far logits are off, and the first module that is."""
     out = []
     for folder in [good, *bad]:
         bridge = AutoBridge.from_hf_pretrained(folder)
         model = provide(bridge, sequence_parallel=torch.distributed.get_world_size() > 1)
-        figures = hidden_parity(model, Path(good), prompt(bridge.config["vocab_size"], batch=1, length=21), dtype="float32")
-        out.append((figures["logits"], first_difference(figures, 1e-3)))
+        out.append(first_module(bridge, model, good, file))
     return out
+
+
+def first_module(bridge: AutoBridge, model: list[torch.nn.Module], folder: str, file: str) -> tuple[float, str | None]:
+    tokens = prompt(bridge.config["vocab_size"], batch=1, length=22)
+    found = compare_folder(bridge.plan(model), model, Path(folder), tokens=tokens, dtype="float32", tolerance=1e-4, file=Path(file))
+    assert not found.not_compared
+    (logits,) = (row.difference for row in found.rows if row.point.module == LOGITS)
+    return logits, None if found.fault is None else found.fault.module
 
 
 def mutations(rule: Rule) -> Iterator[tuple[str, Rule]]:
@@ -255,12 +263,11 @@ def mutations(rule: Rule) -> Iterator[tuple[str, Rule]]:
         yield "another tensor", replace(rule, hf=(f"model.layers.{{layer}}.{other}.weight",))
 
 
-def broken_rules(source: str) -> list[tuple[str, str, list[str], str, str | None]]:
-    """(native name, mutation, names of layer 0 on both sides, error, first place that differs) of every rule of the family broken once."""
+def broken_rules(source: str, file: str) -> list[tuple[str, str, list[str], str, str | None]]:
+    """(native name, mutation, names of layer 0 on both sides, error, first module that differs) of every rule of the family broken once."""
     bridge = AutoBridge.from_hf_pretrained(source)
     whole: Family = bridge.family
     model = provide(bridge)
-    tokens = prompt(bridge.config["vocab_size"], batch=1, length=21)
     here = {re.sub(r"(?<=layers\.)\d+", "{layer}", live.name) for live in survey(model)}
     out = []
     for number, rule in enumerate(whole.weights.rules):
@@ -271,9 +278,8 @@ def broken_rules(source: str) -> list[tuple[str, str, list[str], str, str | None
             bridge.family = replace(whole, weights=WeightMap(rules))
             bridge._plan = None
             _, message, _ = caught(lambda: bridge.load_hf_weights(model, show_progress=False))
-            place = None
-            if not message:
-                place = first_difference(hidden_parity(model, Path(source), tokens, dtype="float32"), 1e-3)
+            bridge.family, bridge._plan = whole, None
+            place = None if message else first_module(bridge, model, source, file)[1]
             tensors = [tensor.format(layer=0) for tensor in dict.fromkeys((*rule.native, *rule.hf, *broken.hf))]
             out.append((rule.native[0], name, tensors, message, place))
     return out

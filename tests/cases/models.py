@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +96,17 @@ def prompt(vocab_size: int, *, batch: int = 2, length: int = 40, seed: int = 5) 
     import torch
 
     return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def changed_model(source: Path, target: Path, change: Callable[[dict[str, Any]], object] | None = None, **config: Any) -> Path:
+    """A copy of a model with its tensors or its config changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    if change is not None:
+        tensors = load_file(target / "model.safetensors")
+        change(tensors)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**content, **config}))
+    return target

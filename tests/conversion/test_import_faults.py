@@ -8,35 +8,22 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megabridge.topology import Topology
-from tests.cases.models import TINY
+from tests.cases.models import TINY, changed_model
 from tests.ranks import RankError, RankServer
 
 Tensors = dict[str, torch.Tensor]
 Seen = dict[str, list[tuple[str, str, float, bool]]]
 UP = "model.layers.1.mlp.up_proj.weight"
 HEAD = 8 + 2000  # well inside the header of the small model
-
-
-def changed(source: Path, target: Path, change: Callable[[Tensors], object] | None = None, **config: Any) -> Path:
-    """A copy of a model with its tensors or its config changed."""
-    shutil.copytree(source, target)
-    if change is not None:
-        tensors = load_file(target / "model.safetensors")
-        change(tensors)
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    content = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**content, **config}))
-    return target
 
 
 def rename(tensors: Tensors, old: str, new: str) -> None:
@@ -134,44 +121,44 @@ def cases(s: Path, root: Path, trace: Path) -> Iterator[tuple[str, dict[str, Any
     def make(name: str, folder: Callable[[Path], Path], **settings: Any) -> tuple[str, dict[str, Any]]:
         return name, {"source": str(folder(root / name)), **settings}
 
-    yield "07 rank 0 only", {"source": [str(changed(s, root / "7", lambda x: x.pop(UP))), str(s)]}
-    yield make("10 one byte", lambda t: edited(changed(s, t), lambda raw: raw[:-1]))
-    yield make("10 empty", lambda t: edited(changed(s, t), lambda raw: b""))
-    yield make("10 to the header", lambda t: edited(changed(s, t), lambda raw: raw[:HEAD]))
-    yield make("12 wider dtype", lambda t: header_edit(changed(s, t), lambda h: h[UP].update(dtype="F64")))
-    yield make("12 integer dtype", lambda t: header_edit(changed(s, t), lambda h: h[UP].update(dtype="I32")))
+    yield "07 rank 0 only", {"source": [str(changed_model(s, root / "7", lambda x: x.pop(UP))), str(s)]}
+    yield make("10 one byte", lambda t: edited(changed_model(s, t), lambda raw: raw[:-1]))
+    yield make("10 empty", lambda t: edited(changed_model(s, t), lambda raw: b""))
+    yield make("10 to the header", lambda t: edited(changed_model(s, t), lambda raw: raw[:HEAD]))
+    yield make("12 wider dtype", lambda t: header_edit(changed_model(s, t), lambda h: h[UP].update(dtype="F64")))
+    yield make("12 integer dtype", lambda t: header_edit(changed_model(s, t), lambda h: h[UP].update(dtype="I32")))
     half = lambda x: x.update({k: v.half() for k, v in x.items()})  # noqa: E731
-    yield make("12 dtype of its size", lambda t: header_edit(changed(s, t, half), lambda h: h[UP].update(dtype="BF16")))
-    yield make("12 overlap", lambda t: header_edit(changed(s, t), swap_offsets))
-    yield make("12 duplicate", lambda t: edited(changed(s, t), twice))
-    yield make("12 no size", lambda t: header_edit(changed(s, t), lambda h: h[UP].update(shape=[0, 64])))
-    yield make("13 length", lambda t: edited(changed(s, t), lambda raw: (2**63).to_bytes(8, "little") + raw[8:]))
-    yield make("16 missing", lambda t: changed(s, t, lambda x: (x.pop(UP), x.pop("model.norm.weight"))))
-    yield make("16 renamed", lambda t: changed(s, t, lambda x: rename(x, UP, UP.replace("up_", "upp_"))))
-    yield make("16 no head", lambda t: changed(s, t, lambda x: x.pop("lm_head.weight")))
+    yield make("12 dtype of its size", lambda t: header_edit(changed_model(s, t, half), lambda h: h[UP].update(dtype="BF16")))
+    yield make("12 overlap", lambda t: header_edit(changed_model(s, t), swap_offsets))
+    yield make("12 duplicate", lambda t: edited(changed_model(s, t), twice))
+    yield make("12 no size", lambda t: header_edit(changed_model(s, t), lambda h: h[UP].update(shape=[0, 64])))
+    yield make("13 length", lambda t: edited(changed_model(s, t), lambda raw: (2**63).to_bytes(8, "little") + raw[8:]))
+    yield make("16 missing", lambda t: changed_model(s, t, lambda x: (x.pop(UP), x.pop("model.norm.weight"))))
+    yield make("16 renamed", lambda t: changed_model(s, t, lambda x: rename(x, UP, UP.replace("up_", "upp_"))))
+    yield make("16 no head", lambda t: changed_model(s, t, lambda x: x.pop("lm_head.weight")))
     extra = lambda x: x.update({"model.extra": torch.ones(2)})  # noqa: E731
-    yield make("17 extra", lambda t: changed(s, t, extra))
-    yield make("17 allowed", lambda t: changed(s, t, extra), allow_unexpected=["model.ex*"])
-    yield make("18 transposed", lambda t: changed(s, t, lambda x: x.update({UP: x[UP].t().contiguous()})))
-    yield make("18 vocabulary", lambda t: changed(s, t, vocab_size=140))
-    yield make("18 padded", lambda t: changed(s, t, lambda x: x.update({"lm_head.weight": torch.ones(132, 64)})))
-    yield make("18 heads", lambda t: changed(s, t, num_key_value_heads=8))
-    yield make("18 rope", lambda t: changed(s, t, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}))
-    yield make("19 nan", lambda t: changed(s, t, poke(float("nan"))))
-    yield make("19 inf", lambda t: changed(s, t, poke(float("-inf"), "model.layers.2.self_attn.k_proj.weight")))
-    yield make("19 overflow", lambda t: changed(s, t, poke(1e30)), dtype="float16")
-    yield make("19 unverified", lambda t: changed(s, t, poke(float("nan"))), verify=False)
-    yield make("19 allowed", lambda t: changed(s, t, poke(float("nan"))), allow_nonfinite=True)
-    yield make("21 untied head", lambda t: changed(s, t, tie_word_embeddings=True))
-    yield make("22 not asked for", lambda t: as_bin(changed(s, t)))
-    yield make("22 single", lambda t: as_bin(changed(s, t)), allow_bin=True)
-    yield make("22 sharded", lambda t: as_bin(changed(s, t), shards=3), allow_bin=True)
-    yield make("22 payload", lambda t: as_bin(changed(s, t), extra={"x": Payload(f"touch '{trace}'")}), allow_bin=True)
-    yield make("22 payload, not asked for", lambda t: as_bin(changed(s, t), extra={"x": Payload(f"touch '{trace}'")}))
+    yield make("17 extra", lambda t: changed_model(s, t, extra))
+    yield make("17 allowed", lambda t: changed_model(s, t, extra), allow_unexpected=["model.ex*"])
+    yield make("18 transposed", lambda t: changed_model(s, t, lambda x: x.update({UP: x[UP].t().contiguous()})))
+    yield make("18 vocabulary", lambda t: changed_model(s, t, vocab_size=140))
+    yield make("18 padded", lambda t: changed_model(s, t, lambda x: x.update({"lm_head.weight": torch.ones(132, 64)})))
+    yield make("18 heads", lambda t: changed_model(s, t, num_key_value_heads=8))
+    yield make("18 rope", lambda t: changed_model(s, t, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}))
+    yield make("19 nan", lambda t: changed_model(s, t, poke(float("nan"))))
+    yield make("19 inf", lambda t: changed_model(s, t, poke(float("-inf"), "model.layers.2.self_attn.k_proj.weight")))
+    yield make("19 overflow", lambda t: changed_model(s, t, poke(1e30)), dtype="float16")
+    yield make("19 unverified", lambda t: changed_model(s, t, poke(float("nan"))), verify=False)
+    yield make("19 allowed", lambda t: changed_model(s, t, poke(float("nan"))), allow_nonfinite=True)
+    yield make("21 untied head", lambda t: changed_model(s, t, tie_word_embeddings=True))
+    yield make("22 not asked for", lambda t: as_bin(changed_model(s, t)))
+    yield make("22 single", lambda t: as_bin(changed_model(s, t)), allow_bin=True)
+    yield make("22 sharded", lambda t: as_bin(changed_model(s, t), shards=3), allow_bin=True)
+    yield make("22 payload", lambda t: as_bin(changed_model(s, t), extra={"x": Payload(f"touch '{trace}'")}), allow_bin=True)
+    yield make("22 payload, not asked for", lambda t: as_bin(changed_model(s, t), extra={"x": Payload(f"touch '{trace}'")}))
     code = {"auto_map": {"AutoConfig": "configuration_evil.EvilConfig", "AutoModelForCausalLM": "modeling_evil.Evil"}}
-    yield make("23 auto_map", lambda t: with_code(changed(s, t, **code), trace))
+    yield make("23 auto_map", lambda t: with_code(changed_model(s, t, **code), trace))
     target = {"_target_": "os.system", "_args_": [f"touch '{trace}'"]}
-    yield make("23 target", lambda t: changed(s, t, rope_parameters={**TINY["rope_parameters"]}, **target))
+    yield make("23 target", lambda t: changed_model(s, t, rope_parameters={**TINY["rope_parameters"]}, **target))
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +235,7 @@ def test_fault_19_weights_that_are_no_numbers(seen: Seen) -> None:
 
 
 def test_fault_20_a_wrong_tensor_is_localised(ranks: RankServer, source: Path, tmp_path: Path) -> None:
-    """What no comparison of bits can see: a source that was wrong before. Parity of hidden states names the layer."""
+    """What no comparison of bits can see: a source that was wrong before. The comparison with transformers names the module."""
     query, key, value = (f"model.layers.2.self_attn.{part}_proj.weight" for part in "qkv")
 
     def halves(tensors: Tensors, name: str) -> None:
@@ -258,16 +245,17 @@ def test_fault_20_a_wrong_tensor_is_localised(ranks: RankServer, source: Path, t
         tensors[one], tensors[other] = tensors[other], tensors[one]
 
     made: list[tuple[Callable[[Tensors], object], str]] = [
-        (lambda x: halves(x, query), "layer 2"),
-        (lambda x: swap(x, key, value), "layer 2"),
-        (lambda x: x[UP].zero_(), "layer 1"),
-        (lambda x: x["model.layers.0.mlp.down_proj.weight"].zero_(), "layer 0"),
-        (lambda x: x["model.embed_tokens.weight"].zero_(), "embedding"),
-        (lambda x: x["lm_head.weight"].neg_(), "logits"),
+        (lambda x: halves(x, query), "model.layers.2.self_attn.q_proj"),
+        (lambda x: swap(x, key, value), "model.layers.2.self_attn.k_proj"),
+        (lambda x: x[UP].zero_(), "model.layers.1.mlp.up_proj"),
+        (lambda x: x["model.layers.0.mlp.down_proj.weight"].zero_(), "model.layers.0.mlp.down_proj"),
+        (lambda x: x["model.embed_tokens.weight"].zero_(), "model.embed_tokens"),
+        (lambda x: x["lm_head.weight"].neg_(), "lm_head"),
     ]
-    bad = [str(changed(source, tmp_path / str(number), change)) for number, (change, _) in enumerate(made)]
+    bad = [str(changed_model(source, tmp_path / str(number), change)) for number, (change, _) in enumerate(made)]
     for layout in (Topology(), Topology(tp=2, pp=2)):
-        for figures in ranks.run("tests.cases.imports:localised", topology=layout, kwargs={"good": str(source), "bad": bad}):
+        kwargs = {"good": str(source), "bad": bad, "file": str(tmp_path / "events.pt")}
+        for figures in ranks.run("tests.cases.imports:localised", topology=layout, kwargs=kwargs):
             assert figures[0][1] is None and figures[0][0] < 1e-3
             assert [place for _, place in figures[1:]] == [place for _, place in made]
             assert all(distance > 1e-3 for distance, _ in figures[1:])
@@ -296,7 +284,7 @@ def test_fault_23_code_in_a_config_is_not_run(seen: Seen, trace: Path) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "replaced"])
 def test_fault_25_a_file_that_changes_while_it_is_loaded(ranks: RankServer, source: Path, tmp_path: Path, how: str) -> None:
-    folder = changed(source, tmp_path / how)
+    folder = changed_model(source, tmp_path / how)
     kwargs = {"source": str(folder), "how": how}
     for kind, message, seconds in ranks.run("tests.cases.imports:changed_while_loading", topology=Topology(tp=2), kwargs=kwargs):
         assert kind == "CheckpointError" and seconds < 10
@@ -304,7 +292,7 @@ def test_fault_25_a_file_that_changes_while_it_is_loaded(ranks: RankServer, sour
 
 
 def test_fault_25_a_rank_that_dies_of_a_truncated_file_is_named_with_it(ranks: RankServer, source: Path, tmp_path: Path) -> None:
-    folder = changed(source, tmp_path / "copy")
+    folder = changed_model(source, tmp_path / "copy")
     with pytest.raises(RankError) as caught:
         ranks.run("tests.cases.imports:killed_by_a_truncated_file", topology=Topology(tp=2), kwargs={"source": str(folder)})
     assert caught.value.failure["rank"] == 1

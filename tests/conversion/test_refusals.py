@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megabridge.topology import Topology
-from tests.cases.models import TINY
+from tests.cases.models import TINY, changed_model
 from tests.conversion.test_round_trip import payload
 from tests.ranks import RankServer
 
 Tensors = dict[str, torch.Tensor]
 
 
-def changed(source: Path, target: Path, change: Callable[[Tensors], object] | None = None, **config: Any) -> Path:
-    """A copy of a model with its tensors or its config changed."""
-    shutil.copytree(source, target)
-    if change is not None:
-        tensors = load_file(target / "model.safetensors")
-        change(tensors)
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    content = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**content, **config}))
-    return target
-
-
 def test_a_tied_checkpoint_may_carry_its_head(ranks: RankServer, tmp_path: Path) -> None:
     """A bit-equal copy is accepted, and written back."""
     tied = {**TINY, "tie_word_embeddings": True}
     ranks.run("tests.cases.models:write_model", kwargs={"folder": tmp_path / "tied", "config": tied})
-    copy = changed(
+    copy = changed_model(
         tmp_path / "tied", tmp_path / "copy", lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"].clone()})
     )
     for layout in (Topology(), Topology(tp=2, pp=2)):

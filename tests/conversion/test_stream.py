@@ -147,13 +147,12 @@ def test_early_ends(ranks: RankServer, models: list[Path]) -> None:
 
 def test_memory_is_two_buckets_and_a_tensor(ranks: RankServer) -> None:
     config = {**TINY, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 1024}
-    bucket = 16 << 20
+    bucket = 8 << 20
     for growth, largest, total in ranks.run(
         "tests.cases.stream:peak", topology=Topology(tp=2), kwargs={"config": config, "bucket_bytes": bucket}
     ):
-        assert total > 6 * bucket
-        # Threads and sockets of the process group take some MiB too, whatever the bucket; a third bucket would show.
-        assert growth <= 2 * bucket + largest + bucket // 2, f"{growth / 2**20:.1f} MiB"
+        assert total > 10 * bucket
+        assert growth <= 2 * bucket + largest + (6 << 20), f"{growth / 2**20:.1f} MiB"
 
 
 def test_tasks_of_another_checkpoint(ranks: RankServer, models: list[Path], tmp_path: Path) -> None:

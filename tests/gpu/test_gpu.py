@@ -77,12 +77,12 @@ def test_there_and_back_and_streamed(reader: str, single: None, sources: Path, t
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_and_bytes_in_fp32(architecture: str, single: None, sources: Path, tmp_path: Path) -> None:
     from megabridge.layers.logits import gather_logits
-    from tests.cases.models import prompt
+    from megabridge.workbench.trial import read_reference
 
     torch.backends.cuda.matmul.allow_tf32 = False
     bridge, model = provide(sources / architecture, backend="torch")
-    expected = torch.load(sources / architecture / "reference.pt")["logits"]
-    logits = gather_logits(model, prompt(bridge.config["vocab_size"])).cpu()
+    reference = read_reference(sources / architecture)
+    logits, expected = gather_logits(model, reference.prompt).cpu(), reference.logits
     bridge.save_hf_pretrained(model, tmp_path / "hf", show_progress=False)
     assert payload(tmp_path / "hf") == payload(sources / architecture)
     # fp32 sums in another order, on kernels of their own, relative to the largest logit
@@ -95,10 +95,11 @@ def test_transformer_engine(architecture: str, single: None, sources: Path, tmp_
     """Where the architecture allows it: bytes are equal, and bf16 logits as near to fp32 as the torch backend's are."""
     from megabridge.errors import ConfigError
     from megabridge.layers.logits import gather_logits
-    from tests.cases.models import prompt
+    from megabridge.workbench.trial import read_reference
 
     source = sources / architecture
-    expected = torch.load(source / "reference.pt")["logits"]
+    reference = read_reference(source)
+    expected = reference.logits
     distance = {}
     for backend in ("torch", "te"):
         try:
@@ -106,7 +107,7 @@ def test_transformer_engine(architecture: str, single: None, sources: Path, tmp_
         except ConfigError as error:
             assert backend == "te" and "needs backend=torch" in str(error)
             pytest.skip(str(error).splitlines()[0])
-        logits = gather_logits(model, prompt(bridge.config["vocab_size"])).cpu()
+        logits = gather_logits(model, reference.prompt).cpu()
         distance[backend] = ((logits - expected).norm() / expected.norm()).item()
         if backend == "te":
             bridge.save_hf_pretrained(model, tmp_path / "hf", show_progress=False, weight_dtype=torch.float32)
