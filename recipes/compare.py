@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megabridge.agreement import on_rank_zero
 from megabridge.config import Config
-from megabridge.errors import ParityError
+from megabridge.errors import ConfigError, ParityError
 from megabridge.families import register_named
 from megabridge.loggers import Reporter
 from megabridge.training import assemble
@@ -20,7 +20,12 @@ from megabridge.workbench import battery, modulewise, trial
 def main(config: Config) -> None:
     """Every rank calls it, in running process groups. Raises ParityError where a module differs."""
     folder = Path(config.run_dir) / "compare"
-    if config.model.path is None and config.family is not None:
+    if config.model.path is None:
+        if config.family is None:
+            raise ConfigError(
+                "recipe=compare needs weights that transformers can read too: model.path=<folder or hub id>, or "
+                "family=<module:NAME> for its tiny model; set one of them."
+            )
         family = register_named(config.family)
         tiny = trial.tiny_config(family, battery.LAYERS)
         on_rank_zero("making the trial model", lambda: trial.write_trial(folder / "tiny", tiny, family).exists())

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megabridge.checkpoint.hf import find_tensors
 from megabridge.topology import Topology
-from tests.cases.models import TINY
-from tests.conversion.test_refusals import changed
+from tests.cases.models import TINY, changed_model
 from tests.conversion.test_round_trip import payload
 from tests.ranks import RankServer
 
@@ -142,8 +141,8 @@ def test_fault_11_every_damage_is_named(ranks: RankServer, out: Path, tmp_path: 
 
 
 def test_a_folder_against_its_source(ranks: RankServer, out: Path, source: Path, tmp_path: Path) -> None:
-    other = changed(source, tmp_path / "other", lambda x: (x[NORM].add_(1), x.pop(QKV)))
-    longer = changed(
+    other = changed_model(source, tmp_path / "other", lambda x: (x[NORM].add_(1), x.pop(QKV)))
+    longer = changed_model(
         source,
         tmp_path / "longer",
         lambda x: x.update({QKV: x[QKV][:-1].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}),

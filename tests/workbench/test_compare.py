@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from megabridge.config import Config, ModelConfig
+from megabridge.errors import ConfigError
 from megabridge.families import all_families
 from megabridge.topology import Topology
+from recipes import compare
 from tests.ranks import RankServer
 
 CASES = "tests.cases.workbench"
@@ -64,3 +67,8 @@ def test_a_fault_is_traced_to_its_module(ranks: RankServer, root: Path, tmp_path
         assert entry["fault"] is not None, (name, settings)
         assert entry["fault"][0] == module and why in entry["fault"][1], (name, settings, entry["fault"])
         assert entry["lines"][-1].startswith(f"first difference: {module}: ")
+
+
+def test_without_weights_it_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe=compare needs weights .* model\.path"):
+        compare.main(Config(model=ModelConfig(name="tiny_llama"), run_dir=str(tmp_path)))
