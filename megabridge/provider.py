@@ -223,14 +223,13 @@ class ModelProvider:
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         if post_process is None:
             post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        layers = self.split[parallel_state.get_pipeline_model_parallel_rank()][vp_stage or 0]
-        spec = self._layer_spec(config)
+        specs = self._layer_specs(config, parallel_state.get_pipeline_model_parallel_rank(), vp_stage or 0)
         on_cpu = config.use_cpu_initialization  # on a CUDA host: the model is converted, not run
         device = torch.device("meta" if init == "meta" else "cpu") if on_cpu else platform.device()
         with device, _initialization(config, enabled=init == "random"):
             return CausalLM(
                 config,
-                TransformerBlockSubmodules([spec] * layers, final_norm(self.resolved_backend, config, self.style)),
+                TransformerBlockSubmodules(specs, final_norm(self.resolved_backend, config, self.style)),
                 vocab_size=self.vocab_size,
                 padded_vocab_size=self.padded_vocab_size,
                 max_sequence_length=self.seq_length,
@@ -274,13 +273,21 @@ class ModelProvider:
             chunks = _checked(hook(chunks), hook)
         return chunks
 
-    def _layer_spec(self, config: Any) -> Any:
+    def _layer_specs(self, config: Any, stage: int, chunk: int) -> list[Any]:
+        """The specs of the layers of one chunk of a stage."""
+        split = self.split
+        first = sum(sum(stages[number] for stages in split) for number in range(chunk)) + sum(
+            stages[chunk] for stages in split[:stage]
+        )
+        layers = range(first, first + split[stage][chunk])
         given = self.transformer_layer_spec
         if given is None:
-            return layer_spec(self.resolved_backend, config, self.style)
+            kinds = {mixed: layer_spec(self.resolved_backend, config, self.style, has_experts=mixed)
+                     for mixed in {rules.has_experts(config, layer) for layer in layers}}  # fmt: skip
+            return [kinds[rules.has_experts(config, layer)] for layer in layers]
         if isinstance(given, str):
             given = targets.named(given, where="transformer_layer_spec")
-        return given if isinstance(given, ModuleSpec) else given(config)
+        return [given if isinstance(given, ModuleSpec) else given(config)] * len(layers)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,10 @@ def our_defaults() -> dict[str, object]:
         "cross_entropy_loss_fusion": on_cuda,
         "deallocate_pipeline_outputs": True,
         "cuda_graph_modules": [],  # TransformerConfig's own default is deprecated, and warns
+        "moe_router_load_balancing_type": "none",  # transformers adds its loss on request only
+        "moe_router_bias_update_rate": 0.0,  # a correction bias moves on request only
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": None,  # follows from the device
     }
 
 
@@ -139,7 +143,13 @@ def problems_of(get: Callable[[str], Any]) -> list[str]:
     ]
     if missing:  # the other rules divide by these
         return missing
-    return [*_head_problems(get), *_width_problems(get), *_pipeline_problems(get), *_layer_problems(get)]
+    return [
+        *_head_problems(get),
+        *_width_problems(get),
+        *_expert_problems(get),
+        *_pipeline_problems(get),
+        *_layer_problems(get),
+    ]
 
 
 def _divisors(number: int, limit: int = 8) -> str:
@@ -195,12 +205,37 @@ def _width_problems(get: Callable[[str], Any]) -> list[str]:
     return problems
 
 
+def _expert_problems(get: Callable[[str], Any]) -> list[str]:
+    ep, tp, experts = get("expert_model_parallel_size"), get("tensor_model_parallel_size"), get("num_moe_experts")
+    etp = get("expert_tensor_parallel_size") or tp
+    if experts is None:
+        sizes = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp if etp != tp else 1}
+        return [f"{name}={size} needs a model with experts; leave it at 1." for name, size in sizes.items() if size > 1]
+    problems = []
+    if experts % ep:
+        problems.append(f"expert_model_parallel_size={ep} must divide num_moe_experts={experts}; use one of {_divisors(experts)}.")
+    width = get("moe_ffn_hidden_size") or get("ffn_hidden_size")
+    if width % etp:
+        problems.append(
+            f"expert_tensor_parallel_size={etp} must divide moe_ffn_hidden_size={width}; use one of {_divisors(width)}."
+        )
+    shared = get("moe_shared_expert_intermediate_size")
+    if shared is not None and shared % tp:
+        problems.append(
+            f"tensor_model_parallel_size={tp} must divide moe_shared_expert_intermediate_size={shared}; "
+            f"use one of {_divisors(shared)}."
+        )
+    if tp > 1 and not get("sequence_parallel"):
+        problems.append(f"tensor_model_parallel_size={tp} needs sequence_parallel=True for a model with experts; set it.")
+    if etp > 1 and get("add_mlp_bias"):
+        problems.append(f"expert_tensor_parallel_size={etp} must be 1 for experts with biases; set it to 1.")
+    return problems
+
+
 def _pipeline_problems(get: Callable[[str], Any]) -> list[str]:
     pp, vpp = get("pipeline_model_parallel_size"), get("virtual_pipeline_model_parallel_size") or 1
     if vpp > 1 and pp == 1:
         return [f"virtual_pipeline_model_parallel_size={vpp} needs pipeline_model_parallel_size > 1; unset it."]
-    if get("expert_model_parallel_size") > 1 and get("num_moe_experts") is None:
-        return [f"expert_model_parallel_size={get('expert_model_parallel_size')} needs a model with experts; set it to 1."]
     if follows_megatron(get):
         return []
     try:
@@ -292,6 +327,10 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
         "qk_layernorm": bool(get("qk_layernorm") or get("qk_norm")),
     }
     settings.setdefault("pipeline_dtype", dtype)
+    if settings["moe_token_dispatcher_type"] is None:
+        etp = get("expert_tensor_parallel_size") or get("tensor_model_parallel_size")
+        # gloo has no all-gather of unequal sizes, which all-to-all with expert tensor parallelism takes.
+        settings["moe_token_dispatcher_type"] = "allgather" if platform.is_cpu() and etp > 1 else "alltoall"
     # megatron-core's fused gelu is the tanh approximation, whatever the function says.
     settings.setdefault("bias_activation_fusion", gated and activation is F.silu)
     vpp = get("virtual_pipeline_model_parallel_size") or 1
@@ -302,6 +341,14 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
     if not follows_megatron(get) and get("num_layers") % (pp * vpp):
         settings["pipeline_model_parallel_layout"] = layout_of(deal_layers(get("num_layers"), pp=pp, vpp=vpp))
     return settings
+
+
+def has_experts(config: Any, layer: int) -> bool:
+    """Whether layer number `layer`, from 0, is a mixture of experts (megatron-core's reading of moe_layer_freq)."""
+    if config.num_moe_experts is None:
+        return False
+    pattern = config.moe_layer_freq
+    return layer % pattern == 0 if isinstance(pattern, int) else bool(pattern[layer])
 
 
 def config_class(get: Callable[[str], Any]) -> Any:

@@ -47,6 +47,17 @@ class Style:
     learned_positions: bool = False
     """Whether positions are embedded by a table of `seq_length` rows."""
 
+    router_normalize: bool | None = None
+    """Whether the weights of a token's experts are divided by their sum. None: as megatron-core has it, for sigmoid scores."""
+    router_epsilon: float = 1e-20
+    """The least sum to divide by."""
+    router_group_score: Literal["top2", "max"] = "top2"
+    """What groups of experts are compared by: the sum of their two best scores, or their best one."""
+    router_bias: bool = False
+    """Whether a correction bias is added to the scores that choose experts, also where they are a softmax."""
+    router: str | None = None
+    """package.module:Class of a router of the architecture's own, a subclass of megabridge.layers.router.Router."""
+
     core_attention: str | None = None
     """package.module:Class of a core attention of the architecture's own. It is made as megabridge.layers.attention.TorchAttention
     is; a subclass of that needs to say only what differs."""

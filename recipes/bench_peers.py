@@ -128,7 +128,7 @@ class Groups:
 
 def _moves(plan: Plan, record: Record) -> tuple[tuple[str, ...], tuple[Transfer, ...]]:
     """The tensors of a whole, uncut parameter and its transfers."""
-    entry = Expansion(plan.family, plan.dims).entry(replace(record, cut=None))
+    entry = Expansion(plan.family, plan.dims).entry(replace(record, cuts=()))
     return entry.hf, entry.transfers
 
 
@@ -161,8 +161,8 @@ def import_whole(plan: Plan, infos: Mapping[str, TensorInfo], groups: Groups) ->
 
 
 def _scatter(record: Record, whole: torch.Tensor | None, target: torch.Tensor, groups: Groups) -> None:
-    received = torch.empty_like(target, memory_format=torch.contiguous_format) if whole is None or record.cut else whole
-    cut = record.cut
+    received = torch.empty_like(target, memory_format=torch.contiguous_format) if whole is None or record.cuts else whole
+    cut = record.cuts[0] if record.cuts else None
     if cut is None:
         if len(groups.tp_ranks) > 1:
             dist.broadcast(_bytes(received), groups.tp_ranks[0], group=groups.tp)
@@ -215,7 +215,7 @@ def _from_stage(item: Item | None, owner: int, groups: Groups) -> tuple[Record, 
 
 
 def _joined(record: Record, shard: torch.Tensor, groups: Groups) -> torch.Tensor:
-    cut = record.cut
+    cut = record.cuts[0] if record.cuts else None
     if cut is None:
         return shard
     shards = [torch.empty_like(shard) for _ in range(cut.size)]

@@ -98,7 +98,7 @@ class Expansion:
         self.family = family
         self.dims = dims
         self._resolved: dict[str, Resolved | None] = {}
-        self._first: dict[tuple[int, tuple[int, ...], Cut | None], Entry] = {}
+        self._first: dict[tuple[int, tuple[int, ...], tuple[Cut, ...]], Entry] = {}
 
     @property
     def distinct(self) -> list[Entry]:
@@ -113,11 +113,11 @@ class Expansion:
         rule = self._resolved[name]
         if rule is None:
             raise MappingError(f"no rule of {self.family.architecture} feeds the parameter {name} {record.shape}")
-        key = (id(rule.layout), record.shape, record.cut)  # the family holds its layouts for good
+        key = (id(rule.layout), record.shape, record.cuts)  # the family holds its layouts for good
         first = self._first.get(key)
         if first is None:
             try:
-                moves = transfers(rule.layout, record.shape, self.dims, record.cut)
+                moves = transfers(rule.layout, record.shape, self.dims, record.cuts)
                 shapes = tuple(rule.layout.part_shapes(record.shape, self.dims))
             except MappingError as error:
                 raise MappingError(f"{name}: {error}") from error
@@ -230,7 +230,7 @@ def _check_tiling(specs: Mapping[str, Spec], boxes: Mapping[str, Sequence[Source
 def _packed(records: Iterable[Record]) -> bytes:
     """Records to send: a gather takes as much memory as the largest answer times the ranks, and names compress well."""
     rows = [
-        (record.name, record.shape, record.dtype, None if record.cut is None else astuple(record.cut), record.is_writer)
+        (record.name, record.shape, record.dtype, tuple(map(astuple, record.cuts)), record.is_writer, record.is_expert)
         for record in records
     ]
     return zlib.compress(pickle.dumps(rows), 1)
@@ -238,11 +238,8 @@ def _packed(records: Iterable[Record]) -> bytes:
 
 def _unpacked(packed: bytes) -> tuple[Record, ...]:
     rows = pickle.loads(zlib.decompress(packed))
-    cuts: dict[tuple[int, ...] | None, Cut | None] = {None: None}
-    for _, _, _, cut, _ in rows:
-        if cut not in cuts:
-            cuts[cut] = Cut(*cut)
-    return tuple(Record(sys.intern(name), shape, dtype, cuts[cut], is_writer) for name, shape, dtype, cut, is_writer in rows)
+    known = {cuts: tuple(Cut(*cut) for cut in cuts) for _, _, _, cuts, _, _ in rows}
+    return tuple(Record(sys.intern(name), shape, dtype, known[cuts], *flags) for name, shape, dtype, cuts, *flags in rows)
 
 
 def check_source(

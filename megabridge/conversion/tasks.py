@@ -59,7 +59,7 @@ class ConversionTask:
     """The boxes that tile it, each with its rank and parameter."""
     param_name: str | None
     """The parameter's name in its chunk here."""
-    param_weight: torch.nn.Parameter | None
+    param_weight: torch.Tensor | None
     """The live parameter here."""
     megatron_module: torch.nn.Module | None
     """The module that owns it."""

@@ -20,7 +20,7 @@ from megabridge.conversion.native import Record, survey
 from megabridge.conversion.plan import Expansion, Source, Spec, check_fits, tile, uncollected
 from megabridge.conversion.writer import plan_shards
 from megabridge.families import Family
-from megabridge.mapping import Cut, Dims, Transfer
+from megabridge.mapping import Dims, Transfer
 from megabridge.mapping.tiling import flaw, native_boxes
 from megabridge.platform import groups
 from megabridge.provider import ModelProvider
@@ -63,7 +63,7 @@ class WorldPlan:
     def records(self, rank: int) -> tuple[Record, ...]:
         """The records that `native.survey` finds on `rank`, in module order."""
         place = self.topology.coordinate(rank)
-        return tuple(record_at(record, place) for record in self.stages[place.pp])
+        return tuple(record_at(record, place, self.topology.ep) for record in self.stages[place.pp])
 
     @cached_property
     def bytes(self) -> int:
@@ -100,16 +100,32 @@ def plan_world(family: Family, native: Mapping[str, Any], provider: ModelProvide
     return WorldPlan(topology, tensors, sources, stages, expansion)
 
 
-def record_at(record: Record, place: Coordinate) -> Record:
+def record_at(record: Record, place: Coordinate, ep: int) -> Record:
     """What the rank at `place` says of a parameter of which `record` is the first rank's of its stage.
 
-    Ranks of a stage hold the same parameters: tp decides the share of a cut one, and of equal copies the first is written.
+    Ranks of a stage hold the same parameters: tp decides the share of a cut one, ep that of the experts, and of equal copies the
+    first is written.
     """
-    cut = record.cut
-    if cut is not None and cut.index != place.tp:
-        cut = Cut(cut.dim, cut.stride, cut.size, place.tp)
-    is_writer = place.dp == place.cp == 0 and (cut is not None or place.tp == 0)
-    return Record(record.name, record.shape, record.dtype, cut, is_writer)
+    if record.is_expert:
+        return _expert_record_at(record, place, ep)
+    cuts = record.cuts
+    if cuts and cuts[0].index != place.tp:
+        cuts = (replace(cuts[0], index=place.tp),)
+    is_writer = place.dp == place.cp == 0 and (bool(cuts) or place.tp == 0)
+    return Record(record.name, record.shape, record.dtype, cuts, is_writer)
+
+
+def _expert_record_at(record: Record, place: Coordinate, ep: int) -> Record:
+    rows, *within = record.cuts
+    name = record.name
+    if rows.drops:  # one expert; the first rank's come first
+        expert = rows.index + place.ep * (rows.size // ep)
+        name, rows = name.replace(f".experts.{rows.index}.", f".experts.{expert}."), replace(rows, index=expert)
+    else:
+        rows = replace(rows, index=place.ep)
+    cuts = (rows, *(replace(cut, index=place.etp) for cut in within))
+    is_writer = place.edp == 0 and (bool(within) or place.etp == 0)
+    return Record(name, record.shape, record.dtype, cuts, is_writer, is_expert=True)
 
 
 def _stage(provider: ModelProvider, topology: Topology, pp: int) -> tuple[Record, ...]:
@@ -124,7 +140,9 @@ def _stage(provider: ModelProvider, topology: Topology, pp: int) -> tuple[Record
 
 
 def _first_replicas(topology: Topology) -> list[int]:
-    return [topology.rank(tp=tp, pp=pp) for pp in range(topology.pp) for tp in range(topology.tp)]
+    """The ranks that write anything: the first of equal copies of dense parameters, and of experts."""
+    inside = max(topology.tp, topology.expert_tp * topology.ep)
+    return [pp * topology.stage_size + place for pp in range(topology.pp) for place in range(inside)]
 
 
 def _writers(stages: tuple[tuple[Record, ...], ...], topology: Topology) -> Iterator[Iterator[Record]]:
@@ -132,7 +150,7 @@ def _writers(stages: tuple[tuple[Record, ...], ...], topology: Topology) -> Iter
     first = set(_first_replicas(topology))
     for rank in range(topology.world_size):
         place = topology.coordinate(rank)
-        yield (record_at(record, place) for record in (stages[place.pp] if rank in first else ()))
+        yield (record_at(record, place, topology.ep) for record in (stages[place.pp] if rank in first else ()))
 
 
 def _unfilled(expansion: Expansion) -> list[str]:
@@ -141,16 +159,16 @@ def _unfilled(expansion: Expansion) -> list[str]:
     for entry in expansion.distinct:
         shape = local_shape(entry.record)
         if (found := flaw(shape, native_boxes(entry.transfers), allow_gaps=True)) is not None:
-            problems.append(f"{entry.record.name} {shape}, share {entry.record.cut}: {found}")
+            problems.append(f"{entry.record.name} {shape}, share {entry.record.cuts}: {found}")
     return problems
 
 
 def local_shape(record: Record) -> tuple[int, ...]:
     """The shape of the parameter that the record's rank holds."""
-    cut = record.cut
-    if cut is None:
-        return record.shape
-    return tuple(length // cut.size if dim == cut.dim else length for dim, length in enumerate(record.shape))
+    shape = list(record.shape)
+    for cut in record.cuts:
+        shape[cut.dim] //= cut.size
+    return tuple(length for dim, length in enumerate(shape) if not any(cut.drops and cut.dim == dim for cut in record.cuts))
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from megabridge.families.fields import Json
 
 _OURS = (
     "arcee", "cohere", "ernie4_5", "exaone4", "gemma", "gemma3", "glm", "gpt2", "gpt_neox", "granite", "hunyuan", "llama", 
-    "mistral", "nemotron", "olmo", "phi3", "qwen", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "mistral", "mixtral", "nemotron", "olmo", "phi3", "qwen", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _registered: dict[str, Family] = {}
 

@@ -13,8 +13,10 @@ from typing import Any, Final
 from megabridge import targets
 from megabridge.errors import ConfigError
 from megabridge.layers.attention import TorchAttention, TwoRopeAttention
+from megabridge.layers.experts import GroupedExperts
 from megabridge.layers.norm import HeadsNorm, LayerNorm, RMSNorm
 from megabridge.layers.residual import ParallelLayer, Residual
+from megabridge.layers.router import Router
 from megabridge.style import Style
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -24,6 +26,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
     get_mlp_module_spec_for_backend,
 )
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -65,7 +68,7 @@ class TorchSpecProvider(BackendSpecProvider):  # type: ignore[misc]
         return functools.partial(chosen, style=self.style)
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
-        return LocalSpecProvider().grouped_mlp_modules(moe_use_grouped_gemm)
+        return GroupedExperts
 
     def activation_func(self) -> None:
         return None
@@ -83,31 +86,34 @@ def final_norm(backend: str, config: Any, style: Style) -> Any:
     return TorchSpecProvider(style).layer_norm(rms_norm=rms_norm)
 
 
-def layer_spec(backend: str, config: Any, style: Style) -> Any:
-    """The spec of one transformer layer. Raises ConfigError for an unknown backend."""
+def layer_spec(backend: str, config: Any, style: Style, *, has_experts: bool = False) -> Any:
+    """The spec of one transformer layer, with experts or a dense MLP. Raises ConfigError for an unknown backend."""
+    experts = config.num_moe_experts if has_experts else None
     if backend == "torch":
-        spec = _torch_layer_spec(config, style)
+        spec = _torch_layer_spec(config, style, experts)
     elif backend == "local":
         spec = get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
+            num_experts=experts,
+            moe_grouped_gemm=False,
             qk_layernorm=config.qk_layernorm,
             qk_l2_norm=config.qk_l2_norm,
             normalization=config.normalization,
+            multi_latent_attention=config.multi_latent_attention,
         )
     elif backend == "te":
         spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
+            num_experts=experts,
+            moe_grouped_gemm=True,
             qk_layernorm=config.qk_layernorm,
             qk_l2_norm=config.qk_l2_norm,
+            multi_latent_attention=config.multi_latent_attention,
         )
     else:
         raise ConfigError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}.")
     return _with_residuals(_with_biases(spec, config, style), config, style)
 
 
-def _torch_layer_spec(config: Any, style: Style) -> Any:
+def _torch_layer_spec(config: Any, style: Style, experts: int | None) -> Any:
     backend = TorchSpecProvider(style)
     rms_norm = config.normalization == "RMSNorm"
     norm = backend.layer_norm(rms_norm=rms_norm, has_residual=True) if style.pre_norm else IdentityOp
@@ -127,9 +133,7 @@ def _torch_layer_spec(config: Any, style: Style) -> Any:
         self_attention=attention,
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=IdentityOp if style.parallel_residual == "shared" else norm,
-        mlp=get_mlp_module_spec_for_backend(
-            backend=backend, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-        ),
+        mlp=get_mlp_module_spec_for_backend(backend=backend) if experts is None else _mixture(backend, experts),
         mlp_bda=get_bias_dropout_add,
         # Transformer Engine holds the norms inside the linears; checkpoints carry its names.
         sharded_state_dict_keys_map={
@@ -138,6 +142,19 @@ def _torch_layer_spec(config: Any, style: Style) -> Any:
         },
     )
     return ModuleSpec(module=ParallelLayer if style.parallel_residual else TransformerLayer, submodules=submodules)
+
+
+def _mixture(backend: TorchSpecProvider, experts: int) -> Any:
+    """megatron-core's mixture of experts with our router."""
+    mixture = get_moe_module_spec_for_backend(backend=backend, num_experts=experts, moe_grouped_gemm=True)
+    parts = dataclasses.replace(
+        mixture.keywords["submodules"], router=functools.partial(_router(backend.style), style=backend.style)
+    )
+    return functools.partial(mixture.func, submodules=parts)
+
+
+def _router(style: Style) -> Any:
+    return Router if style.router is None else targets.named(style.router, where="router")
 
 
 def _qk_norm(backend: TorchSpecProvider, config: Any, heads: int) -> Any:

@@ -5,7 +5,7 @@ Data and integers only: no model, no process, no file.
 
 from megabridge.mapping.boxes import Axis, Cut, Run
 from megabridge.mapping.dims import Dims
-from megabridge.mapping.layout import Fuse, Joined, Layout, Piece, Rows, Same, Transpose
+from megabridge.mapping.layout import Fuse, Interleave, Joined, Layout, Piece, Rows, Same, Stack, Transpose
 from megabridge.mapping.rules import Resolved, Rule, WeightMap, block, natural, weight
 from megabridge.mapping.transfer import Transfer, transfers
 
@@ -14,6 +14,7 @@ __all__ = [
     "Cut",
     "Dims",
     "Fuse",
+    "Interleave",
     "Joined",
     "Layout",
     "Piece",
@@ -22,6 +23,7 @@ __all__ = [
     "Rule",
     "Run",
     "Same",
+    "Stack",
     "Transfer",
     "Transpose",
     "WeightMap",

@@ -72,13 +72,15 @@ class Cut:
     """How a native parameter is cut over a group: along `dim`, into `size` shares, of which this is number `index`.
 
     With `stride` n the dimension holds n equal sections, each of which is cut over the group by itself; a rank holds its share of
-    every section, one after another (megatron-core's `partition_stride`: [gate; up] has 2).
+    every section, one after another (megatron-core's `partition_stride`: [gate; up] has 2). Where `drops`, a share is one index
+    and the local parameter lacks the dimension (one expert out of all).
     """
 
     dim: int
     stride: int
     size: int
     index: int
+    drops: bool = False
 
     def segments(self, length: int) -> list[tuple[int, int, int]]:
         """(start, stop, local start) of what this share holds of a dimension of global size `length`."""

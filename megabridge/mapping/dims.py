@@ -18,11 +18,12 @@ class Dims:
     num_query_groups: int
     vocab_size: int
     tied: bool
+    num_moe_experts: int | None = None
 
     @classmethod
     def of(cls, native: Mapping[str, object]) -> Dims:
         """The sizes in a native config (see `Family.native`)."""
-        ints = {name: native[name] for name in cls.__dataclass_fields__ if name != "tied"}
+        ints = {name: native.get(name) for name in cls.__dataclass_fields__ if name != "tied"}
         return cls(**ints, tied=bool(native["share_embeddings_and_output_weights"]))  # type: ignore[arg-type]
 
     @property
@@ -34,7 +35,10 @@ class Dims:
         """A number, or the size called `name`."""
         if isinstance(name, int):
             return name
-        sizes: dict[str, int] = {**self.__dict__, "heads_per_group": self.heads_per_group}
+        sizes: dict[str, int | None] = {**self.__dict__, "heads_per_group": self.heads_per_group}
         if name not in sizes:
             raise MappingError(f"a layout asks for the size {name!r}, which is not one of {sorted(sizes)}.")
-        return sizes[name]
+        size = sizes[name]
+        if size is None:
+            raise MappingError(f"a layout asks for the size {name!r}, which this model doesn't have.")
+        return size

@@ -147,17 +147,68 @@ def _exchanged(shape: Shape) -> Shape:
 
 @dataclass(frozen=True)
 class Rows:
-    """Row i of the parameter is tensor i, `count` in all (a norm with one tensor per head)."""
+    """Row i of the parameter is made of tensors of its own through `inner`, `count` rows in all: a norm with one tensor per head,
+    experts with a gate and an up tensor each. Parts are row 0's, then row 1's, and so on."""
 
     count: int | str
+    inner: Layout = Same()
 
     def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
-        count = dims.size(self.count)
-        if native[0] != count:
-            raise MappingError(f"{self.count}={count} must be the {native[0]} rows of the native parameter.")
-        return [native[1:]] * count
+        _check_count(self.count, native, dims)
+        return self.inner.part_shapes(native[1:], dims) * native[0]
 
     def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
-        rest = tuple(Axis(dim, dim - 1, Run.span(0, length), Run.span(0, length)) for dim, length in enumerate(native) if dim > 0)
-        count = len(self.part_shapes(native, dims))
-        return [Piece(i, (Axis(0, None, Run.span(i, 1), Run.span(0, 1)), *rest)) for i in range(count)]
+        _check_count(self.count, native, dims)
+        inner, parts = self.inner.pieces(native[1:], dims), len(self.inner.part_shapes(native[1:], dims))
+        below = [(piece.part, tuple(_below(axis, hf=0) for axis in piece.axes)) for piece in inner]
+        return [
+            Piece(row * parts + part, (Axis(0, None, Run.span(row, 1), Run.span(0, 1)), *axes))
+            for row in range(native[0])
+            for part, axes in below
+        ]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Each tensor of `inner` with a first dimension more, of `count` entries, the parameter's first too: all experts in one."""
+
+    count: int | str
+    inner: Layout = Same()
+
+    def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
+        _check_count(self.count, native, dims)
+        return [(native[0], *shape) for shape in self.inner.part_shapes(native[1:], dims)]
+
+    def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
+        _check_count(self.count, native, dims)
+        inner = self.inner.pieces(native[1:], dims)
+        return [Piece(p.part, (_whole(0, native[0]), *(_below(axis, hf=1) for axis in p.axes))) for p in inner]
+
+
+@dataclass(frozen=True)
+class Interleave:
+    """The parameter is `parts` equal blocks of rows, one below another; the tensor takes a row from each in turn."""
+
+    parts: int = 2
+
+    def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
+        if native[0] % self.parts:
+            raise MappingError(f"{native[0]} rows can't be {self.parts} equal blocks that a tensor interleaves.")
+        return [native]
+
+    def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
+        rows = self.part_shapes(native, dims)[0][0] // self.parts
+        rest = tuple(_whole(dim, length) for dim, length in enumerate(native) if dim > 0)
+        runs = [(Run(part * rows, rows, 1, 1), Run(part, rows, 1, self.parts)) for part in range(self.parts)]
+        return [Piece(0, (Axis(0, 0, ours, theirs), *rest)) for ours, theirs in runs]
+
+
+def _check_count(count: int | str, native: Shape, dims: Dims) -> None:
+    if native[0] != dims.size(count):
+        raise MappingError(f"{count}={dims.size(count)} must be the {native[0]} rows of the native parameter.")
+
+
+def _below(axis: Axis, *, hf: int) -> Axis:
+    """An axis of a row's parameter in the whole one, and in a tensor with `hf` dimensions more in front."""
+    native_dim = None if axis.native_dim is None else axis.native_dim + 1
+    return replace(axis, native_dim=native_dim, hf_dim=None if axis.hf_dim is None else axis.hf_dim + hf)

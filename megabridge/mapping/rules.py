@@ -10,8 +10,8 @@ from typing import Final
 from megabridge.errors import MappingError
 from megabridge.mapping.layout import Layout, Same
 
-# Numbers that stand for a layer or an expert: a whole name component, or what Transformer Engine appends to `weight` and `bias`.
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # a whole name component that stands for a layer
+_EXPERT = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 SAME: Final = Same()
 
@@ -56,7 +56,8 @@ def flat(rules: Iterable[Rule | Rules]) -> Iterator[Rule]:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A rule applied to one native parameter. A name with `{row}` stands for as many tensors as the layout has parts."""
+    """A rule applied to one native parameter. Names with `{row}` stand for as many tensors as the layout has parts: all names with
+    row 0, then all with row 1, and so on."""
 
     hf: tuple[str, ...]
     layout: Layout
@@ -64,11 +65,23 @@ class Resolved:
 
     def names(self, count: int) -> tuple[str, ...]:
         """The tensors' names, of which there are `count`."""
-        return tuple(self.hf[0].format(row=row) for row in range(count)) if "{row}" in self.hf[0] else self.hf
+        if "{row}" not in self.hf[0]:
+            return self.hf
+        return tuple(name.format(row=row) for row in range(count // len(self.hf)) for name in self.hf)
+
+
+class _Numbers(dict[str, str]):
+    """Fills in placeholders; one that the native name lacks counts the parameter's rows (`{head}`, `{expert}`)."""
+
+    def __missing__(self, key: str) -> str:
+        return "{row}"
 
 
 class WeightMap:
-    """A family's weight rules, looked up by canonical native name (global layer and expert numbers)."""
+    """A family's weight rules, looked up by canonical native name (global layer numbers).
+
+    One expert's parameter, `experts.3.linear_fc1.weight`, is a row of `experts.linear_fc1.weight`, which the rule is for.
+    """
 
     def __init__(self, *rules: Rule | Rules) -> None:
         self.rules: Rules = tuple(flat(rules))
@@ -82,14 +95,15 @@ class WeightMap:
 
     def resolve(self, native: str, *, tied: bool) -> Resolved | None:
         """The tensors and the layout that feed the parameter called `native`, or None when no rule does."""
+        native = _EXPERT.sub("", native)
         found = self._by_template.get(_NUMBER.sub("#", native))
         if found is None:
             return None
         rule, placeholders = found
-        numbers = dict(zip(placeholders, _NUMBER.findall(native), strict=True))
+        numbers = _Numbers(zip(placeholders, _NUMBER.findall(native), strict=True))
         if tied and rule.when_tied is not None:
-            return Resolved((rule.when_tied.format(**numbers),), rule.layout, True)
-        return Resolved(tuple(name.format(**numbers, row="{row}") for name in rule.hf), rule.layout, False)
+            return Resolved((rule.when_tied.format_map(numbers),), rule.layout, True)
+        return Resolved(tuple(name.format_map(numbers) for name in rule.hf), rule.layout, False)
 
     def tied_aliases(self) -> dict[str, str]:
         """Tensors that a tied checkpoint may carry besides, each with the tensor it must equal bit for bit."""

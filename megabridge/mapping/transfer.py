@@ -101,26 +101,42 @@ def _view(runs: list[tuple[int | None, Run]], strides: tuple[int, ...]) -> tuple
 
 
 @lru_cache(maxsize=4096)
-def transfers(layout: Layout, native: Shape, dims: Dims, cut: Cut | None) -> tuple[Transfer, ...]:
-    """What one share of a parameter of global shape `native` exchanges with its parts. Cached: layers repeat."""
+def transfers(layout: Layout, native: Shape, dims: Dims, cuts: tuple[Cut, ...]) -> tuple[Transfer, ...]:
+    """What one share of a parameter of global shape `native` exchanges with its parts. Cached: layers repeat.
+
+    `cuts` are of different dimensions; their sizes multiply to the number of shares.
+    """
     shapes = layout.part_shapes(native, dims)
     out = []
     for piece in layout.pieces(native, dims):
-        for axes in _cut_piece(piece, native, cut):
+        for axes in _cut_piece(piece, native, cuts):
             ordered = sorted(axes, key=lambda axis: -1 if axis.hf_dim is None else axis.hf_dim)
             out.append(Transfer(piece.part, shapes[piece.part], tuple(ordered)))
     return tuple(out)
 
 
-def _cut_piece(piece: Piece, native: Shape, cut: Cut | None) -> list[tuple[Axis, ...]]:
-    if cut is None or cut.size == 1:
-        return [piece.axes]
-    length = native[cut.dim]
-    if length % (cut.size * cut.stride):
-        raise MappingError(
-            f"{length} rows of dimension {cut.dim} can't be cut into {cut.size} shares of {cut.stride} sections; "
-            "choose a parallel size that divides it."
-        )
-    segments = cut.segments(length)
-    choices = [cut_axis(axis, segments) if axis.native_dim == cut.dim else [axis] for axis in piece.axes]
-    return list(product(*choices))
+def _cut_piece(piece: Piece, native: Shape, cuts: tuple[Cut, ...]) -> list[tuple[Axis, ...]]:
+    boxes = [piece.axes]
+    for cut in cuts:
+        length = native[cut.dim]
+        if length % (cut.size * cut.stride):
+            raise MappingError(
+                f"{length} rows of dimension {cut.dim} can't be cut into {cut.size} shares of {cut.stride} sections; "
+                "choose a parallel size that divides it."
+            )
+        if cut.size == 1 and not cut.drops:
+            continue
+        segments = cut.segments(length)
+        choices = [[cut_axis(axis, segments) if axis.native_dim == cut.dim else [axis] for axis in axes] for axes in boxes]
+        boxes = [box for choice in choices for box in product(*choice)]
+    dropped = [cut.dim for cut in cuts if cut.drops]
+    return [tuple(_without(axis, dropped) for axis in axes) for axes in boxes] if dropped else boxes
+
+
+def _without(axis: Axis, dropped: list[int]) -> Axis:
+    """The axis in a local parameter that lacks the native dimensions `dropped`."""
+    if axis.native_dim is None:
+        return axis
+    if axis.native_dim in dropped:
+        return replace(axis, native_dim=None)
+    return replace(axis, native_dim=axis.native_dim - sum(dim < axis.native_dim for dim in dropped))

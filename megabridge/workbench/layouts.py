@@ -32,20 +32,33 @@ class Layout:
 def legal_layouts(config: Config, bridge: AutoBridge, world_size: int) -> list[Layout]:
     """Every layout of `world_size` ranks that the bridge's model allows, the one without model parallelism first.
 
-    dp takes what the other sizes leave; vpp is 1 or 2; tensor parallelism alone comes with sequence parallelism too.
+    dp takes what the other sizes leave; vpp is 1 or 2; tensor parallelism alone comes with sequence parallelism too, and always
+    where there are experts.
     """
-    return [layout for layout in _candidates(world_size) if _is_legal(layout.config(config), bridge)]
+    has_experts = bridge.native.get("num_moe_experts") is not None
+    return [layout for layout in _candidates(world_size, has_experts=has_experts) if _is_legal(layout.config(config), bridge)]
 
 
-def _candidates(world_size: int) -> Iterator[Layout]:
+def _candidates(world_size: int, *, has_experts: bool) -> Iterator[Layout]:
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
     for pp in sizes:
         for vpp in (1, 2) if pp > 1 else (1,):
             for tp in (size for size in sizes if world_size % (pp * size) == 0):
+                if has_experts:
+                    yield from _with_experts(world_size, tp=tp, pp=pp, vpp=vpp)
+                    continue
                 topology = Topology.for_world(world_size, tp=tp, pp=pp, vpp=vpp)
                 yield Layout(topology)
                 if tp > 1 and pp == 1:
                     yield Layout(topology, sequence_parallel=True)
+
+
+def _with_experts(world_size: int, *, tp: int, pp: int, vpp: int) -> Iterator[Layout]:
+    """Every expert parallel size, with the experts cut as the rest or not at all."""
+    inside = world_size // pp
+    for etp in sorted({1, tp}):
+        for ep in (size for size in range(1, inside // etp + 1) if inside % (etp * size) == 0):
+            yield Layout(Topology.for_world(world_size, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp), sequence_parallel=tp > 1)
 
 
 def _is_legal(config: Config, bridge: AutoBridge) -> bool:

@@ -132,6 +132,10 @@ def _random_model(folder: Path, *, seed: int, deviation: float) -> Any:
             constant = parameter.flatten()[0].item()
             centre = constant if bool((parameter == constant).all()) else 0.0
             parameter.normal_(mean=centre, std=deviation)
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():  # correction biases of routers
+            if name in stored:
+                buffer.normal_(std=deviation)
     return model.eval()
 
 

@@ -24,6 +24,8 @@ def provide(bridge: AutoBridge, *, load_weights: bool = True, **settings: Any) -
         "tensor_model_parallel_size": topology.tp,
         "pipeline_model_parallel_size": topology.pp,
         "virtual_pipeline_model_parallel_size": topology.vpp if topology.vpp > 1 else None,
+        "expert_model_parallel_size": topology.ep,
+        "expert_tensor_parallel_size": topology.etp,
     }
     return bridge.to_megatron_model(load_weights, **sizes, **settings)
 

@@ -43,6 +43,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+MIXTURES = sorted(name for name, family in all_families().items() if "num_moe_experts" in family.native(family.tiny))
+
+
 def tiny_config(architecture: str) -> dict[str, Any]:
     """The config.json of a family's trial model, or of one of VARIANTS."""
     family = all_families()[architecture.partition(":")[0]]
@@ -63,7 +66,7 @@ def checks(root: str, out: str, architectures: list[str]) -> list[str]:
     assert topology is not None
     problems = []
     for number, name in enumerate(architectures):
-        layout = Layout(topology, sequence_parallel=number % 2 == 1 and topology.tp > 1)
+        layout = Layout(topology, sequence_parallel=topology.tp > 1 and (number % 2 == 1 or name in MIXTURES))
         values = schema.typed({"model": {"name": "trial"}, "run_dir": out})
         config = layout.config(battery.trial_config(values, Path(root) / name))
         found = battery.check_trial(config, layout, Path(root) / name, Path(out) / name)

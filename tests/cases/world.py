@@ -62,7 +62,7 @@ def seen_by_one_of_many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plain(record: Record) -> tuple[Any, ...]:
-    return (record.name, record.shape, str(record.dtype), record.cut, record.is_writer)
+    return (record.name, record.shape, str(record.dtype), record.cuts, record.is_writer)
 
 
 def planned(config: dict[str, Any], dtype: str, layout: Topology) -> WorldPlan:
@@ -97,8 +97,8 @@ Damage = Callable[[int, Record], list[Record]]
 DAMAGES: dict[str, Damage] = {
     "lost": lambda rank, r: [] if rank == 1 and r.name.endswith("1.mlp.linear_fc1.weight") else [r],
     "twice": lambda rank, r: [replace(r, is_writer=True)],
-    "same share": lambda rank, r: [replace(r, cut=replace(r.cut, index=0))] if r.cut and r.name.endswith("1.mlp.linear_fc2.weight") else [r],
-    "stride": lambda rank, r: [replace(r, cut=Cut(0, 2, 2, rank))] if r.cut and rank == 1 and "linear_qkv.weight" in r.name else [r],
+    "same share": lambda rank, r: [replace(r, cuts=(replace(r.cuts[0], index=0),))] if r.cuts and r.name.endswith("1.mlp.linear_fc2.weight") else [r],
+    "stride": lambda rank, r: [replace(r, cuts=(Cut(0, 2, 2, rank),))] if r.cuts and rank == 1 and "linear_qkv.weight" in r.name else [r],
     "shape": lambda rank, r: [replace(r, shape=(r.shape[0] * 2, *r.shape[1:]))] if rank == 1 and "linear_proj.weight" in r.name else [r],
     "unknown": lambda rank, r: [replace(r, name="decoder.wings.weight")] if "final" in r.name else [r],
     "dtype": lambda rank, r: [replace(r, dtype=torch.float16)] if rank == 1 and "linear_proj.weight" in r.name else [r],

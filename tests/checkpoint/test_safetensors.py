@@ -200,7 +200,7 @@ def test_boxes_are_read_and_written_back(
     if cut is not None:
         shape[cut.dim] //= cut.size
     target = torch.full(shape, torch.nan, dtype=dtype)
-    moves = transfers(layout, (32, 6), SIZES, cut)
+    moves = transfers(layout, (32, 6), SIZES, (cut,) if cut else ())
     with Reader(infos.values(), way=way) as reader:
         jobs = [Job(infos[names[move.part]], move, target) for move in moves]
         walk(reader, jobs, fill, straight=True, limit=64, progress=silent)
@@ -223,7 +223,7 @@ def test_boxes_are_read_and_written_back(
 def test_fault_25_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     save_file({"a": torch.ones(4096)}, tmp_path / "model.safetensors")
     infos = find_tensors(tmp_path)
-    (move,) = transfers(Same(), (4096,), SIZES, None)
+    (move,) = transfers(Same(), (4096,), SIZES, ())
     with Reader(infos.values()) as reader:
         walk(reader, [Job(infos["a"], move, torch.empty(4096))], fill, straight=True, progress=silent)
         with (tmp_path / "model.safetensors").open("r+b") as stream:

@@ -92,7 +92,7 @@ def test_blocks_and_the_boxes_inside_them(tmp_path: Path, cut: Cut | None, limit
     if cut is not None:
         shape[cut.dim] //= cut.size
     target, count = torch.full(shape, torch.nan), torch.zeros(shape)
-    for move in transfers(Fuse("num_query_groups", ("heads_per_group", 1, 1)), (32, 8), DIMS, cut):
+    for move in transfers(Fuse("num_query_groups", ("heads_per_group", 1, 1)), (32, 8), DIMS, (cut,) if cut else ()):
         name = "qkv"[move.part]
         for block in blocks:
             for piece, ranges in block.pieces:
@@ -109,7 +109,7 @@ def test_stretches_are_maximal_and_complete(cut: Cut | None) -> None:
     if cut is not None:
         shape[cut.dim] //= cut.size
     target = torch.arange(shape[0] * shape[1]).view(shape)
-    for move in transfers(Fuse("num_query_groups", ("heads_per_group", 1, 1)), (32, 8), DIMS, cut):
+    for move in transfers(Fuse("num_query_groups", ("heads_per_group", 1, 1)), (32, 8), DIMS, (cut,) if cut else ()):
         found = stretches(move, target.stride())
         whole = torch.arange(move.hf_shape[0] * move.hf_shape[1]).view(move.hf_shape)
         ours = [start + n for start in found.native.tolist() for n in range(found.length)]
@@ -117,7 +117,7 @@ def test_stretches_are_maximal_and_complete(cut: Cut | None) -> None:
         assert ours == native_box(target, move).flatten().tolist() and theirs == view(whole, move.hf_view()).flatten().tolist()
         joined = [(start + n * found.length, native) for start, natives in found.gathered() for n, native in enumerate(natives)]
         assert joined == list(zip(found.hf.tolist(), found.native.tolist(), strict=True))
-    assert stretches(transfers(Same(), (32, 8), DIMS, None)[0], (8, 1)).length == 256
+    assert stretches(transfers(Same(), (32, 8), DIMS, ())[0], (8, 1)).length == 256
 
 
 def test_a_short_read_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_a_short_read_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("megabridge.checkpoint.hf.LONG", 1)
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:7]], offset))
     target = torch.full((32, 8), torch.nan)
-    moves = transfers(Fuse("num_query_groups", ("heads_per_group", 1, 1)), (32, 8), DIMS, None)
+    moves = transfers(Fuse("num_query_groups", ("heads_per_group", 1, 1)), (32, 8), DIMS, ())
     with Reader(infos.values()) as reader:
         walk(reader, [Job(infos["qkv"[move.part]], move, target) for move in moves], fill, straight=True, progress=silent)
     assert all(torch.equal(native_box(target, move), view(tensors["qkv"[move.part]], move.hf_view())) for move in moves)
@@ -137,7 +137,7 @@ def test_a_short_read_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest
 def test_a_thread_that_fails_ends_the_walk(tmp_path: Path) -> None:
     write_parts(tmp_path)
     infos = find_tensors(tmp_path)
-    (move,) = transfers(Same(), (16, 8), DIMS, None)
+    (move,) = transfers(Same(), (16, 8), DIMS, ())
 
     def fails(*args: object) -> None:
         raise CheckpointError("as it should")

@@ -10,11 +10,11 @@ import pytest
 
 from megabridge.families import all_families
 from megabridge.topology import Topology
-from tests.cases.families import VARIANTS
+from tests.cases.families import MIXTURES, VARIANTS
 from tests.conversion.test_round_trip import payload
 from tests.ranks import RankServer
 
-ARCHITECTURES = sorted([*all_families(), *VARIANTS])
+ARCHITECTURES = sorted({*all_families(), *VARIANTS} - {*MIXTURES})
 LAYOUTS = {
     "single": Topology(),
     "tp2": Topology(tp=2),

@@ -52,7 +52,7 @@ def filled(layout: Fuse | Same, parts: list[np.ndarray], whole: np.ndarray, size
     """A share put together from transfers, through the same views that reading uses."""
     local = held(whole, cut) if cut else whole
     out = np.full(local.shape, -1)
-    for move in transfers(layout, whole.shape, sizes, cut):
+    for move in transfers(layout, whole.shape, sizes, (cut,) if cut else ()):
         assert move.hf_shape == parts[move.part].shape
         place = np.lib.stride_tricks.as_strided
         shape, strides, offset = move.native_view(tuple(s // out.itemsize for s in out.strides))
@@ -77,7 +77,7 @@ def test_qkv_under_any_tensor_parallel_size(heads: int, groups: int, size: int, 
     whole = fused(parts, groups)
     if whole.shape[0] % size:
         with pytest.raises(MappingError, match="can't be cut"):
-            transfers(Fuse("num_query_groups", ("heads_per_group", 1, 1)), whole.shape, dims(heads, groups), Cut(0, 1, size, 0))
+            transfers(Fuse("num_query_groups", ("heads_per_group", 1, 1)), whole.shape, dims(heads, groups), (Cut(0, 1, size, 0),))
         return
     for index in range(size):
         cut = Cut(0, 1, size, index)
@@ -92,7 +92,7 @@ def test_gate_and_up_with_partition_stride(size: int) -> None:
     for index in range(size):
         cut = Cut(0, 2, size, index)
         assert np.array_equal(filled(Fuse(), parts, whole, dims(1, 1), cut), held(whole, cut))
-        assert len(transfers(Fuse(), whole.shape, dims(1, 1), cut)) == 2
+        assert len(transfers(Fuse(), whole.shape, dims(1, 1), (cut,))) == 2
 
 
 @given(vocab=st.integers(1, 40), size=st.integers(1, 5), multiple=st.integers(1, 4))
@@ -110,7 +110,7 @@ def test_column_cut_and_split_keep_every_element() -> None:
     whole = np.arange(6 * 8).reshape(6, 8)
     for index in range(4):
         cut = Cut(1, 1, 4, index)
-        (move,) = transfers(Same(), whole.shape, dims(1, 1), cut)
+        (move,) = transfers(Same(), whole.shape, dims(1, 1), (cut,))
         assert move.rows() == (2, [r * 8 + index * 2 for r in range(6)])
         pieces = list(move.split(4))
         assert sum(piece.elements for piece in pieces) == 12

@@ -4,7 +4,7 @@ import pytest
 
 from megabridge.errors import MappingError
 from megabridge.families.llama import FAMILY
-from megabridge.mapping import WeightMap, block, natural, weight
+from megabridge.mapping import Fuse, Rows, WeightMap, block, natural, weight
 
 
 def test_names_keep_their_numbers() -> None:
@@ -19,11 +19,14 @@ def test_alternative_names_lead_to_the_same_tensor() -> None:
         assert found is not None and found.hf == ("model.layers.3.input_layernorm.weight",)
 
 
-def test_experts_are_numbered_by_component_or_suffix() -> None:
-    rules = WeightMap(block("l.{layer}", "m.{layer}", weight(("experts.{expert}.w", "experts.weight{expert}"), "e.{expert}.w")))
-    for name in ("l.2.experts.7.w", "l.2.experts.weight7"):
+def test_one_expert_is_a_row_of_all() -> None:
+    rules = WeightMap(
+        block("l.{layer}", "m.{layer}", weight("experts.fc.w", "e.{expert}.g", "e.{expert}.u", layout=Rows(3, Fuse())))
+    )
+    for name in ("l.2.experts.7.fc.w", "l.2.experts.fc.w"):
         found = rules.resolve(name, tied=False)
-        assert found is not None and found.hf == ("m.2.e.7.w",)
+        assert found is not None
+        assert found.names(6) == tuple(f"m.2.e.{expert}.{part}" for expert in range(3) for part in "gu")
 
 
 def test_the_output_layer_is_a_copy_only_when_tied() -> None:

@@ -79,7 +79,7 @@ def test_the_shares_of_a_layout_tile_both_sides() -> None:
     """QKV with fewer groups than ranks, cut in the middle of a group; a flaw says where it is."""
     dims = Dims(num_layers=1, hidden_size=1, num_attention_heads=8, num_query_groups=2, vocab_size=1, tied=False)
     layout, native = Fuse("num_query_groups", ("heads_per_group", 1, 1)), (12 * 4, 5)
-    shares = [transfers(layout, native, dims, Cut(0, 1, 4, index)) for index in range(4)]
+    shares = [transfers(layout, native, dims, (Cut(0, 1, 4, index),)) for index in range(4)]
     for part, shape in enumerate(layout.part_shapes(native, dims)):
         boxes = [box for share in shares for box in hf_boxes(t for t in share if t.part == part)]
         assert flaw(shape, boxes) is None

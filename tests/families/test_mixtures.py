@@ -1,0 +1,53 @@
+"""Every family with experts, under every kind of layout: bytes, logits, gradients, and steps that lower the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megabridge.topology import Topology
+from tests.cases.families import MIXTURES
+from tests.conversion.test_round_trip import payload
+from tests.ranks import RankServer
+
+LAYOUTS = {
+    "single": Topology(),
+    "tp2": Topology(tp=2),
+    "pp2": Topology(pp=2),
+    "pp2vpp2": Topology(pp=2, vpp=2),
+    "ep2": Topology(ep=2, dp=2),
+    "tp2ep2": Topology(tp=2, ep=2, etp=1),
+    "pp2ep2": Topology(pp=2, ep=2, dp=2),
+    "ep4": Topology(ep=4, dp=4),
+    "etp2ep2": Topology(tp=2, ep=2, etp=2, dp=2),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("mixtures")
+    ranks.run("tests.cases.families:make", kwargs={"root": str(root), "architectures": MIXTURES}, timeout=300)
+    return root
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
+    names = [name for name in MIXTURES if is_legal(layout, name)]
+    kwargs = {"root": str(sources), "out": str(tmp_path), "architectures": names}
+    results = ranks.run("tests.cases.families:checks", topology=LAYOUTS[layout], kwargs=kwargs, timeout=600)
+    wrong = sorted({line for problems in results for line in problems})
+    wrong += [f"{name}: the export differs" for name in names if payload(tmp_path / name) != payload(sources / name)]
+    assert not wrong, "\n".join(wrong)
+
+
+def is_legal(layout: str, name: str) -> bool:
+    """megatron-core has no expert tensor parallelism for experts with biases."""
+    return LAYOUTS[layout].expert_tp == 1 or not name.startswith("GptOss")
+
+
+def test_steps_lower_the_loss(sources: Path, ranks: RankServer) -> None:
+    kwargs = {"root": str(sources), "architectures": MIXTURES, "steps": 4}
+    losses = ranks.run("tests.cases.families:losses", topology=Topology(ep=2, dp=2), kwargs=kwargs, timeout=600)[0]
+    assert not {name: values for name, values in losses.items() if values[-1] > values[0] - 0.1}
