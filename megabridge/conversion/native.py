@@ -1,8 +1,8 @@
 """Live parameters: what megatron-core's modules say about themselves, as records that the plan understands.
 
 The cut comes from the parameter (`partition_dim`, `partition_stride`), the layer number from its layer, the expert from its
-MoELayer; nothing is restated per architecture. All experts of a layer are one parameter, [experts, ...], of which each backend holds
-rows in its own way.
+MoELayer; nothing is restated per architecture. All experts of a layer are one parameter, [experts, ...], of which each backend
+holds rows in its own way.
 """
 
 from __future__ import annotations
