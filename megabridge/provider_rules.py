@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import megabridge.platform as platform
 from megabridge import style
 from megabridge.errors import ConfigError
+from megabridge.layers.latent import rotary_scale
 from megabridge.layers.spec import BACKENDS
 from megabridge.layers.split import deal_layers, layout_of
 from megabridge.rope import rope_problems
@@ -42,7 +43,6 @@ _UNKNOWN_TO_TORCH: Final[Mapping[str, object]] = {
     "apply_query_key_layer_scaling": False,
     "qk_clip": False,
     "log_max_attention_logit": False,
-    "multi_latent_attention": False,
     "fp8": None,
     "fp4": None,
     "cpu_offloading": False,
@@ -212,6 +212,9 @@ def _expert_problems(get: Callable[[str], Any]) -> list[str]:
         sizes = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp if etp != tp else 1}
         return [f"{name}={size} needs a model with experts; leave it at 1." for name, size in sizes.items() if size > 1]
     problems = []
+    topk = get("moe_router_topk")
+    if not isinstance(topk, int) or not 0 < topk <= experts:
+        problems.append(f"moe_router_topk={topk!r} must be a number from 1 to num_moe_experts={experts}; set it.")
     if experts % ep:
         problems.append(f"expert_model_parallel_size={ep} must divide num_moe_experts={experts}; use one of {_divisors(experts)}.")
     width = get("moe_ffn_hidden_size") or get("ffn_hidden_size")
@@ -337,7 +340,10 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
     pp = get("pipeline_model_parallel_size")
     settings["virtual_pipeline_model_parallel_size"] = vpp if vpp > 1 else None
     if resolved_backend(get("backend"), style.Style.of(get)) == "te":
-        settings.setdefault("apply_rope_fusion", True)
+        settings.setdefault("apply_rope_fusion", not get("multi_latent_attention"))
+    if get("multi_latent_attention"):  # its rotary embedding is replaced by ours (layers/latent.py)
+        scaling, all_dim = rotary_scale(get("rope") or {})
+        settings |= {"rope_type": "yarn", "rotary_scaling_factor": scaling, "mscale_all_dim": all_dim}
     if not follows_megatron(get) and get("num_layers") % (pp * vpp):
         settings["pipeline_model_parallel_layout"] = layout_of(deal_layers(get("num_layers"), pp=pp, vpp=vpp))
     return settings

@@ -40,6 +40,8 @@ class Style:
     whole: over all heads at once. rotated: as head, after the rotary embedding."""
     qk_norm_bias: bool = True
     """Whether LayerNorms of queries and keys have a bias."""
+    qk_norm_epsilon: float | None = None
+    """What norms of latent queries and keys add to the variance; None: layernorm_epsilon."""
     local_rope: dict[str, Any] | None = None
     """Rotary settings of layers with a window, where they differ from the others'."""
     query_temperature: tuple[float, int] | None = None

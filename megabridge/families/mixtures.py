@@ -6,14 +6,109 @@ one for all.
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
-from megabridge.families.fields import REQUIRED, Choice, Field, FieldLike
+from megabridge.errors import ConfigError
+from megabridge.families.fields import REQUIRED, Choice, Field, FieldLike, Json
 from megabridge.families.parts import GATE_UP
 from megabridge.mapping import Rows, weight
 from megabridge.mapping.rules import Rules
 
 EXPERTS: Final = "num_moe_experts"
+
+
+@dataclass(frozen=True)
+class DenseFirst:
+    """The first layers, as many as `hf` says, have a dense MLP. Native: TransformerConfig's moe_layer_freq, 1 for a mixture."""
+
+    hf: str = "first_k_dense_replace"
+    default: int = 0
+
+    def keys(self) -> frozenset[str]:
+        return frozenset((self.hf,))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        layers, dense = hf.get("num_hidden_layers", 0), hf.get(self.hf, self.default) or 0
+        return {"moe_layer_freq": [int(layer >= dense) for layer in range(layers)]}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        pattern = native["moe_layer_freq"]
+        dense = pattern.index(1) if 1 in pattern else len(pattern)
+        if not all(pattern[dense:]):
+            raise ConfigError(f"moe_layer_freq={pattern} can't be written to config.json: only the first layers may be dense.")
+        return {self.hf: dense}
+
+
+@dataclass(frozen=True)
+class LayerTypes:
+    """`hf` says for each layer whether it is sparse or dense; without it the first `dense_first` are dense. Native as above."""
+
+    hf: str = "mlp_layer_types"
+    dense_first: int = 0
+
+    def keys(self) -> frozenset[str]:
+        return frozenset((self.hf,))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        layers = hf.get("num_hidden_layers", 0)
+        kinds = hf.get(self.hf)
+        if kinds is None:
+            kinds = ["dense" if layer < self.dense_first else "sparse" for layer in range(layers)]
+        if len(kinds) != layers or set(kinds) - {"dense", "sparse"}:
+            raise ConfigError(f"{self.hf} must say dense or sparse for each of {layers} layers; it is {kinds!r}.")
+        return {"moe_layer_freq": [int(kind == "sparse") for kind in kinds]}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return {self.hf: ["sparse" if mixed else "dense" for mixed in native["moe_layer_freq"]]}
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """`hf` experts, each as wide as a routed one, that every token goes to; native is their width together."""
+
+    hf: str = "n_shared_experts"
+    default: int = 1
+    width: tuple[str, Any] = ("moe_intermediate_size", REQUIRED)
+
+    def keys(self) -> frozenset[str]:
+        return frozenset((self.hf,))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        count = hf.get(self.hf, self.default) or 0
+        width = Field("width", *self.width).read(hf)["width"]
+        return {"moe_shared_expert_intermediate_size": count * width if count else None}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return {self.hf: (native["moe_shared_expert_intermediate_size"] or 0) // native["moe_ffn_hidden_size"]}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A token's experts come from the best `topk_group` of `n_group` groups, where there are any.
+
+    With `method`, the key that says whether groups count at all. Native: moe_router_num_groups, moe_router_group_topk.
+    """
+
+    defaults: tuple[int | None, int | None] = (None, None)
+    method: str | None = None
+
+    def keys(self) -> frozenset[str]:
+        return frozenset(("n_group", "topk_group") if self.method is None else ("n_group", "topk_group", self.method))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        groups, best = hf.get("n_group", self.defaults[0]), hf.get("topk_group", self.defaults[1])
+        if self.method is not None:
+            given = hf.get(self.method, "greedy")
+            if given not in ("greedy", "group_limited_greedy"):
+                raise ConfigError(f"{self.method}={given!r} can't be represented; supported: greedy, group_limited_greedy.")
+            groups, best = (groups, best) if given == "group_limited_greedy" else (None, None)
+        return {"moe_router_num_groups": groups, "moe_router_group_topk": best}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        groups, best = native["moe_router_num_groups"], native["moe_router_group_topk"]
+        out = {"n_group": groups, "topk_group": best}
+        return out if self.method is None else {**out, self.method: "greedy" if groups is None else "group_limited_greedy"}
 
 
 # fmt: off

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megabridge.layers import latent
 from megabridge.layers.rotary import HFRotaryEmbedding, LocalAndGlobal
 from megabridge.style import Style
 
@@ -53,7 +54,10 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             vp_stage=vp_stage,
         )
         self.unpadded_vocab_size, self.style = vocab_size, style
-        if rope is not None and not config.multi_latent_attention:
+        if rope is not None and config.multi_latent_attention:
+            for layer in self.decoder.layers:
+                latent.set_rope(layer.self_attention, rope)
+        elif rope is not None:
             self._set_rope(rope, rotary_percent)
         self._zero_padding()
         if pre_process and style.embedding_multiplier != 1.0:

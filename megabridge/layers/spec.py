@@ -14,6 +14,7 @@ from megabridge import targets
 from megabridge.errors import ConfigError
 from megabridge.layers.attention import TorchAttention, TwoRopeAttention
 from megabridge.layers.experts import GroupedExperts
+from megabridge.layers.latent import latent_attention
 from megabridge.layers.norm import HeadsNorm, LayerNorm, RMSNorm
 from megabridge.layers.residual import ParallelLayer, Residual
 from megabridge.layers.router import Router
@@ -117,17 +118,7 @@ def _torch_layer_spec(config: Any, style: Style, experts: int | None) -> Any:
     backend = TorchSpecProvider(style)
     rms_norm = config.normalization == "RMSNorm"
     norm = backend.layer_norm(rms_norm=rms_norm, has_residual=True) if style.pre_norm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention if style.local_rope is None else TwoRopeAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
-            core_attention=backend.core_attention(),
-            linear_proj=backend.row_parallel_linear(),
-            q_layernorm=_qk_norm(backend, config, config.num_attention_heads),
-            k_layernorm=_qk_norm(backend, config, config.num_query_groups),
-        ),
-    )
+    attention = latent_attention(backend, config) if config.multi_latent_attention else _attention(backend, config)
     submodules = TransformerLayerSubmodules(
         input_layernorm=norm,
         self_attention=attention,
@@ -142,6 +133,20 @@ def _torch_layer_spec(config: Any, style: Style, experts: int | None) -> Any:
         },
     )
     return ModuleSpec(module=ParallelLayer if style.parallel_residual else TransformerLayer, submodules=submodules)
+
+
+def _attention(backend: TorchSpecProvider, config: Any) -> Any:
+    return ModuleSpec(
+        module=SelfAttention if backend.style.local_rope is None else TwoRopeAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=_qk_norm(backend, config, config.num_attention_heads),
+            k_layernorm=_qk_norm(backend, config, config.num_query_groups),
+        ),
+    )
 
 
 def _mixture(backend: TorchSpecProvider, experts: int) -> Any:
@@ -174,11 +179,10 @@ def _qk_norm(backend: TorchSpecProvider, config: Any, heads: int) -> Any:
 def _with_biases(spec: Any, config: Any, style: Style) -> Any:
     """The layer with the attention's biases as asked for; the MLP's follow config.add_bias_linear = style.add_mlp_bias."""
     attention = spec.submodules.self_attention
-    linears = dataclasses.replace(
-        attention.submodules,
-        linear_qkv=_with_bias(attention.submodules.linear_qkv, bool(config.add_qkv_bias)),
-        linear_proj=_with_bias(attention.submodules.linear_proj, style.add_attn_proj_bias),
-    )
+    changed = {"linear_proj": _with_bias(attention.submodules.linear_proj, style.add_attn_proj_bias)}
+    if not config.multi_latent_attention:
+        changed["linear_qkv"] = _with_bias(attention.submodules.linear_qkv, bool(config.add_qkv_bias))
+    linears = dataclasses.replace(attention.submodules, **changed)
     submodules = dataclasses.replace(spec.submodules, self_attention=dataclasses.replace(attention, submodules=linears))
     return dataclasses.replace(spec, submodules=submodules)
 

@@ -1,0 +1,76 @@
+"""DeepseekV2ForCausalLM: DeepSeek V2, V2-Lite; DeepseekV3ForCausalLM: V3, V3.1, R1 (transformers models/deepseek_v2, deepseek_v3).
+
+Kimi K2 has the shape of V3 and the class name KimiK2ForCausalLM, which transformers lacks: give its config.json the other name.
+"""
+
+from __future__ import annotations
+
+from megabridge.families.family import Family
+from megabridge.families.fields import Choice, Field, FieldLike, Fixed, Only
+from megabridge.families.latent import latent_attention, latent_sizes
+from megabridge.families.mixtures import DenseFirst, Groups, SharedExperts, experts, mixture, router, shared_expert
+from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms, rms
+from megabridge.families.positions import Rope
+from megabridge.mapping import WeightMap, block
+from megabridge.mapping.rules import Rules
+
+
+def _weights(*gate: Rules) -> WeightMap:
+    return WeightMap(embeddings(), block(
+        *LAYER, pre_norms(), latent_attention(), gated_mlp(), *gate, experts(), shared_expert("mlp.shared_experts"),
+    ))  # fmt: skip
+
+
+# fmt: off
+TINY = {
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "vocab_size": 131, "max_position_embeddings": 256, "n_routed_experts": 8, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+                        "mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 32, "beta_slow": 1},
+}
+SHARED: tuple[FieldLike, ...] = (*GATED_SILU, Rope(), UNTIED)
+V2 = Family(
+    architecture="DeepseekV2ForCausalLM",
+    model_type="deepseek_v2",
+    fields=(
+        *latent_sizes(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128, positions=2048),
+        *rms(),
+        *mixture(experts="n_routed_experts", aux=None, defaults=(64, None, 1407)),
+        Fixed("moe_router_score_function",         "softmax"),
+        Fixed("moe_router_pre_softmax",            True),
+        Fixed("router_group_score",                "max"),
+        Groups(method="topk_method"),
+        Field("moe_router_topk_scaling_factor",    "routed_scaling_factor", 1.0),
+        DenseFirst(),
+        SharedExperts(default=2, width=("moe_intermediate_size", 1407)),
+        Only("norm_topk_prob",                     (False,)),
+        Only("mlp_bias",                           (False,)),
+        *SHARED,
+    ),
+    weights=_weights(router()),
+    tiny={**TINY, "topk_method": "group_limited_greedy", "n_shared_experts": 2},
+)
+V3 = Family(
+    architecture="DeepseekV3ForCausalLM",
+    model_type="deepseek_v3",
+    fields=(
+        *latent_sizes(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128, positions=4096, heads=128),
+        *rms(),
+        *mixture(experts="n_routed_experts", aux=None, defaults=(256, 8, 2048)),
+        Fixed("moe_router_score_function",         "sigmoid"),
+        Fixed("moe_router_enable_expert_bias",     True),
+        Choice("router_normalize",                 "norm_topk_prob", ((True, None), (False, False))),
+        Groups(defaults=(8, 4)),
+        Field("moe_router_topk_scaling_factor",    "routed_scaling_factor", 2.5),
+        DenseFirst(default=3),
+        SharedExperts(width=("moe_intermediate_size", 2048)),
+        Only("rope_interleave",                    (True,)),
+        *SHARED,
+    ),
+    weights=_weights(router(bias="mlp.gate.e_score_correction_bias")),
+    tiny=TINY,
+)
+FAMILIES = (V2, V3)

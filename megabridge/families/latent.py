@@ -1,0 +1,52 @@
+"""Multi-latent attention: what families share of configs and weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megabridge.families.fields import REQUIRED, Field, FieldLike, Fixed, Follows, Only, unless_null
+from megabridge.mapping import weight
+from megabridge.mapping.rules import Rules
+
+
+# fmt: off
+def latent_sizes(
+    *, q_rank: int | None, kv_rank: int, nope: int, rope: int, value: int, positions: int, std: float = 0.02, heads: Any = REQUIRED
+) -> tuple[FieldLike, ...]:
+    """The sizes of a decoder with multi-latent attention; the arguments are what the config class takes for absent keys."""
+    return (
+        Field("num_layers",                        "num_hidden_layers"),
+        Field("hidden_size",                       "hidden_size"),
+        Field("ffn_hidden_size",                   "intermediate_size"),
+        Field("num_attention_heads",               "num_attention_heads"),
+        Field("num_query_groups",                  "num_key_value_heads",
+              (lambda hf: hf.get("num_attention_heads")) if heads is REQUIRED else unless_null("num_key_value_heads", heads)),
+        Field("vocab_size",                        "vocab_size"),
+        Field("seq_length",                        "max_position_embeddings", positions),
+        Field("init_method_std",                   "initializer_range", std),
+        Fixed("multi_latent_attention",            True),
+        Fixed("qk_layernorm",                      True),
+        Field("q_lora_rank",                       "q_lora_rank",      unless_null("q_lora_rank", q_rank)),
+        Field("kv_lora_rank",                      "kv_lora_rank",     kv_rank),
+        Field("qk_head_dim",                       "qk_nope_head_dim", nope),
+        Field("qk_pos_emb_head_dim",               "qk_rope_head_dim", rope),
+        Field("v_head_dim",                        "v_head_dim",       value),
+        Follows("kv_channels",                     lambda hf: hf.get("qk_nope_head_dim", nope) + hf.get("qk_rope_head_dim", rope)),
+        Fixed("qk_norm_epsilon",                   1e-6),
+        Only("attention_bias",                     (False,)),
+    )
+
+
+def latent_attention(prefix: str = "self_attn") -> Rules:
+    """Queries with or without a low rank; Transformer Engine puts a norm into the up-projection that follows it."""
+    a, p = "self_attention", prefix
+    return (
+        weight(f"{a}.linear_q_proj.weight",        f"{p}.q_proj.weight"),
+        weight(f"{a}.linear_q_down_proj.weight",   f"{p}.q_a_proj.weight"),
+        weight((f"{a}.q_layernorm.weight", f"{a}.linear_q_up_proj.layer_norm_weight"), f"{p}.q_a_layernorm.weight"),
+        weight(f"{a}.linear_q_up_proj.weight",     f"{p}.q_b_proj.weight"),
+        weight(f"{a}.linear_kv_down_proj.weight",  f"{p}.kv_a_proj_with_mqa.weight"),
+        weight((f"{a}.kv_layernorm.weight", f"{a}.linear_kv_up_proj.layer_norm_weight"), f"{p}.kv_a_layernorm.weight"),
+        weight(f"{a}.linear_kv_up_proj.weight",    f"{p}.kv_b_proj.weight"),
+        weight(f"{a}.linear_proj.weight",          f"{p}.o_proj.weight"),
+    )
