@@ -14,7 +14,7 @@ from megabridge import provider_rules as rules
 from megabridge import targets
 from megabridge.errors import ConfigError, listed
 from megabridge.layers.model import CausalLM
-from megabridge.layers.spec import final_norm, layer_spec
+from megabridge.layers.spec import final_norm, layer_spec, mtp_spec
 from megabridge.layers.split import by_stage
 from megabridge.platform import groups
 from megabridge.style import Style
@@ -230,6 +230,7 @@ class ModelProvider:
             return CausalLM(
                 config,
                 TransformerBlockSubmodules(specs, final_norm(self.resolved_backend, config, self.style)),
+                mtp_block_spec=self._mtp_spec(config, vp_stage),
                 vocab_size=self.vocab_size,
                 padded_vocab_size=self.padded_vocab_size,
                 max_sequence_length=self.seq_length,
@@ -273,6 +274,13 @@ class ModelProvider:
             chunks = _checked(hook(chunks), hook)
         return chunks
 
+    def _mtp_spec(self, config: Any, vp_stage: int | None) -> Any:
+        """The spec of the multi-token-prediction layers of this chunk, which are like the last layer; None where it has none."""
+        if not config.mtp_num_layers:
+            return None
+        last = self._layer_spec(config, config.num_layers - 1)
+        return mtp_spec(self.resolved_backend, config, self.style, last, vp_stage)
+
     def _layer_specs(self, config: Any, stage: int, chunk: int) -> list[Any]:
         """The specs of the layers of one chunk of a stage."""
         split = self.split
@@ -280,14 +288,17 @@ class ModelProvider:
             stages[chunk] for stages in split[:stage]
         )
         layers = range(first, first + split[stage][chunk])
+        kinds = {rules.has_experts(config, layer): layer for layer in layers}
+        specs = {mixed: self._layer_spec(config, layer) for mixed, layer in kinds.items()}
+        return [specs[rules.has_experts(config, layer)] for layer in layers]
+
+    def _layer_spec(self, config: Any, layer: int) -> Any:
         given = self.transformer_layer_spec
         if given is None:
-            kinds = {mixed: layer_spec(self.resolved_backend, config, self.style, has_experts=mixed)
-                     for mixed in {rules.has_experts(config, layer) for layer in layers}}  # fmt: skip
-            return [kinds[rules.has_experts(config, layer)] for layer in layers]
+            return layer_spec(self.resolved_backend, config, self.style, has_experts=rules.has_experts(config, layer))
         if isinstance(given, str):
             given = targets.named(given, where="transformer_layer_spec")
-        return [given if isinstance(given, ModuleSpec) else given(config)] * len(layers)
+        return given if isinstance(given, ModuleSpec) else given(config)
 
 
 @contextlib.contextmanager

@@ -72,6 +72,7 @@ OWN_FIELDS: Final[Mapping[str, object]] = {
     "backend": "auto",
     "make_vocab_size_divisible_by": 1,
     "transformer_layer_spec": None,
+    "hf_mtp_layers": 0,  # of the Hugging Face model; mtp_num_layers says whether they are built
     **style.DEFAULTS,
 }
 
@@ -261,6 +262,7 @@ def follows_megatron(get: Callable[[str], Any]) -> bool:
 
 def _layer_problems(get: Callable[[str], Any]) -> list[str]:
     """Settings that the chosen backend, or no backend, can represent."""
+    mtp, published = get("mtp_num_layers") or 0, get("hf_mtp_layers")
     problems = [*_named_problems(get), *(rope_problems(get("rope")) if get("rope") is not None else [])]
     bias, mlp = get("add_bias_linear"), get("add_mlp_bias")
     if bias is not None and bias != mlp:
@@ -271,6 +273,8 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
     partial = (get("rope") or {}).get("partial_rotary_factor")
     if partial is not None and partial != get("rotary_percent"):
         problems.append(f"rope's partial_rotary_factor={partial} must equal rotary_percent={get('rotary_percent')}; set it so.")
+    if mtp not in (0, published):
+        problems.append(f"mtp_num_layers={mtp} must be 0, or {published} as the model has.")
     wanted = style.Style.of(get)
     backend = resolved_backend(get("backend"), wanted)
     if backend != "torch":
@@ -345,7 +349,9 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
         scaling, all_dim = rotary_scale(get("rope") or {})
         settings |= {"rope_type": "yarn", "rotary_scaling_factor": scaling, "mscale_all_dim": all_dim}
     if not follows_megatron(get) and get("num_layers") % (pp * vpp):
-        settings["pipeline_model_parallel_layout"] = layout_of(deal_layers(get("num_layers"), pp=pp, vpp=vpp))
+        settings["pipeline_model_parallel_layout"] = layout_of(
+            deal_layers(get("num_layers"), pp=pp, vpp=vpp), mtp=get("mtp_num_layers") or 0
+        )
     return settings
 
 

@@ -32,7 +32,8 @@ class Record:
     """What a rank says of one parameter: all that the plans of other ranks need, without its elements.
 
     `name` is canonical (global layer and expert numbers), `shape` the global one. `is_writer` says that this rank, of all that hold
-    the same elements, writes them. `is_expert` says that its ranks are those of the experts' groups.
+    the same elements, writes them. `is_expert` says that its ranks are those of the experts' groups, `is_copy` that another
+    stage's parameter holds the same (the embedding that multi-token prediction has on the last stage).
     """
 
     name: str
@@ -41,6 +42,7 @@ class Record:
     cuts: tuple[Cut, ...]
     is_writer: bool
     is_expert: bool = False
+    is_copy: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,8 @@ def survey(chunks: Sequence[torch.nn.Module]) -> tuple[Live, ...]:
             prefix = next((prefix for prefix in experts if local.startswith(prefix)), None)
             name = canonical(local, layers)
             if prefix is None:
-                record = _record(name, parameter)
+                is_copy = local.startswith("embedding.") and not model.pre_process
+                record = _record(name, parameter, is_copy=is_copy)
             else:
                 below = local.removeprefix(prefix)
                 record = _expert_record(name.removesuffix(below), below, parameter, experts[prefix])
@@ -108,14 +111,14 @@ def canonical(local: str, layers: dict[str, int]) -> str:
     return local
 
 
-def _record(name: str, parameter: torch.Tensor) -> Record:
+def _record(name: str, parameter: torch.Tensor, *, is_copy: bool) -> Record:
     size, index = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    is_first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    is_first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0 and not is_copy
     cut = _cut(name, parameter, size, index)
     shape = tuple(parameter.shape)
     if cut is None:
-        return Record(name, shape, parameter.dtype, (), is_first and index == 0)
-    return Record(name, _whole(shape, cut), parameter.dtype, (cut,), is_first)
+        return Record(name, shape, parameter.dtype, (), is_first and index == 0, is_copy=is_copy)
+    return Record(name, _whole(shape, cut), parameter.dtype, (cut,), is_first, is_copy=is_copy)
 
 
 def _expert_record(prefix: str, local: str, parameter: torch.Tensor, layer: BaseMoELayer) -> Record:

@@ -70,7 +70,8 @@ class Plan:
     """This rank's items, and all ranks' tensors in natural order.
 
     `sources` says by tensor which boxes tile it and who writes them: by rank, then in module order, equal on every rank. `aliases`
-    maps tensors that a tied checkpoint may carry besides to the tensors they equal. `records` are, by rank, of what it writes.
+    maps tensors that files may hold besides to the tensors they equal. `records` are, by rank, of what it writes. `has_mtp` says
+    that the model was built with multi-token-prediction layers.
     """
 
     items: tuple[Item, ...]
@@ -80,10 +81,19 @@ class Plan:
     family: Family
     dims: Dims
     records: tuple[tuple[Record, ...], ...]
+    has_mtp: bool = False
 
     def carriers(self, tensor: str, present: Container[str]) -> list[str]:
         """The tensors of a folder that hold the elements of `tensor`: itself, and the tied copies among `present`."""
         return [tensor, *(alias for alias, to in self.aliases.items() if to == tensor and alias in present)]
+
+    def is_accepted(self, name: str) -> bool:
+        """Whether a file may hold the tensor `name`, which no parameter takes: nobody needs it, or it is carried along."""
+        return self.family.is_ignored(name) or self.is_carried(name)
+
+    def is_carried(self, name: str) -> bool:
+        """Whether `name` is a tensor of a multi-token-prediction layer that the model was built without."""
+        return not self.has_mtp and self.family.is_carried(name, self.dims)
 
     @property
     def owned_bytes(self) -> int:
@@ -109,7 +119,7 @@ class Expansion:
         """What fills the parameter of `record`. Raises MappingError when no rule does, or its rule contradicts the shape."""
         name = record.name
         if name not in self._resolved:
-            self._resolved[name] = self.family.weights.resolve(name, tied=self.dims.tied)
+            self._resolved[name] = self.family.weights.resolve(name, self.dims)
         rule = self._resolved[name]
         if rule is None:
             raise MappingError(f"no rule of {self.family.architecture} feeds the parameter {name} {record.shape}")
@@ -154,9 +164,9 @@ def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live
     items = tuple(
         Item(entry.record, entry.hf, entry.shapes, entry.transfers, entry.is_tied_copy, by_name[entry.record.name]) for entry in own
     )
-    aliases = family.weights.tied_aliases() if expansion.dims.tied else {}
-    present = {name: to for name, to in aliases.items() if to in tensors}
-    return Plan(items, tensors, sources, present, family, expansion.dims, records)
+    aliases = family.weights.aliases(expansion.dims, tensors)
+    has_mtp = any(record.name.startswith("mtp.") for rank in records for record in rank)
+    return Plan(items, tensors, sources, aliases, family, expansion.dims, records, has_mtp)
 
 
 @contextmanager
@@ -271,7 +281,7 @@ def check_source(
             target = plan.tensors[plan.aliases[name]]
             if infos[name].shape != target.shape:
                 problems.append(f"wrong shape: {name} is {infos[name].shape}, but must equal {plan.aliases[name]} {target.shape}")
-        elif not plan.family.is_ignored(name) and not any(fnmatchcase(name, pattern) for pattern in allow_unexpected):
+        elif not plan.is_accepted(name) and not any(fnmatchcase(name, pattern) for pattern in allow_unexpected):
             problems.append(f"unexpected: {name} {infos[name].shape}, which no rule of {plan.family.architecture} consumes")
     if problems:
         folder = next(iter(infos.values())).file.parent if infos else "the source"

@@ -111,8 +111,8 @@ def record_at(record: Record, place: Coordinate, ep: int) -> Record:
     cuts = record.cuts
     if cuts and cuts[0].index != place.tp:
         cuts = (replace(cuts[0], index=place.tp),)
-    is_writer = place.dp == place.cp == 0 and (bool(cuts) or place.tp == 0)
-    return Record(record.name, record.shape, record.dtype, cuts, is_writer)
+    is_writer = place.dp == place.cp == 0 and (bool(cuts) or place.tp == 0) and not record.is_copy
+    return Record(record.name, record.shape, record.dtype, cuts, is_writer, is_copy=record.is_copy)
 
 
 def _expert_record_at(record: Record, place: Coordinate, ep: int) -> Record:

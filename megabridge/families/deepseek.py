@@ -8,17 +8,27 @@ from __future__ import annotations
 from megabridge.families.family import Family
 from megabridge.families.fields import Choice, Field, FieldLike, Fixed, Only
 from megabridge.families.latent import latent_attention, latent_sizes
-from megabridge.families.mixtures import DenseFirst, Groups, SharedExperts, experts, mixture, router, shared_expert
+from megabridge.families.mixtures import (
+    MTP_COPIES,
+    MTP_NAMES,
+    DenseFirst,
+    Groups,
+    MtpLayers,
+    SharedExperts,
+    experts,
+    mixture,
+    mtp_layers,
+    router,
+    shared_expert,
+)
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms, rms
 from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
 from megabridge.mapping.rules import Rules
 
 
-def _weights(*gate: Rules) -> WeightMap:
-    return WeightMap(embeddings(), block(
-        *LAYER, pre_norms(), latent_attention(), gated_mlp(), *gate, experts(), shared_expert("mlp.shared_experts"),
-    ))  # fmt: skip
+def _layer(gate: Rules) -> Rules:
+    return (*pre_norms(), *latent_attention(), *gated_mlp(), *gate, *experts(), *shared_expert("mlp.shared_experts"))
 
 
 # fmt: off
@@ -50,9 +60,10 @@ V2 = Family(
         Only("mlp_bias",                           (False,)),
         *SHARED,
     ),
-    weights=_weights(router()),
+    weights=WeightMap(embeddings(), block(*LAYER, _layer(router()))),
     tiny={**TINY, "topk_method": "group_limited_greedy", "n_shared_experts": 2},
 )
+V3_LAYER = _layer(router(bias="mlp.gate.e_score_correction_bias"))
 V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     model_type="deepseek_v3",
@@ -66,11 +77,13 @@ V3 = Family(
         Groups(defaults=(8, 4)),
         Field("moe_router_topk_scaling_factor",    "routed_scaling_factor", 2.5),
         DenseFirst(default=3),
+        MtpLayers(default=1),
         SharedExperts(width=("moe_intermediate_size", 2048)),
         Only("rope_interleave",                    (True,)),
         *SHARED,
     ),
-    weights=_weights(router(bias="mlp.gate.e_score_correction_bias")),
-    tiny=TINY,
+    weights=WeightMap(embeddings(), block(*LAYER, V3_LAYER), mtp_layers(V3_LAYER), copies=MTP_COPIES),
+    carried=MTP_NAMES,
+    tiny={**TINY, "num_nextn_predict_layers": 1},
 )
 FAMILIES = (V2, V3)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megabridge.errors import ConfigError, listed
 from megabridge.families.fields import COMPUTING, INERT, FieldLike, Json
-from megabridge.mapping import WeightMap
+from megabridge.mapping import Dims, WeightMap
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class Family:
     """One architecture.
 
     `architecture` is the Hugging Face class name and `model_type` its config's; `tiny` is a small config.json that still
-    exercises every rule; `ignored` are name patterns of tensors that files may carry and that no parameter needs.
+    exercises every rule; `ignored` are name patterns of tensors that files may hold and that no parameter needs; `carried` those
+    of multi-token-prediction layers, which come back with an export of a model that was built without them (`{after}` is such a
+    layer's number in the files).
     """
 
     architecture: str
@@ -26,6 +28,7 @@ class Family:
     weights: WeightMap
     tiny: Mapping[str, Any]
     ignored: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
 
     def native(self, hf: Json) -> dict[str, Any]:
         """The native config of a config.json. Raises one ConfigError with every key that can't be represented."""
@@ -50,6 +53,11 @@ class Family:
         for field in self.fields:
             out |= field.write(native)
         return out
+
+    def is_carried(self, hf_name: str, dims: Dims) -> bool:
+        """Whether the tensor belongs to a multi-token-prediction layer."""
+        after = range(dims.num_layers, dims.num_layers + (dims.hf_mtp_layers or 0))
+        return any(fnmatchcase(hf_name, pattern.format(after=number)) for pattern in self.carried for number in after)
 
     def is_ignored(self, hf_name: str) -> bool:
         return any(fnmatchcase(hf_name, pattern) for pattern in self.ignored)

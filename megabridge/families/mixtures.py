@@ -12,7 +12,7 @@ from typing import Any, Final
 from megabridge.errors import ConfigError
 from megabridge.families.fields import REQUIRED, Choice, Field, FieldLike, Json
 from megabridge.families.parts import GATE_UP
-from megabridge.mapping import Rows, weight
+from megabridge.mapping import Rows, block, weight
 from megabridge.mapping.rules import Rules
 
 EXPERTS: Final = "num_moe_experts"
@@ -111,7 +111,44 @@ class Groups:
         return out if self.method is None else {**out, self.method: "greedy" if groups is None else "group_limited_greedy"}
 
 
+@dataclass(frozen=True)
+class MtpLayers:
+    """How many multi-token-prediction layers the published model has; whether they are built is the user's choice."""
+
+    hf: str = "num_nextn_predict_layers"
+    default: int = 0
+
+    def keys(self) -> frozenset[str]:
+        return frozenset((self.hf,))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        return {"hf_mtp_layers": hf.get(self.hf, self.default) or 0}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return {self.hf: native["hf_mtp_layers"]}
+
+
 # fmt: off
+def mtp_layers(layer: Rules, hf: str = "model.layers.{after}") -> Rules:
+    """A multi-token-prediction layer, whose transformer layer has the rules `layer`."""
+    return (
+        *block("mtp.layers.{mtp}", hf,
+            weight("enorm.weight",                 "enorm.weight"),
+            weight("hnorm.weight",                 "hnorm.weight"),
+            weight("eh_proj.weight",               "eh_proj.weight"),
+            weight("final_layernorm.weight",       "shared_head.norm.weight"),
+        ),
+        *block("mtp.layers.{mtp}.mtp_model_layer", hf, layer),
+    )
+
+
+MTP_COPIES: Final = (
+    ("model.layers.{after}.embed_tokens.weight", "model.embed_tokens.weight"),
+    ("model.layers.{after}.shared_head.head.weight", "lm_head.weight"),
+)
+MTP_NAMES: Final = ("model.layers.{after}.*",)
+
+
 def mixture(
     *, experts: str = "num_experts", topk: str = "num_experts_per_tok", width: str = "moe_intermediate_size",
     aux: float | None = 0.001, defaults: tuple[object, object, object] = (REQUIRED, REQUIRED, REQUIRED),

@@ -24,8 +24,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
-    """Every rank's heads read the one rotary key, so that its gradient is the sum over the tp ranks; megatron-core takes a rank's own
-    where the down-projection is cut over them."""
+    """Every rank's heads read the one rotary key, so that its gradient is the sum over the tp ranks; megatron-core takes a rank's
+    own where the down-projection is cut over them."""
 
     @override
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _with_epsilon(norm: Any, epsilon: float | None, *, eps: float, **settings: A
 
 
 def rotary_scale(rope: Mapping[str, Any]) -> tuple[float, float]:
-    """(rotary_scaling_factor, mscale_all_dim) of TransformerConfig: megatron-core sharpens the softmax by them as transformers does."""
+    """(rotary_scaling_factor, mscale_all_dim) of TransformerConfig, by which megatron-core sharpens the softmax."""
     if rope.get("rope_type", "default") == "default" or not rope.get("mscale_all_dim"):
         return 1.0, 0.0
     return float(rope["factor"]), float(rope["mscale_all_dim"])

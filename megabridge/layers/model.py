@@ -29,6 +29,7 @@ class CausalLM(GPTModel):  # type: ignore[misc]
         config: Any,
         block_spec: Any,
         *,
+        mtp_block_spec: Any,
         vocab_size: int,
         padded_vocab_size: int,
         max_sequence_length: int,
@@ -52,19 +53,25 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             position_embedding_type=table if rope is None else "rope",
             rotary_percent=rotary_percent,
             vp_stage=vp_stage,
+            mtp_block_spec=mtp_block_spec,
         )
         self.unpadded_vocab_size, self.style = vocab_size, style
         if rope is not None and config.multi_latent_attention:
-            for layer in self.decoder.layers:
+            for layer in self._layers():
                 latent.set_rope(layer.self_attention, rope)
         elif rope is not None:
             self._set_rope(rope, rotary_percent)
         self._zero_padding()
-        if pre_process and style.embedding_multiplier != 1.0:
+        if (pre_process or self.mtp_process) and style.embedding_multiplier != 1.0:
             self.embedding.word_embeddings.register_forward_hook(self._scale_embeddings)
         changes = vocab_size < padded_vocab_size or style.logits_multiplier != 1.0 or style.logits_softcap is not None
         if post_process and changes:
             self.output_layer.register_forward_hook(self._finish_logits)
+
+    def _layers(self) -> list[Any]:
+        """The transformer layers of this chunk, those of multi-token prediction last."""
+        ahead = [layer.mtp_model_layer for layer in self.mtp.layers] if self.mtp_process else []
+        return [*self.decoder.layers, *ahead]
 
     def _set_rope(self, rope: Mapping[str, Any], rotary_percent: float) -> None:
         ropes = [
@@ -79,7 +86,7 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             if one is not None
         ]
         self.rotary_pos_emb = ropes[0] if len(ropes) == 1 else LocalAndGlobal(*ropes)
-        for layer in self.decoder.layers:
+        for layer in self._layers():
             windowed = is_layer_window_attention(self.config.window_size, self.config.window_attn_skip_freq, layer.layer_number)
             # Attention takes this factor from config.yarn_* attributes, which can't express every attention_factor.
             layer.self_attention._yarn_concentration_factor = ropes[-1 if windowed else 0].attention_factor
@@ -92,7 +99,7 @@ class CausalLM(GPTModel):  # type: ignore[misc]
     @torch.no_grad()
     def _zero_padding(self) -> None:
         weights = []
-        if self.pre_process:
+        if self.pre_process or self.mtp_process:
             weights.append(self.embedding.word_embeddings.weight)
         if self.post_process and self.output_layer.weight is not None:
             weights.append(self.output_layer.weight)

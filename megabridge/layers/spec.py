@@ -25,6 +25,8 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
+    get_gpt_mtp_block_spec_for_backend,
     get_mlp_module_spec_for_backend,
 )
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
@@ -34,6 +36,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 BACKENDS: Final = ("torch", "local", "te")
@@ -112,6 +115,18 @@ def layer_spec(backend: str, config: Any, style: Style, *, has_experts: bool = F
     else:
         raise ConfigError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}.")
     return _with_residuals(_with_biases(spec, config, style), config, style)
+
+
+def mtp_spec(backend: str, config: Any, style: Style, layer: Any, vp_stage: int | None) -> Any:
+    """The spec of one chunk's multi-token-prediction layers, whose transformer layer is `layer`; None where it has none."""
+    known = {"torch": TorchSpecProvider(style), "local": LocalSpecProvider()}
+    if backend == "te":
+        return get_gpt_mtp_block_spec(config, layer, use_transformer_engine=True, vp_stage=vp_stage)
+    made = get_gpt_mtp_block_spec_for_backend(config, TransformerBlockSubmodules([layer]), known[backend], vp_stage=vp_stage)
+    norm = final_norm(backend, config, style)
+    for spec in () if made is None else made.layer_specs:  # megatron-core asks for LayerNorm whatever the model has
+        spec.submodules = dataclasses.replace(spec.submodules, enorm=norm, hnorm=norm, layer_norm=norm)
+    return made
 
 
 def _torch_layer_spec(config: Any, style: Style, experts: int | None) -> Any:

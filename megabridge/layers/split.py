@@ -26,11 +26,14 @@ def deal_layers(num_layers: int, *, pp: int, vpp: int = 1) -> list[int]:
     return layers
 
 
-def layout_of(layers: list[int]) -> list[list[str]]:
-    """The same as megatron-core's `pipeline_model_parallel_layout`: what each chunk holds, in passing order."""
+def layout_of(layers: list[int], *, mtp: int = 0) -> list[list[str]]:
+    """What each chunk holds, in passing order, as megatron-core's `pipeline_model_parallel_layout` says it.
+
+    `mtp` multi-token-prediction layers stand before the loss.
+    """
     layout = [["decoder"] * count for count in layers]
     layout[0].insert(0, "embedding")
-    layout[-1].append("loss")
+    layout[-1] += [*["mtp"] * mtp, "loss"]
     return layout
 
 

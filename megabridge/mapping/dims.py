@@ -19,6 +19,7 @@ class Dims:
     vocab_size: int
     tied: bool
     num_moe_experts: int | None = None
+    hf_mtp_layers: int | None = None
 
     @classmethod
     def of(cls, native: Mapping[str, object]) -> Dims:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
 from megabridge.errors import MappingError
+from megabridge.mapping.dims import Dims
 from megabridge.mapping.layout import Layout, Same
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # a whole name component that stands for a layer
@@ -80,11 +81,14 @@ class _Numbers(dict[str, str]):
 class WeightMap:
     """A family's weight rules, looked up by canonical native name (global layer numbers).
 
-    One expert's parameter, `experts.3.linear_fc1.weight`, is a row of `experts.linear_fc1.weight`, which the rule is for.
+    One expert's parameter, `experts.3.linear_fc1.weight`, is a row of `experts.linear_fc1.weight`, which the rule is for. `{mtp}`
+    in a native name is the number of a multi-token-prediction layer; files number such layers on from the last one: `{after}`.
+    `copies` are tensors of such a layer with the tensor that each must equal, bit for bit.
     """
 
-    def __init__(self, *rules: Rule | Rules) -> None:
+    def __init__(self, *rules: Rule | Rules, copies: tuple[tuple[str, str], ...] = ()) -> None:
         self.rules: Rules = tuple(flat(rules))
+        self.copies = copies
         self._by_template: dict[str, tuple[Rule, tuple[str, ...]]] = {}
         for rule in self.rules:
             for name in rule.native:
@@ -93,7 +97,7 @@ class WeightMap:
                     raise MappingError(f"two rules map the native parameter {name!r}; keep one.")
                 self._by_template[template] = (rule, tuple(_PLACEHOLDER.findall(name)))
 
-    def resolve(self, native: str, *, tied: bool) -> Resolved | None:
+    def resolve(self, native: str, dims: Dims) -> Resolved | None:
         """The tensors and the layout that feed the parameter called `native`, or None when no rule does."""
         native = _EXPERT.sub("", native)
         found = self._by_template.get(_NUMBER.sub("#", native))
@@ -101,13 +105,25 @@ class WeightMap:
             return None
         rule, placeholders = found
         numbers = _Numbers(zip(placeholders, _NUMBER.findall(native), strict=True))
-        if tied and rule.when_tied is not None:
+        if "mtp" in numbers:
+            numbers["after"] = str(dims.num_layers + int(numbers["mtp"]))
+        if dims.tied and rule.when_tied is not None:
             return Resolved((rule.when_tied.format_map(numbers),), rule.layout, True)
         return Resolved(tuple(name.format_map(numbers) for name in rule.hf), rule.layout, False)
 
-    def tied_aliases(self) -> dict[str, str]:
-        """Tensors that a tied checkpoint may carry besides, each with the tensor it must equal bit for bit."""
-        return {rule.hf[0]: rule.when_tied for rule in self.rules if rule.when_tied is not None}
+    def aliases(self, dims: Dims, tensors: Collection[str]) -> dict[str, str]:
+        """What files may carry beside `tensors`: copies, each with the one of `tensors` that it must equal bit for bit.
+
+        Of tied embeddings, and of a multi-token-prediction layer's where it is among `tensors`.
+        """
+        tied = {rule.hf[0]: rule.when_tied for rule in self.rules if rule.when_tied is not None} if dims.tied else {}
+        out = {copy: original for copy, original in tied.items() if original in tensors}
+        for number in range(dims.num_layers, dims.num_layers + (dims.hf_mtp_layers or 0)):
+            for copy, original in self.copies:
+                layer = copy.partition("{after}")[0] + f"{number}."
+                if any(name.startswith(layer) for name in tensors):
+                    out[copy.format(after=number)] = tied.get(original, original)
+        return out
 
 
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:

@@ -1,0 +1,83 @@
+"""What ranks do in the tests of multi-token prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megabridge import AutoBridge
+from megabridge import config as schema
+from megabridge.families import all_families
+from megabridge.platform import groups
+from megabridge.workbench import battery, trial
+from megabridge.workbench.findings import problems_of
+from megabridge.workbench.layouts import Layout
+
+ARCHITECTURE = "DeepseekV3ForCausalLM"
+
+
+def make(folder: str) -> None:
+    """A trial whose model has a multi-token-prediction layer: its tensors are in the file, and in the loss and its gradients."""
+    family, root = all_families()[ARCHITECTURE], Path(folder)
+    config = trial.tiny_config(family, battery.LAYERS)
+    trial.write_trial(root, config, family, ranks=4)
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_layers import MtpModel
+
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, attn_implementation="eager")
+    torch.manual_seed(5)
+    ahead = MtpModel(model, 1)
+    for parameter in ahead.layers.parameters():
+        parameter.data.normal_(mean=1.0 if parameter.dim() == 1 else 0.0, std=0.1)
+    ahead.layers[0].mtp_block.mlp.gate.e_score_correction_bias.normal_(std=0.1)
+    rows = trial.read_reference(root).rows
+    hidden = model.model(rows[:, :-1]).last_hidden_state
+    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), rows[:, 1:].flatten())
+    # The token after next, from the hidden state at a position and the next token; the last position has none.
+    positions = torch.arange(rows.shape[1] - 2)[None]
+    drafted = ahead.forward_layer(0, hidden[:, :-1], positions, None, input_ids=rows[:, 1:-1])
+    second = torch.nn.functional.cross_entropy(model.lm_head(drafted).flatten(0, 1), rows[:, 2:].flatten())
+    torch.autograd.backward(loss + 0.1 * second)
+    layer = battery.LAYERS
+    own = _published(ahead.layers[0], layer, lambda tensor: tensor.data)
+    shared = {f"model.layers.{layer}.embed_tokens.weight": "model.embed_tokens.weight", f"model.layers.{layer}.shared_head.head.weight": "lm_head.weight"}
+    file = load_file(root / "model.safetensors")
+    save_file({**file, **own, **{copy: file[name].clone() for copy, name in shared.items()}}, root / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        gradients = _published(ahead.layers[0], layer, lambda tensor: tensor.grad if isinstance(tensor, torch.nn.Parameter) else tensor)
+        for parameter in model.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    model.save_pretrained(root / trial.GRADIENTS)
+    main = load_file(root / trial.GRADIENTS / "model.safetensors")
+    save_file({**main, **gradients}, root / trial.GRADIENTS / "model.safetensors", {"format": "pt"})
+
+
+def _published(layer: Any, number: int, of: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a layer of transformers' MtpModel under their published names."""
+    out = {}
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        value, name = of(tensor).clone(), name.removeprefix("mtp_block.")
+        prefix = f"model.layers.{number}"
+        if name == "mlp.experts.gate_up_proj":
+            for expert, both in enumerate(value):
+                for part, half in zip(("gate", "up"), both.chunk(2), strict=True):
+                    out[f"{prefix}.mlp.experts.{expert}.{part}_proj.weight"] = half.clone()
+        elif name == "mlp.experts.down_proj":
+            out |= {f"{prefix}.mlp.experts.{expert}.down_proj.weight": one.clone() for expert, one in enumerate(value)}
+        else:
+            out[f"{prefix}.{name.replace('post_norm', 'shared_head.norm')}"] = value
+    return out
+
+
+def built(source: str, out: str) -> list[str]:
+    """What is wrong of bytes, logits and gradients of a model that was built with its multi-token-prediction layer."""
+    topology = groups.current()
+    assert topology is not None
+    layout = Layout(topology, sequence_parallel=topology.tp > 1)
+    values = schema.typed({"model": {"name": "trial", "provider": {"mtp_num_layers": 1}}, "run_dir": str(Path(out).parent)})
+    config = layout.config(battery.trial_config(values, Path(source)))
+    found = battery.check_trial(config, layout, Path(source), Path(out))
+    return problems_of(found) or ([] if len(found) == 4 else ["checks are missing"])

@@ -1,0 +1,35 @@
+"""Multi-token prediction: imported, trained and exported when asked for, carried along when not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megabridge.topology import Topology
+from tests.conversion.test_round_trip import payload
+from tests.ranks import RankServer
+
+LAYOUTS = {
+    "single": Topology(),
+    "tp2": Topology(tp=2),
+    "pp2": Topology(pp=2),
+    "pp2vpp2": Topology(pp=2, vpp=2),
+    "pp2ep2": Topology(pp=2, ep=2, dp=2),
+}
+
+
+@pytest.fixture(scope="module")
+def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("mtp") / "source"
+    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(root)}, timeout=300)
+    return root
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_built_it_is_what_transformers_has(layout: str, source: Path, ranks: RankServer, tmp_path: Path) -> None:
+    kwargs = {"source": str(source), "out": str(tmp_path / "out")}
+    for problems in ranks.run("tests.cases.mtp:built", topology=LAYOUTS[layout], kwargs=kwargs, timeout=300):
+        assert problems == []
+    assert payload(tmp_path / "out") == payload(source)
