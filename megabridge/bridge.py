@@ -13,7 +13,6 @@ import torch
 
 from megabridge import agreement, hub, one_call
 from megabridge.checkpoint import assets, native
-from megabridge.checkpoint.record import SourceRecord
 from megabridge.conversion.report import Report
 from megabridge.errors import ConfigError
 from megabridge.hf_model import dtype_named
@@ -108,7 +107,7 @@ class AutoBridge(HFWeights):
         """Fills a model from a native checkpoint, and takes over what that keeps of its source. Collective."""
         folder = native.locate(Path(path))
         native.load_weights(folder, model)
-        self.record = SourceRecord.read(folder / native.ASSETS)
+        self.remember(folder / native.ASSETS)
 
     def _native_provider(
         self, path: str | Path, dtype: torch.dtype | str | None, settings: dict[str, Any]

@@ -11,6 +11,8 @@ import torch
 from megabridge import one_call
 from megabridge.checkpoint import assets, native, source
 from megabridge.checkpoint.record import SourceRecord
+from megabridge.checkpoint.safetensors import TensorInfo
+from megabridge.conversion import carried
 from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.families import all_families, family_for
 from megabridge.families.registry import architecture_of
@@ -26,7 +28,7 @@ class HFModel:
 
     `config` is the content of config.json as published; `folder` holds it, with tokenizer and templates, or is None for one
     made from a config object; `location` is where the weights are, if anywhere; `record` tells of the weights that were imported,
-    here or before the native checkpoint that was loaded.
+    here or before the native checkpoint that was loaded, and `carried` are those that no parameter took and an export has again.
     """
 
     def __init__(self, config: dict[str, Any], *, folder: Path | None, location: str | None = None, revision: str | None = None,
@@ -44,6 +46,7 @@ class HFModel:
         self.native = self.family.native(config)
         self.dtype = dtype or _dtype_of(config)
         self.record: SourceRecord | None = None
+        self.carried: dict[str, TensorInfo] = {}
 
     @classmethod
     def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None,
@@ -97,8 +100,13 @@ class HFModel:
             made = cls.from_hf_pretrained(hf_model_id, revision=revision, token=token, trust_remote_code=trust_remote_code)
             if own.is_dir():
                 made.check_same(assets.read_config(own), str(own))
-        made.record = SourceRecord.read(own)
+        made.remember(own)
         return made
+
+    def remember(self, folder: Path) -> None:
+        """Takes from a native checkpoint's assets what `write_assets` wrote of the source, if anything. Raises CheckpointError."""
+        self.record = SourceRecord.read(folder) or self.record
+        self.carried = carried.read(folder) or self.carried
 
     @staticmethod
     def list_supported_models() -> list[str]:
@@ -162,6 +170,8 @@ class HFModel:
         self.write_hf_assets(folder)
         if self.record is not None:
             self.record.write(folder)
+        if self.carried:
+            carried.write(folder, self.carried)
 
     @property
     def transformer_config(self) -> Any:

@@ -16,6 +16,7 @@ from megabridge.checkpoint.record import SourceRecord
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion import tasks
 from megabridge.conversion.buckets import Entries
+from megabridge.conversion.carried import with_carried
 from megabridge.conversion.exporter import Dtypes, export_specs, export_weights
 from megabridge.conversion.importer import import_weights
 from megabridge.conversion.native import survey
@@ -77,7 +78,8 @@ class HFWeights(HFModel):
                 progress=progress,
             )
         patterns = [*self.family.ignored, *allow_missing, *allow_unexpected]
-        differing = (infos.keys() - plan.aliases.keys()) ^ plan.tensors.keys()
+        self.carried = {name: info for name, info in infos.items() if plan.is_carried(name)}
+        differing = (infos.keys() - plan.aliases.keys()) ^ (plan.tensors.keys() | self.carried.keys())
         left_out = [name for name in differing if not any(fnmatchcase(name, pattern) for pattern in patterns)]
         self.record = SourceRecord.of(infos, aliases=plan.aliases.keys() & infos.keys(), left_out=sorted(left_out))
         self.import_report = report
@@ -104,7 +106,8 @@ class HFWeights(HFModel):
                            writer: str = "shared") -> Report:  # fmt: skip
         """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
 
-        `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. `source_path` is
+        `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. Tensors of
+        multi-token-prediction layers that the model was built without come back as they were imported. `source_path` is
         a folder or hub id whose config and tokenizer are written in place of the bridge's own. The folder appears by one rename,
         after every tensor was read back and compared. NaN and infinite values are refused unless `allow_nonfinite`. After an
         import with strict=False, `strict` refuses to publish a model that lacks what the source had (MappingError).
@@ -133,7 +136,7 @@ class HFWeights(HFModel):
                 "the import was not strict, so the export would differ from its source; pass strict=False to publish it all the "
                 "same:\n  " + listed(list(self.record.left_out))
             )
-        plan = self.plan(model)
+        plan = with_carried(self.plan(model), self.carried)
         aliases = self._aliases(plan)
         dtypes = self._dtypes(plan, weight_dtype)
         used = {spec.dtype for spec in export_specs(plan, dtypes, aliases).values()}

@@ -7,7 +7,7 @@ from megabridge.mapping.boxes import Axis, Cut, Run
 from megabridge.mapping.dims import Dims
 from megabridge.mapping.layout import Fuse, Interleave, Joined, Layout, Piece, Rows, Same, Stack, Transpose
 from megabridge.mapping.rules import Resolved, Rule, WeightMap, block, natural, weight
-from megabridge.mapping.transfer import Transfer, transfers
+from megabridge.mapping.transfer import Transfer, transfers, whole
 
 __all__ = [
     "Axis",
@@ -31,4 +31,5 @@ __all__ = [
     "natural",
     "transfers",
     "weight",
+    "whole",
 ]

@@ -82,6 +82,11 @@ def _halves(axis: Axis) -> list[Axis]:
     return [axis.part(0, 1, block=half), axis.part(0, 1, skip=half, block=run.block - half)]
 
 
+def whole(shape: Shape) -> Transfer:
+    """All of a tensor, which is a parameter as it is."""
+    return Transfer(0, shape, tuple(Axis(dim, dim, Run.span(0, size), Run.span(0, size)) for dim, size in enumerate(shape)))
+
+
 def contiguous_strides(shape: Shape) -> tuple[int, ...]:
     strides, step = [], 1
     for length in reversed(shape):

@@ -15,7 +15,6 @@ import torch.distributed as dist
 import megabridge.platform as platform
 from megabridge.agreement import gather, on_rank_zero
 from megabridge.checkpoint import folders, native
-from megabridge.checkpoint.record import SourceRecord
 from megabridge.config import Config
 from megabridge.errors import ConfigError
 from megabridge.loggers import Logger, Reporter
@@ -139,7 +138,7 @@ class Trainer:
     def _resume(self, source: Path) -> None:
         progress = native.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
         if self.bridge is not None:
-            self.bridge.record = SourceRecord.read(source / native.ASSETS) or self.bridge.record
+            self.bridge.remember(source / native.ASSETS)
         for line in resume.changes(progress.settings, resume.settings(self.config)):
             self.say(f"resumed with a changed setting, {line}")
         self.step, self.consumed_samples = progress.step, progress.consumed_samples

@@ -15,6 +15,7 @@ from megabridge.platform import groups
 from megabridge.workbench import battery, trial
 from megabridge.workbench.findings import problems_of
 from megabridge.workbench.layouts import Layout
+from tests.cases.convert import provide
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 
@@ -81,3 +82,23 @@ def built(source: str, out: str) -> list[str]:
     config = layout.config(battery.trial_config(values, Path(source)))
     found = battery.check_trial(config, layout, Path(source), Path(out))
     return problems_of(found) or ([] if len(found) == 4 else ["checks are missing"])
+
+
+def not_built(source: str, out: str) -> list[str]:
+    """The model without the layer: what differs of its exports, straight and after a native checkpoint whose source is gone."""
+    bridge = AutoBridge.from_hf_pretrained(source)
+    model = provide(bridge)
+    target = Path(out)
+    bridge.save_hf_pretrained(model, target / "straight", weight_dtype="source")
+    problems = battery.folder_differences(Path(source), target / "straight")
+    bridge.save_hf_pretrained(model, target / "gathered", weight_dtype="source", writer="gather", max_shard_size="300KB")
+    problems += battery.folder_differences(Path(source), target / "gathered")
+    bridge.save_megatron_model(model, target / "native")
+    again = AutoBridge.from_auto_config(target / "native")
+    assert again.location is None
+    again.save_hf_pretrained(again.load_megatron_model(target / "native"), target / "after", weight_dtype="source")
+    problems += battery.folder_differences(Path(source), target / "after")
+    names = [name for name, _ in again.export_hf_weights(model, show_progress=False)]
+    assert not any(f".layers.{battery.LAYERS}." in name for name in names)  # what training doesn't change is not streamed
+    return problems
+

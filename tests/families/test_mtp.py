@@ -33,3 +33,12 @@ def test_built_it_is_what_transformers_has(layout: str, source: Path, ranks: Ran
     for problems in ranks.run("tests.cases.mtp:built", topology=LAYOUTS[layout], kwargs=kwargs, timeout=300):
         assert problems == []
     assert payload(tmp_path / "out") == payload(source)
+
+
+@pytest.mark.parametrize("layout", ["single", "pp2"])
+def test_carried_along_where_it_is_not_built(layout: str, source: Path, ranks: RankServer, tmp_path: Path) -> None:
+    kwargs = {"source": str(source), "out": str(tmp_path)}
+    for problems in ranks.run("tests.cases.mtp:not_built", topology=LAYOUTS[layout], kwargs=kwargs, timeout=300):
+        assert problems == []
+    for name in ("straight", "after"):
+        assert payload(tmp_path / name) == payload(source)
