@@ -21,6 +21,7 @@ from megabridge.rope import rope_problems
 
 from megatron.core.activations import squared_relu
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 ACTIVATIONS: Final[Mapping[str, Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -30,6 +31,7 @@ ACTIVATIONS: Final[Mapping[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "gelu_new": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "relu2": squared_relu,
+    "quick_gelu": quick_gelu,
 }
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -39,7 +41,6 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 NORMALIZATIONS: Final = ("RMSNorm", "LayerNorm")
 # torch backend: settings that its layers don't know, and the value that leaves them off
 _UNKNOWN_TO_TORCH: Final[Mapping[str, object]] = {
-    "softmax_type": "vanilla",
     "apply_query_key_layer_scaling": False,
     "qk_clip": False,
     "log_max_attention_logit": False,
@@ -288,6 +289,8 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
             for name, off in _UNKNOWN_TO_TORCH.items()
             if get(name) != off
         ]
+    if backend == "torch" and get("softmax_type") == "off-by-one":
+        problems.append("softmax_type='off-by-one' needs backend=te; use 'vanilla' or 'learnable' with backend=torch.")
     if backend == "local" and get("sequence_parallel"):
         problems.append("backend=local has no sequence parallelism (megatron-core's torch norms); use backend=torch.")
     if backend != "te" and get("context_parallel_size") > 1:

@@ -118,7 +118,7 @@ def test_all_problems_come_in_one_error() -> None:
         "tensor_model_parallel_size=3 must divide ffn_hidden_size=100; use one of 1, 2, 4, 5, 10, 20, 25, ....",
         "sequence_parallel=True needs tp x cp = 3 to divide seq_length=64; use seq_length=63.",
         "pp x vpp = 9 x 1 leaves chunks without layers for num_layers=4; use at most 6 chunks.",
-        "activation_func='swoosh' must be one of silu, gelu, gelu_pytorch_tanh, gelu_new, relu, relu2, or a function.",
+        "activation_func='swoosh' must be one of silu, gelu, gelu_pytorch_tanh, gelu_new, relu, relu2, quick_gelu, or a function.",
         "rope_type='spiral' is not supported; use one of default, linear, llama3, yarn, dynamic, longrope, proportional, alpha.",
     ]
 
@@ -148,7 +148,7 @@ def test_all_problems_come_in_one_error() -> None:
             "backend=local has no sequence parallelism",
         ),
         ({"normalization": "BatchNorm"}, "normalization='BatchNorm' must be one of RMSNorm, LayerNorm."),
-        ({"softmax_type": "learnable"}, "softmax_type='learnable' is not supported by backend=torch; set it to 'vanilla'"),
+        ({"softmax_type": "off-by-one"}, "softmax_type='off-by-one' needs backend=te"),
         ({"post_norm": True, "backend": "local"}, "post_norm=True needs backend=torch, not local; set it so."),
         ({"params_dtype": "int8"}, "params_dtype='int8' must be one of float32, bfloat16, float16."),
         ({"bf16": True, "fp16": True}, "bf16=True and fp16=True can't both be"),

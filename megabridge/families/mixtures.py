@@ -12,7 +12,7 @@ from typing import Any, Final
 from megabridge.errors import ConfigError
 from megabridge.families.fields import REQUIRED, Choice, Field, FieldLike, Json
 from megabridge.families.parts import GATE_UP
-from megabridge.mapping import Rows, block, weight
+from megabridge.mapping import Layout, Rows, Stack, block, weight
 from megabridge.mapping.rules import Rules
 
 EXPERTS: Final = "num_moe_experts"
@@ -187,6 +187,14 @@ def experts(
     return (
         weight("mlp.experts.linear_fc1.weight",    f"{gate}.weight", f"{up}.weight", layout=Rows(EXPERTS, GATE_UP)),
         weight("mlp.experts.linear_fc2.weight",    f"{down}.weight",                 layout=Rows(EXPERTS)),
+    )
+
+
+def stacked_experts(gate_up: Layout, down: Layout, prefix: str = "mlp.experts") -> Rules:
+    """Gated experts of which one tensor holds all; the layouts are one expert's."""
+    return (
+        weight("mlp.experts.linear_fc1.weight",    f"{prefix}.gate_up_proj", layout=Stack(EXPERTS, gate_up)),
+        weight("mlp.experts.linear_fc2.weight",    f"{prefix}.down_proj",    layout=Stack(EXPERTS, down)),
     )
 
 

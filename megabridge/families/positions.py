@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from megabridge.errors import ConfigError, listed
@@ -19,18 +19,20 @@ class Rope:
     """Rotary embedding settings: transformers 5's `rope_parameters`, or the older `rope_theta` with `rope_scaling`.
 
     The native side is one dict `rope` in the newer form: rope_type, rope_theta and the type's own settings. With `partial`, the
-    share of a head that is rotated unless config.json says another, there is a native `rotary_percent` too.
+    share of a head that is rotated unless config.json says another, there is a native `rotary_percent` too. `default` are the
+    settings of a config.json that has none.
     """
 
     theta: float = 10000.0
     partial: float | None = None
+    default: Mapping[str, Any] = field(default_factory=dict)
 
     def keys(self) -> frozenset[str]:
         names = {"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"}
         return frozenset(names | ({"partial_rotary_factor"} if self.partial is not None else set()))
 
     def read(self, hf: Json) -> dict[str, Any]:
-        rope = read_rope(hf.get("rope_parameters") or hf.get("rope_scaling") or {}, hf, self.theta)
+        rope = read_rope(hf.get("rope_parameters") or hf.get("rope_scaling") or self.default, hf, self.theta)
         share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", self.partial))
         if self.partial is None:
             if share not in (1, None) and rope["rope_type"] != "proportional":

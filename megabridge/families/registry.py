@@ -13,7 +13,7 @@ from megabridge.families.family import Family
 from megabridge.families.fields import Json
 
 _OURS = (
-    "arcee", "cohere", "deepseek", "ernie4_5", "exaone4", "gemma", "gemma3", "glm", "glm4_moe_lite", "gpt2", "gpt_neox",
+    "arcee", "cohere", "deepseek", "ernie4_5", "exaone4", "gemma", "gemma3", "glm", "glm4_moe_lite", "gpt2", "gpt_neox", "gpt_oss",
     "granite", "hunyuan", "llama", "mistral", "mixtral", "nemotron", "olmo", "phi3", "qwen", "seed_oss", "smollm3", "stablelm",
     "starcoder2",
 )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import megabridge.platform as platform
 from megabridge.errors import ConfigError
 from megabridge.layers import flex
 from megabridge.layers.norm import LayerNorm, RMSNorm
@@ -19,7 +20,7 @@ from megabridge.style import Style
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 _PLAIN: Final = Style()
 
@@ -27,8 +28,11 @@ _PLAIN: Final = Style()
 class TorchAttention(torch.nn.Module):
     """What megatron-core's Attention calls `core_attention`; its arguments are CoreAttentionBuilder's.
 
-    Under multi-latent attention the key and the value heads have widths of their own, `k_channels` and `v_channels`.
+    Under multi-latent attention the key and the value heads have widths of their own, `k_channels` and `v_channels`. With
+    softmax_type=learnable a head has a sink: a score that takes its share of the softmax and gives nothing.
     """
+
+    softmax_offset: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -41,11 +45,14 @@ class TorchAttention(torch.nn.Module):
         k_channels: int | None = None,
         v_channels: int | None = None,
         *,
+        pg_collection: Any = None,
         style: Style = _PLAIN,
         **_: object,
     ) -> None:
         super().__init__()
         self.style = style
+        self.tp_group = None if pg_collection is None else pg_collection.tp
+        self.softmax_offset = _sinks(config) if config.softmax_type == "learnable" else None
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None  # keys that a query sees, its own included
         if style.qk_norm == "rotated":
@@ -83,9 +90,11 @@ class TorchAttention(torch.nn.Module):
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         window = self.window if self.window is not None and self.window < key.shape[2] else None
-        is_special = window is not None or self.style.attention_softcap is not None
+        is_written_out = self.style.attention_softcap is not None or self.softmax_offset is not None
+        is_special = window is not None or is_written_out
         if is_special and causal and attention_mask is None and flex.can_take(query, dropout=dropout):
-            context = flex.attend(query, key, value, window=window, softcap=self.style.attention_softcap, scale=self.scale)
+            settings: dict[str, Any] = {"window": window, "softcap": self.style.attention_softcap, "scale": self.scale}
+            context = flex.attend(query, key, value, sinks=self.softmax_offset, **settings)
             return context.permute(2, 0, 1, 3).flatten(2)
         allowed = None
         if is_special or attention_mask is not None:
@@ -94,7 +103,7 @@ class TorchAttention(torch.nn.Module):
         # default generator here (dot_product_attention.py).
         forked = dropout > 0 and not self.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
-            attend = F.scaled_dot_product_attention if self.style.attention_softcap is None else self._softcapped
+            attend = self._written_out if is_written_out else F.scaled_dot_product_attention
             context = attend(
                 query,
                 key,
@@ -107,7 +116,7 @@ class TorchAttention(torch.nn.Module):
             )
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _softcapped(
+    def _written_out(
         self,
         query: Tensor,
         key: Tensor,
@@ -119,17 +128,44 @@ class TorchAttention(torch.nn.Module):
         scale: float,
         enable_gqa: bool,
     ) -> Tensor:
-        """Attention with capped scores, written out: torch's kernels have none. Memory grows with the square of the length."""
-        cap = self.style.attention_softcap
-        assert cap is not None and not is_causal
+        """Attention with capped scores or sinks: torch's kernels have neither. Memory grows with the square of the length."""
+        assert not is_causal
         if enable_gqa:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        scores = torch.tanh(query @ key.transpose(-2, -1) * scale / cap) * cap
+        scores = query @ key.transpose(-2, -1) * scale
+        if (cap := self.style.attention_softcap) is not None:
+            scores = torch.tanh(scores / cap) * cap
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
-        weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+        if self.softmax_offset is not None:
+            sinks = self.softmax_offset.to(scores.dtype)[None, :, None, None]
+            scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
+        weights = torch.softmax(scores, -1, dtype=torch.float32)[..., : key.shape[-2]].to(query.dtype)
         return F.dropout(weights, dropout_p) @ value
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None) -> dict[str, Any]:
+        """As megatron-core's: sinks are cut over tp, norms are whole."""
+        out: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return out
+
+
+def _sinks(config: Any) -> torch.nn.Parameter:
+    """The sinks [heads of this rank]."""
+    heads = config.num_attention_heads // config.tensor_model_parallel_size
+    device = None if config.use_cpu_initialization else platform.device()  # None: a surrounding torch.device() holds
+    sinks = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device))
+    if config.perform_initialization:
+        with contextlib.nullcontext() if sinks.is_meta else tensor_parallel.get_cuda_rng_tracker().fork():
+            config.init_method(sinks)
+    return sinks
 
 
 def _allowed(mask: Tensor | None, key: Tensor, window: int | None, *, causal: bool) -> Tensor | None:

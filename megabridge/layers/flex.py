@@ -1,4 +1,4 @@
-"""Windows and capped scores on CUDA, by torch's flex attention: scores stay out of memory, blocks outside a window are skipped."""
+"""Windows, capped scores and sinks on CUDA, by torch's flex attention: no scores in memory, blocks outside a window are skipped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 
 def can_take(query: Tensor, *, dropout: float) -> bool:
@@ -19,14 +19,25 @@ def can_take(query: Tensor, *, dropout: float) -> bool:
     return query.is_cuda and dropout == 0.0 and length >= 128 and width >= 16 and width & (width - 1) == 0
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, window: int | None, softcap: float | None, scale: float) -> Tensor:
-    """Causal attention of [b, heads, s, d] with keys and values [b, kv_heads, s, d]; a query sees its last `window` keys."""
-    mask = _mask(query.shape[-2], window, query.device)
-    capped = None if softcap is None else _capped(softcap)
-    out: Tensor = _kernel()(
-        query, key, value, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return out
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, softcap: float | None, scale: float, sinks: Tensor | None
+) -> Tensor:
+    """Causal attention of [b, heads, s, d] with keys and values [b, kv_heads, s, d]; a query sees its last `window` keys.
+
+    `sinks` [heads] are scores that take their share of the softmax and give nothing.
+    """
+    settings: dict[str, Any] = {
+        "score_mod": None if softcap is None else _capped(softcap),
+        "block_mask": _mask(query.shape[-2], window, query.device),
+        "scale": scale,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
+    if sinks is None:
+        out: Tensor = _kernel()(query, key, value, **settings)
+        return out
+    out, aux = _kernel()(query, key, value, return_aux=AuxRequest(lse=True), **settings)
+    share = torch.sigmoid(aux.lse - sinks.float()[:, None])  # of the softmax that the sink leaves to the keys
+    return out * share[..., None].to(out.dtype)
 
 
 @functools.cache

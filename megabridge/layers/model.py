@@ -12,6 +12,7 @@ from megabridge.layers import latent
 from megabridge.layers.rotary import HFRotaryEmbedding, LocalAndGlobal
 from megabridge.style import Style
 
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.utils import is_layer_window_attention
 
@@ -61,6 +62,8 @@ class CausalLM(GPTModel):  # type: ignore[misc]
                 latent.set_rope(layer.self_attention, rope)
         elif rope is not None:
             self._set_rope(rope, rotary_percent)
+        if config.softmax_type == "learnable":
+            self._mark_sinks()
         self._zero_padding()
         if (pre_process or self.mtp_process) and style.embedding_multiplier != 1.0:
             self.embedding.word_embeddings.register_forward_hook(self._scale_embeddings)
@@ -90,6 +93,12 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             windowed = is_layer_window_attention(self.config.window_size, self.config.window_attn_skip_freq, layer.layer_number)
             # Attention takes this factor from config.yarn_* attributes, which can't express every attention_factor.
             layer.self_attention._yarn_concentration_factor = ropes[-1 if windowed else 0].attention_factor
+
+    def _mark_sinks(self) -> None:
+        """Says that sinks are cut over tp: what converts and what adds up gradient norms asks the parameter. No backend says it."""
+        for layer in self.decoder.layers:
+            sinks, is_cut = layer.self_attention.core_attention.softmax_offset, self.pg_collection.tp.size() > 1
+            tensor_parallel.set_tensor_model_parallel_attributes(sinks, is_cut, 0, 1)
 
     def real_columns(self, width: int) -> int:
         """How many of `width` vocabulary entries here are real; `width` is this rank's shard, or the whole."""

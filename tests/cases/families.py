@@ -105,3 +105,25 @@ def generations(folders: list[str]) -> list[list[int]]:
         tokens = model.generate(prompt(131, batch=1, length=8), max_new_tokens=32, min_new_tokens=32, do_sample=False)
         out.append(tokens[0, 8:].tolist())
     return out
+
+
+def save_native(root: str, out: str, architectures: list[str]) -> None:
+    """Writes each model's native checkpoint under the running layout."""
+    for name in architectures:
+        bridge = AutoBridge.from_hf_pretrained(Path(root) / name)
+        bridge.save_megatron_model(_provide_mixture(bridge), Path(out) / name)
+
+
+def export_native(native: str, out: str, architectures: list[str]) -> None:
+    """Exports each model from its native checkpoint under the running layout."""
+    for name in architectures:
+        bridge = AutoBridge.from_auto_config(Path(native) / name)
+        model = _provide_mixture(bridge, load_weights=False)
+        bridge.load_native_weights(model, Path(native) / name)
+        bridge.save_hf_pretrained(model, Path(out) / name, show_progress=False)
+
+
+def _provide_mixture(bridge: AutoBridge, *, load_weights: bool = True) -> list[torch.nn.Module]:
+    topology = groups.current()
+    assert topology is not None
+    return provide(bridge, wrap_with_ddp=False, load_weights=load_weights, sequence_parallel=topology.tp > 1)

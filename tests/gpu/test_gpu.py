@@ -125,8 +125,9 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("window", "softcap"), [(100, None), (None, 5.0), (100, 5.0), (17, None)])
-def test_flex_attention_beside_the_formula(window: int | None, softcap: float | None, dtype: torch.dtype) -> None:
+def test_flex_attention_beside_the_formula(window: int | None, softcap: float | None, with_sinks: bool, dtype: torch.dtype) -> None:
     from megabridge.layers import flex
 
     torch.manual_seed(0)
@@ -134,17 +135,21 @@ def test_flex_attention_beside_the_formula(window: int | None, softcap: float | 
     query, key, value = (
         torch.randn(shape if i == 0 else (2, 2, 300, 64), device="cuda", dtype=dtype, requires_grad=True) for i in range(3)
     )
-    out = flex.attend(query, key, value, window=window, softcap=softcap, scale=0.125)
+    sinks = torch.randn(8, device="cuda", dtype=dtype, requires_grad=True)
+    out = flex.attend(query, key, value, window=window, softcap=softcap, scale=0.125, sinks=sinks if with_sinks else None)
     out.float().square().sum().backward()
-    got = [out, query.grad, key.grad, value.grad]
-    plain = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    leaves = [query, key, value, *([sinks] if with_sinks else [])]
+    got = [out, *(leaf.grad for leaf in leaves)]
+    plain = [leaf.detach().double().requires_grad_() for leaf in leaves]
     scores = plain[0] @ plain[1].repeat_interleave(4, 1).transpose(-1, -2) * 0.125
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     positions = torch.arange(300, device="cuda")
     distance = positions[:, None] - positions[None]
     scores = scores.masked_fill((distance < 0) | (distance >= (window or 300)), -torch.inf)
-    expected = scores.softmax(-1) @ plain[2].repeat_interleave(4, 1)
+    if with_sinks:
+        scores = torch.cat([scores, plain[3][:, None, None].expand(2, 8, 300, 1)], -1)
+    expected = scores.softmax(-1)[..., :300] @ plain[2].repeat_interleave(4, 1)
     expected.square().sum().backward()
     wanted = [expected, *(tensor.grad for tensor in plain)]
     limit = 1e-2 if dtype is torch.bfloat16 else 2e-3  # rounding of inputs to bf16, or to tf32 inside the kernel

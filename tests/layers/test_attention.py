@@ -127,3 +127,17 @@ def test_queries_grow_with_their_position() -> None:
     factor = 1 + 0.5 * torch.log(1 + torch.floor(torch.arange(S) / 2))
     expected = formula(query * factor[:, None, None, None], key, value, FUTURE, D**-0.5)
     torch.testing.assert_close(styled(Style(query_temperature=(0.5, 2)))(query, key, value, None), expected)
+
+
+@pytest.mark.parametrize("window", [None, (2, 0)])
+def test_sinks_take_their_share_and_give_nothing(window: Any) -> None:
+    query, key, value = tensors(2)
+    ours = styled(Style(), window_size=window, softmax_type="learnable", use_cpu_initialization=True, perform_initialization=False)
+    assert ours.softmax_offset is not None
+    sinks = torch.randn(HEADS)
+    ours.softmax_offset.data.copy_(sinks)
+    repeated = key.repeat_interleave(2, 2), value.repeat_interleave(2, 2)
+    scores = torch.einsum("sbhd,tbhd->bhst", query, repeated[0]) * D**-0.5
+    masked = scores.masked_fill(FUTURE if window is None else WINDOW, -math.inf)
+    weights = masked.exp() / (masked.exp().sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+    torch.testing.assert_close(ours(query, key, value, None), torch.einsum("bhst,tbhd->sbhd", weights, repeated[1]).flatten(2))
