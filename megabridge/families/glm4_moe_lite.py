@@ -13,7 +13,7 @@ FAMILY = Family(
     architecture="Glm4MoeLiteForCausalLM",
     model_type="glm4_moe_lite",
     fields=(
-        *latent_sizes(q_rank=768, kv_rank=512, nope=192, rope=64, value=256, positions=202752, heads=20),
+        *latent_sizes(q_rank=768, kv_rank=512, nope=192, rope=64, value=256, positions=202752, heads=20, eps=1e-5),
         *rms(1e-5),
         *mixture(experts="n_routed_experts", aux=None, defaults=(64, 4, 1536)),
         Fixed("moe_router_score_function",         "sigmoid"),

@@ -11,7 +11,7 @@ from megabridge.mapping.rules import Rules
 
 # fmt: off
 def latent_sizes(
-    *, q_rank: int | None, kv_rank: int, nope: int, rope: int, value: int, positions: int, std: float = 0.02, heads: Any = REQUIRED
+    *, q_rank: int | None, kv_rank: int, nope: int, rope: int, value: int, positions: int, heads: Any = REQUIRED, eps: float = 1e-6
 ) -> tuple[FieldLike, ...]:
     """The sizes of a decoder with multi-latent attention; the arguments are what the config class takes for absent keys."""
     return (
@@ -23,7 +23,7 @@ def latent_sizes(
               (lambda hf: hf.get("num_attention_heads")) if heads is REQUIRED else unless_null("num_key_value_heads", heads)),
         Field("vocab_size",                        "vocab_size"),
         Field("seq_length",                        "max_position_embeddings", positions),
-        Field("init_method_std",                   "initializer_range", std),
+        Field("init_method_std",                   "initializer_range", 0.02),
         Fixed("multi_latent_attention",            True),
         Fixed("qk_layernorm",                      True),
         Field("q_lora_rank",                       "q_lora_rank",      unless_null("q_lora_rank", q_rank)),
@@ -32,7 +32,7 @@ def latent_sizes(
         Field("qk_pos_emb_head_dim",               "qk_rope_head_dim", rope),
         Field("v_head_dim",                        "v_head_dim",       value),
         Follows("kv_channels",                     lambda hf: hf.get("qk_nope_head_dim", nope) + hf.get("qk_rope_head_dim", rope)),
-        Fixed("qk_norm_epsilon",                   1e-6),
+        Follows("qk_norm_epsilon",                 lambda hf: None if hf.get("rms_norm_eps", eps) == 1e-6 else 1e-6),
         Only("attention_bias",                     (False,)),
     )
 

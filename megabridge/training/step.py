@@ -75,7 +75,9 @@ def _forward(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
     if parallel_state.get_context_parallel_world_size() > 1:
         batch = get_batch_on_this_cp_rank(batch)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    # Multi-token prediction has a loss of its own inside the model.
+    mask = {"loss_mask": batch["loss_mask"]} if get_model_config(model).mtp_num_layers else {}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **mask)
     return output, partial(_loss, batch["loss_mask"])
 
 

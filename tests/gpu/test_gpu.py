@@ -17,6 +17,7 @@ from megabridge.families import all_families
 ON_GPU = torch.cuda.is_available() and os.environ["MEGABRIDGE_PLATFORM"] == "cuda"
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and make test-gpu")
 ARCHITECTURES = sorted(all_families())
+MIXTURES = sorted(name for name, family in all_families().items() if "num_moe_experts" in family.native(family.tiny))
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,45 @@ def test_transformer_engine(architecture: str, single: None, sources: Path, tmp_
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     print(f"{architecture}: relative distance from fp32 logits {distance}")
     assert distance["te"] < 1.5 * distance["torch"] + 0.01, distance
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_grouped_products_beside_one_after_another(
+    architecture: str, single: None, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 losses and gradients of the experts by grouped_mm are as near to fp32 as those of one product after another are."""
+    from megabridge.layers import experts
+    from megabridge.workbench.trial import read_reference
+
+    rows = read_reference(sources / architecture).rows.cuda()
+    seen, calls, can_group = {}, [], experts._can_group
+    for kind, dtype in (("fp32", torch.float32), ("loop", torch.bfloat16), ("grouped", torch.bfloat16)):
+
+        def chosen(tokens: Any, weight: Any, kind: str = kind) -> bool:
+            calls.append(kind == "grouped" and can_group(tokens, weight))
+            return calls[-1]
+
+        monkeypatch.setattr(experts, "_can_group", chosen)
+        _, (chunk,) = provide(sources / architecture, backend="torch", params_dtype=dtype, wrap_with_ddp=False)
+        positions = torch.arange(rows.shape[1] - 1, device="cuda").expand(rows.shape[0], -1)
+        loss = chunk(rows[:, :-1].contiguous(), positions, None, labels=rows[:, 1:].contiguous()).float().mean()
+        loss.backward()
+        weights = {name: p.grad.float() for name, p in chunk.named_parameters() if ".mlp.experts." in name and p.grad is not None}
+        assert weights
+        seen[kind] = (loss.item(), weights)
+    assert any(calls)
+    base = torch.cat([gradient.flatten() for gradient in seen["fp32"][1].values()])
+
+    def distance(kind: str) -> float:
+        names = [name if name in seen[kind][1] else f"module.{name}" for name in seen["fp32"][1]]
+        own = torch.cat([seen[kind][1][name].flatten() for name in names])
+        return ((own - base).norm() / base.norm()).item()
+
+    print(
+        f"{architecture}: losses {[loss for loss, _ in seen.values()]}, gradients off by {distance('loop')}, {distance('grouped')}"
+    )
+    # A token whose two best experts score alike may choose another in bf16: both are then far from fp32, but equally.
+    assert distance("grouped") < 1.5 * distance("loop") + 0.02
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
