@@ -44,7 +44,7 @@ FAMILY = Family(
     tiny={
         "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "num_local_experts": 8, "num_experts_per_tok": 2,
-        "attention_bias": True, "sliding_window": 12, "swiglu_limit": 0.3, "tie_word_embeddings": False,
+        "attention_bias": True, "sliding_window": 12, "swiglu_limit": 7.0, "tie_word_embeddings": False,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         "rope_parameters": {**YARN, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
     },

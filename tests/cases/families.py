@@ -39,11 +39,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Phi3ForCausalLM:plain": {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "GraniteForCausalLM:untied": {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
     "Exaone4ForCausalLM:full": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    "GptOssForCausalLM:clamped": {"swiglu_limit": 0.3},
+    "DeepseekV2ForCausalLM:greedy": {
+        "topk_method": "greedy", "q_lora_rank": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "DeepseekV3ForCausalLM:plain": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
     "SmolLM3ForCausalLM:full": {"use_sliding_window": False, "sliding_window": None, "no_rope_layers": [1, 1, 1, 0]},
 }  # fmt: skip
 
 
-MIXTURES = sorted(name for name, family in all_families().items() if "num_moe_experts" in family.native(family.tiny))
+MIXTURES = [name for name, family in all_families().items() if "num_moe_experts" in family.native(family.tiny)]
+MIXTURES = sorted(MIXTURES + [name for name in VARIANTS if name.partition(":")[0] in MIXTURES])
 
 
 def tiny_config(architecture: str) -> dict[str, Any]:
