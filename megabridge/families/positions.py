@@ -20,20 +20,25 @@ class Rope:
 
     The native side is one dict `rope` in the newer form: rope_type, rope_theta and the type's own settings. With `partial`, the
     share of a head that is rotated unless config.json says another, there is a native `rotary_percent` too. `default` are the
-    settings of a config.json that has none.
+    settings of a config.json that has none; `channels` is a key that may hold the number of rotated channels instead of that share.
     """
 
     theta: float = 10000.0
     partial: float | None = None
     default: Mapping[str, Any] = field(default_factory=dict)
+    channels: str | None = None
 
     def keys(self) -> frozenset[str]:
         names = {"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"}
-        return frozenset(names | ({"partial_rotary_factor"} if self.partial is not None else set()))
+        names |= {"partial_rotary_factor"} if self.partial is not None else set()
+        return frozenset(names | ({self.channels} if self.channels is not None else set()))
 
     def read(self, hf: Json) -> dict[str, Any]:
         rope = read_rope(hf.get("rope_parameters") or hf.get("rope_scaling") or self.default, hf, self.theta)
-        share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", self.partial))
+        share = self.partial
+        if self.channels is not None and hf.get(self.channels) is not None:
+            share = hf[self.channels] / hf["head_dim"]
+        share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", share))
         if self.partial is None:
             if share not in (1, None) and rope["rope_type"] != "proportional":
                 raise ConfigError(
