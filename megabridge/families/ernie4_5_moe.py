@@ -6,7 +6,7 @@ from typing import Any
 from megabridge.errors import ConfigError
 from megabridge.families.family import Family
 from megabridge.families.fields import Field, Fixed, Json, Only
-from megabridge.families.mixtures import SharedExperts, experts, mixture, router, shared_expert
+from megabridge.families.mixtures import MtpLayers, SharedExperts, experts, mixture, router, shared_expert
 from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, embeddings, gated_mlp, pre_norms, rms, sizes
 from megabridge.families.positions import Rope
 from megabridge.mapping import Single, WeightMap, block, weight
@@ -51,6 +51,7 @@ FAMILY = Family(
         Fixed("router_normalize",                  True),
         Field("router_epsilon",                    "moe_norm_min", 1e-12),
         MixtureRange(),
+        MtpLayers(),
         SharedExperts("moe_num_shared_experts", default=2, width=("moe_intermediate_size", 1536)),
         Fixed("rotary_interleaved",                True),
         Rope(theta=5e5),
@@ -60,6 +61,7 @@ FAMILY = Family(
         *LAYER, pre_norms(), attention(), gated_mlp(), router(), experts(), shared_expert("mlp.shared_experts"),
         weight("mlp.router.expert_bias",           "mlp.moe_statics.e_score_correction_bias", layout=Single()),
     )),
+    carried=("model.mtp_*",),
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 256, "use_bias": False,

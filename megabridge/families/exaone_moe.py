@@ -3,7 +3,16 @@
 from megabridge.families.exaone4 import is_windowed
 from megabridge.families.family import Family
 from megabridge.families.fields import Fixed
-from megabridge.families.mixtures import LayerTypes, SharedExperts, experts, mixture, router, shared_expert, sigmoid_router
+from megabridge.families.mixtures import (
+    LayerTypes,
+    MtpLayers,
+    SharedExperts,
+    experts,
+    mixture,
+    router,
+    shared_expert,
+    sigmoid_router,
+)
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, qk_norms, rms, sizes
 from megabridge.families.positions import Rope, Windows
 from megabridge.mapping import WeightMap, block
@@ -20,6 +29,7 @@ FAMILY = Family(
         *mixture(aux=None, defaults=(64, 8, 1024)),
         *sigmoid_router(scale=2.5),
         LayerTypes(dense_first=1, count="first_k_dense_replace"),
+        MtpLayers(),
         SharedExperts("num_shared_experts", width=("moe_intermediate_size", 1024)),
         Windows(is_windowed, default=4096, nope_elsewhere=True, pattern_keys=("sliding_window_pattern",)),
         Rope(),
@@ -29,6 +39,7 @@ FAMILY = Family(
         *LAYER, pre_norms(), attention(), qk_norms(), gated_mlp(), router(bias="mlp.e_score_correction_bias"), experts(),
         shared_expert("mlp.shared_experts"),
     )),
+    carried=("mtp.*",),
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": 131, "max_position_embeddings": 256, "sliding_window": 12,

@@ -2,7 +2,7 @@
 
 from megabridge.families.family import Family
 from megabridge.families.fields import Fixed, Only
-from megabridge.families.mixtures import experts, mixture, router
+from megabridge.families.mixtures import MTP_NAMES, MtpLayers, experts, mixture, router
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, pre_norms, qk_norms, rms, sizes
 from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
@@ -23,6 +23,7 @@ FAMILY = Family(
         Only("scoring_func",                       ("sigmoid",)),
         Only("use_routing_bias",                   (True,)),
         Only("shared_intermediate_size",           (0,)),
+        MtpLayers("num_mtp_modules"),
         Rope(5e6, partial=1.0, channels="rotary_dim"),
         UNTIED,
     ),
@@ -31,6 +32,7 @@ FAMILY = Family(
         router("block_sparse_moe.gate", bias="block_sparse_moe.e_score_correction_bias"),
         experts(*(f"block_sparse_moe.experts.{{expert}}.{name}" for name in ("w1", "w3", "w2"))),
     )),
+    carried=MTP_NAMES,
     tiny={
         "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "num_local_experts": 8, "num_experts_per_tok": 2,
