@@ -52,6 +52,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rotary_dim": 8, "num_key_value_heads": 1,
     },
     "Ernie4_5_MoeForCausalLM:interval": {"moe_layer_interval": 2, "moe_num_shared_experts": 0, "tie_word_embeddings": False},
+    "Llama4ForCausalLM:plain": {
+        "moe_layers": None, "interleave_moe_layer_step": 2, "no_rope_layers": None, "no_rope_layer_interval": 2, "layer_types": None,
+        "use_qk_norm": False, "attn_temperature_tuning": False, "attention_bias": False, "num_key_value_heads": 1,
+    },
     "ExaoneMoeForCausalLM:plain": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1},
 }  # fmt: skip
 
