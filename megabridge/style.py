@@ -35,17 +35,21 @@ class Style:
     """c in c * tanh(logits / c)."""
     attention_softcap: float | None = None
     """c in c * tanh(scores / c), of attention scores before the mask."""
-    qk_norm: Literal["head", "heads", "whole", "rotated"] | None = None
+    qk_norm: Literal["head", "heads", "whole", "rotated", "l2"] | None = None
     """Norms of queries and keys. head: over one head's width, one weight for all heads. heads: the same with a weight per head.
-    whole: over all heads at once. rotated: as head, after the rotary embedding."""
+    whole: over all heads at once. rotated: as head, after the rotary embedding. l2: over one head's width without a weight, in
+    layers with a rotary embedding."""
     qk_norm_bias: bool = True
     """Whether LayerNorms of queries and keys have a bias."""
     qk_norm_epsilon: float | None = None
     """What norms of latent queries and keys add to the variance; None: layernorm_epsilon."""
     local_rope: dict[str, Any] | None = None
     """Rotary settings of layers with a window, where they differ from the others'."""
-    query_temperature: tuple[float, int] | None = None
-    """(b, n): the query at position p is multiplied by 1 + b * log(1 + floor(p / n))."""
+    query_temperature: tuple[float, int, int] | None = None
+    """(b, n, k): the query at position p is multiplied by 1 + b * log(1 + floor((p + k) / n)), in layers without a rotary embedding
+    where no_rope_freq says which have one."""
+    attention_chunks: bool = False
+    """Whether a window is the part of a query's own chunk up to it, chunks being as long as windows, and not its last keys."""
     learned_positions: bool = False
     """Whether positions are embedded by a table of `seq_length` rows."""
 

@@ -6,7 +6,7 @@ Kimi K2 has the shape of V3 and the class name KimiK2ForCausalLM, which transfor
 from __future__ import annotations
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, FieldLike, Fixed, Only
+from megabridge.families.fields import Field, FieldLike, Fixed, Only
 from megabridge.families.latent import latent_attention, latent_sizes
 from megabridge.families.mixtures import (
     MTP_COPIES,
@@ -20,6 +20,7 @@ from megabridge.families.mixtures import (
     mtp_layers,
     router,
     shared_expert,
+    sigmoid_router,
 )
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms, rms
 from megabridge.families.positions import Rope
@@ -71,11 +72,7 @@ V3 = Family(
         *latent_sizes(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128, positions=4096, heads=128),
         *rms(),
         *mixture(experts="n_routed_experts", aux=None, defaults=(256, 8, 2048)),
-        Fixed("moe_router_score_function",         "sigmoid"),
-        Fixed("moe_router_enable_expert_bias",     True),
-        Choice("router_normalize",                 "norm_topk_prob", ((True, None), (False, False))),
-        Groups(defaults=(8, 4)),
-        Field("moe_router_topk_scaling_factor",    "routed_scaling_factor", 2.5),
+        *sigmoid_router(groups=(8, 4), scale=2.5),
         DenseFirst(default=3),
         MtpLayers(default=1),
         SharedExperts(width=("moe_intermediate_size", 2048)),

@@ -7,7 +7,7 @@ from megabridge.families.positions import Rope, Windows
 from megabridge.mapping import WeightMap, block
 
 
-def _is_windowed(hf: Json, layer: int) -> bool:
+def is_windowed(hf: Json, layer: int) -> bool:
     pattern = hf.get("sliding_window_pattern", 4)
     if isinstance(pattern, str):  # LLLG: L has a window; the last layer never has
         return pattern[layer % len(pattern)] == "L" and layer < hf["num_hidden_layers"] - 1
@@ -25,7 +25,7 @@ FAMILY = Family(
         Fixed("pre_norm",                          False),
         Fixed("post_norm",                         True),
         Fixed("qk_norm",                           "head"),
-        Windows(_is_windowed, default=4096, nope_elsewhere=True, pattern_keys=("sliding_window_pattern",)),
+        Windows(is_windowed, default=4096, nope_elsewhere=True, pattern_keys=("sliding_window_pattern",)),
         Rope(),
         UNTIED,
     ),

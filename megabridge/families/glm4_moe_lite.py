@@ -1,9 +1,9 @@
 """Glm4MoeLiteForCausalLM: GLM 4.7 Flash (transformers models/glm4_moe_lite)."""
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, Fixed, Only
+from megabridge.families.fields import Only
 from megabridge.families.latent import latent_attention, latent_sizes
-from megabridge.families.mixtures import Groups, LayerTypes, SharedExperts, experts, mixture, router, shared_expert
+from megabridge.families.mixtures import LayerTypes, SharedExperts, experts, mixture, router, shared_expert, sigmoid_router
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms, rms
 from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
@@ -16,11 +16,7 @@ FAMILY = Family(
         *latent_sizes(q_rank=768, kv_rank=512, nope=192, rope=64, value=256, positions=202752, heads=20, eps=1e-5),
         *rms(1e-5),
         *mixture(experts="n_routed_experts", aux=None, defaults=(64, 4, 1536)),
-        Fixed("moe_router_score_function",         "sigmoid"),
-        Fixed("moe_router_enable_expert_bias",     True),
-        Choice("router_normalize",                 "norm_topk_prob", ((True, None), (False, False))),
-        Groups(defaults=(1, 1)),
-        Field("moe_router_topk_scaling_factor",    "routed_scaling_factor", 1.8),
+        *sigmoid_router(scale=1.8),
         LayerTypes(dense_first=1),
         SharedExperts(width=("moe_intermediate_size", 1536)),
         Only("rope_interleave",                    (True,)),

@@ -45,12 +45,12 @@ class _Rope(Rope):
     """Ministral 3 keeps the temperature of its queries among the rotary settings."""
 
     def read(self, hf: Json) -> dict[str, Any]:
-        given = dict(hf.get("rope_parameters") or _MINISTRAL3_ROPE)
+        given = dict(hf.get("rope_parameters") or self.default)
         beta = given.pop("llama_4_scaling_beta", None)
         given.pop("max_position_embeddings", None)
         native = super().read({**hf, "rope_parameters": given})
         original = native["rope"].get("original_max_position_embeddings", hf.get("max_position_embeddings"))
-        return {**native, "query_temperature": None if beta is None else (beta, original)}
+        return {**native, "query_temperature": None if beta is None else (beta, original, 0)}
 
     def write(self, native: Json) -> dict[str, Any]:
         out = super().write(native)
@@ -73,7 +73,7 @@ MINISTRAL3 = replace(
     MISTRAL,
     architecture="Ministral3ForCausalLM",
     model_type="ministral3",
-    fields=(*sizes(kv=8, head=128, positions=262144), *rms(1e-5), *GATED_SILU, Windows(), _Rope(), UNTIED),
+    fields=(*sizes(kv=8, head=128, positions=262144), *rms(1e-5), *GATED_SILU, Windows(), _Rope(default=_MINISTRAL3_ROPE), UNTIED),
     tiny={
         **MISTRAL.tiny,
         "sliding_window": None,

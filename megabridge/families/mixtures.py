@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from megabridge.errors import ConfigError
-from megabridge.families.fields import REQUIRED, Choice, Field, FieldLike, Json
+from megabridge.families.fields import REQUIRED, Choice, Field, FieldLike, Fixed, Json
 from megabridge.families.parts import GATE_UP
 from megabridge.mapping import Layout, Rows, Stack, block, weight
 from megabridge.mapping.rules import Rules
@@ -42,19 +42,22 @@ class DenseFirst:
 
 @dataclass(frozen=True)
 class LayerTypes:
-    """`hf` says for each layer whether it is sparse or dense; without it the first `dense_first` are dense. Native as above."""
+    """`hf` says for each layer whether it is sparse or dense; without it the first `dense_first` are dense, or as many as the key
+    `count` says. Native as above."""
 
     hf: str = "mlp_layer_types"
     dense_first: int = 0
+    count: str | None = None
 
     def keys(self) -> frozenset[str]:
-        return frozenset((self.hf,))
+        return frozenset((self.hf,) if self.count is None else (self.hf, self.count))
 
     def read(self, hf: Json) -> dict[str, Any]:
         layers = hf.get("num_hidden_layers", 0)
         kinds = hf.get(self.hf)
         if kinds is None:
-            kinds = ["dense" if layer < self.dense_first else "sparse" for layer in range(layers)]
+            dense = self.dense_first if self.count is None else hf.get(self.count, self.dense_first)
+            kinds = ["dense" if layer < dense else "sparse" for layer in range(layers)]
         if len(kinds) != layers or set(kinds) - {"dense", "sparse"}:
             raise ConfigError(f"{self.hf} must say dense or sparse for each of {layers} layers; it is {kinds!r}.")
         return {"moe_layer_freq": [int(kind == "sparse") for kind in kinds]}
@@ -167,6 +170,20 @@ def mixture(
         Field("moe_router_topk",                   topk,    defaults[1]),
         Field("moe_ffn_hidden_size",               width,   defaults[2]),
         *loss,
+    )
+
+
+def sigmoid_router(
+    *, groups: tuple[int, int] = (1, 1), normalize: bool = True, scale: float = 1.0
+) -> tuple[FieldLike, ...]:
+    """Sigmoid scores, chosen with a correction bias, within groups, as DeepSeek-V3 began it; the arguments are for absent keys."""
+    pairs = ((True, None), (False, False))
+    return (
+        Fixed("moe_router_score_function",         "sigmoid"),
+        Fixed("moe_router_enable_expert_bias",     True),
+        Choice("router_normalize",                 "norm_topk_prob", pairs if normalize else pairs[::-1]),
+        Groups(defaults=groups),
+        Field("moe_router_topk_scaling_factor",    "routed_scaling_factor", scale),
     )
 
 

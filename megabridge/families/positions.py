@@ -20,20 +20,25 @@ class Rope:
 
     The native side is one dict `rope` in the newer form: rope_type, rope_theta and the type's own settings. With `partial`, the
     share of a head that is rotated unless config.json says another, there is a native `rotary_percent` too. `default` are the
-    settings of a config.json that has none.
+    settings of a config.json that has none; `channels` is a key that may hold the number of rotated channels instead of that share.
     """
 
     theta: float = 10000.0
     partial: float | None = None
     default: Mapping[str, Any] = field(default_factory=dict)
+    channels: str | None = None
 
     def keys(self) -> frozenset[str]:
         names = {"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"}
-        return frozenset(names | ({"partial_rotary_factor"} if self.partial is not None else set()))
+        names |= {"partial_rotary_factor"} if self.partial is not None else set()
+        return frozenset(names | ({self.channels} if self.channels is not None else set()))
 
     def read(self, hf: Json) -> dict[str, Any]:
         rope = read_rope(hf.get("rope_parameters") or hf.get("rope_scaling") or self.default, hf, self.theta)
-        share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", self.partial))
+        share = self.partial
+        if self.channels is not None and hf.get(self.channels) is not None:
+            share = hf[self.channels] / hf["head_dim"]
+        share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", share))
         if self.partial is None:
             if share not in (1, None) and rope["rope_type"] != "proportional":
                 raise ConfigError(
@@ -113,7 +118,8 @@ class Windows:
 
     `is_windowed(config, layer index)` says it where config.json has no layer_types; None: all layers, and the architecture has no
     such key. `switch` is a key that turns windows on. With `nope_elsewhere`, layers without a window have no rotary embedding,
-    where there are windows at all. Native: TransformerConfig's window_size, window_attn_skip_freq (1: window) and no_rope_freq.
+    where there are windows at all. `key` and `kind` are what config.json calls the size and such layers. Native:
+    TransformerConfig's window_size, window_attn_skip_freq (1: window) and no_rope_freq.
     """
 
     is_windowed: Callable[[Json, int], bool] | None = None
@@ -121,29 +127,31 @@ class Windows:
     switch: str | None = None
     nope_elsewhere: bool = False
     pattern_keys: tuple[str, ...] = ()
+    key: str = "sliding_window"
+    kind: str = SLIDING
 
     def keys(self) -> frozenset[str]:
-        names = {"sliding_window", *self.pattern_keys}
+        names = {self.key, *self.pattern_keys}
         names |= {self.switch} if self.switch else set()
         return frozenset(names | ({"layer_types"} if self.is_windowed is not None else set()))
 
     def read(self, hf: Json) -> dict[str, Any]:
-        window = hf.get("sliding_window", self.default)
+        window = hf.get(self.key, self.default)
         if self.switch is not None and not hf.get(self.switch, False):
             window = None
         layers = range(hf.get("num_hidden_layers", 0))
         given = hf.get("layer_types") if self.is_windowed is not None else None
         if given is not None:
-            wrong = sorted(set(given) - {SLIDING, FULL})
+            wrong = sorted(set(given) - {self.kind, FULL})
             if wrong or len(given) != len(layers):
-                raise ConfigError(f"layer_types must say {SLIDING} or {FULL} for each of {len(layers)} layers; it is {given!r}.")
-            flags = [kind == SLIDING for kind in given]
+                raise ConfigError(f"layer_types must say {self.kind} or {FULL} for each of {len(layers)} layers; it is {given!r}.")
+            flags = [kind == self.kind for kind in given]
         elif self.is_windowed is not None:
             flags = [window is not None and self.is_windowed(hf, layer) for layer in layers]
         else:
             flags = [window is not None for _ in layers]
         if window is None and any(flags):
-            raise ConfigError(f"layer_types has {SLIDING}, but there is no sliding_window; set it.")
+            raise ConfigError(f"layer_types has {self.kind}, but there is no {self.key}; set it.")
         native: dict[str, Any] = {"window_size": None, "window_attn_skip_freq": None}
         if any(flags):
             native = {"window_size": (window - 1, 0), "window_attn_skip_freq": [int(flag) for flag in flags]}
@@ -154,9 +162,9 @@ class Windows:
     def write(self, native: Json) -> dict[str, Any]:
         size, layers = native["window_size"], native["num_layers"]
         flags = native["window_attn_skip_freq"] or [int(size is not None)] * layers
-        out: dict[str, Any] = {"sliding_window": None if size is None else size[0] + 1}
+        out: dict[str, Any] = {self.key: None if size is None else size[0] + 1}
         if self.is_windowed is not None:
-            out["layer_types"] = [SLIDING if flag else FULL for flag in flags]
+            out["layer_types"] = [self.kind if flag else FULL for flag in flags]
         elif size is not None and not all(flags):
             raise ConfigError("this architecture has the same window in all layers; use window_attn_skip_freq=None.")
         if self.switch is not None:

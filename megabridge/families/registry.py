@@ -13,9 +13,9 @@ from megabridge.families.family import Family
 from megabridge.families.fields import Json
 
 _OURS = (
-    "arcee", "cohere", "deepseek", "ernie4_5", "exaone4", "gemma", "gemma3", "glm", "glm4_moe_lite", "gpt2", "gpt_neox", "gpt_oss",
-    "granite", "hunyuan", "llama", "mistral", "mixtral", "nemotron", "olmo", "phi3", "qwen", "seed_oss", "smollm3", "stablelm",
-    "starcoder2",
+    "arcee", "cohere", "deepseek", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "gemma", "gemma3", "glm",
+    "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_neox", "gpt_oss", "granite", "hunyuan", "llama", "llama4", "minimax_m2",
+    "mistral", "mixtral", "nemotron", "olmo", "phi3", "qwen", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _registered: dict[str, Family] = {}
 

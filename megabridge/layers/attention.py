@@ -55,6 +55,9 @@ class TorchAttention(torch.nn.Module):
         self.softmax_offset = _sinks(config) if config.softmax_type == "learnable" else None
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None  # keys that a query sees, its own included
+        self.has_rope = not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
+        self.has_temperature = style.query_temperature is not None and not (config.no_rope_freq and self.has_rope)
+        self.epsilon = config.layernorm_epsilon
         if style.qk_norm == "rotated":
             norm: Any = RMSNorm if config.normalization == "RMSNorm" else functools.partial(LayerNorm, bias=style.qk_norm_bias)
             self.q_layernorm = norm(config, config.kv_channels, config.layernorm_epsilon)
@@ -85,7 +88,11 @@ class TorchAttention(torch.nn.Module):
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
         if self.style.qk_norm == "rotated":
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if self.style.query_temperature is not None:
+        if self.style.qk_norm == "l2" and self.has_rope:
+            query, key = (
+                F.rms_norm(tensor.float(), tensor.shape[-1:], eps=self.epsilon).to(tensor.dtype) for tensor in (query, key)
+            )
+        if self.has_temperature and self.style.query_temperature is not None:
             query = query * _temperature(*self.style.query_temperature, query)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.dropout if self.training else 0.0
@@ -93,12 +100,13 @@ class TorchAttention(torch.nn.Module):
         is_written_out = self.style.attention_softcap is not None or self.softmax_offset is not None
         is_special = window is not None or is_written_out
         if is_special and causal and attention_mask is None and flex.can_take(query, dropout=dropout):
-            settings: dict[str, Any] = {"window": window, "softcap": self.style.attention_softcap, "scale": self.scale}
-            context = flex.attend(query, key, value, sinks=self.softmax_offset, **settings)
+            settings: dict[str, Any] = {"window": window, "chunks": self.style.attention_chunks, "scale": self.scale}
+            settings |= {"softcap": self.style.attention_softcap, "sinks": self.softmax_offset}
+            context = flex.attend(query, key, value, **settings)
             return context.permute(2, 0, 1, 3).flatten(2)
         allowed = None
         if is_special or attention_mask is not None:
-            allowed = _allowed(attention_mask, key, window, causal=causal)
+            allowed = _allowed(attention_mask, key, window, causal=causal, chunks=self.style.attention_chunks)
         # Heads are cut over tp, so that each rank drops its own; under sequence parallelism megatron-core uses the
         # default generator here (dot_product_attention.py).
         forked = dropout > 0 and not self.sequence_parallel
@@ -168,7 +176,7 @@ def _sinks(config: Any) -> torch.nn.Parameter:
     return sinks
 
 
-def _allowed(mask: Tensor | None, key: Tensor, window: int | None, *, causal: bool) -> Tensor | None:
+def _allowed(mask: Tensor | None, key: Tensor, window: int | None, *, causal: bool, chunks: bool) -> Tensor | None:
     """Which keys [b, heads, s, d] a query may attend to, [s, s] or [b, 1, s, s]; None for all.
 
     A mask of every query says for itself what is causal.
@@ -176,21 +184,25 @@ def _allowed(mask: Tensor | None, key: Tensor, window: int | None, *, causal: bo
     allowed = None if mask is None else ~mask
     if window is None and not (causal and (allowed is None or allowed.shape[-2] == 1)):
         return allowed
-    seen = _seen(key.shape[-2], window, key.device)
+    seen = _seen(key.shape[-2], window, key.device, chunks=chunks)
     return seen if allowed is None else allowed & seen
 
 
 @functools.lru_cache(maxsize=4)
-def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
-    """[length, length], True where the key (column) is not after the query (row), and one of its last `window` keys."""
+def _seen(length: int, window: int | None, device: torch.device, *, chunks: bool) -> Tensor:
+    """[length, length], True where the key (column) is not after the query (row), and one of its last `window` keys, or with
+    `chunks`, in the same stretch of `window` positions."""
     positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions[None, :]
+    if chunks and window is not None:
+        stretch = positions // window
+        return (distance >= 0) & (stretch[:, None] == stretch[None, :])
     return (distance >= 0) & (distance < (length if window is None else window))
 
 
-def _temperature(beta: float, original: int, query: Tensor) -> Tensor:
-    """The factor [s, 1, 1, 1] of the query at each position."""
-    positions = torch.arange(query.shape[0], device=query.device)
+def _temperature(beta: float, original: int, first: int, query: Tensor) -> Tensor:
+    """The factor [s, 1, 1, 1] of the query at each position; positions count from `first`."""
+    positions = torch.arange(first, first + query.shape[0], device=query.device)
     factor = 1 + beta * torch.log(1 + torch.floor(positions / original))
     return factor[:, None, None, None].to(query.dtype)
 

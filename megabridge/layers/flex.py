@@ -20,15 +20,24 @@ def can_take(query: Tensor, *, dropout: float) -> bool:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, softcap: float | None, scale: float, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    chunks: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of [b, heads, s, d] with keys and values [b, kv_heads, s, d]; a query sees its last `window` keys.
+    """Causal attention of [b, heads, s, d] with keys and values [b, kv_heads, s, d]; a query sees its last `window` keys, or with
+    `chunks`, those in its own stretch of `window` positions.
 
     `sinks` [heads] are scores that take their share of the softmax and give nothing.
     """
     settings: dict[str, Any] = {
         "score_mod": None if softcap is None else _capped(softcap),
-        "block_mask": _mask(query.shape[-2], window, query.device),
+        "block_mask": _mask(query.shape[-2], window, query.device, chunks=chunks),
         "scale": scale,
         "enable_gqa": query.shape[1] != key.shape[1],
     }
@@ -46,8 +55,10 @@ def _kernel() -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _mask(length: int, window: int | None, device: torch.device) -> BlockMask:
+def _mask(length: int, window: int | None, device: torch.device, *, chunks: bool) -> BlockMask:
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if chunks and window is not None:
+            return (query >= key) & (query // window == key // window)
         return (query >= key) & (query - key < (length if window is None else window))
 
     return create_block_mask(sees, None, None, length, length, device=device)

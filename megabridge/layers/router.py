@@ -26,6 +26,7 @@ class Router(TopKRouter):  # type: ignore[misc]
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.style = style
         if style.router_bias and self.expert_bias is None:
+            del self.expert_bias  # an attribute so far
             self.register_buffer("expert_bias", torch.zeros(config.num_moe_experts, dtype=torch.float32, device=platform.device()))
 
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:

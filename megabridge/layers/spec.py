@@ -184,7 +184,7 @@ def _qk_norm(backend: TorchSpecProvider, config: Any, heads: int) -> Any:
     if not config.qk_layernorm:
         return IdentityOp
     kind = backend.style.qk_norm
-    if kind == "rotated":  # the core attention's, after the rotary embedding
+    if kind in ("rotated", "l2"):  # the core attention's, after the rotary embedding
         return lambda **_: None
     if kind in ("heads", "whole"):
         return functools.partial(HeadsNorm, heads=heads, whole=kind == "whole")

@@ -5,7 +5,7 @@ Data and integers only: no model, no process, no file.
 
 from megabridge.mapping.boxes import Axis, Cut, Run
 from megabridge.mapping.dims import Dims
-from megabridge.mapping.layout import Fuse, Interleave, Joined, Layout, Piece, Rows, Same, Stack, Transpose
+from megabridge.mapping.layout import Fuse, Interleave, Joined, Layout, Piece, Rows, Same, Single, Stack, Transpose
 from megabridge.mapping.rules import Resolved, Rule, WeightMap, block, natural, weight
 from megabridge.mapping.transfer import Transfer, transfers, whole
 
@@ -23,6 +23,7 @@ __all__ = [
     "Rule",
     "Run",
     "Same",
+    "Single",
     "Stack",
     "Transfer",
     "Transpose",

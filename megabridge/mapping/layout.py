@@ -186,6 +186,18 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Single:
+    """The tensor has a first dimension more, of one entry: a bias that a file keeps as one row."""
+
+    def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
+        return [(1, *native)]
+
+    def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
+        axes = (replace(_whole(dim, length), hf_dim=dim + 1) for dim, length in enumerate(native))
+        return [Piece(0, (Axis(None, 0, Run.span(0, 1), Run.span(0, 1)), *axes))]
+
+
+@dataclass(frozen=True)
 class Interleave:
     """The parameter is `parts` equal blocks of rows, one below another; the tensor takes a row from each in turn."""
 

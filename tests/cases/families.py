@@ -45,11 +45,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "DeepseekV3ForCausalLM:plain": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
     "SmolLM3ForCausalLM:full": {"use_sliding_window": False, "sliding_window": None, "no_rope_layers": [1, 1, 1, 0]},
+    "GptOssForCausalLM:plain": {"attention_bias": False, "num_key_value_heads": 1, "layer_types": ["full_attention"] * 4},
+    "Glm4MoeForCausalLM:plain": {
+        "attention_bias": False, "use_qk_norm": False, "norm_topk_prob": False, "n_group": 4, "topk_group": 2, "n_shared_experts": 2,
+        "first_k_dense_replace": 2,
+    },
+    "Dots1ForCausalLM:full": {
+        "norm_topk_prob": True, "sliding_window": None, "layer_types": ["full_attention"] * 4, "attention_bias": False,
+    },
+    "MiniMaxM2ForCausalLM:legacy": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rotary_dim": 8, "num_key_value_heads": 1,
+    },
+    "Ernie4_5_MoeForCausalLM:interval": {"moe_layer_interval": 2, "moe_num_shared_experts": 0, "tie_word_embeddings": False},
+    "Llama4ForCausalLM:plain": {
+        "moe_layers": None, "interleave_moe_layer_step": 2, "no_rope_layers": None, "no_rope_layer_interval": 2, "layer_types": None,
+        "use_qk_norm": False, "attn_temperature_tuning": False, "attention_bias": False, "num_key_value_heads": 1,
+    },
+    "ExaoneMoeForCausalLM:plain": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1},
 }  # fmt: skip
 
 
-MIXTURES = [name for name, family in all_families().items() if "num_moe_experts" in family.native(family.tiny)]
-MIXTURES = sorted(MIXTURES + [name for name in VARIANTS if name.partition(":")[0] in MIXTURES])
+def _has_experts(name: str) -> bool:
+    family = all_families()[name.partition(":")[0]]
+    return "num_moe_experts" in family.native(family.tiny)
+
+
+MIXTURES = sorted(name for name in {*all_families(), *VARIANTS} if _has_experts(name))
 
 
 def tiny_config(architecture: str) -> dict[str, Any]:

@@ -17,12 +17,10 @@ from megabridge.workbench.findings import problems_of
 from megabridge.workbench.layouts import Layout
 from tests.cases.convert import provide
 
-ARCHITECTURE = "DeepseekV3ForCausalLM"
 
-
-def make(folder: str) -> None:
+def make(folder: str, architecture: str) -> None:
     """A trial whose model has a multi-token-prediction layer: its tensors are in the file, and in the loss and its gradients."""
-    family, root = all_families()[ARCHITECTURE], Path(folder)
+    family, root = all_families()[architecture], Path(folder)
     config = trial.tiny_config(family, battery.LAYERS)
     trial.write_trial(root, config, family, ranks=4)
     from transformers import AutoModelForCausalLM
@@ -44,16 +42,31 @@ def make(folder: str) -> None:
     torch.autograd.backward(loss + 0.1 * second)
     layer = battery.LAYERS
     own = _published(ahead.layers[0], layer, lambda tensor: tensor.data)
-    shared = {f"model.layers.{layer}.embed_tokens.weight": "model.embed_tokens.weight", f"model.layers.{layer}.shared_head.head.weight": "lm_head.weight"}
+    shared = {
+        f"model.layers.{layer}.embed_tokens.weight": "model.embed_tokens.weight",
+        f"model.layers.{layer}.shared_head.head.weight": "lm_head.weight",
+    }
     file = load_file(root / "model.safetensors")
-    save_file({**file, **own, **{copy: file[name].clone() for copy, name in shared.items()}}, root / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**file, **own, **{copy: file[name].clone() for copy, name in shared.items()}}, root / "model.safetensors", {"format": "pt"}
+    )
     with torch.no_grad():
-        gradients = _published(ahead.layers[0], layer, lambda tensor: tensor.grad if isinstance(tensor, torch.nn.Parameter) else tensor)
+        gradients = _published(
+            ahead.layers[0], layer, lambda tensor: tensor.grad if isinstance(tensor, torch.nn.Parameter) else tensor
+        )
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     model.save_pretrained(root / trial.GRADIENTS)
     main = load_file(root / trial.GRADIENTS / "model.safetensors")
     save_file({**main, **gradients}, root / trial.GRADIENTS / "model.safetensors", {"format": "pt"})
+
+
+def make_with(folder: str, architecture: str, key: str, tensor: str) -> None:
+    """A trial whose config's `key` says that there is such a layer, and whose file has `tensor` of it."""
+    family, root = all_families()[architecture], Path(folder)
+    trial.write_trial(root, {**trial.tiny_config(family, battery.LAYERS), key: 1}, family)
+    file = load_file(root / "model.safetensors")
+    save_file({**file, tensor: torch.arange(6.0).view(2, 3)}, root / "model.safetensors", {"format": "pt"})
 
 
 def _published(layer: Any, number: int, of: Any) -> dict[str, torch.Tensor]:
@@ -101,4 +114,3 @@ def not_built(source: str, out: str) -> list[str]:
     names = [name for name, _ in again.export_hf_weights(model, show_progress=False)]
     assert not any(f".layers.{battery.LAYERS}." in name for name in names)  # what training doesn't change is not streamed
     return problems
-

@@ -20,10 +20,10 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture(scope="module", params=["DeepseekV3ForCausalLM", "Glm4MoeForCausalLM"])
+def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("mtp") / "source"
-    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(root)}, timeout=300)
+    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(root), "architecture": request.param}, timeout=300)
     return root
 
 
@@ -42,3 +42,19 @@ def test_carried_along_where_it_is_not_built(layout: str, source: Path, ranks: R
         assert problems == []
     for name in ("straight", "after"):
         assert payload(tmp_path / name) == payload(source)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "tensor"),
+    [
+        ("Ernie4_5_MoeForCausalLM", "num_nextn_predict_layers", "model.mtp_linear_proj.0.weight"),
+        ("ExaoneMoeForCausalLM", "num_nextn_predict_layers", "mtp.fc.weight"),
+        ("MiniMaxM2ForCausalLM", "num_mtp_modules", "model.layers.5.eh_proj.weight"),
+    ],
+)
+def test_carried_along_under_other_names(architecture: str, key: str, tensor: str, ranks: RankServer, tmp_path: Path) -> None:
+    kwargs = {"folder": str(tmp_path / "source"), "architecture": architecture, "key": key, "tensor": tensor}
+    ranks.run("tests.cases.mtp:make_with", kwargs=kwargs, timeout=300)
+    kwargs = {"source": str(tmp_path / "source"), "out": str(tmp_path)}
+    assert ranks.run("tests.cases.mtp:not_built", topology=Topology(), kwargs=kwargs, timeout=300) == [[]]
+    assert tensor in payload(tmp_path / "after")

@@ -163,9 +163,11 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize(("window", "softcap"), [(100, None), (None, 5.0), (100, 5.0), (17, None)])
-def test_flex_attention_beside_the_formula(window: int | None, softcap: float | None, with_sinks: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("window", "softcap", "has"),
+    [(100, None, ""), (None, 5.0, ""), (100, 5.0, "sinks"), (17, None, "sinks"), (None, None, "sinks"), (100, None, "chunks")],
+)
+def test_flex_attention_beside_the_formula(window: int | None, softcap: float | None, has: str, dtype: torch.dtype) -> None:
     from megabridge.layers import flex
 
     torch.manual_seed(0)
@@ -174,9 +176,10 @@ def test_flex_attention_beside_the_formula(window: int | None, softcap: float | 
         torch.randn(shape if i == 0 else (2, 2, 300, 64), device="cuda", dtype=dtype, requires_grad=True) for i in range(3)
     )
     sinks = torch.randn(8, device="cuda", dtype=dtype, requires_grad=True)
-    out = flex.attend(query, key, value, window=window, softcap=softcap, scale=0.125, sinks=sinks if with_sinks else None)
+    settings = {"window": window, "softcap": softcap, "scale": 0.125, "chunks": has == "chunks"}
+    out = flex.attend(query, key, value, **settings, sinks=sinks if has == "sinks" else None)
     out.float().square().sum().backward()
-    leaves = [query, key, value, *([sinks] if with_sinks else [])]
+    leaves = [query, key, value, *([sinks] if has == "sinks" else [])]
     got = [out, *(leaf.grad for leaf in leaves)]
     plain = [leaf.detach().double().requires_grad_() for leaf in leaves]
     scores = plain[0] @ plain[1].repeat_interleave(4, 1).transpose(-1, -2) * 0.125
@@ -184,8 +187,9 @@ def test_flex_attention_beside_the_formula(window: int | None, softcap: float | 
         scores = softcap * torch.tanh(scores / softcap)
     positions = torch.arange(300, device="cuda")
     distance = positions[:, None] - positions[None]
-    scores = scores.masked_fill((distance < 0) | (distance >= (window or 300)), -torch.inf)
-    if with_sinks:
+    is_far = positions[:, None] // 100 != positions[None] // 100 if has == "chunks" else distance >= (window or 300)
+    scores = scores.masked_fill((distance < 0) | is_far, -torch.inf)
+    if has == "sinks":
         scores = torch.cat([scores, plain[3][:, None, None].expand(2, 8, 300, 1)], -1)
     expected = scores.softmax(-1)[..., :300] @ plain[2].repeat_interleave(4, 1)
     expected.square().sum().backward()

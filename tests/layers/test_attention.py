@@ -42,6 +42,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, masked: Tensor, scale: fl
 
 FUTURE = torch.ones(S, S, dtype=torch.bool).triu(1)[None, None]
 PADDED = torch.tensor([[False] * S, [False] * 4 + [True] * 2])[:, None, None, :]
+CHUNKS = FUTURE | (torch.arange(S)[:, None] // 4 != torch.arange(S) // 4)
 WINDOW = FUTURE | torch.ones(S, S, dtype=torch.bool).tril(-3)
 NOTHING = torch.zeros(1, 1, S, S, dtype=torch.bool)
 
@@ -112,6 +113,14 @@ def test_windows_are_counted_with_the_query_itself(kv_heads: int, mask: Tensor |
     torch.testing.assert_close(elsewhere(query, key, value, None), formula(query, key, value, FUTURE, D**-0.5))
 
 
+@pytest.mark.parametrize("mask", [None, PADDED])
+def test_chunks_end_at_the_query(mask: Tensor | None) -> None:
+    query, key, value = tensors(2)
+    ours = styled(Style(attention_chunks=True), window_size=(3, 0))
+    expected = formula(query, key, value, CHUNKS if mask is None else CHUNKS | mask, D**-0.5)
+    torch.testing.assert_close(ours(query, key, value, mask), expected)
+
+
 @pytest.mark.parametrize("window", [None, (2, 0)])
 def test_capped_scores(window: Any) -> None:
     query, key, value = tensors(2)
@@ -126,7 +135,10 @@ def test_queries_grow_with_their_position() -> None:
     query, key, value = tensors(4)
     factor = 1 + 0.5 * torch.log(1 + torch.floor(torch.arange(S) / 2))
     expected = formula(query * factor[:, None, None, None], key, value, FUTURE, D**-0.5)
-    torch.testing.assert_close(styled(Style(query_temperature=(0.5, 2)))(query, key, value, None), expected)
+    torch.testing.assert_close(styled(Style(query_temperature=(0.5, 2, 0)))(query, key, value, None), expected)
+    here, elsewhere = (styled(Style(query_temperature=(0.5, 2, 0)), no_rope_freq=layers) for layers in ([1, 0], [0, 1]))
+    torch.testing.assert_close(here(query, key, value, None), expected)
+    torch.testing.assert_close(elsewhere(query, key, value, None), formula(query, key, value, FUTURE, D**-0.5))
 
 
 @pytest.mark.parametrize("window", [None, (2, 0)])
