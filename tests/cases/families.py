@@ -39,11 +39,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Phi3ForCausalLM:plain": {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "GraniteForCausalLM:untied": {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
     "Exaone4ForCausalLM:full": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    "Qwen2MoeForCausalLM:plain": {"use_sliding_window": False, "qkv_bias": False, "norm_topk_prob": True, "mlp_only_layers": []},
+    "Qwen3MoeForCausalLM:windows": {
+        "use_sliding_window": True, "sliding_window": 12, "norm_topk_prob": False, "attention_bias": False,
+        "decoder_sparse_step": 1, "mlp_only_layers": [0, 3], "tie_word_embeddings": True,
+    },
+    "OlmoeForCausalLM:normalised": {"norm_topk_prob": True, "attention_bias": False},
+    "PhimoeForCausalLM:plain": {
+        "architectures": ["PhiMoEForCausalLM"],
+        "attention_bias": False, "lm_head_bias": False, "sliding_window": None, "original_max_position_embeddings": None,
+        "router_jitter_noise": 0.01, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "HunYuanMoEV1ForCausalLM:one": {
+        "moe_topk": 2, "num_shared_expert": 1, "moe_intermediate_size": 48, "tie_word_embeddings": False, "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "SmolLM3ForCausalLM:full": {"use_sliding_window": False, "sliding_window": None, "no_rope_layers": [1, 1, 1, 0]},
 }  # fmt: skip
 
 
-MIXTURES = sorted(name for name, family in all_families().items() if "num_moe_experts" in family.native(family.tiny))
+MIXTURES = sorted(
+    name
+    for name in {*all_families(), *VARIANTS}
+    if "num_moe_experts" in (family := all_families()[name.partition(":")[0]]).native(family.tiny)
+)
 
 
 def tiny_config(architecture: str) -> dict[str, Any]:
