@@ -50,6 +50,8 @@ class Style:
     where no_rope_freq says which have one."""
     attention_chunks: bool = False
     """Whether a window is the part of a query's own chunk up to it, chunks being as long as windows, and not its last keys."""
+    output_bias: bool = False
+    """Whether the output layer has a bias."""
     learned_positions: bool = False
     """Whether positions are embedded by a table of `seq_length` rows."""
 
@@ -61,6 +63,8 @@ class Style:
     """What groups of experts are compared by: the sum of their two best scores, or their best one."""
     router_bias: bool = False
     """Whether a correction bias is added to the scores that choose experts, also where they are a softmax."""
+    router_jitter: float = 0.0
+    """A sparse mixer's: experts whose score is below the best by more than twice this share of it have no part in the softmax."""
     router: str | None = None
     """package.module:Class of a router of the architecture's own, a subclass of megabridge.layers.router.Router."""
 
@@ -83,5 +87,5 @@ DEFAULTS: Final[dict[str, Any]] = {field.name: field.default for field in fields
 # What the model around the layers does, or every backend's layers do.
 _EVERY_BACKEND: Final = frozenset(
     "add_attn_proj_bias add_mlp_bias embedding_multiplier round_embedding_multiplier logits_multiplier logits_softcap "
-    "residual_multiplier learned_positions".split()
+    "residual_multiplier learned_positions output_bias".split()
 )

@@ -19,7 +19,7 @@ class Family:
     `architecture` is the Hugging Face class name and `model_type` its config's; `tiny` is a small config.json that still
     exercises every rule; `ignored` are name patterns of tensors that files may hold and that no parameter needs; `carried` those
     of multi-token-prediction layers, which come back with an export of a model that was built without them (`{after}` is such a
-    layer's number in the files).
+    layer's number in the files); `other_names` are class names of the architecture's own that its published config.json gives.
     """
 
     architecture: str
@@ -29,6 +29,7 @@ class Family:
     tiny: Mapping[str, Any]
     ignored: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    other_names: tuple[str, ...] = ()
 
     def native(self, hf: Json) -> dict[str, Any]:
         """The native config of a config.json. Raises one ConfigError with every key that can't be represented."""

@@ -163,6 +163,45 @@ class Converted:
 
 
 @dataclass(frozen=True)
+class Either:
+    """`field`, which some files give under the name `other`; it is written under its own."""
+
+    field: Field
+    other: str
+
+    def keys(self) -> frozenset[str]:
+        return self.field.keys() | {self.other}
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        value = hf.get(self.field.hf)
+        return self.field.read({**hf, self.field.hf: hf.get(self.other) if value is None else value})
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return self.field.write(native)
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """`field`, whose value may be a list with an entry per layer; all layers must have the same."""
+
+    field: Field
+
+    def keys(self) -> frozenset[str]:
+        return self.field.keys()
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        value = hf.get(self.field.hf)
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise ConfigError(f"{self.field.hf}={value!r} can't be represented: all layers must have the same.")
+            value = value[0]
+        return self.field.read({**hf, self.field.hf: value})
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return self.field.write(native)
+
+
+@dataclass(frozen=True)
 class Only:
     """A key that may only have these values: with any other the model would compute something else."""
 

@@ -1,5 +1,7 @@
 """GraniteForCausalLM: Granite 3 and 4 dense (transformers models/granite/modeling_granite.py): factors in four places."""
 
+from typing import Final
+
 from megabridge.families.family import Family
 from megabridge.families.fields import Converted, Field
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
@@ -7,6 +9,12 @@ from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
+FACTORS: Final = (
+    Field("embedding_multiplier",                  "embedding_multiplier", 1.0),
+    Field("residual_multiplier",                   "residual_multiplier",  1.0),
+    Field("softmax_scale",                         "attention_multiplier", 1.0),
+    Converted("logits_multiplier",                 "logits_scaling",       lambda value: 1 / value, lambda value: 1 / value, 1.0),
+)
 FAMILY = Family(
     architecture="GraniteForCausalLM",
     model_type="granite",
@@ -15,10 +23,7 @@ FAMILY = Family(
         *rms(),
         *GATED_SILU,
         *biases("attention_bias", "attention_bias", "mlp_bias"),
-        Field("embedding_multiplier",              "embedding_multiplier", 1.0),
-        Field("residual_multiplier",               "residual_multiplier",  1.0),
-        Field("softmax_scale",                     "attention_multiplier", 1.0),
-        Converted("logits_multiplier",             "logits_scaling",       lambda value: 1 / value, lambda value: 1 / value, 1.0),
+        *FACTORS,
         Rope(),
         UNTIED,
     ),

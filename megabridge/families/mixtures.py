@@ -131,7 +131,31 @@ class MtpLayers:
         return {self.hf: native["hf_mtp_layers"]}
 
 
+@dataclass(frozen=True)
+class SparseStep:
+    """Each n-th layer is a mixture, but those that mlp_only_layers names. Native as above."""
+
+    def keys(self) -> frozenset[str]:
+        return frozenset(("decoder_sparse_step", "mlp_only_layers"))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        layers, step = hf.get("num_hidden_layers", 0), hf.get("decoder_sparse_step", 1)
+        dense = hf.get("mlp_only_layers") or []
+        return {"moe_layer_freq": [int((layer + 1) % step == 0 and layer not in dense) for layer in range(layers)]}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        dense = [layer for layer, is_mixture in enumerate(native["moe_layer_freq"]) if not is_mixture]
+        return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
 # fmt: off
+# A softmax over all experts, or over a token's own, which is the same as normalising their share of it.
+SOFTMAX: Final[tuple[FieldLike, ...]] = (
+    Fixed("moe_router_score_function",             "softmax"),
+    Choice("moe_router_pre_softmax",               "norm_topk_prob", ((False, True), (True, False))),
+)
+
+
 def mtp_layers(layer: Rules, hf: str = "model.layers.{after}") -> Rules:
     """A multi-token-prediction layer, whose transformer layer has the rules `layer`."""
     return (

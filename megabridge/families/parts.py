@@ -75,6 +75,7 @@ def embeddings(embed: str = "model.embed_tokens", norm: str = "model.norm", head
     return (
         weight("embedding.word_embeddings.weight",  f"{embed}.weight", layout=VOCABULARY),
         weight("output_layer.weight",               f"{head}.weight",  layout=VOCABULARY, when_tied=f"{embed}.weight"),
+        weight("output_layer.bias",                 f"{head}.bias",    layout=VOCABULARY),
         weight("decoder.final_layernorm.weight",    f"{norm}.weight"),
         weight("decoder.final_layernorm.bias",      f"{norm}.bias"),
     )

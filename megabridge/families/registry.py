@@ -14,8 +14,9 @@ from megabridge.families.fields import Json
 
 _OURS = (
     "arcee", "cohere", "deepseek", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "gemma", "gemma3", "glm",
-    "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_neox", "gpt_oss", "granite", "hunyuan", "llama", "llama4", "minimax_m2",
-    "mistral", "mixtral", "nemotron", "olmo", "phi3", "qwen", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_neox", "gpt_oss", "granite", "granite_moe", "hunyuan", "hunyuan_moe", "llama",
+    "llama4", "minimax_m2", "mistral", "mixtral", "nemotron", "olmo", "olmoe", "phi3", "phimoe", "qwen", "qwen_moe",
+    "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _registered: dict[str, Family] = {}
 
@@ -54,10 +55,14 @@ def all_families() -> dict[str, Family]:
 
 
 def architecture_of(hf: Json) -> str:
-    """The class name in a config.json, or the one that its model_type implies. Raises ConfigError when there is neither."""
+    """The class name in a config.json, as transformers has it, or the one that its model_type implies.
+
+    Raises ConfigError when there is neither.
+    """
     named = hf.get("architectures") or []
     if named:
-        return str(named[0])
+        owners = [family.architecture for family in all_families().values() if named[0] in family.other_names]
+        return owners[0] if owners else str(named[0])
     for family in all_families().values():
         if family.model_type == hf.get("model_type"):
             return family.architecture

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import megabridge.platform as platform
 from megabridge.layers import latent
 from megabridge.layers.rotary import HFRotaryEmbedding, LocalAndGlobal
 from megabridge.style import Style
@@ -64,6 +65,8 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             self._set_rope(rope, rotary_percent)
         if config.softmax_type == "learnable":
             self._mark_sinks()
+        if post_process and style.output_bias:
+            self._add_output_bias()
         self._zero_padding()
         if (pre_process or self.mtp_process) and style.embedding_multiplier != 1.0:
             self.embedding.word_embeddings.register_forward_hook(self._scale_embeddings)
@@ -114,6 +117,13 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             weights.append(self.output_layer.weight)
         for weight in weights:
             weight[self.real_columns(weight.shape[0]) :].zero_()
+
+    def _add_output_bias(self) -> None:
+        """A bias for the output layer, which GPTModel always builds without; cut over tp as the weight's rows are."""
+        device = None if self.config.use_cpu_initialization else platform.device()  # None: a surrounding torch.device() holds
+        rows = self.output_layer.output_size_per_partition
+        self.output_layer.bias = torch.nn.Parameter(torch.zeros(rows, dtype=self.config.params_dtype, device=device))
+        tensor_parallel.set_tensor_model_parallel_attributes(self.output_layer.bias, True, 0, 1)
 
     def _scale_embeddings(self, module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
         factor = self.style.embedding_multiplier

@@ -78,3 +78,23 @@ class Router(TopKRouter):  # type: ignore[misc]
             probs = self._apply_global_aux_loss(probs, scores, map_of, with_padding_mask=is_padded)
         self._apply_expert_bias(routed, padding_mask=padding)
         return probs, routed
+
+
+class SparseMixer(Router):
+    """Phi-3.5-MoE's: one expert after another, each weighed by a softmax over what is near the best of those left.
+
+    arXiv 2409.12136, as transformers' phimoe has it for inference; training chooses alike, without its random draws.
+    """
+
+    @override
+    def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = left = logits.float()
+        weights, experts = [], []
+        for _ in range(self.topk):
+            best, expert = left.max(-1, keepdim=True)
+            with torch.no_grad():
+                is_far = (best - scores) / torch.maximum(scores.abs(), best) > 2 * self.style.router_jitter
+            weights.append(left.masked_fill(is_far, float("-inf")).softmax(-1).gather(-1, expert))
+            experts.append(expert)
+            left = left.scatter(-1, expert, float("-inf"))
+        return torch.cat(weights, -1), torch.cat(experts, -1)

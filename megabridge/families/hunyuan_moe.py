@@ -1,0 +1,67 @@
+"""HunYuanMoEV1ForCausalLM: Hunyuan-A13B (transformers models/hunyuan_v1_moe): the dense one's attention, a shared expert."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megabridge.errors import ConfigError
+from megabridge.families.family import Family
+from megabridge.families.fields import Field, Fixed, Json, Only, PerLayer
+from megabridge.families.hunyuan import AlphaRope
+from megabridge.families.mixtures import experts, router, shared_expert
+from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, qk_norms, rms, sizes
+from megabridge.mapping import WeightMap, block
+
+
+@dataclass(frozen=True)
+class OneWidth:
+    """The shared expert and each other one are as wide as `intermediate_size`; config.json may say so once more, by layer."""
+
+    def keys(self) -> frozenset[str]:
+        return frozenset(("moe_intermediate_size", "num_shared_expert"))
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        width = hf.get("intermediate_size")
+        for key, wanted in (("moe_intermediate_size", width), ("num_shared_expert", 1)):
+            given = PerLayer(Field(key, key, wanted)).read(hf)[key]
+            if given != wanted:
+                raise ConfigError(f"{key}={hf[key]!r} can't be represented; it must be {wanted!r}, with intermediate_size={width}.")
+        return {"moe_ffn_hidden_size": width, "moe_shared_expert_intermediate_size": width}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        names = ("ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+        if len({native[name] for name in names}) != 1:
+            raise ConfigError(f"{', '.join(f'{name}={native[name]}' for name in names)} must be equal for config.json.")
+        return {}
+
+
+# fmt: off
+FAMILY = Family(
+    architecture="HunYuanMoEV1ForCausalLM",
+    model_type="hunyuan_v1_moe",
+    fields=(
+        *sizes(),
+        *rms(1e-5),
+        *GATED_SILU,
+        *biases("attention_bias", "attention_bias"),
+        Fixed("qk_norm",                           "rotated"),
+        Only("use_qk_norm",                        (True,)),
+        PerLayer(Field("num_moe_experts",          "num_experts", 1)),
+        PerLayer(Field("moe_router_topk",          "moe_topk",    1)),
+        OneWidth(),
+        Fixed("moe_router_score_function",         "softmax"),  # of the chosen experts alone
+        AlphaRope(),
+        UNTIED,
+    ),
+    weights=WeightMap(
+        embeddings(),
+        block(*LAYER, pre_norms(), attention(), router("mlp.gate.wg"), experts(), shared_expert("mlp.shared_mlp"),
+              qk_norms("self_attn.query_layernorm", "self_attn.key_layernorm", "self_attention.core_attention")),
+    ),
+    tiny={
+        "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "attention_bias": True, "tie_word_embeddings": True,
+        "num_experts": 8, "moe_topk": [3, 3, 3, 3], "num_shared_expert": [1, 1, 1, 1],
+        "moe_intermediate_size": [48, 48, 48, 48], "use_qk_norm": True,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 100.0, "factor": 1.0},
+    },
+)
