@@ -137,7 +137,7 @@ class HFWeights(HFModel):
                 "the import was not strict, so the export would differ from its source; pass strict=False to publish it all the "
                 "same:\n  " + listed(list(self.record.left_out))
             )
-        plan = with_carried(self.plan(model), self.carried)
+        plan = with_carried(self.plan(model), self.carried, path.absolute().parent)
         aliases = self._aliases(plan)
         dtypes = self._dtypes(plan, weight_dtype)
         used = {spec.dtype for spec in export_specs(plan, dtypes, aliases).values()}

@@ -17,8 +17,7 @@ from megabridge.conversion.compare import same_bits
 from megabridge.conversion.manifest import Manifest
 from megabridge.errors import CheckpointError
 from megabridge.families import family_for
-from megabridge.mapping import natural
-from megabridge.mapping.transfer import whole
+from megabridge.mapping import natural, whole
 
 
 def against_manifest(folder: Path) -> list[str]:

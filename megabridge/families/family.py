@@ -9,12 +9,8 @@ from typing import Any
 
 from megabridge.errors import ConfigError, listed
 from megabridge.families.fields import COMPUTING, INERT, FieldLike, Json
-<<<<<<< HEAD
-from megabridge.mapping import Dims, WeightMap
-=======
 from megabridge.families.quantization import quantization_of
-from megabridge.mapping import WeightMap
->>>>>>> bd425a7 (Block-scaled FP8 and MXFP4 sources: a rank decodes the boxes that it owns)
+from megabridge.mapping import Dims, WeightMap
 
 
 @dataclass(frozen=True)

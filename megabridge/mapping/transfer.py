@@ -73,12 +73,6 @@ class Transfer:
         return length, [sum(offsets) for offsets in product(*reversed(outer))]
 
 
-def whole(shape: Shape) -> Transfer:
-    """A whole tensor, as itself on both sides."""
-    runs = [Run.span(0, length) for length in shape]
-    return Transfer(0, shape, tuple(Axis(dim, dim, run, run) for dim, run in enumerate(runs)))
-
-
 def _halves(axis: Axis) -> list[Axis]:
     run = axis.native
     if run.count > 1:

@@ -44,11 +44,18 @@ def make(folder: str) -> None:
     torch.autograd.backward(loss + 0.1 * second)
     layer = battery.LAYERS
     own = _published(ahead.layers[0], layer, lambda tensor: tensor.data)
-    shared = {f"model.layers.{layer}.embed_tokens.weight": "model.embed_tokens.weight", f"model.layers.{layer}.shared_head.head.weight": "lm_head.weight"}
+    shared = {
+        f"model.layers.{layer}.embed_tokens.weight": "model.embed_tokens.weight",
+        f"model.layers.{layer}.shared_head.head.weight": "lm_head.weight",
+    }
     file = load_file(root / "model.safetensors")
-    save_file({**file, **own, **{copy: file[name].clone() for copy, name in shared.items()}}, root / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**file, **own, **{copy: file[name].clone() for copy, name in shared.items()}}, root / "model.safetensors", {"format": "pt"}
+    )
     with torch.no_grad():
-        gradients = _published(ahead.layers[0], layer, lambda tensor: tensor.grad if isinstance(tensor, torch.nn.Parameter) else tensor)
+        gradients = _published(
+            ahead.layers[0], layer, lambda tensor: tensor.grad if isinstance(tensor, torch.nn.Parameter) else tensor
+        )
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     model.save_pretrained(root / trial.GRADIENTS)
@@ -101,4 +108,3 @@ def not_built(source: str, out: str) -> list[str]:
     names = [name for name, _ in again.export_hf_weights(model, show_progress=False)]
     assert not any(f".layers.{battery.LAYERS}." in name for name in names)  # what training doesn't change is not streamed
     return problems
-

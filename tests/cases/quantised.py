@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megabridge import AutoBridge
+from megabridge.checkpoint.hf import stored_as
 from megabridge.conversion import walk
 from tests.cases.convert import bridge_tp, provide
 from tests.cases.imports import caught, digest, small_window
@@ -33,18 +35,38 @@ def random_fp8(shape: tuple[int, ...], block: tuple[int, int], generator: torch.
 
 
 def write_fp8(source: str, block: tuple[int, int], **settings: Any) -> None:
-    """Beside the bfloat16 folder `source`: `fp8`, whose linears in layers are random blocks, and `plain`, what they stand for."""
+    """Beside the folder `source`: `fp8`, whose linears in layers are random blocks, and `plain`, what they stand for."""
     generator = torch.Generator().manual_seed(3)
     given = Path(source)
     tensors = load_file(given / "model.safetensors")
     packed, same = dict(tensors), dict(tensors)
+    plain = ("gate.weight", "embed_tokens.weight", "head.weight", "eh_proj.weight")
     for name, tensor in tensors.items():
-        if ".layers." in name and tensor.dim() == 2 and "gate.weight" not in name:
+        if ".layers." in name and tensor.dim() == 2 and not name.endswith(plain):
             numbers, scales = random_fp8(tuple(tensor.shape), block, generator)
             packed[name], packed[name + "_scale_inv"] = numbers, scales
             same[name] = dequantised(numbers, scales, block)
+    write_both(given, packed, same, {**FP8, "weight_block_size": list(block), **settings})
+
+
+def write_mxfp4(source: str) -> None:
+    """The same of random MXFP4, for gpt-oss: `fp8` names the quantised folder here too."""
+    generator = torch.Generator().manual_seed(3)
+    given = Path(source)
+    packed = load_file(given / "model.safetensors")
+    same = dict(packed)
+    for name in [name for name in packed if name.endswith("_proj")]:
+        experts, columns, rows = packed.pop(name).shape
+        numbers = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(118, 126, (experts, rows, columns // 32), dtype=torch.uint8, generator=generator)
+        packed |= {f"{name}_blocks": numbers, f"{name}_scales": scales}
+        same[name] = convert_moe_packed_tensors(numbers, scales)
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]}
+    write_both(given, packed, same, said)
+
+
+def write_both(given: Path, packed: dict[str, torch.Tensor], same: dict[str, torch.Tensor], said: dict[str, Any]) -> None:
     config = json.loads((given / "config.json").read_text())
-    said = {**FP8, "weight_block_size": list(block), **settings}
     for folder, content, what in (("fp8", packed, {"quantization_config": said}), ("plain", same, {})):
         target = given.with_name(folder)
         target.mkdir()
@@ -68,7 +90,7 @@ def imports(fp8: str, plain: str, out: str) -> list[dict[str, Any]]:
             {
                 "equal": digest(model) == expected,
                 "copied": report.copied_by_rank,
-                "stored": sum(elements * (infos[name].encoding is None or 0.5) * 2 for name, elements in pairs),
+                "stored": sum(elements * stored_as(infos[name])[0].nbytes // infos[name].elements for name, elements in pairs),
                 "quantised": sum(info.encoding is not None for info in infos.values()),
                 "report": (report.bytes, report.is_verified, report.mismatched),
             }

@@ -18,9 +18,8 @@ from megabridge.checkpoint.quantised import present
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.errors import CheckpointError
 from megabridge.families.quantization import Quantization
-from megabridge.mapping import Cut, Dims, Fuse, Interleave, Joined, Same, Stack, Transfer, Transpose, transfers
+from megabridge.mapping import Cut, Dims, Fuse, Interleave, Joined, Same, Stack, Transfer, Transpose, transfers, whole
 from megabridge.mapping.layout import Layout
-from megabridge.mapping.transfer import whole
 from tests.cases.quantised import dequantised, random_fp8
 
 BLOCK = (16, 12)

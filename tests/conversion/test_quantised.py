@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megabridge.families.gpt_oss import FAMILY as GPT_OSS
 from megabridge.families.mixtral import FAMILY as MIXTRAL
 from megabridge.topology import Topology
 from tests.cases.models import TINY, changed_model
@@ -73,6 +74,32 @@ def test_experts_in_block_fp8(ranks: RankServer, tmp_path: Path) -> None:
     make(ranks, tmp_path, MIXTURE, (16, 20))
     for number, layout in enumerate((Topology(ep=2, dp=2), Topology(tp=2, ep=2, etp=1), Topology(tp=2, dp=2, ep=2, etp=2))):
         check_import(ranks, tmp_path, layout, tmp_path / f"out{number}", slack=1.05)
+
+
+def test_gpt_oss_in_mxfp4(ranks: RankServer, tmp_path: Path) -> None:
+    config = {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        **GPT_OSS.tiny,
+        "intermediate_size": 96,
+        "dtype": "bfloat16",
+    }
+    ranks.run("tests.cases.models:write_model", kwargs={"folder": tmp_path / "source", "config": config})
+    ranks.run(f"{CASES}:write_mxfp4", kwargs={"source": str(tmp_path / "source")})
+    for number, layout in enumerate((Topology(), Topology(pp=2, ep=2, dp=2), Topology(tp=2, ep=2, etp=1), Topology(ep=4, dp=4))):
+        check_import(ranks, tmp_path, layout, tmp_path / f"out{number}", slack=1.07)
+
+
+@pytest.mark.parametrize("layout", [Topology(), Topology(pp=2, ep=2, dp=2)], ids=str)
+def test_deepseek_with_layers_that_are_carried(ranks: RankServer, tmp_path: Path, layout: Topology) -> None:
+    """Those of multi-token prediction are quantised too: decoded for an export, and for a native checkpoint."""
+    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(tmp_path / "source")})
+    ranks.run(f"{CASES}:write_fp8", kwargs={"source": str(tmp_path / "source"), "block": (12, 20)})
+    given = {"source": str(tmp_path / "fp8"), "out": str(tmp_path / "out")}
+    assert [] == sum(ranks.run("tests.cases.mtp:not_built", topology=layout, kwargs=given), [])
+    for name in ("straight", "after"):
+        assert payload(tmp_path / "out" / name) == payload(tmp_path / "plain")
+    assert not list(tmp_path.glob("**/.parameters-*"))
 
 
 def test_transformers_dequantises_to_the_same_bits(ranks: RankServer, tmp_path: Path) -> None:
