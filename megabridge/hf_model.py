@@ -15,6 +15,7 @@ from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion import carried
 from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.families import all_families, family_for
+from megabridge.families.quantization import KEY
 from megabridge.families.registry import architecture_of
 from megabridge.provider import ModelProvider
 from megabridge.provider_rules import DTYPES
@@ -157,21 +158,24 @@ class HFModel:
             raise ConfigError(f"{what} must have this bridge's settings, or be given its own bridge; it has {listed(different)}.")
 
     def write_hf_assets(self, folder: Path, dtype: str | None = None) -> None:
-        """Writes config, generation config, tokenizer and chat template, as they came. One rank calls it.
+        """Writes config, generation config, tokenizer and chat template of an export, as they came. One rank calls it.
 
-        `dtype` is what config.json is to say of the weights; None leaves it.
+        `dtype` is what config.json is to say of the weights; None leaves it. That a source was quantised it no longer says.
         """
-        assets.write_config(folder, self.config, source=self.folder, dtype=dtype)
-        if self.folder is not None:
-            assets.copy_assets(self.folder, folder, code=self.trust_remote_code)
+        self._write(folder, {key: value for key, value in self.config.items() if key != KEY}, dtype)
 
     def write_assets(self, folder: Path) -> None:
-        """Writes what travels with a native checkpoint: the same, and what is known of the source. One rank calls it."""
-        self.write_hf_assets(folder)
+        """Writes what travels with a native checkpoint: all as it came, and what is known of the source. One rank calls it."""
+        self._write(folder, self.config, None)
         if self.record is not None:
             self.record.write(folder)
         if self.carried:
             carried.write(folder, self.carried)
+
+    def _write(self, folder: Path, config: dict[str, Any], dtype: str | None) -> None:
+        assets.write_config(folder, config, source=self.folder, dtype=dtype)
+        if self.folder is not None:
+            assets.copy_assets(self.folder, folder, code=self.trust_remote_code)
 
     @property
     def transformer_config(self) -> Any:

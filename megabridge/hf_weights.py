@@ -11,7 +11,8 @@ import torch
 
 from megabridge import agreement
 from megabridge.checkpoint import assets, source
-from megabridge.checkpoint.hf import Way, find_tensors
+from megabridge.checkpoint.hf import Way
+from megabridge.checkpoint.quantised import find_weights
 from megabridge.checkpoint.record import SourceRecord
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion import tasks
@@ -96,7 +97,7 @@ class HFWeights(HFModel):
             )
             if hf_path is not None:
                 self.check_same(assets.read_config(folder), f"hf_path={location!r}")
-            return find_tensors(folder, allow_bin=allow_bin)
+            return find_weights(folder, allow_bin=allow_bin)
 
     # ------------------------------------------------------------------ into files
 
@@ -136,7 +137,7 @@ class HFWeights(HFModel):
                 "the import was not strict, so the export would differ from its source; pass strict=False to publish it all the "
                 "same:\n  " + listed(list(self.record.left_out))
             )
-        plan = with_carried(self.plan(model), self.carried)
+        plan = with_carried(self.plan(model), self.carried, path.absolute().parent)
         aliases = self._aliases(plan)
         dtypes = self._dtypes(plan, weight_dtype)
         used = {spec.dtype for spec in export_specs(plan, dtypes, aliases).values()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megabridge.checkpoint import assets, source
-from megabridge.checkpoint.hf import find_tensors
+from megabridge.checkpoint.quantised import find_weights
 from megabridge.config import Config
 from megabridge.errors import ConfigError
 from megabridge.loggers import Reporter
@@ -23,7 +23,7 @@ def main(config: Config) -> None:
         raise ConfigError("recipe=draft needs model.path=<folder or hub id>; set it.")
     folder = source.resolve(config.model.path, revision=config.model.revision)
     hf = assets.read_config(folder)
-    shapes = {name: info.shape for name, info in find_tensors(folder).items()}
+    shapes = {name: info.shape for name, info in find_weights(folder).items()}
     text, todo = draft.draft(hf, shapes, Path(config.model.path).name)
     file = Path(config.recipe.options.get("output") or Path(config.run_dir) / f"{draft.module_name(hf)}.py")
     if file.exists():

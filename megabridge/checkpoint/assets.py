@@ -63,7 +63,7 @@ def write_config(target: Path, config: Mapping[str, Any], *, source: Path | None
     for key in DTYPE_KEYS:
         if dtype is not None and key in edited:
             edited[key] = dtype
-    if source is not None and edited == config:
+    if source is not None and edited == read_config(source):
         shutil.copyfile(source / CONFIG, target / CONFIG)
         return
     if dtype is not None and not any(key in edited for key in DTYPE_KEYS):

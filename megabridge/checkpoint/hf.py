@@ -15,6 +15,7 @@ from typing import Final, Literal, Self, get_args, override
 import torch
 
 from megabridge import last_words
+from megabridge.checkpoint.codecs import sizes_of
 from megabridge.checkpoint.filesystems import is_remote
 from megabridge.checkpoint.pickles import read_pickle
 from megabridge.checkpoint.safetensors import Stamp, TensorInfo, parse_json, read_header, stamp_of
@@ -29,6 +30,7 @@ BIN: Final = "pytorch_model.bin"
 STAGING: Final = 8 << 20  # elements that a walk holds in memory at once, beside the parameters
 PIECE: Final = 8 << 20  # bytes that one thread reads at once, and the size of its buffer
 LONG: Final = 32 << 10  # bytes of a stretch from which a positioned read is faster than copying out of a mapping
+DECODED: Final = 256 << 10  # elements of a quantised tensor that one thread decodes at once
 PAGE: Final = 4096  # bytes; what a file system fetches at least
 _IOV_MAX: Final = 1024  # buffers that one preadv may have (limits.h)
 
@@ -173,11 +175,11 @@ class Reader(Files):
             raise ConfigError(f"reader={way!r} must be one of {', '.join(get_args(Way))}.")
         self._stamps: dict[Path, Stamp] = {}
         self._growing: set[Path] = set()  # files that are being made: only their size must stay
-        for info in infos:
-            if info.file not in self._stamps:
-                self._stamps[info.file] = info.stamp or stamp_of(info.file)
-                if info.stamp is None:
-                    self._growing.add(info.file)
+        for stored in (stored for info in infos for stored in stored_as(info)):
+            if stored.file not in self._stamps:
+                self._stamps[stored.file] = stored.stamp or stamp_of(stored.file)
+                if stored.stamp is None:
+                    self._growing.add(stored.file)
         self._ways: dict[Path, Way] = {file: way for file in self._stamps if way != "auto"}
         self._maps: dict[Path, mmap.mmap] = {}  # unmapped when the last view goes
         self.bytes_copied = 0
@@ -191,7 +193,11 @@ class Reader(Files):
         return self._ways[file]
 
     def mapped(self, info: TensorInfo) -> torch.Tensor:
-        """The whole tensor as a view of the mapped file; only pages that are used are read. Must not be written."""
+        """The whole tensor as a view of the mapped file; only pages that are used are read. Must not be written.
+
+        A quantised tensor has none.
+        """
+        assert info.encoding is None, info.name
         if info.elements == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         self.check(info.file)
@@ -209,17 +215,37 @@ class Reader(Files):
 
     def parts(self, info: TensorInfo, transfer: Transfer, limit: int = PIECE) -> Iterator[Transfer]:
         """`transfer` in parts of at most `limit` (up to PIECE) bytes, each of which one `fetch` or `read_into` can take."""
+        if info.encoding is not None:
+            yield from self._encoded_parts(info, transfer)
+            return
         for part in transfer.split(max(1, limit // info.dtype.itemsize)) if transfer.elements else ():
             if self.way(info.file) == "sequential" and not _is_long(info, part):
                 yield from narrow(part, limit // info.dtype.itemsize)
             else:
                 yield part
 
+    def _encoded_parts(self, info: TensorInfo, part: Transfer) -> Iterator[Transfer]:
+        encoding = info.encoding
+        assert encoding is not None
+        boxes = encoding.boxes(part) if part.elements else ()
+        if part.elements > 1 and any(box.elements > DECODED or not self._is_one(one, box) for one, box in ((info, part), *boxes)):
+            for half in encoding.codec.halves(part):
+                yield from self._encoded_parts(info, half)
+        elif part.elements:
+            yield part
+
+    def _is_one(self, info: TensorInfo, box: Transfer) -> bool:
+        """Whether one `fetch` can take the box."""
+        return info.encoding is not None or self.way(info.file) == "mapped" or _is_long(info, box) or _span(info, box) <= PIECE
+
     def read_into(self, info: TensorInfo, part: Transfer, target: torch.Tensor) -> bool:
         """Reads `part` straight into its native side in `target`, a tensor on the CPU of the file's dtype.
 
-        Returns False, and reads nothing, where the stretches that are contiguous on both sides are too short for that.
+        Returns False, and reads nothing, where the stretches that are contiguous on both sides are too short for that, and for a
+        quantised tensor.
         """
+        if info.encoding is not None:
+            return False
         found = stretches(part, target.stride())
         length = found.length * info.dtype.itemsize
         if length < LONG:
@@ -230,7 +256,12 @@ class Reader(Files):
         return True
 
     def fetch(self, info: TensorInfo, part: Transfer, buffer: Callable[[], torch.Tensor]) -> Fetched:
-        """The file's side of `part` (see `parts`), in the mapped file or in `buffer()`, a tensor of PIECE bytes on the CPU."""
+        """The file's side of `part` (see `parts`), in the mapped file or in `buffer()`, a tensor of PIECE bytes on the CPU.
+
+        Of a quantised tensor it is decoded, in memory of its own.
+        """
+        if info.encoding is not None:
+            return self.decode(info, part, None, buffer)
         itemsize = info.dtype.itemsize
         sizes, strides, offset = part.hf_view()
         if _is_long(info, part):
@@ -250,6 +281,21 @@ class Reader(Files):
         flat = buffer()
         self._pread(info, offset * itemsize, [_memory(flat.data_ptr(), span * itemsize)])
         return Fetched(flat[: span * itemsize].view(info.dtype), (sizes, strides, 0), True)
+
+    def decode(self, info: TensorInfo, part: Transfer, packed: Fetched | None, buffer: Callable[[], torch.Tensor]) -> Fetched:
+        """A part of a quantised tensor, from its packed numbers (None: read) and its scales, read through `buffer()`."""
+        encoding = info.encoding
+        assert encoding is not None
+        (numbers, box), (scales, scales_box) = encoding.boxes(part)
+        factors = self.fetch(scales, scales_box, buffer).box.reshape(sizes_of(scales_box)).clone()
+        packed = packed or self.fetch(numbers, box, buffer)
+        out = encoding.codec.decode(packed.box.reshape(sizes_of(box)), factors, part)
+        steps = iter(out.stride())
+        strides = []
+        for axis in part.axes:
+            step = 0 if axis.hf_dim is None else next(steps)
+            strides += [axis.hf.block * step, step]
+        return Fetched(out.as_strided((out.numel(),), (1,)), (part.hf_view()[0], strides, 0), False)
 
     def pread(self, file: Path, start: int, target: memoryview) -> None:
         """Fills `target` from byte `start` of `file`. Raises CheckpointError where the file ends early or can't be read."""
@@ -311,6 +357,21 @@ class Reader(Files):
                 self._compare(file, stamp_of(file))
             except OSError as error:
                 raise CheckpointError(f"{file} is gone ({error.strerror}): it changed while being read; start again.") from error
+
+
+def stored_as(info: TensorInfo) -> tuple[TensorInfo, ...]:
+    """The tensors of files that a tensor is read from: itself, or a quantised one's packed numbers and scales."""
+    return (info,) if info.encoding is None else (info.encoding.packed, info.encoding.scales)
+
+
+def stored_bytes(info: TensorInfo, part: Transfer) -> int:
+    """Bytes of files that a part of a tensor is made of."""
+    boxes = ((info, part),) if info.encoding is None else info.encoding.boxes(part)
+    return sum(box.elements * one.dtype.itemsize for one, box in boxes)
+
+
+def _span(info: TensorInfo, part: Transfer) -> int:
+    return span_of(part) * info.dtype.itemsize
 
 
 def _is_long(info: TensorInfo, part: Transfer) -> bool:

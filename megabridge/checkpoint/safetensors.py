@@ -11,11 +11,14 @@ import os
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from megabridge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megabridge.checkpoint.quantised import Encoding
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -24,6 +27,7 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -43,7 +47,8 @@ Stamp = tuple[int, int, int]  # what tells one state of a file from another: ino
 class TensorInfo:
     """Where a tensor lies: `start` is the byte offset in the file, not in the payload.
 
-    `stamp` is the file's when its header was read, or None for a file that is being made.
+    `stamp` is the file's when its header was read, or None for a file that is being made. `encoding` is what a quantised file has
+    in the tensor's place; `dtype` and `shape` are those of the tensor that it stands for, `start` of its packed numbers.
     """
 
     name: str
@@ -52,6 +57,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     stamp: Stamp | None = field(default=None, compare=False, repr=False)
+    encoding: Encoding | None = None
 
     @property
     def elements(self) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from megabridge import agreement
-from megabridge.checkpoint.hf import PIECE, Fetched, Reader
+from megabridge.checkpoint.hf import PIECE, Fetched, Reader, stored_as, stored_bytes
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.checkpoint.stretches import span_of
 from megabridge.conversion.walk import Job, Lane, Progress, Visit, bytes_of, device_of, silent, walk
@@ -55,14 +55,19 @@ class Block:
 
 
 def blocks_of(infos: Mapping[str, TensorInfo], limit: int) -> list[Block]:
-    """All tensors as blocks of at most `limit` bytes, in the order of the files; small neighbours share one."""
+    """All tensors as blocks of at most `limit` bytes, in the order of the files; small neighbours share one.
+
+    Of quantised tensors these are the packed numbers; each rank reads the few scales for itself.
+    """
     out: list[Block] = []
     for info in sorted(infos.values(), key=lambda info: (info.file.name, info.start)):
         if info.elements == 0:
             continue
-        for first, count, ranges in _ranges(info.shape, max(1, limit // info.dtype.itemsize)):
-            start = info.start + first * info.dtype.itemsize
-            block = Block(info.file, start, start + count * info.dtype.itemsize, ((info.name, ranges),))
+        packed = stored_as(info)[0]
+        for first, count, ranges in _ranges(packed.shape, max(1, limit // packed.dtype.itemsize)):
+            start = info.start + first * packed.dtype.itemsize
+            inner = ranges if info.encoding is None else info.encoding.codec.inside(ranges)
+            block = Block(info.file, start, start + count * packed.dtype.itemsize, ((info.name, inner),))
             last = out[-1] if out else None
             if last is not None and last.file == block.file and last.stop == block.start and block.stop - last.start <= limit:
                 out[-1] = replace(last, stop=block.stop, pieces=last.pieces + block.pieces)
@@ -254,13 +259,21 @@ def _fill(reader: Reader, shared: Sharing, number: int) -> None:
 
 
 def _use(reader: Reader, shared: Sharing, number: int, lane: Lane, visit: Visit) -> None:
-    block = shared.schedule[number]
     for job, part in shared.parts.get(number, ()):
-        sizes, strides, offset = part.hf_view()
-        place = _PAGE + number % SLOTS * SLOT + job.info.start + offset * job.info.dtype.itemsize - block.start
-        flat = torch.frombuffer(shared.window, dtype=job.info.dtype, count=span_of(part), offset=place)
-        visit(lane, job, part, Fetched(flat, (sizes, strides, 0), False))
-        reader.copied(part.elements * job.info.dtype.itemsize)
+        if job.info.encoding is None:
+            visit(lane, job, part, _from_window(shared, number, job.info, part))
+            reader.copied(stored_bytes(job.info, part))
+            continue
+        for piece in reader.parts(job.info, part):
+            (packed, box), _ = job.info.encoding.boxes(piece)
+            visit(lane, job, piece, reader.decode(job.info, piece, _from_window(shared, number, packed, box), lane.buffer))
+            reader.copied(stored_bytes(job.info, piece))
+
+
+def _from_window(shared: Sharing, number: int, info: TensorInfo, box: Transfer) -> Fetched:
+    sizes, strides, offset = box.hf_view()
+    place = _PAGE + number % SLOTS * SLOT + info.start + offset * info.dtype.itemsize - shared.schedule[number].start
+    return Fetched(torch.frombuffer(shared.window, dtype=info.dtype, count=span_of(box), offset=place), (sizes, strides, 0), False)
 
 
 class _Counters:

@@ -9,14 +9,15 @@ import torch
 
 from megabridge import agreement
 from megabridge.checkpoint import assets
-from megabridge.checkpoint.hf import STAGING, Reader, find_tensors
+from megabridge.checkpoint.hf import PIECE, Reader, find_tensors
+from megabridge.checkpoint.quantised import find_weights
 from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion import manifest
 from megabridge.conversion.compare import same_bits
 from megabridge.conversion.manifest import Manifest
 from megabridge.errors import CheckpointError
 from megabridge.families import family_for
-from megabridge.mapping import natural
+from megabridge.mapping import natural, whole
 
 
 def against_manifest(folder: Path) -> list[str]:
@@ -41,7 +42,7 @@ def against_source(folder: Path, source: Path) -> list[str]:
     Tensors that the source's family ignores may be left out. Raises CheckpointError where a folder can't be read.
     """
     with agreement.together("opening both folders"):
-        ours, theirs = find_tensors(folder), find_tensors(source)
+        ours, theirs = find_tensors(folder), find_weights(source)
         is_ignored = family_for(assets.read_config(source)).is_ignored
     problems = [f"{name} is not in the source" for name in ours if name not in theirs]
     problems += [f"{name} is missing" for name in theirs if name not in ours and not is_ignored(name)]
@@ -58,18 +59,19 @@ def _differing(ours: list[TensorInfo], theirs: Mapping[str, TensorInfo]) -> list
     """The tensors of this rank's share that differ from the source's, cast to their dtypes."""
     share = manifest.share(ours)
     found = []
+    buffer = torch.empty(PIECE, dtype=torch.uint8)
     with Reader(share) as left, Reader(theirs[info.name] for info in share) as right:
         for info in share:
-            pairs = zip(_pieces(left, info), _pieces(right, theirs[info.name]), strict=True)
-            if not all(same_bits(piece, other.to(info.dtype)) for piece, other in pairs):
+            other = theirs[info.name]
+            pairs = (
+                (left.box(info, part), right.fetch(other, part, lambda: buffer).box)
+                for part in right.parts(other, whole(info.shape))
+            )
+            if not all(same_bits(piece, theirs_.to(info.dtype)) for piece, theirs_ in pairs):
                 found.append(info.name)
         left.finish()
         right.finish()
     return found
-
-
-def _pieces(reader: Reader, info: TensorInfo) -> Iterator[torch.Tensor]:
-    yield from torch.split(reader.mapped(info).flatten(), STAGING)
 
 
 def _headers(folder: Path, said: Manifest) -> tuple[dict[str, TensorInfo], list[str]]:

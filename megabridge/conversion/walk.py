@@ -16,7 +16,7 @@ from typing import Final
 
 import torch
 
-from megabridge.checkpoint.hf import PIECE, Fetched, Reader, native_box, view
+from megabridge.checkpoint.hf import PIECE, Fetched, Reader, native_box, stored_bytes, view
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.mapping import Transfer
 from megabridge.mapping.transfer import contiguous_strides
@@ -131,15 +131,15 @@ def walk(
         same = straight and lane.device.type == "cpu" and job.target.dtype == job.info.dtype
         if not (same and reader.read_into(job.info, part, job.target)):
             visit(lane, job, part, reader.fetch(job.info, part, lane.buffer))
-        reader.copied(part.elements * job.info.dtype.itemsize)
+        reader.copied(stored_bytes(job.info, part))
 
     parts = ((job, part) for job in ordered for part in reader.parts(job.info, job.transfer, limit))
-    _parallel(parts, do, device_of(jobs), lambda: progress(reader.bytes_copied, total))
+    _parallel(parts, do, device_of(jobs), lambda: progress(min(reader.bytes_copied, total), total))
 
 
 def bytes_of(jobs: Sequence[Job]) -> int:
-    """What the jobs copy out of the files."""
-    return sum(job.transfer.elements * job.info.dtype.itemsize for job in jobs)
+    """What the jobs copy out of the files. A walk copies a little more where parts of a quantised tensor meet inside a block."""
+    return sum(stored_bytes(job.info, job.transfer) for job in jobs if job.transfer.elements)
 
 
 def device_of(jobs: Sequence[Job]) -> torch.device:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megabridge.errors import ConfigError, listed
 from megabridge.families.fields import COMPUTING, INERT, FieldLike, Json
+from megabridge.families.quantization import quantization_of
 from megabridge.mapping import Dims, WeightMap
 
 
@@ -44,6 +45,10 @@ class Family:
         for key in sorted(hf.keys() - known):
             if key in COMPUTING and hf[key]:
                 problems.append(f"{key}={hf[key]!r} can't be represented; unset it or use an architecture that has it.")
+        try:
+            quantization_of(hf)  # `native` describes the model, whatever its weights are stored as; but they must be readable
+        except ConfigError as error:
+            problems.append(str(error))
         if problems:
             raise ConfigError(f"{self.architecture}: " + listed(problems))
         return native

@@ -19,13 +19,14 @@ REQUIRED: Final = object()
 INERT: Final = frozenset(
     "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
     "_name_or_path initializer_range attention_dropout hidden_dropout pretraining_tp auto_map "
-    "residual_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout classifier_dropout".split()
+    "residual_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout classifier_dropout "
+    "quantization_config".split()  # how weights are stored: quantization.py
 )
 # Keys that change what some architecture of transformers computes: a family that doesn't declare one refuses it when set.
 COMPUTING: Final = frozenset(
     "sliding_window layer_types attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar logits_scaling "
     "logit_scale embedding_multiplier residual_multiplier attention_multiplier qk_norm use_qk_norm qk_layernorm "
-    "quantization_config num_experts num_local_experts n_routed_experts no_rope_layers no_rope_layer_interval "
+    "num_experts num_local_experts n_routed_experts no_rope_layers no_rope_layer_interval "
     "clip_qkv parallel_attn use_parallel_residual partial_rotary_factor rotary_pct num_nextn_predict_layers "
     "kv_lora_rank q_lora_rank attention_chunk_size attn_temperature_tuning embedding_size add_cross_attention "
     "rope_local_base_freq swiglu_limit mup_width_multiplier".split()

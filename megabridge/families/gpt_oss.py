@@ -1,4 +1,4 @@
-"""GptOssForCausalLM: gpt-oss 20B and 120B in BF16 (transformers models/gpt_oss): attention sinks, experts with biases."""
+"""GptOssForCausalLM: gpt-oss 20B and 120B (transformers models/gpt_oss): attention sinks, experts with biases."""
 
 from megabridge.families.family import Family
 from megabridge.families.fields import Field, Fixed, Only

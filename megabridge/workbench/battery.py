@@ -20,11 +20,13 @@ from megabridge import agreement
 from megabridge.bridge import AutoBridge
 from megabridge.checkpoint import assets
 from megabridge.checkpoint.hf import Reader, find_tensors, native_box
+from megabridge.checkpoint.quantised import find_weights
 from megabridge.config import Config
 from megabridge.conversion import verify
 from megabridge.conversion.plan import Plan
 from megabridge.errors import MegabridgeError, ParityError, listed
 from megabridge.families import Family
+from megabridge.families.quantization import KEY
 from megabridge.layers.logits import gather_logits
 from megabridge.platform import groups
 from megabridge.training import assemble
@@ -110,18 +112,21 @@ def _check_bytes(bridge: AutoBridge, chunks: Chunks, where: str, folder: Path, t
 
 
 def folder_differences(source: Path, target: Path) -> list[str]:
-    """How the Hugging Face folder `target` differs from `source`: names, dtypes, shapes, bytes, config.json. Collective."""
+    """How the Hugging Face folder `target` differs from `source`: names, dtypes, shapes, bytes, config.json. Collective.
+
+    Of a quantised source, from the bfloat16 that it stands for.
+    """
     return [*verify.against_source(target, source), *agreement.on_rank_zero("comparing folders", lambda: _headings(source, target))]
 
 
 def _headings(source: Path, target: Path) -> list[str]:
-    ours, theirs = find_tensors(target), find_tensors(source)
+    ours, theirs = find_tensors(target), find_weights(source)
     problems = [
         f"{name} is {theirs[name].dtype}, exported as {info.dtype}"
         for name, info in ours.items()
         if name in theirs and info.dtype != theirs[name].dtype
     ]
-    if assets.read_config(source) != assets.read_config(target):
+    if {key: value for key, value in assets.read_config(source).items() if key != KEY} != assets.read_config(target):
         problems.append("config.json: other keys or values in the export")
     return problems
 

@@ -130,7 +130,7 @@ def _tiny(config: Mapping[str, Any], model: Model, left_out: frozenset[str]) -> 
             out[key] = _each_kind(value, _TINY["num_layers"])
         elif key in _SMALL:
             out[key] = _SMALL[key]
-        elif (key not in INERT or key == "initializer_range") and key != "quantization_config":
+        elif key not in INERT or key == "initializer_range":
             out[key] = value
     return out
 

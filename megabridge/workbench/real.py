@@ -13,7 +13,7 @@ import torch
 from megabridge import agreement
 from megabridge.bridge import AutoBridge
 from megabridge.checkpoint import source
-from megabridge.checkpoint.hf import find_tensors
+from megabridge.checkpoint.quantised import find_weights
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.config import Config
 from megabridge.conversion.native import survey
@@ -49,7 +49,7 @@ def check_model(config: Config, world_size: int, scratch: Path) -> list[Finding]
         bridge = assemble.bridge(config)
         layouts = legal_layouts(config, bridge, world_size)
         folder = source.resolve(config.model.path, revision=config.model.revision)
-        infos = find_tensors(folder)
+        infos = find_weights(folder)
     except MegabridgeError as error:
         return [own, *([failed("model", "headers", error)] if own.has_passed else [])]
     found = [own]

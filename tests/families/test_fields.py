@@ -56,7 +56,7 @@ def test_rope_in_old_and_new_files(config: dict[str, Any], expected: dict[str, A
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "twist": 3}}, "twist=3"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quant_method='awq'"),
         ({"hidden_size": None}, "'hidden_size'"),
     ],
 )

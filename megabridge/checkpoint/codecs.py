@@ -1,0 +1,190 @@
+"""Codecs: which stored numbers a box of a quantised weight is made of, and the box made of them. Plain arithmetic on tensors.
+
+A box is decoded by itself, so that a rank reads what it owns, and at most one block more where a cut crosses a block's border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+import numpy as np
+import torch
+
+from megabridge.mapping import Axis, Run, Transfer
+
+Shape = tuple[int, ...]
+Ranges = tuple[tuple[int, int], ...]  # start and stop per dimension
+
+E4M3: Final = torch.float8_e4m3fn
+E4M3_MAX: Final = torch.finfo(E4M3).max
+GROUP: Final = 32  # numbers that share a scale in MXFP4
+# OCP Microscaling Formats 1.0, 5.3.3: the values of e2m1, by their bits.
+_E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# By a byte, what it holds: a float32, or a pair of them. numpy's `take` was three times as fast as torch's conversion.
+_OF_E4M3: Final = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32).numpy()
+_PAIRS: Final = np.array([(_E2M1[byte & 15], _E2M1[byte >> 4]) for byte in range(256)], dtype=np.float32).view(np.complex64)[:, 0]
+
+
+class Codec(Protocol):
+    """One way of storing a tensor as two: packed numbers, and a scale for each block of them."""
+
+    def shape(self, stored: Shape) -> Shape:
+        """The shape of the tensor whose packed numbers are of shape `stored`."""
+        ...
+
+    def packed_shape(self, stored: Shape) -> Shape:
+        """The packed numbers' shape as `boxes` sees them: of the same bytes."""
+        ...
+
+    def scales_shape(self, stored: Shape) -> Shape:
+        """The shape that its scales must have."""
+        ...
+
+    def boxes(self, part: Transfer, packed: Shape, scales: Shape) -> tuple[Transfer, Transfer]:
+        """What the decoding of `part` needs: a box of the packed numbers, one of the scales. Their native sides mean nothing."""
+        ...
+
+    def halves(self, part: Transfer) -> Iterator[Transfer]:
+        """`part` in two or more, along a dimension in which the packed numbers stay together."""
+        ...
+
+    def inside(self, packed: Ranges) -> Ranges:
+        """The ranges of the tensor whose packed numbers are in the ranges `packed`."""
+        ...
+
+    def decode(self, packed: torch.Tensor, scales: torch.Tensor, part: Transfer) -> torch.Tensor:
+        """`part` in bfloat16, shaped by the sizes of its axes; any strides. The others are its `boxes`, shaped likewise."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFP8:
+    """DeepSeek's: numbers in e4m3 in the tensor's own shape, each to be multiplied by the scale of its block.
+
+    `block` are rows and columns, the last two dimensions; those before them have a scale for each index.
+    Arithmetic as in transformers integrations/finegrained_fp8.py:Fp8Dequantize: in float32, rounded once.
+    """
+
+    block: tuple[int, int]
+
+    def shape(self, stored: Shape) -> Shape:
+        return stored
+
+    def packed_shape(self, stored: Shape) -> Shape:
+        return stored
+
+    def scales_shape(self, stored: Shape) -> Shape:
+        return (*stored[:-2], *(-(-length // size) for length, size in zip(stored[-2:], self.block, strict=True)))
+
+    def boxes(self, part: Transfer, packed: Shape, scales: Shape) -> tuple[Transfer, Transfer]:
+        sizes = self._sizes(len(packed))
+        return part, _box(scales, [_covering(run, size) for run, size in zip(_runs(part), sizes, strict=True)])
+
+    def halves(self, part: Transfer) -> Iterator[Transfer]:
+        return part.split((part.elements + 1) // 2)
+
+    def inside(self, packed: Ranges) -> Ranges:
+        return packed
+
+    def decode(self, packed: torch.Tensor, scales: torch.Tensor, part: Transfer) -> torch.Tensor:
+        numbers = torch.from_numpy(_OF_E4M3.take(packed.view(torch.uint8).numpy()))
+        return spread(scales, _runs(part), self._sizes(packed.dim())).mul_(numbers).to(torch.bfloat16)
+
+    def _sizes(self, dimensions: int) -> tuple[int, ...]:
+        return (*[1] * (dimensions - 2), *self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class MXFP4:
+    """GPT-OSS's: of an expert's matrix [columns, rows], row by row, 32 numbers of a row in 16 bytes, the first in the low half.
+
+    Packed [experts, rows, columns / 32, 16], scales [experts, rows, columns / 32]: exponents of two, biased by 127; 255 is NaN.
+    Values as in transformers integrations/mxfp4.py:convert_moe_packed_tensors, which takes 255 for 2**128.
+    """
+
+    def shape(self, stored: Shape) -> Shape:
+        experts, rows, groups, _ = stored
+        return experts, groups * GROUP, rows
+
+    def packed_shape(self, stored: Shape) -> Shape:
+        experts, rows, groups, size = stored
+        return experts, rows, groups * size
+
+    def scales_shape(self, stored: Shape) -> Shape:
+        return stored[:-1]
+
+    def boxes(self, part: Transfer, packed: Shape, scales: Shape) -> tuple[Transfer, Transfer]:
+        experts, columns, rows = _runs(part)
+        return _box(packed, [experts, rows, _covering(columns, 2)]), _box(scales, [experts, rows, _covering(columns, GROUP)])
+
+    def halves(self, part: Transfer) -> Iterator[Transfer]:
+        order = {None: -1, 0: 0, 2: 1, 1: 2}
+        stored = replace(part, axes=tuple(sorted(part.axes, key=lambda axis: order[axis.hf_dim])))
+        for half in stored.split((part.elements + 1) // 2):
+            yield replace(half, axes=tuple(sorted(half.axes, key=lambda axis: -1 if axis.hf_dim is None else axis.hf_dim)))
+
+    def inside(self, packed: Ranges) -> Ranges:
+        experts, rows, (start, stop) = packed
+        return experts, (2 * start, 2 * stop), rows
+
+    def decode(self, packed: torch.Tensor, scales: torch.Tensor, part: Transfer) -> torch.Tensor:
+        experts, columns, rows = _runs(part)
+        numbers = torch.from_numpy(_PAIRS.take(packed.numpy()).view(np.float32))
+        first = _covering(columns, 2).start * 2
+        if columns.is_consecutive:
+            numbers = numbers.narrow(-1, columns.start - first, columns.size)
+        else:
+            numbers = numbers.index_select(-1, indices(columns) - first)
+        factors = spread(scales.view(torch.float8_e8m0fnu), [experts, rows, columns], (1, 1, GROUP))
+        return factors.mul_(numbers).to(torch.bfloat16).transpose(-1, -2)
+
+
+def indices(run: Run) -> torch.Tensor:
+    """Every index of `run`, in order."""
+    return (torch.arange(run.count)[:, None] * run.stride + torch.arange(run.block) + run.start).flatten()
+
+
+def spread(scales: torch.Tensor, runs: Sequence[Run], sizes: Sequence[int]) -> torch.Tensor:
+    """A new float32 tensor with the scale of every element of the box `runs`, whose blocks are of `sizes`.
+
+    `scales` begins with the block of the box's first element; where blocks have size 1, it has what the box has.
+    """
+    out = scales.to(torch.float32, copy=True)
+    for dim, (run, size) in reversed(list(enumerate(zip(runs, sizes, strict=True)))):  # last, copies are of whole rows
+        if size > 1:
+            out = out.index_select(dim, indices(run) // size - run.start // size)
+    return out
+
+
+def scales_of(largest: torch.Tensor, *, ue8m0: bool) -> torch.Tensor:
+    """The scale of each block, from its `largest` magnitude: that becomes the largest e4m3, or with `ue8m0` fits below it.
+
+    Blocks of zeros have 1. As in transformers integrations/finegrained_fp8.py:Fp8Quantize.
+    """
+    is_some = largest > 0
+    factors = torch.where(is_some, E4M3_MAX / torch.where(is_some, largest, 1.0), 1.0)
+    inverse = 1.0 / factors
+    if ue8m0:
+        inverse = torch.pow(2.0, torch.ceil(torch.log2(inverse.clamp(min=torch.finfo(torch.float32).tiny))))
+    return inverse
+
+
+def _runs(part: Transfer) -> list[Run]:
+    """By dimension of the tensor, which indices."""
+    return [axis.hf for axis in part.axes if axis.hf_dim is not None]
+
+
+def _covering(run: Run, size: int) -> Run:
+    """The blocks of `size` that hold the indices of `run`; all between the first and the last."""
+    return run if size == 1 else Run.span(run.start // size, -(-run.stop // size) - run.start // size)
+
+
+def _box(shape: Shape, runs: Sequence[Run]) -> Transfer:
+    return Transfer(0, shape, tuple(Axis(None, dim, run, run) for dim, run in enumerate(runs)))
+
+
+def sizes_of(part: Transfer) -> list[int]:
+    """Elements of `part` along each dimension of the tensor."""
+    return [run.size for run in _runs(part)]
