@@ -58,7 +58,7 @@ QWEN2 = Family(
         "max_window_layers": 3, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
 )
-COUNT, *REST = mixture(defaults=(128, 8, 768))
+_, *REST = mixture(defaults=(128, 8, 768))
 QWEN3 = replace(
     QWEN2,
     architecture="Qwen3MoeForCausalLM",
@@ -69,7 +69,8 @@ QWEN3 = replace(
         *GATED_SILU,
         *biases("attention_bias", "attention_bias"),
         Fixed("qk_norm",                           "head"),
-        Either(COUNT, "num_local_experts"),  # what transformers calls it in memory, and so in the files that it writes
+        # The other name is transformers' in memory, and so in the files that it writes.
+        Either(Field("num_moe_experts",            "num_experts", 128), "num_local_experts"),
         *REST,
         *SOFTMAX,
         SparseStep(),
