@@ -45,6 +45,8 @@ FAMILY = Family(
         *biases("attention_bias", "attention_bias"),
         Fixed("qk_norm",                           "rotated"),
         Only("use_qk_norm",                        (True,)),
+        Only("use_cla",                            (False,)),
+        Only("moe_layer_num_skipped",              (0,)),
         PerLayer(Field("num_moe_experts",          "num_experts", 1)),
         PerLayer(Field("moe_router_topk",          "moe_topk",    1)),
         OneWidth(),
@@ -60,8 +62,7 @@ FAMILY = Family(
     tiny={
         "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "attention_bias": True, "tie_word_embeddings": True,
-        "num_experts": 8, "moe_topk": [3, 3, 3, 3], "num_shared_expert": [1, 1, 1, 1],
-        "moe_intermediate_size": [48, 48, 48, 48], "use_qk_norm": True,
+        "num_experts": 8, "moe_topk": 3, "use_qk_norm": True,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 100.0, "factor": 1.0},
     },
 )

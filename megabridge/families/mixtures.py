@@ -144,8 +144,11 @@ class SparseStep:
         return {"moe_layer_freq": [int((layer + 1) % step == 0 and layer not in dense) for layer in range(layers)]}
 
     def write(self, native: Json) -> dict[str, Any]:
-        dense = [layer for layer, is_mixture in enumerate(native["moe_layer_freq"]) if not is_mixture]
-        return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+        pattern = native["moe_layer_freq"]
+        for step in range(1, len(pattern) + 1):
+            if pattern == [int((layer + 1) % step == 0) for layer in range(len(pattern))]:
+                return {"decoder_sparse_step": step, "mlp_only_layers": []}
+        return {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer, mixed in enumerate(pattern) if not mixed]}
 
 
 # fmt: off

@@ -1,6 +1,6 @@
-"""Qwen2MoeForCausalLM: Qwen1.5-MoE, Qwen2-57B-A14B; Qwen3MoeForCausalLM: Qwen3-30B-A3B, Qwen3-235B-A22B.
+"""Qwen2MoeForCausalLM: Qwen1.5-MoE, Qwen2-57B-A14B (transformers models/qwen2_moe).
 
-transformers models/qwen2_moe, qwen3_moe.
+Qwen3MoeForCausalLM: Qwen3-30B-A3B, Qwen3-235B-A22B (transformers models/qwen3_moe).
 """
 
 from dataclasses import replace
@@ -55,10 +55,10 @@ QWEN2 = Family(
         "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 131,
         "max_position_embeddings": 256, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False,
         "decoder_sparse_step": 1, "mlp_only_layers": [1], "sliding_window": 12, "use_sliding_window": True,
-        "max_window_layers": 3, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
 )
-_, *REST = mixture(defaults=(128, 8, 768))
 QWEN3 = replace(
     QWEN2,
     architecture="Qwen3MoeForCausalLM",
@@ -69,9 +69,9 @@ QWEN3 = replace(
         *GATED_SILU,
         *biases("attention_bias", "attention_bias"),
         Fixed("qk_norm",                           "head"),
-        # The other name is transformers' in memory, and so in the files that it writes.
+        # The second is transformers' name in memory, and so in the files that it writes.
         Either(Field("num_moe_experts",            "num_experts", 128), "num_local_experts"),
-        *REST,
+        *mixture(defaults=(128, 8, 768))[1:],
         *SOFTMAX,
         SparseStep(),
         Windows(default=4096, switch="use_sliding_window"),

@@ -44,7 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "topk_method": "greedy", "q_lora_rank": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
     "DeepseekV3ForCausalLM:plain": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
-    "Qwen2MoeForCausalLM:plain": {"use_sliding_window": False, "qkv_bias": False, "norm_topk_prob": True, "mlp_only_layers": []},
+    "Qwen2MoeForCausalLM:plain": {
+        "layer_types": None, "max_window_layers": 3, "qkv_bias": False, "norm_topk_prob": True, "mlp_only_layers": [],
+    },
     "Qwen3MoeForCausalLM:windows": {
         "use_sliding_window": True, "sliding_window": 12, "norm_topk_prob": False, "attention_bias": False,
         "decoder_sparse_step": 1, "mlp_only_layers": [0, 3], "tie_word_embeddings": True,
@@ -55,8 +57,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention_bias": False, "lm_head_bias": False, "sliding_window": None, "original_max_position_embeddings": None,
         "router_jitter_noise": 0.01, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
-    "HunYuanMoEV1ForCausalLM:one": {
-        "moe_topk": 2, "num_shared_expert": 1, "moe_intermediate_size": 48, "tie_word_embeddings": False, "attention_bias": False,
+    "HunYuanMoEV1ForCausalLM:lists": {
+        "moe_topk": [2] * 4, "num_shared_expert": [1] * 4, "moe_intermediate_size": [48] * 4, "tie_word_embeddings": False, "attention_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
     "SmolLM3ForCausalLM:full": {"use_sliding_window": False, "sliding_window": None, "no_rope_layers": [1, 1, 1, 0]},
