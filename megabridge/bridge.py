@@ -149,12 +149,13 @@ class AutoBridge(HFWeights):
 
     def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, show_progress: bool = True, *, strict: bool = True,
                     weight_dtype: WeightDtype = None, max_shard_size: str | int = "5GB",
-                    source_path: str | Path | None = None, allow_nonfinite: bool = False,
+                    source_path: str | Path | None = None, allow_nonfinite: bool = False, quantization: str | None = None,
                     **settings: Any) -> Report:  # fmt: skip
         """A native checkpoint (its folder, a step's or a run's) as a complete Hugging Face folder; as `import_ckpt` otherwise.
 
         Config, tokenizer and templates are those that the checkpoint carries, else the bridge's. `weight_dtype` is by default the
-        checkpoint's, and each tensor's source dtype for a checkpoint that was converted and never trained.
+        checkpoint's, and each tensor's source dtype for a checkpoint that was converted and never trained. `quantization` is that
+        of `save_hf_pretrained`.
         """
         provider, folder = self._native_provider(megatron_path, None, settings)
         carries = (folder / native.ASSETS).is_dir()
@@ -175,4 +176,5 @@ class AutoBridge(HFWeights):
                 weight_dtype=weight_dtype,
                 max_shard_size=max_shard_size,
                 allow_nonfinite=allow_nonfinite,
+                quantization=quantization,
             )

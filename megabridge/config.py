@@ -98,6 +98,8 @@ class ConversionConfig:
     """Whether the ranks of a host read every part of a checkpoint once between them, through 64 MiB of shared memory."""
     export_dtype: str | None = field(default=None, metadata={"choices": DTYPES})
     """Precision of exported tensors. Null: the parameters' own."""
+    export_quantization: str | None = field(default=None, metadata={"choices": ("fp8_block",)})
+    """fp8_block: exports have the linears of layers as DeepSeek's block-scaled FP8, and say so. Null: nothing is quantised."""
     max_shard_size: str = "5GB"
     """Largest safetensors file of an export, as in transformers."""
     writer: str = choice("shared", "gather")

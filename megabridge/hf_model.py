@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -157,12 +158,14 @@ class HFModel:
         if different:
             raise ConfigError(f"{what} must have this bridge's settings, or be given its own bridge; it has {listed(different)}.")
 
-    def write_hf_assets(self, folder: Path, dtype: str | None = None) -> None:
+    def write_hf_assets(self, folder: Path, dtype: str | None = None, quantization: Mapping[str, Any] | None = None) -> None:
         """Writes config, generation config, tokenizer and chat template of an export, as they came. One rank calls it.
 
-        `dtype` is what config.json is to say of the weights; None leaves it. That a source was quantised it no longer says.
+        `dtype` is what config.json is to say of the weights; None leaves it. `quantization` is its quantization_config, whatever
+        the source's was.
         """
-        self._write(folder, {key: value for key, value in self.config.items() if key != KEY}, dtype)
+        config = {key: value for key, value in self.config.items() if key != KEY}
+        self._write(folder, config if quantization is None else {**config, KEY: dict(quantization)}, dtype)
 
     def write_assets(self, folder: Path) -> None:
         """Writes what travels with a native checkpoint: all as it came, and what is known of the source. One rank calls it."""

@@ -18,6 +18,7 @@ from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion import tasks
 from megabridge.conversion.buckets import Entries
 from megabridge.conversion.carried import with_carried
+from megabridge.conversion.encoding import quantization_for
 from megabridge.conversion.exporter import Dtypes, export_specs, export_weights
 from megabridge.conversion.importer import import_weights
 from megabridge.conversion.native import survey
@@ -104,7 +105,7 @@ class HFWeights(HFModel):
     def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, *,
                            source_path: str | Path | None = None, strict: bool = True, weight_dtype: WeightDtype = None,
                            max_shard_size: str | int = "5GB", verify: bool = True, allow_nonfinite: bool = False,
-                           writer: str = "shared") -> Report:  # fmt: skip
+                           writer: str = "shared", quantization: str | None = None) -> Report:  # fmt: skip
         """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
 
         `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. Tensors of
@@ -112,7 +113,9 @@ class HFWeights(HFModel):
         a folder or hub id whose config and tokenizer are written in place of the bridge's own. The folder appears by one rename,
         after every tensor was read back and compared. NaN and infinite values are refused unless `allow_nonfinite`. After an
         import with strict=False, `strict` refuses to publish a model that lacks what the source had (MappingError).
-        `writer="gather"` has rank 0 write everything, for ranks that share no file system.
+        `writer="gather"` has rank 0 write everything, for ranks that share no file system. `quantization="fp8_block"` writes the
+        linears in layers as block-scaled FP8, with `weight_dtype` for the rest: as the source's config has it where that was such
+        FP8, else in blocks of 128 x 128.
         """
         write = self.write_hf_assets
         if source_path is not None:
@@ -121,17 +124,19 @@ class HFWeights(HFModel):
                 self.check_same(other.config, f"source_path={str(source_path)!r}")
             write = other.write_hf_assets
         options = {"max_shard_size": max_shard_size, "verify": verify, "allow_nonfinite": allow_nonfinite, "writer": writer}
-        return self._export(model, Path(path), write, strict, weight_dtype, show_progress, options)
+        return self._export(model, Path(path), write, strict, weight_dtype, quantization, show_progress, options)
 
     def save_hf_weights(self, model: Model, path: str | Path, show_progress: bool = True, *,
                         strict: bool = True, weight_dtype: WeightDtype = None, max_shard_size: str | int = "5GB",
-                        verify: bool = True, allow_nonfinite: bool = False, writer: str = "shared") -> Report:  # fmt: skip
+                        verify: bool = True, allow_nonfinite: bool = False, writer: str = "shared",
+                        quantization: str | None = None) -> Report:  # fmt: skip
         """The same with weights only. Collective."""
         options = {"max_shard_size": max_shard_size, "verify": verify, "allow_nonfinite": allow_nonfinite, "writer": writer}
-        return self._export(model, Path(path), lambda *_: None, strict, weight_dtype, show_progress, options)
+        return self._export(model, Path(path), lambda *_: None, strict, weight_dtype, quantization, show_progress, options)
 
-    def _export(self, model: Model, path: Path, write: Callable[[Path, str | None], None], strict: bool,
-                weight_dtype: WeightDtype, show_progress: bool, options: dict[str, Any]) -> Report:  # fmt: skip
+    def _export(self, model: Model, path: Path, write: Callable[[Path, str | None, dict[str, Any] | None], None], strict: bool,
+                weight_dtype: WeightDtype, quantization: str | None, show_progress: bool,
+                options: dict[str, Any]) -> Report:  # fmt: skip
         if strict and self.record is not None and self.record.left_out:
             raise MappingError(
                 "the import was not strict, so the export would differ from its source; pass strict=False to publish it all the "
@@ -143,11 +148,14 @@ class HFWeights(HFModel):
         used = {spec.dtype for spec in export_specs(plan, dtypes, aliases).values()}
         # A config.json may state another dtype than its files have: "source" gives it back as it was.
         name = str(used.pop()).removeprefix("torch.") if len(used) == 1 and weight_dtype != "source" else None
+        with agreement.together("choosing what to quantise"):
+            quantized, said = quantization_for(plan, quantization, self.config)
         with bytes_bar("export", show=show_progress and agreement.rank() == 0) as progress:
             return export_weights(
                 plan,
                 path,
-                write_assets=lambda folder: write(folder, name),
+                write_assets=lambda folder: write(folder, name, said),
+                quantization=quantized,
                 dtypes=dtypes,
                 aliases=aliases,
                 progress=progress,

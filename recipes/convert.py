@@ -48,6 +48,7 @@ def main(config: Config) -> None:
                 output / "hf",
                 weight_dtype=conversion.export_dtype or ("source" if is_as_imported(config, bridge) else None),
                 strict=conversion.strict,
+                quantization=conversion.export_quantization,
                 max_shard_size=conversion.max_shard_size,
                 writer=conversion.writer,
                 verify=conversion.verify,

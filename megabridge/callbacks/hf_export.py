@@ -19,7 +19,7 @@ class HFExport(Callback):
     """Writes checkpoints/step_N/hf on every save, unless checkpoint.hf is false.
 
     Logs the export's report as `export/*` and the logits' comparison as `parity/*`. The rules are those of the group
-    `conversion`: export_dtype, max_shard_size, writer, verify, allow_nonfinite, logits_tokens.
+    `conversion`: export_dtype, export_quantization, max_shard_size, writer, verify, allow_nonfinite, logits_tokens.
     """
 
     @override
@@ -37,6 +37,7 @@ class HFExport(Callback):
             trainer.chunks,
             target,
             weight_dtype=conversion.export_dtype,
+            quantization=conversion.export_quantization,
             max_shard_size=conversion.max_shard_size,
             writer=conversion.writer,
             verify=conversion.verify,

@@ -79,8 +79,8 @@ class BlockFP8:
         return (*stored[:-2], *(-(-length // size) for length, size in zip(stored[-2:], self.block, strict=True)))
 
     def boxes(self, part: Transfer, packed: Shape, scales: Shape) -> tuple[Transfer, Transfer]:
-        sizes = self._sizes(len(packed))
-        return part, _box(scales, [_covering(run, size) for run, size in zip(_runs(part), sizes, strict=True)])
+        sizes = self.sizes(len(packed))
+        return part, _box(scales, [_covering(run, size) for run, size in zip(runs_of(part), sizes, strict=True)])
 
     def halves(self, part: Transfer) -> Iterator[Transfer]:
         return part.split((part.elements + 1) // 2)
@@ -90,9 +90,10 @@ class BlockFP8:
 
     def decode(self, packed: torch.Tensor, scales: torch.Tensor, part: Transfer) -> torch.Tensor:
         numbers = torch.from_numpy(_OF_E4M3.take(packed.view(torch.uint8).numpy()))
-        return spread(scales, _runs(part), self._sizes(packed.dim())).mul_(numbers).to(torch.bfloat16)
+        return spread(scales, runs_of(part), self.sizes(packed.dim())).mul_(numbers).to(torch.bfloat16)
 
-    def _sizes(self, dimensions: int) -> tuple[int, ...]:
+    def sizes(self, dimensions: int) -> tuple[int, ...]:
+        """Of a block, along each of `dimensions`."""
         return (*[1] * (dimensions - 2), *self.block)
 
 
@@ -116,7 +117,7 @@ class MXFP4:
         return stored[:-1]
 
     def boxes(self, part: Transfer, packed: Shape, scales: Shape) -> tuple[Transfer, Transfer]:
-        experts, columns, rows = _runs(part)
+        experts, columns, rows = runs_of(part)
         return _box(packed, [experts, rows, _covering(columns, 2)]), _box(scales, [experts, rows, _covering(columns, GROUP)])
 
     def halves(self, part: Transfer) -> Iterator[Transfer]:
@@ -130,7 +131,7 @@ class MXFP4:
         return experts, (2 * start, 2 * stop), rows
 
     def decode(self, packed: torch.Tensor, scales: torch.Tensor, part: Transfer) -> torch.Tensor:
-        experts, columns, rows = _runs(part)
+        experts, columns, rows = runs_of(part)
         numbers = torch.from_numpy(_PAIRS.take(packed.numpy()).view(np.float32))
         first = _covering(columns, 2).start * 2
         if columns.is_consecutive:
@@ -161,24 +162,51 @@ def spread(scales: torch.Tensor, runs: Sequence[Run], sizes: Sequence[int]) -> t
 def scales_of(largest: torch.Tensor, *, ue8m0: bool) -> torch.Tensor:
     """The scale of each block, from its `largest` magnitude: that becomes the largest e4m3, or with `ue8m0` fits below it.
 
-    Blocks of zeros have 1. As in transformers integrations/finegrained_fp8.py:Fp8Quantize.
+    Blocks of zeros have 1.
     """
-    is_some = largest > 0
-    factors = torch.where(is_some, E4M3_MAX / torch.where(is_some, largest, 1.0), 1.0)
-    inverse = 1.0 / factors
+    inverse = 1.0 / _to_most(largest)
     if ue8m0:
         inverse = torch.pow(2.0, torch.ceil(torch.log2(inverse.clamp(min=torch.finfo(torch.float32).tiny))))
     return inverse
 
 
-def _runs(part: Transfer) -> list[Run]:
+def factors_of(largest: torch.Tensor, *, ue8m0: bool) -> torch.Tensor:
+    """What the elements of each block are multiplied by to become e4m3."""
+    return 1.0 / scales_of(largest, ue8m0=True) if ue8m0 else _to_most(largest)
+
+
+def _to_most(largest: torch.Tensor) -> torch.Tensor:
+    is_some = largest > 0
+    return torch.where(is_some, E4M3_MAX / torch.where(is_some, largest, 1.0), 1.0)
+
+
+def largest_of(values: torch.Tensor, runs: Sequence[Run], block: tuple[int, int], grid: torch.Tensor) -> None:
+    """Raises the entries of `grid`, one per `block` of a matrix, to the largest magnitudes of its box `runs`, of `values`."""
+    rows, columns = (_blocks(run, size) for run, size in zip(runs, block, strict=True))
+    whole_blocks = torch.zeros(rows.size * block[0], columns.size * block[1])
+    down, right = (indices(run) - blocks.start * size for run, blocks, size in zip(runs, (rows, columns), block, strict=True))
+    if all(run.is_consecutive for run in runs):
+        whole_blocks[down[0] : down[-1] + 1, right[0] : right[-1] + 1] = values.abs()
+    else:
+        whole_blocks[down[:, None], right] = values.abs()
+    found = whole_blocks.view(rows.size, block[0], columns.size, block[1]).amax((1, 3))
+    there = grid[rows.start : rows.stop, columns.start : columns.stop]
+    torch.maximum(there, found, out=there)
+
+
+def runs_of(part: Transfer) -> list[Run]:
     """By dimension of the tensor, which indices."""
     return [axis.hf for axis in part.axes if axis.hf_dim is not None]
 
 
 def _covering(run: Run, size: int) -> Run:
+    """`run`, or the blocks of a `size` above 1 that hold its indices."""
+    return run if size == 1 else _blocks(run, size)
+
+
+def _blocks(run: Run, size: int) -> Run:
     """The blocks of `size` that hold the indices of `run`; all between the first and the last."""
-    return run if size == 1 else Run.span(run.start // size, -(-run.stop // size) - run.start // size)
+    return Run.span(run.start // size, -(-run.stop // size) - run.start // size)
 
 
 def _box(shape: Shape, runs: Sequence[Run]) -> Transfer:
@@ -187,4 +215,4 @@ def _box(shape: Shape, runs: Sequence[Run]) -> Transfer:
 
 def sizes_of(part: Transfer) -> list[int]:
     """Elements of `part` along each dimension of the tensor."""
-    return [run.size for run in _runs(part)]
+    return [run.size for run in runs_of(part)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,7 +21,8 @@ _AT_ONCE: Final = PIECE // 4  # bytes compared at once on a CPU: what its cache 
 
 
 Convert = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
-Cast = Callable[[torch.Tensor, torch.Tensor, Convert], tuple[torch.Tensor, torch.Tensor]]
+Pair = tuple[torch.Tensor, torch.Tensor]
+Cast = Callable[[Job, Transfer, Pair, Convert], Pair]
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,17 @@ def compare(
     cast: Cast,
     *,
     absent: frozenset[str] = frozenset(),
+    more: Sequence[Job] = (),
     way: Way = "auto",
     dedupe: bool = False,
 ) -> Difference:
     """Compares every copy of every parameter with its boxes. Collective: every rank gets the same answer.
 
-    `cast(ours, theirs, convert)` brings a pair of boxes to one dtype: after an import the file's is cast to the parameter's, after
-    an export the other way round. Tensors in `absent` are left out; aliases that the folder has are compared too. `way` and
-    `dedupe` say how the files are read (see `import_weights`).
+    `cast(job, part, (ours, theirs), convert)` brings a pair of boxes to one dtype: after an import the file's is cast to the
+    parameter's, after an export ours becomes what the file should hold. Tensors in `absent` are left out, jobs in `more` are done
+    besides; aliases that the folder has are compared too. `way` and `dedupe` say how the files are read (see `import_weights`).
     """
-    jobs = _jobs(plan, infos, absent)
+    jobs = [*_jobs(plan, infos, absent), *more]
     distances: dict[str, float] = {}
     with (
         sharing(infos, jobs, dedupe=dedupe) as shared,
@@ -111,7 +113,7 @@ def _differing(reader: Reader, jobs: list[Job], cast: Cast, shared: Sharing | No
     verdicts: list[tuple[Job, torch.Tensor | bool]] = []
 
     def visit(lane: Lane, job: Job, part: Transfer, fetched: Fetched) -> None:
-        ours, theirs = _integers(*cast(native_box(job.target, part), lane.on_device(fetched), lane.converted))
+        ours, theirs = _integers(*cast(job, part, (native_box(job.target, part), lane.on_device(fetched)), lane.converted))
         equal = torch.equal(ours, theirs) if ours.device.type == "cpu" else (ours == theirs).all()
         verdicts.append((job, equal))
 
@@ -129,17 +131,13 @@ def _distance(reader: Reader, job: Job, cast: Cast) -> float:
     for part in reader.parts(job.info, job.transfer, _AT_ONCE):
         with lane.stream():
             fetched = reader.fetch(job.info, part, lane.buffer)
-            ours, theirs = cast(native_box(job.target, part), lane.on_device(fetched), lane.converted)
+            ours, theirs = cast(job, part, (native_box(job.target, part), lane.on_device(fetched)), lane.converted)
             distance = (ours.double() - theirs.double()).abs().max().item()
         largest = max(largest, float("inf") if distance != distance else distance)
     return largest
 
 
-def to_native(ours: torch.Tensor, theirs: torch.Tensor, convert: Convert) -> tuple[torch.Tensor, torch.Tensor]:
+def to_native(job: Job, part: Transfer, pair: Pair, convert: Convert) -> Pair:
     """The file's box as the parameter's dtype."""
+    ours, theirs = pair
     return ours, convert(theirs, ours.dtype)
-
-
-def to_file(ours: torch.Tensor, theirs: torch.Tensor, convert: Convert) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parameter's box as the file's dtype."""
-    return convert(ours, theirs.dtype), theirs

@@ -9,6 +9,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial as bound
+from itertools import chain
 from pathlib import Path
 from typing import IO, Final
 
@@ -18,15 +20,18 @@ from megabridge import agreement
 from megabridge.checkpoint import folders, native
 from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion import manifest
-from megabridge.conversion.compare import Difference, compare, to_file
+from megabridge.conversion.compare import Convert, Difference, Pair, compare
+from megabridge.conversion.encoding import Encoder, agree, scale_owners
 from megabridge.conversion.gather import Gathered, compare_gathered
 from megabridge.conversion.importer import Progress, silent
 from megabridge.conversion.manifest import digests
 from megabridge.conversion.plan import Plan, Spec
 from megabridge.conversion.report import Report
+from megabridge.conversion.walk import Job
 from megabridge.conversion.writer import Shard, Writer, plan_shards, reserve, space_named, write_index
 from megabridge.errors import CheckpointError, ConfigError, MegabridgeError, ParityError, listed
-from megabridge.mapping import Transfer, natural
+from megabridge.families.quantization import Quantization
+from megabridge.mapping import Transfer, natural, whole
 
 Dtypes = Mapping[str, torch.dtype] | torch.dtype | None
 WRITERS: Final = ("shared", "gather")
@@ -55,6 +60,7 @@ def export_weights(
     verify: bool = True,
     allow_nonfinite: bool = False,
     writer: str = "shared",
+    quantization: Quantization | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Publishes the model as a Hugging Face folder at `path`. Collective.
@@ -64,7 +70,7 @@ def export_weights(
 
     Everything is written into a hidden folder beside `path`, read back and compared, made durable, and renamed last;
     `write_assets(folder)` adds config and tokenizer on rank 0. An earlier export at `path` is replaced. What a killed export left
-    in the hidden folder is used again where it is right.
+    in the hidden folder is used again where it is right. With a `quantization`, of fp8, linears are quantised.
 
     Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was at `path` stays. NaN and
     infinite values are refused unless `allow_nonfinite`.
@@ -74,23 +80,25 @@ def export_weights(
     begin = time.perf_counter()
     path = Path(os.path.realpath(path))
     partial = folders.partial_of(path)
-    shards = plan_shards(partial, export_specs(plan, dtypes, aliases), max_shard_size)
+    specs = export_specs(plan, dtypes, aliases)
+    encoder = agree(plan, specs, quantization, everything=writer == "gather")
+    shards = plan_shards(partial, encoder.specs(specs), max_shard_size)
     infos = {name: info for shard in shards for name, info in shard.tensors.items()}
-    writers = {name: [0] for name in infos} if writer == "gather" else _writers(plan, infos)
+    writers = {name: [0] for name in infos} if writer == "gather" else _writers(plan, infos, encoder)
     with _claimed(path, is_shared=writer == "shared"):
         try:
             kept = agreement.on_rank_zero("reserving space for the export", lambda: reserve(partial, shards))
             with (
                 agreement.together("writing weights"),
                 space_named(partial, shards),
-                closing(Gathered(plan, infos) if writer == "gather" else _own(plan, infos)) as boxes,
+                closing(Gathered(plan, infos, encoder) if writer == "gather" else _own(plan, infos)) as boxes,
             ):
-                written = _write(boxes, infos, writers, kept, progress)
+                written = _write(chain(boxes, _scales(infos, writers, encoder)), infos, writers, kept, encoder, progress)
             everyones = agreement.gather(written)
             if not allow_nonfinite:
                 _refuse_nonfinite(everyones)
             seconds = time.perf_counter() - begin
-            found, verify_seconds = _verify(plan, partial, shards, writer) if verify else (Difference((), 0.0, 0), 0.0)
+            found, verify_seconds = _verify(plan, partial, shards, encoder, writer) if verify else (Difference((), 0.0, 0), 0.0)
             begin = time.perf_counter()
             by_name = _digests(writers, infos, everyones)
             agreement.on_rank_zero("publishing the export", lambda: _publish(path, shards, write_assets, by_name))
@@ -172,11 +180,18 @@ def _own(plan: Plan, infos: Mapping[str, TensorInfo]) -> Generator[tuple[TensorI
                 yield infos[name], transfer, item.live.data
 
 
+def _scales(infos: Mapping[str, TensorInfo], writers: Mapping[str, list[int]], encoder: Encoder) -> Boxes:
+    """The scales that this rank writes."""
+    for name, tensor in encoder.scales():
+        if agreement.rank() in writers[name]:
+            yield infos[name], whole(tensor.shape), tensor
+
+
 def _write(boxes: Boxes, infos: Mapping[str, TensorInfo], writers: Mapping[str, list[int]], kept: frozenset[Path],
-           progress: Progress) -> Written:  # fmt: skip
+           encoder: Encoder, progress: Progress) -> Written:  # fmt: skip
     mine = [infos[name] for name, ranks in writers.items() if agreement.rank() in ranks]
     total = sum(info.nbytes // len(writers[info.name]) for info in mine)  # ranks have about equal parts
-    with Writer([info for info in mine if info.file in kept]) as writer:
+    with Writer([info for info in mine if info.file in kept], encoder.encode) as writer:
         for info, transfer, data in boxes:
             writer.write(info, transfer, data)
             progress(writer.bytes_written + writer.bytes_kept, total)
@@ -188,9 +203,13 @@ def _write(boxes: Boxes, infos: Mapping[str, TensorInfo], writers: Mapping[str, 
         return Written(writer.bytes_written, writer.bytes_kept, writer.nonfinite, found)
 
 
-def _writers(plan: Plan, infos: Mapping[str, TensorInfo]) -> dict[str, list[int]]:
+def _writers(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encoder) -> dict[str, list[int]]:
     """The ranks that write each tensor into a shared folder."""
-    return {name: sorted({source.rank for source in plan.sources[plan.aliases.get(name, name)]}) for name in infos}
+    owners = scale_owners(plan, encoder.dtypes)
+    return {
+        name: [owners[name]] if name in owners else sorted({source.rank for source in plan.sources[plan.aliases.get(name, name)]})
+        for name in infos
+    }
 
 
 def _digests(writers: Mapping[str, list[int]], infos: Mapping[str, TensorInfo], everyones: list[Written]) -> dict[str, str]:
@@ -222,17 +241,29 @@ def _publish(path: Path, shards: list[Shard], write_assets: Callable[[Path], Non
     folders.commit(path, replace=True)
 
 
-def _verify(plan: Plan, partial: Path, shards: list[Shard], writer: str) -> tuple[Difference, float]:
+def _verify(plan: Plan, partial: Path, shards: list[Shard], encoder: Encoder, writer: str) -> tuple[Difference, float]:
     begin = time.perf_counter()
     with agreement.together("reading the export back"):
         is_seen = writer == "shared" or agreement.rank() == 0
         infos = {name: info for shard in shards for name, info in (_headers(partial, shard) if is_seen else shard.tensors).items()}
-    found = compare_gathered(plan, infos) if writer == "gather" else compare(plan, infos, to_file)
+    if writer == "gather":
+        found = compare_gathered(plan, infos, encoder)
+    else:
+        scales = [Job(infos[name], whole(tensor.shape), tensor) for name, tensor in encoder.scales()]
+        found = compare(plan, infos, bound(_to_file, encoder), more=scales)
     if found.mismatched:
         raise ParityError(
             "these tensors differ from the model after the export; nothing was published:\n  " + listed(list(found.mismatched))
         )
     return found, time.perf_counter() - begin
+
+
+def _to_file(encoder: Encoder, job: Job, part: Transfer, pair: Pair, convert: Convert) -> Pair:
+    """The parameter's box as the file should hold it; quantised ones are compared on the CPU."""
+    ours, theirs = pair
+    if job.info.name in encoder.dtypes:
+        return encoder.encode(job.info, part, ours), theirs.cpu()
+    return convert(ours, theirs.dtype), theirs.to(ours.device)
 
 
 def _headers(partial: Path, shard: Shard) -> Mapping[str, TensorInfo]:

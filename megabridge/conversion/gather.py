@@ -13,9 +13,10 @@ from megabridge.checkpoint.hf import STAGING, Reader, native_box
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion.buckets import BucketEntry
 from megabridge.conversion.compare import Difference
-from megabridge.conversion.plan import Plan, Spec
+from megabridge.conversion.encoding import Encoder
+from megabridge.conversion.plan import Plan
 from megabridge.conversion.stream import Stream
-from megabridge.mapping import Axis, Run, Transfer
+from megabridge.mapping import Axis, Run, Transfer, whole
 
 BUCKET_BYTES: Final = 48 << 20  # two of them stay below 128 MiB
 
@@ -29,8 +30,8 @@ class Gathered:
     rank's next step raises its error; a rank that ends early must `close`.
     """
 
-    def __init__(self, plan: Plan, infos: Mapping[str, TensorInfo]) -> None:
-        specs = {name: Spec(info.shape, info.dtype) for name, info in infos.items()}
+    def __init__(self, plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encoder) -> None:
+        specs = encoder.unquantised(infos)
         self._infos = infos
         self._buckets = Stream(plan, specs, bucket_bytes=BUCKET_BYTES, consumers=[0], in_rows=True).flat()
 
@@ -54,13 +55,13 @@ def _block(entry: BucketEntry, shape: tuple[int, ...]) -> Transfer:
     return Transfer(0, shape, tuple(axes))
 
 
-def compare_gathered(plan: Plan, infos: Mapping[str, TensorInfo]) -> Difference:
+def compare_gathered(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encoder) -> Difference:
     """Compares the files on rank 0 with every rank's copies, by digests of their boxes' bits. Collective.
 
     How far a differing tensor is off isn't known: the largest difference is then infinite.
     """
     with agreement.together("comparing weights"):
-        own = _digests(plan, infos)
+        own = _digests(plan, infos, encoder)
     everyone = agreement.gather(own)
 
     def compare() -> set[str]:
@@ -77,15 +78,14 @@ def compare_gathered(plan: Plan, infos: Mapping[str, TensorInfo]) -> Difference:
     return Difference(tuple(sorted(names)), float("inf") if names else 0.0, seen)
 
 
-def _digests(plan: Plan, infos: Mapping[str, TensorInfo]) -> Digests:
+def _digests(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encoder) -> Digests:
     """(tensor, box, digest) of all that this rank holds, as the files should have it."""
-    out: Digests = []
+    out: Digests = [(name, whole(tensor.shape), _digest(iter([tensor]))) for name, tensor in encoder.scales()]
     for item in plan.items:
         for transfer in item.transfers:
             for name in plan.carriers(item.hf[transfer.part], infos):
-                dtype = infos[name].dtype
-                parts = (native_box(item.live.data, part).to(dtype) for part in transfer.split(STAGING))
-                out.append((name, transfer, _digest(parts)))
+                parts = transfer.split(STAGING)
+                out.append((name, transfer, _digest(encoder.encode(infos[name], p, native_box(item.live.data, p)) for p in parts)))
     return out
 
 

@@ -58,7 +58,7 @@ class Stream:
         self._delivered = 0  # tensors that the caller was given
         self._parameters = {item.record.name: item.live for item in plan.items}
         self._home = plan.items[0].live.data.device if plan.items else torch.device("cpu")
-        self._carrier = _carrier(self._home)  # where the wire lies
+        self._carrier = carrier(self._home)  # where the wire lies
         self._to_host = cpu and self._home.type != "cpu"
         self._buffers: dict[str, torch.Tensor] = {}
         self._sections: list[Section] = []  # of the bucket that is on the wire
@@ -242,7 +242,7 @@ def _primed[T](generator: Generator[T]) -> Generator[T]:
     return generator
 
 
-def _carrier(home: torch.device) -> torch.device:
+def carrier(home: torch.device) -> torch.device:
     """The device of tensors that the default group can move."""
     if agreement.world_size() == 1:
         return home

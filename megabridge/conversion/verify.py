@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megabridge import agreement
 from megabridge.checkpoint import assets
-from megabridge.checkpoint.hf import PIECE, Reader, find_tensors
-from megabridge.checkpoint.quantised import find_weights
+from megabridge.checkpoint.codecs import BlockFP8
+from megabridge.checkpoint.hf import PIECE, Reader, find_tensors, view
+from megabridge.checkpoint.quantised import SCALE_OF, find_weights
 from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion import manifest
 from megabridge.conversion.compare import same_bits
+from megabridge.conversion.encoding import Encoder, raise_to
 from megabridge.conversion.manifest import Manifest
 from megabridge.errors import CheckpointError
 from megabridge.families import family_for
-from megabridge.mapping import natural, whole
+from megabridge.families.quantization import Quantization, quantization_of
+from megabridge.mapping import Transfer, natural, whole
 
 
 def against_manifest(folder: Path) -> list[str]:
@@ -39,11 +43,16 @@ def against_manifest(folder: Path) -> list[str]:
 def against_source(folder: Path, source: Path) -> list[str]:
     """Every way in which the tensors of `folder` are not those of `source`, cast to its dtypes, a line each. Collective.
 
-    Tensors that the source's family ignores may be left out. Raises CheckpointError where a folder can't be read.
+    Tensors that the source's family ignores may be left out. A quantised source counts as the bfloat16 that it stands for; of a
+    quantised folder, numbers and scales must be those that an export makes of the source. Raises CheckpointError where a folder
+    can't be read.
     """
     with agreement.together("opening both folders"):
         ours, theirs = find_tensors(folder), find_weights(source)
         is_ignored = family_for(assets.read_config(source)).is_ignored
+        said = assets.read_config(folder) if (folder / assets.CONFIG).is_file() else {}
+        quantization = quantization_of(said)
+        scales = {name: ours.pop(name + SCALE_OF) for name in list(ours) if name + SCALE_OF in ours} if quantization else {}
     problems = [f"{name} is not in the source" for name in ours if name not in theirs]
     problems += [f"{name} is missing" for name in theirs if name not in ours and not is_ignored(name)]
     both = [name for name in ours if name in theirs]
@@ -51,27 +60,42 @@ def against_source(folder: Path, source: Path) -> list[str]:
         f"{name} is {ours[name].shape}, not {theirs[name].shape}" for name in both if ours[name].shape != theirs[name].shape
     ]
     with agreement.together("comparing tensors"):
-        wrong = _differing([ours[name] for name in both if ours[name].shape == theirs[name].shape], theirs)
+        share = manifest.share([ours[name] for name in both if ours[name].shape == theirs[name].shape])
+        with Reader([*share, *scales.values()]) as left, Reader(theirs[info.name] for info in share) as right:
+            wrong = []
+            for info in share:
+                other = theirs[info.name]
+                encoder = _encoder(right, other, quantization, said) if info.name in scales and quantization else Encoder()
+                if not _is_same(left, info, right, other, encoder) or not all(
+                    same_bits(left.box(scales[info.name], whole(scale.shape)), view(scale, whole(scale.shape).hf_view()))
+                    for _, scale in encoder.scales()
+                ):
+                    wrong.append(info.name)
+            left.finish()
+            right.finish()
     return problems + [f"{name} has other values, as {ours[name].dtype}" for name in _everyones(wrong)]
 
 
-def _differing(ours: list[TensorInfo], theirs: Mapping[str, TensorInfo]) -> list[str]:
-    """The tensors of this rank's share that differ from the source's, cast to their dtypes."""
-    share = manifest.share(ours)
-    found = []
+def _is_same(left: Reader, info: TensorInfo, right: Reader, other: TensorInfo, encoder: Encoder) -> bool:
+    """Whether a file has what `encoder` makes of a source's tensor."""
+    return all(same_bits(left.box(info, part), encoder.encode(info, part, box)) for part, box in _parts(right, other))
+
+
+def _encoder(reader: Reader, info: TensorInfo, quantization: Quantization, said: Mapping[str, Any]) -> Encoder:
+    """What an export, with the config.json `said`, quantises the source's tensor `info` with: after a cast, where it has one."""
+    named = (vars(torch).get(str(said[key])) for key in assets.DTYPE_KEYS if said.get(key))
+    dtype = min((info.dtype, *(dtype for dtype in named if isinstance(dtype, torch.dtype))), key=lambda dtype: dtype.itemsize)
+    largest = torch.zeros(BlockFP8(quantization.block).scales_shape(info.shape))
+    for part, box in _parts(reader, info):
+        raise_to(largest, part, box.to(dtype), quantization.block)
+    return Encoder(quantization, {info.name: dtype}, {info.name: largest})
+
+
+def _parts(reader: Reader, info: TensorInfo) -> Iterator[tuple[Transfer, torch.Tensor]]:
+    """The whole tensor in parts, each to be used before the next."""
     buffer = torch.empty(PIECE, dtype=torch.uint8)
-    with Reader(share) as left, Reader(theirs[info.name] for info in share) as right:
-        for info in share:
-            other = theirs[info.name]
-            pairs = (
-                (left.box(info, part), right.fetch(other, part, lambda: buffer).box)
-                for part in right.parts(other, whole(info.shape))
-            )
-            if not all(same_bits(piece, theirs_.to(info.dtype)) for piece, theirs_ in pairs):
-                found.append(info.name)
-        left.finish()
-        right.finish()
-    return found
+    for part in reader.parts(info, whole(info.shape)):
+        yield part, reader.fetch(info, part, lambda: buffer).box
 
 
 def _headers(folder: Path, said: Manifest) -> tuple[dict[str, TensorInfo], list[str]]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from megabridge.conversion.plan import Spec
 from megabridge.errors import CheckpointError, ConfigError
 from megabridge.mapping import Transfer
 
+Encode = Callable[[TensorInfo, Transfer, torch.Tensor], torch.Tensor]
+"""(a tensor of a file, a part of it, that part of a parameter) to what the file holds of it, in the file's dtype."""
 _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -123,6 +125,11 @@ def space_named(folder: Path, shards: list[Shard]) -> Iterator[None]:
         ) from error
 
 
+def cast(info: TensorInfo, part: Transfer, ours: torch.Tensor) -> torch.Tensor:
+    """`ours` in the file's dtype."""
+    return ours.to(info.dtype)
+
+
 class Writer(Files):
     """Writes boxes at their places in files that exist and have their final size. Use as a context.
 
@@ -133,8 +140,9 @@ class Writer(Files):
     the fsync after it, and a mapping is written back by whole pages, into which ranks on other hosts write too.
     """
 
-    def __init__(self, existing: Sequence[TensorInfo] = ()) -> None:
+    def __init__(self, existing: Sequence[TensorInfo] = (), encode: Encode = cast) -> None:
         super().__init__(os.O_WRONLY)
+        self._encode = encode
         self.bytes_written = 0
         self.bytes_kept = 0
         self.nonfinite: dict[str, str] = {}
@@ -147,10 +155,10 @@ class Writer(Files):
         self._reader.__exit__(kind, error, trace)
 
     def write(self, info: TensorInfo, transfer: Transfer, source: torch.Tensor) -> None:
-        """Writes the native side of `transfer` in `source`, cast to the file's dtype, into its box of the file."""
+        """Writes the native side of `transfer` in `source`, as `encode` has it, into its box of the file."""
         for part in transfer.split(STAGING):
             ours = native_box(source, part)
-            data = ours.to(dtype=info.dtype, device="cpu").contiguous()
+            data = self._encode(info, part, ours).cpu().contiguous()
             if not is_finite(data):
                 self.nonfinite[info.name] = (
                     f"finite, but too large for {info.dtype}" if is_finite(ours) else "NaN or infinite values"

@@ -12,7 +12,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megabridge import AutoBridge
 from megabridge.checkpoint.hf import stored_as
-from megabridge.conversion import walk
+from megabridge.conversion import exporter, verify, walk
 from tests.cases.convert import bridge_tp, provide
 from tests.cases.imports import caught, digest, small_window
 from tests.cases.memory import watched
@@ -139,3 +139,88 @@ def by_way_of_native(fp8: str, native: str, out: str) -> None:
     """Imported to a native checkpoint and exported from it, in one call each."""
     AutoBridge.import_ckpt(fp8, native, show_progress=False)
     AutoBridge.from_auto_config(native).export_ckpt(native, out, show_progress=False)
+
+
+def exports(source: str, outs: dict[str, dict[str, Any]]) -> list[Any]:
+    """The model published to each of `outs` with its settings; what `verify` finds wrong with each, beside the source too."""
+    bridge = AutoBridge.from_hf_pretrained(source)
+    model = provide(bridge, sequence_parallel=bridge_tp() > 1)
+    found = []
+    for out, settings in outs.items():
+        report = bridge.save_hf_pretrained(model, out, show_progress=False, quantization="fp8_block", **settings)
+        found.append(
+            (
+                report.is_verified,
+                report.mismatched,
+                verify.against_manifest(Path(out)),
+                verify.against_source(Path(out), Path(source)),
+            )
+        )
+    return found
+
+
+def export_refusals(given: list[tuple[str, dict[str, Any]]], out: str) -> list[tuple[str, str]]:
+    """What publishing each (source, settings) raises, and that nothing is published."""
+    found = []
+    for source, settings in given:
+        bridge = AutoBridge.from_hf_pretrained(source)
+        model = provide(bridge)
+        with torch.no_grad():
+            if settings.pop("nan", False):
+                next(p for chunk in model for name, p in chunk.named_parameters() if "linear_fc1" in name)[0, 0] = torch.nan
+        kind, message, _ = caught(
+            lambda bridge=bridge, model=model, settings=settings: bridge.save_hf_pretrained(
+                model, out, show_progress=False, **settings
+            )
+        )
+        assert not Path(out).exists()
+        found.append((kind, message))
+    return found
+
+
+def damaged_exports(source: str, out: str, tensors: list[str], writer: str) -> list[tuple[str, str]]:
+    """A bit of a tensor is lost between writing and reading back."""
+    bridge = AutoBridge.from_hf_pretrained(source)
+    model = provide(bridge)
+    read = exporter._headers
+    found = []
+    for name in tensors:
+
+        def damaging(partial: Path, shard: Any, name: str = name) -> Any:
+            info = shard.tensors[name]
+            if torch.distributed.get_rank() == 0:
+                with info.file.open("r+b") as stream:
+                    stream.seek(info.start + 2)
+                    (value,) = stream.read(1)
+                    stream.seek(info.start + 2)
+                    stream.write(bytes([value ^ 4]))
+            if writer == "shared":
+                torch.distributed.barrier()
+            return read(partial, shard)
+
+        exporter._headers = damaging
+        try:
+            kind, message, _ = caught(
+                lambda: bridge.save_hf_pretrained(model, out, show_progress=False, quantization="fp8_block", writer=writer)
+            )
+        finally:
+            exporter._headers = read
+        found.append((kind, message))
+    return found
+
+
+def as_transformers_quantises(fp8: str, plain: str, ue8m0: bool) -> list[str]:
+    """Tensors of `fp8` that transformers makes otherwise of `plain`."""
+    from types import SimpleNamespace
+
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+    from transformers.utils.quantization_config import FineGrainedFP8Config
+
+    quantise = Fp8Quantize(SimpleNamespace(quantization_config=FineGrainedFP8Config(scale_fmt="ue8m0" if ue8m0 else "float")))
+    ours, source = load_file(Path(fp8) / "model.safetensors"), load_file(Path(plain) / "model.safetensors")
+    wrong = []
+    for name in (name.removesuffix("_scale_inv") for name in ours if name.endswith("_scale_inv")):
+        theirs = quantise._quantize_one(name, source[name])
+        pairs = [(ours[key].float(), tensor.float()) for key, tensor in theirs.items()]
+        wrong += [name] if len(pairs) != 2 or not all(torch.equal(a, b) for a, b in pairs) else []
+    return wrong

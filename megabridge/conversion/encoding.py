@@ -1,0 +1,188 @@
+"""What an export's files hold of the parameters: their values cast to a dtype, or in blocks of FP8 with a scale each.
+
+A block lies across ranks where a cut, or a fused parameter, divides it, so the ranks agree on the largest magnitude of every block
+before anything is written. Scales and numbers follow from it, by the arithmetic of transformers'
+integrations/finegrained_fp8.py:Fp8Quantize.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from megabridge import agreement
+from megabridge.checkpoint.codecs import E4M3, E4M3_MAX, BlockFP8, factors_of, largest_of, runs_of, scales_of, sizes_of, spread
+from megabridge.checkpoint.hf import native_box
+from megabridge.checkpoint.quantised import SCALE_OF
+from megabridge.checkpoint.safetensors import TensorInfo
+from megabridge.conversion.plan import Plan, Spec
+from megabridge.conversion.stream import carrier
+from megabridge.errors import ConfigError, listed
+from megabridge.families.quantization import Quantization, quantization_of
+from megabridge.mapping import Transfer, natural
+
+METHODS: Final = ("fp8_block",)
+_AT_ONCE: Final = 1 << 20  # elements whose magnitudes are compared at once
+_BATCH: Final = 4 << 20  # blocks that ranks agree on at once, 4 bytes each
+_LINEAR: Final = re.compile(r"\.layers\.\d+\..*\blinear_\w+\.weight")  # megatron-core's linears in layers; routers are none
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How an export's files hold the parameters.
+
+    Tensors in `largest` are quantised: by name, the largest magnitude of every block, of the values cast to `dtypes`. A rank has
+    those of the tensors that it holds.
+    """
+
+    quantization: Quantization = field(default_factory=lambda: Quantization("fp8"))
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    largest: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def specs(self, specs: Mapping[str, Spec]) -> dict[str, Spec]:
+        """What is written for the tensors `specs`, in natural order."""
+        codec = BlockFP8(self.quantization.block)
+        out = dict(specs)
+        for name in self.dtypes:
+            out[name] = replace(out[name], dtype=E4M3)
+            out[name + SCALE_OF] = Spec(codec.scales_shape(out[name].shape), torch.float32)
+        return {name: out[name] for name in sorted(out, key=natural)}
+
+    def unquantised(self, infos: Mapping[str, TensorInfo]) -> dict[str, Spec]:
+        """The tensors of files `infos` as they are before they are encoded."""
+        names = (name for name in infos if name.removesuffix(SCALE_OF) not in self.dtypes or name in self.dtypes)
+        return {name: Spec(infos[name].shape, self.dtypes.get(name, infos[name].dtype)) for name in names}
+
+    def encode(self, info: TensorInfo, part: Transfer, ours: torch.Tensor) -> torch.Tensor:
+        """`ours`, the native side of `part`, as the file has it, on the CPU if it is quantised, else where it was."""
+        if info.name not in self.dtypes:
+            return ours.to(info.dtype)
+        values = ours.to("cpu", self.dtypes[info.name]).to(torch.float32).reshape(sizes_of(part))
+        codec = BlockFP8(self.quantization.block)
+        factors = factors_of(self.largest[info.name], ue8m0=self.quantization.ue8m0)
+        _, box = codec.boxes(part, info.shape, tuple(factors.shape))
+        there = factors.as_strided(*box.hf_view()).reshape(sizes_of(box))
+        scaled = spread(there, runs_of(part), codec.sizes(len(info.shape))).mul_(values)
+        return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3).view(ours.shape)
+
+    def scales(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of the scales of every quantised tensor that this rank holds."""
+        for name, largest in self.largest.items():
+            yield name + SCALE_OF, scales_of(largest, ue8m0=self.quantization.ue8m0)
+
+
+def chosen(plan: Plan, quantization: Quantization) -> list[str]:
+    """The tensors of `plan` to quantise, in its order: the linears in layers that `quantization` doesn't exclude.
+
+    Raises ConfigError for a model whose linears have no published form in block FP8.
+    """
+    linears = {name for name, sources in plan.sources.items() if any(_LINEAR.search(source.native) for source in sources)}
+    kinds = {re.sub(r"\d+", "0", name) for name in linears}  # also of layers that are carried, whose names are files' only
+    names = [name for name in plan.tensors if re.sub(r"\d+", "0", name) in kinds]
+    names = [
+        name for name in names if not quantization.excludes(name.removesuffix(".weight")) and len(plan.tensors[name].shape) > 1
+    ]
+    odd = [
+        f"{name} {plan.tensors[name].shape}" for name in names if not name.endswith(".weight") or len(plan.tensors[name].shape) != 2
+    ]
+    if odd:
+        raise ConfigError(
+            "quantization=fp8_block is of matrices named *.weight; these have no published form of it, export in bfloat16:\n  "
+            + listed(odd)
+        )
+    return names
+
+
+def quantization_for(
+    plan: Plan, method: str | None, config: Mapping[str, Any]
+) -> tuple[Quantization, dict[str, Any]] | tuple[None, None]:
+    """What `method` asks for, and what config.json is to say of it: what the source's `config` says, where that is of block FP8.
+
+    Raises ConfigError for an unknown method.
+    """
+    if method is None:
+        return None, None
+    if method not in METHODS:
+        raise ConfigError(f"quantization={method!r} must be one of {', '.join(METHODS)}.")
+    said = quantization_of(config)
+    if said is not None and said.method == "fp8":
+        return said, dict(config["quantization_config"])
+    plain = Quantization("fp8")
+    names = set(chosen(plan, plain))
+    others = [name.removesuffix(".weight") for name, spec in plan.tensors.items() if len(spec.shape) > 1 and name not in names]
+    content = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": others,
+        "quant_method": "fp8",
+        "weight_block_size": list(plain.block),
+    }
+    return plain, content
+
+
+def agree(plan: Plan, specs: Mapping[str, Spec], quantization: Quantization | None, *, everything: bool) -> Encoder:
+    """The encoder for `specs`, which knows the tensors that this rank holds, or on rank 0 with `everything` all. Collective."""
+    if quantization is None:
+        return Encoder()
+    with agreement.together("choosing what to quantise"):
+        names = chosen(plan, quantization)
+    encoder = Encoder(quantization, {name: specs[name].dtype for name in names}, {})
+    held = {name for item in plan.items for name in item.hf} | (set(names) if everything and agreement.rank() == 0 else set())
+    grids = {name: BlockFP8(quantization.block).scales_shape(specs[name].shape) for name in names}
+    largest: dict[str, torch.Tensor] = {}
+    for batch in _batches(grids):
+        flat = torch.zeros(sum(prod(grids[name]) for name in batch))
+        parts = dict(zip(batch, torch.split(flat, [prod(grids[name]) for name in batch]), strict=True))
+        with agreement.together("finding the largest weights"):
+            _fill(plan, {name: part.view(grids[name]) for name, part in parts.items()}, encoder)
+        flat.copy_(_most(flat, plan))
+        largest |= {name: part.view(grids[name]).clone() for name, part in parts.items() if name in held}
+    return replace(encoder, largest=largest)
+
+
+def _batches(grids: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for name, grid in grids.items():
+        if batch and size + prod(grid) > _BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(name)
+        size += prod(grid)
+    if batch:
+        yield batch
+
+
+def _fill(plan: Plan, grids: Mapping[str, torch.Tensor], encoder: Encoder) -> None:
+    """Raises the entries of `grids` to the largest magnitudes of what this rank writes."""
+    sizes = encoder.quantization.block
+    for item in plan.items:
+        for transfer in item.transfers if item.is_writer else ():
+            name = item.hf[transfer.part]
+            for part in transfer.split(_AT_ONCE) if name in grids and transfer.elements else ():
+                raise_to(grids[name], part, native_box(item.live.data, part).to("cpu", encoder.dtypes[name]), sizes)
+
+
+def raise_to(grid: torch.Tensor, part: Transfer, values: torch.Tensor, block: tuple[int, int]) -> None:
+    """Raises the entries of `grid`, one per block of a tensor, to the largest magnitudes of its `part`, `values` on the CPU."""
+    largest_of(values.to(torch.float32).reshape(sizes_of(part)), runs_of(part), block, grid)
+
+
+def _most(flat: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """The largest of every rank's entries. Collective."""
+    if agreement.world_size() == 1:
+        return flat
+    moved = flat.to(carrier(plan.items[0].live.data.device if plan.items else torch.device("cpu")))
+    dist.all_reduce(moved, op=dist.ReduceOp.MAX)
+    return moved.cpu()
+
+
+def scale_owners(plan: Plan, names: Iterable[str]) -> dict[str, int]:
+    """By the name of each scale tensor, the rank that writes it: the first that writes its weight."""
+    return {name + SCALE_OF: min(source.rank for source in plan.sources[name]) for name in names}
