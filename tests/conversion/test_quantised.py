@@ -96,7 +96,7 @@ def test_deepseek_with_layers_that_are_carried(ranks: RankServer, tmp_path: Path
     ranks.run("tests.cases.mtp:make", kwargs={"folder": str(tmp_path / "source")})
     ranks.run(f"{CASES}:write_fp8", kwargs={"source": str(tmp_path / "source"), "block": (12, 20)})
     given = {"source": str(tmp_path / "fp8"), "out": str(tmp_path / "out")}
-    assert sum(ranks.run("tests.cases.mtp:not_built", topology=layout, kwargs=given), []) == []
+    assert not any(ranks.run("tests.cases.mtp:not_built", topology=layout, kwargs=given))
     for name in ("straight", "after"):
         assert payload(tmp_path / "out" / name) == payload(tmp_path / "plain")
     assert not list(tmp_path.glob("**/.parameters-*"))
