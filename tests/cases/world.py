@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
+import yaml
 
 from megabridge import AutoBridge
 from megabridge.conversion.native import Record, survey
@@ -19,11 +23,17 @@ from megabridge.provider import ModelProvider
 from megabridge.topology import Topology
 from tests.cases.convert import provide
 
+ROOT: Final = Path(__file__).parents[2]
 
-def seen_by_ranks(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+
+def seen_by_ranks(config: dict[str, Any], dtype: str, **settings: Any) -> dict[str, Any]:
     """On real ranks: this one's records, the plan's sources and sums."""
     bridge = AutoBridge.from_hf_config(config, dtype=dtype)
-    model = provide(bridge, load_weights=False)
+    topology = groups.current()
+    assert topology is not None
+    if bridge.native.get("num_moe_experts") is not None:
+        settings["sequence_parallel"] = topology.tp > 1
+    model = provide(bridge, load_weights=False, **settings)
     plan = bridge.plan(model)
     written = {
         name: sum(s.transfer.elements for s in sources if s.rank == torch.distributed.get_rank())
@@ -44,9 +54,9 @@ def seen_by_ranks(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-def seen_by_one(config: dict[str, Any], dtype: str, layout: Topology) -> dict[str, Any]:
+def seen_by_one(config: dict[str, Any], dtype: str, layout: Topology, **settings: Any) -> dict[str, Any]:
     """The same for every rank of `layout`, in a process without groups."""
-    world = planned(config, dtype, layout)
+    world = planned(config, dtype, layout, **settings)
     shares = {rank: asdict(share) for rank, share in world.shares().items()}
     assert not torch.distributed.is_initialized() and groups.current() is None
     return {
@@ -65,16 +75,20 @@ def plain(record: Record) -> tuple[Any, ...]:
     return (record.name, record.shape, str(record.dtype), record.cuts, record.is_writer)
 
 
-def planned(config: dict[str, Any], dtype: str, layout: Topology) -> WorldPlan:
+def planned(config: dict[str, Any], dtype: str, layout: Topology, **settings: Any) -> WorldPlan:
     bridge = AutoBridge.from_hf_config(config, dtype=dtype)
-    return plan_world(bridge.family, bridge.native, finalized(bridge, layout), layout)
+    return plan_world(bridge.family, bridge.native, finalized(bridge, layout, **settings), layout)
 
 
-def finalized(bridge: AutoBridge, layout: Topology) -> ModelProvider:
+def finalized(bridge: AutoBridge, layout: Topology, **settings: Any) -> ModelProvider:
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.tensor_model_parallel_size = layout.tp
     provider.pipeline_model_parallel_size = layout.pp
     provider.virtual_pipeline_model_parallel_size = layout.vpp if layout.vpp > 1 else None
+    provider.expert_model_parallel_size, provider.expert_tensor_parallel_size = layout.ep, layout.etp
+    provider.sequence_parallel = layout.tp > 1 and bridge.native.get("num_moe_experts") is not None
+    for name, value in settings.items():
+        setattr(provider, name, value)
     provider.finalize()
     return provider
 
@@ -90,6 +104,29 @@ def large(config: dict[str, Any], layout: Topology) -> dict[str, Any]:
         "last": world.records(layout.world_size - 1)[-1],
         "files": max(share.files for share in shares.values()),
     }
+
+
+def published(cases: list[tuple[str, Topology]]) -> list[dict[str, Any]]:
+    """Plans of named models of conf/model, sums of what ranks hold and write, and the CPU time and memory that they took."""
+    out = []
+    for name, layout in cases:
+        hf = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["hf"]
+        begin = time.process_time()
+        world = planned(hf, "bfloat16", layout)
+        seconds = time.process_time() - begin
+        shares = world.shares()
+        out.append(
+            {
+                "tensors": len(world.tensors),
+                "parameters": world.bytes // 2,
+                "written": sum(share.written_bytes for share in shares.values()) // 2,
+                "held": sum(share.held_bytes for share in shares.values()) // 2,
+                "experts": sum(name.endswith(".down_proj.weight") and ".experts." in name for name in world.tensors),
+                "seconds": seconds,
+                "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+        )
+    return out
 
 
 Damage = Callable[[int, Record], list[Record]]
