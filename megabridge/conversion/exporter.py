@@ -69,8 +69,8 @@ def export_weights(
     everything, and its file system alone counts.
 
     Everything is written into a hidden folder beside `path`, read back and compared, made durable, and renamed last;
-    `write_assets(folder)` adds config and tokenizer on rank 0. An earlier export at `path` is replaced. What a killed export left in
-    the hidden folder is used again where it is right. With a `quantization`, of fp8, linears are quantised.
+    `write_assets(folder)` adds config and tokenizer on rank 0. An earlier export at `path` is replaced. What a killed export left
+    in the hidden folder is used again where it is right. With a `quantization`, of fp8, linears are quantised.
 
     Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was at `path` stays. NaN and
     infinite values are refused unless `allow_nonfinite`.
@@ -78,8 +78,7 @@ def export_weights(
     if writer not in WRITERS:
         raise ConfigError(f"writer={writer!r} must be one of {', '.join(WRITERS)}.")
     begin = time.perf_counter()
-    path = Path(os.path.realpath(path))
-    partial = folders.partial_of(path)
+    partial = folders.partial_of(path := Path(os.path.realpath(path)))
     specs = export_specs(plan, dtypes, aliases)
     encoder = agree(plan, specs, quantization, everything=writer == "gather")
     shards = plan_shards(partial, encoder.specs(specs), max_shard_size)
