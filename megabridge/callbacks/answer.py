@@ -9,6 +9,7 @@ import torch
 
 from megabridge import agreement
 from megabridge.checkpoint import source
+from megabridge.conversion.parity import is_readable
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> str:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
+    if not is_readable(folder):
+        return "(not asked: for quantised weights transformers needs the package accelerate; pip install accelerate)"
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     if tokenizer.chat_template:

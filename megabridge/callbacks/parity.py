@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, override
 
 import torch
 
+from megabridge import agreement
 from megabridge.checkpoint import source
-from megabridge.conversion.parity import logits_parity
+from megabridge.conversion.parity import is_readable, logits_parity
 from megabridge.conversion.report import Report
 from megabridge.layers.logits import gather_logits
 from megabridge.training.hooks import Callback
@@ -40,6 +41,8 @@ def compare_logits(trainer: Trainer, folder: Path, *, prefix: str) -> str:
     length = trainer.config.conversion.logits_tokens
     if length == 0:
         return "; logits not compared"
+    if not agreement.on_rank_zero("looking for what reads the weights", lambda: is_readable(folder)):
+        return "; logits not compared: for quantised weights transformers needs the package accelerate (pip install accelerate)"
     assert trainer.bridge is not None
     size = int(trainer.bridge.config["vocab_size"])
     # 7919 is a prime that no vocabulary size is a multiple of, so neighbours are far apart.

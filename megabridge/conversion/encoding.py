@@ -63,7 +63,7 @@ class Encoder:
         """`ours`, the native side of `part`, as the file has it, on the CPU if it is quantised, else where it was."""
         if info.name not in self.dtypes:
             return ours.to(info.dtype)
-        values = ours.to("cpu", self.dtypes[info.name]).to(torch.float32).reshape(sizes_of(part))
+        values = ours.to("cpu", self.dtypes[info.name]).reshape(sizes_of(part))
         codec = BlockFP8(self.quantization.block)
         factors = factors_of(self.largest[info.name], ue8m0=self.quantization.ue8m0)
         _, box = codec.boxes(part, info.shape, tuple(factors.shape))

@@ -78,8 +78,7 @@ def export_weights(
     if writer not in WRITERS:
         raise ConfigError(f"writer={writer!r} must be one of {', '.join(WRITERS)}.")
     begin = time.perf_counter()
-    path = Path(os.path.realpath(path))
-    partial = folders.partial_of(path)
+    partial = folders.partial_of(path := Path(os.path.realpath(path)))
     specs = export_specs(plan, dtypes, aliases)
     encoder = agree(plan, specs, quantization, everything=writer == "gather")
     shards = plan_shards(partial, encoder.specs(specs), max_shard_size)

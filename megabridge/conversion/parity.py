@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from megabridge import agreement
+from megabridge import agreement, extras
+from megabridge.checkpoint import assets
+from megabridge.families.quantization import KEY
+
+_FOR_QUANTISED: Final = "accelerate"
 
 
 def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor, *, dtype: str) -> dict[str, float]:
@@ -23,13 +27,23 @@ def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor, *, dty
 
 
 def load_hf(folder: Path, dtype: str) -> Any:
-    """transformers' model of a folder on the CPU, in evaluation mode, with plain attention: its other kernels drop softcaps."""
+    """transformers' model of a folder on the CPU, in evaluation mode, with plain attention: its other kernels drop softcaps.
+
+    Raises ConfigError where transformers lacks the package that it wants for quantised weights.
+    """
+    if not is_readable(folder):
+        extras.require(_FOR_QUANTISED)
     from transformers import AutoModelForCausalLM  # seconds to import, and needed here only
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     kind = getattr(torch, dtype)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="eager", trust_remote_code=False).eval()
+
+
+def is_readable(folder: Path) -> bool:
+    """Whether transformers can read the weights of `folder` here: quantised ones it dequantises, given a package."""
+    return assets.read_config(folder).get(KEY) is None or extras.is_installed(_FOR_QUANTISED)
 
 
 def _logits(folder: Path, tokens: torch.Tensor, dtype: str) -> torch.Tensor:

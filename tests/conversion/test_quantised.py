@@ -17,6 +17,7 @@ from tests.conversion.test_round_trip import payload
 from tests.ranks import RankServer
 
 CASES = "tests.cases.quantised"
+DEEPSEEK = "DeepseekV3ForCausalLM"
 # 192 columns are one block of 128 and a half, cut into 96 by tp 2 and 64 by tp 3; rows are cut inside blocks too.
 SHAPE: dict[str, Any] = {
     **TINY,
@@ -93,7 +94,7 @@ def test_gpt_oss_in_mxfp4(ranks: RankServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", [Topology(), Topology(pp=2, ep=2, dp=2)], ids=str)
 def test_deepseek_with_layers_that_are_carried(ranks: RankServer, tmp_path: Path, layout: Topology) -> None:
     """Those of multi-token prediction are quantised too: decoded for an export, and for a native checkpoint."""
-    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(tmp_path / "source")})
+    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(tmp_path / "source"), "architecture": DEEPSEEK})
     ranks.run(f"{CASES}:write_fp8", kwargs={"source": str(tmp_path / "source"), "block": (12, 20)})
     given = {"source": str(tmp_path / "fp8"), "out": str(tmp_path / "out")}
     assert not any(ranks.run("tests.cases.mtp:not_built", topology=layout, kwargs=given))

@@ -15,7 +15,7 @@ from megabridge.families.gpt_oss import FAMILY as GPT_OSS
 from megabridge.topology import Topology
 from tests.cases.models import changed_model
 from tests.cases.quantised import FP8, dequantised
-from tests.conversion.test_quantised import CASES, MIXTURE, SHAPE
+from tests.conversion.test_quantised import CASES, DEEPSEEK, MIXTURE, SHAPE
 from tests.conversion.test_round_trip import payload
 from tests.ranks import RankServer
 
@@ -108,7 +108,7 @@ def test_experts_and_carried_layers(ranks: RankServer, tmp_path: Path) -> None:
     assert "model.layers.3.block_sparse_moe.gate" in said["modules_to_not_convert"]
 
     deepseek = tmp_path / "deepseek"
-    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(deepseek)})
+    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(deepseek), "architecture": DEEPSEEK})
     outs = {
         tmp_path / "mtp-shared": {"weight_dtype": "bfloat16"},
         tmp_path / "mtp-gather": {"weight_dtype": "bfloat16", "writer": "gather"},
