@@ -99,7 +99,7 @@ def write(folder: Path, infos: Mapping[str, TensorInfo]) -> None:
                 data = reader.box(source, whole(info.shape)).reshape(info.shape)
             else:
                 data = _decoded(reader, [source], target)[info.name]
-            writer.write(info, whole(info.shape), data)
+            writer.write(info, (whole(info.shape),), data)
         reader.finish()
         writer.sync()
     write_index(target, shards)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -31,11 +31,11 @@ from megabridge.conversion.walk import Job
 from megabridge.conversion.writer import Shard, Writer, plan_shards, reserve, space_named, write_index
 from megabridge.errors import CheckpointError, ConfigError, MegabridgeError, ParityError, listed
 from megabridge.families.quantization import Quantization
-from megabridge.mapping import Transfer, natural, whole
+from megabridge.mapping import Transfer, natural, whole, woven
 
 Dtypes = Mapping[str, torch.dtype] | torch.dtype | None
 WRITERS: Final = ("shared", "gather")
-Boxes = Iterable[tuple[TensorInfo, Transfer, torch.Tensor]]  # file, place in the tensor, elements: what `Writer.write` takes
+Boxes = Iterable[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]  # file, place in it, elements: what `Writer.write` takes
 
 
 def export_specs(plan: Plan, dtypes: Dtypes, aliases: frozenset[str]) -> dict[str, Spec]:
@@ -171,19 +171,19 @@ class Written:
     digests: Mapping[str, str]
 
 
-def _own(plan: Plan, infos: Mapping[str, TensorInfo]) -> Generator[tuple[TensorInfo, Transfer, torch.Tensor]]:
+def _own(plan: Plan, infos: Mapping[str, TensorInfo]) -> Generator[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]:
     """The boxes that this rank writes into a shared folder."""
     for item in plan.items:
-        for transfer in item.transfers if item.is_writer else ():
-            for name in plan.carriers(item.hf[transfer.part], infos):
-                yield infos[name], transfer, item.live.data
+        for group in woven(item.transfers) if item.is_writer else ():
+            for name in plan.carriers(item.hf[group[0].part], infos):
+                yield infos[name], group, item.live.data
 
 
 def _scales(infos: Mapping[str, TensorInfo], writers: Mapping[str, list[int]], encoder: Encoder) -> Boxes:
     """The scales that this rank writes."""
     for name, tensor in encoder.scales():
         if agreement.rank() in writers[name]:
-            yield infos[name], whole(tensor.shape), tensor
+            yield infos[name], (whole(tensor.shape),), tensor
 
 
 def _write(boxes: Boxes, infos: Mapping[str, TensorInfo], writers: Mapping[str, list[int]], kept: frozenset[Path],
@@ -191,8 +191,8 @@ def _write(boxes: Boxes, infos: Mapping[str, TensorInfo], writers: Mapping[str, 
     mine = [infos[name] for name, ranks in writers.items() if agreement.rank() in ranks]
     total = sum(info.nbytes // len(writers[info.name]) for info in mine)  # ranks have about equal parts
     with Writer([info for info in mine if info.file in kept], encoder.encode) as writer:
-        for info, transfer, data in boxes:
-            writer.write(info, transfer, data)
+        for info, group, data in boxes:
+            writer.write(info, group, data)
             progress(writer.bytes_written + writer.bytes_kept, total)
         alone = [info for info in mine if len(writers[info.name]) == 1]
         with ThreadPoolExecutor(1) as thread:  # the disk and a core work at the same time

@@ -35,11 +35,11 @@ class Gathered:
         self._infos = infos
         self._buckets = Stream(plan, specs, bucket_bytes=BUCKET_BYTES, consumers=[0], in_rows=True).flat()
 
-    def __iter__(self) -> Iterator[tuple[TensorInfo, Transfer, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[TensorInfo, tuple[Transfer, ...], torch.Tensor]]:
         for flat, entries in self._buckets:
             for entry in entries:
                 info = self._infos[entry.name]
-                yield info, _block(entry, info.shape), entry.view(flat)
+                yield info, (_block(entry, info.shape),), entry.view(flat)
 
     def close(self) -> None:
         self._buckets.close()

@@ -27,7 +27,7 @@ from megabridge.checkpoint.safetensors import TensorInfo, build_header
 from megabridge.conversion.compare import is_finite, same_bits
 from megabridge.conversion.plan import Spec
 from megabridge.errors import CheckpointError, ConfigError
-from megabridge.mapping import Transfer
+from megabridge.mapping import Transfer, together
 
 Encode = Callable[[TensorInfo, Transfer, torch.Tensor], torch.Tensor]
 """(a tensor of a file, a part of it, that part of a parameter) to what the file holds of it, in the file's dtype."""
@@ -154,10 +154,12 @@ class Writer(Files):
         super().__exit__(kind, error, trace)
         self._reader.__exit__(kind, error, trace)
 
-    def write(self, info: TensorInfo, transfer: Transfer, source: torch.Tensor) -> None:
-        """Writes the native side of `transfer` in `source`, as `encode` has it, into its box of the file."""
-        for part in transfer.split(STAGING):
-            ours = native_box(source, part)
+    def write(self, info: TensorInfo, group: Sequence[Transfer], source: torch.Tensor) -> None:
+        """Writes the native sides of a group of `woven` in `source`, as `encode` has them, into their box of the file."""
+        for parts in zip(*(transfer.split(STAGING // len(group)) for transfer in group), strict=True):
+            part = together(parts)
+            boxes = [native_box(source, one) for one in parts]
+            ours = boxes[0] if len(boxes) == 1 else torch.stack(boxes, -2)  # between the number of a block and what is in it
             data = self._encode(info, part, ours).cpu().contiguous()
             if not is_finite(data):
                 self.nonfinite[info.name] = (
@@ -165,7 +167,7 @@ class Writer(Files):
                 )
             size = data.numel() * info.dtype.itemsize
             fd = self._fd(info.file)  # also of a file that is right: it may not be durable yet
-            if info.file in self._kept and same_bits(data, self._reader.box(info, part)):
+            if info.file in self._kept and same_bits(data.view(part.hf_view()[0]), self._reader.box(info, part)):
                 self.bytes_kept += size
             else:
                 self._write(fd, info, part, data)

@@ -7,7 +7,7 @@ from megabridge.mapping.boxes import Axis, Cut, Run
 from megabridge.mapping.dims import Dims
 from megabridge.mapping.layout import Fuse, Interleave, Joined, Layout, Piece, Rows, Same, Single, Stack, Transpose
 from megabridge.mapping.rules import Resolved, Rule, WeightMap, block, natural, weight
-from megabridge.mapping.transfer import Transfer, transfers, whole
+from megabridge.mapping.transfer import Transfer, together, transfers, whole, woven
 
 __all__ = [
     "Axis",
@@ -30,7 +30,9 @@ __all__ = [
     "WeightMap",
     "block",
     "natural",
+    "together",
     "transfers",
     "weight",
     "whole",
+    "woven",
 ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from math import prod
+from typing import Any, Final
 
 from megabridge.errors import MappingError
 from megabridge.mapping.boxes import Axis, Cut, Run, cut_axis
 from megabridge.mapping.dims import Dims
 from megabridge.mapping.layout import Layout, Piece, Shape
+
+SHORT: Final = 4096  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,20 @@ class Transfer:
                 yield from replace(self, axes=(*self.axes[:dim], part, *self.axes[dim + 1 :])).split(most)
             return
 
+    @property
+    def pieces(self) -> int:
+        """How many stretches `rows` gives."""
+        count, merging = 1, True
+        for axis in reversed(self.axes):
+            whole = 1 if axis.hf_dim is None else self.hf_shape[axis.hf_dim]
+            if not merging:
+                count *= axis.hf.size
+            elif axis.hf.is_consecutive:
+                merging = axis.hf.size == whole
+            else:
+                count, merging = axis.hf.count, False
+        return count
+
     def rows(self) -> tuple[int, list[int]]:
         """(length, starts): the box as stretches of `length` consecutive elements of the flat Hugging Face tensor, in order."""
         length, outer, merging = 1, [], True
@@ -80,6 +97,36 @@ def _halves(axis: Axis) -> list[Axis]:
         return [axis.part(0, half), axis.part(half, run.count - half)]
     half = run.block // 2
     return [axis.part(0, 1, block=half), axis.part(0, 1, skip=half, block=run.block - half)]
+
+
+def woven(transfers: Sequence[Transfer]) -> list[tuple[Transfer, ...]]:
+    """The transfers, those together that take turns along the last dimension of a tensor and leave no gap: gate and up by column.
+
+    Short blocks only: long ones are as well moved by themselves.
+    """
+    groups: dict[Any, list[Transfer]] = {}
+    for number, transfer in enumerate(transfers):
+        *outer, last = [axis.hf for axis in transfer.axes]
+        takes_turns = not last.is_consecutive and last.block <= SHORT and all(run.is_consecutive for run in outer)
+        key = (transfer.part, *outer, last.count, last.block, last.stride, last.start // last.stride) if takes_turns else number
+        groups.setdefault(key, []).append(transfer)
+    out: list[tuple[Transfer, ...]] = []
+    for group in groups.values():
+        group.sort(key=lambda transfer: transfer.axes[-1].hf.start)
+        runs = [transfer.axes[-1].hf for transfer in group]
+        is_closed = all(after.start == before.start + before.block for before, after in pairwise(runs))
+        full = is_closed and len(group) > 1 and len(group) * runs[0].block == runs[0].stride
+        out += [tuple(group)] if full else [(transfer,) for transfer in group]
+    return out
+
+
+def together(group: Sequence[Transfer]) -> Transfer:
+    """The box in the tensor of a group of `woven`, or of equal parts of its transfers. Of the native sides it says nothing."""
+    first = group[0]
+    if len(group) == 1:
+        return first
+    last = first.axes[-1]
+    return replace(first, axes=(*first.axes[:-1], replace(last, hf=Run.span(last.hf.start, last.hf.size * len(group)))))
 
 
 def whole(shape: Shape) -> Transfer:

@@ -212,7 +212,7 @@ def test_boxes_are_read_and_written_back(
         assert torch.equal(want, got.to(dtype))
     with Writer() as writer:
         for move in moves:
-            writer.write(infos[names[move.part]], move, -target)
+            writer.write(infos[names[move.part]], (move,), -target)
         writer.sync()
     after = load_file(path)
     changed = sum(int((after[name] == -part.to(dtype).float()).sum()) for name, part in zip(names, parts, strict=True))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabridge.errors import MappingError
-from megabridge.mapping import Axis, Cut, Dims, Fuse, Run, Same, transfers
+from megabridge.mapping import Axis, Cut, Dims, Fuse, Interleave, Run, Same, Stack, Transpose, together, transfers, woven
 from megabridge.mapping.boxes import clip
 
 
@@ -60,6 +60,7 @@ def filled(layout: Fuse | Same, parts: list[np.ndarray], whole: np.ndarray, size
         shape, strides, offset = move.hf_view()
         target[...] = place(parts[move.part].reshape(-1)[offset:], shape, [s * out.itemsize for s in strides])
         length, starts = move.rows()
+        assert move.pieces == len(starts)
         flat = parts[move.part].reshape(-1)
         assert [x for s in starts for x in flat[s : s + length]] == target.reshape(-1).tolist()
     return out
@@ -126,3 +127,16 @@ def test_heads_that_contradict_the_shape_are_refused() -> None:
         Same("vocab_size").part_shapes((32, 4), dims(1, 1, 40))
     with pytest.raises(MappingError, match="asks for the size 'nothing'"):
         Fuse("nothing").part_shapes((32, 4), dims(1, 1))
+
+
+def test_gate_and_up_by_column_are_one_box_of_whole_rows() -> None:
+    layout, sizes = Stack(4, Transpose(Interleave())), Dims(1, 8, 2, 2, 8, tied=False)
+    moves = transfers(layout, (4, 12, 8), sizes, (Cut(0, 1, 2, 1),))
+    assert [move.pieces for move in moves] == [2 * 8 * 6] * 2
+    (group,) = woven(moves)
+    assert sorted(group, key=moves.index) == list(moves)
+    assert together(group).rows() == (2 * 8 * 12, [2 * 8 * 12])
+    halves = [together(parts) for parts in zip(*(move.split(6) for move in group), strict=True)]
+    assert [part.rows() for part in halves] == [(12, [12 * row]) for row in range(16, 32)]
+    assert [len(one) for one in woven(moves[:1])] == [1]  # a gap
+    assert all(len(one) == 1 for one in woven(transfers(layout, (4, 12, 8), sizes, (Cut(1, 1, 2, 0),))))
