@@ -20,10 +20,10 @@ from megabridge.topology import Topology
 from tests.cases.convert import provide
 
 
-def seen_by_ranks(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def seen_by_ranks(config: dict[str, Any], dtype: str, backend: str = "torch") -> dict[str, Any]:
     """On real ranks: this one's records, the plan's sources and sums."""
     bridge = AutoBridge.from_hf_config(config, dtype=dtype)
-    model = provide(bridge, load_weights=False)
+    model = provide(bridge, load_weights=False, backend=backend, sequence_parallel=_cuts_sequences(bridge, groups.current()))
     plan = bridge.plan(model)
     written = {
         name: sum(s.transfer.elements for s in sources if s.rank == torch.distributed.get_rank())
@@ -44,9 +44,14 @@ def seen_by_ranks(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-def seen_by_one(config: dict[str, Any], dtype: str, layout: Topology) -> dict[str, Any]:
+def _cuts_sequences(bridge: AutoBridge, layout: Topology | None) -> bool:
+    assert layout is not None
+    return layout.tp > 1 and "num_moe_experts" in bridge.native
+
+
+def seen_by_one(config: dict[str, Any], dtype: str, layout: Topology, backend: str = "torch") -> dict[str, Any]:
     """The same for every rank of `layout`, in a process without groups."""
-    world = planned(config, dtype, layout)
+    world = planned(config, dtype, layout, backend)
     shares = {rank: asdict(share) for rank, share in world.shares().items()}
     assert not torch.distributed.is_initialized() and groups.current() is None
     return {
@@ -62,19 +67,23 @@ def seen_by_one_of_many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plain(record: Record) -> tuple[Any, ...]:
-    return (record.name, record.shape, str(record.dtype), record.cuts, record.is_writer)
+    return (record.name, record.shape, str(record.dtype), record.cuts, record.is_writer, record.is_expert)
 
 
-def planned(config: dict[str, Any], dtype: str, layout: Topology) -> WorldPlan:
+def planned(config: dict[str, Any], dtype: str, layout: Topology, backend: str = "torch") -> WorldPlan:
     bridge = AutoBridge.from_hf_config(config, dtype=dtype)
-    return plan_world(bridge.family, bridge.native, finalized(bridge, layout), layout)
+    return plan_world(bridge.family, bridge.native, finalized(bridge, layout, backend), layout)
 
 
-def finalized(bridge: AutoBridge, layout: Topology) -> ModelProvider:
+def finalized(bridge: AutoBridge, layout: Topology, backend: str = "torch") -> ModelProvider:
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.tensor_model_parallel_size = layout.tp
     provider.pipeline_model_parallel_size = layout.pp
     provider.virtual_pipeline_model_parallel_size = layout.vpp if layout.vpp > 1 else None
+    provider.expert_model_parallel_size = layout.ep
+    provider.expert_tensor_parallel_size = layout.etp
+    provider.sequence_parallel = _cuts_sequences(bridge, layout)
+    provider.backend = backend
     provider.finalize()
     return provider
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megabridge.topology import Topology
-from tests.cases.models import TINY
+from tests.cases.models import TINY, TINY_MIXTURE
 from tests.ranks import RankServer
 
 CASES = "tests.cases.world"
@@ -17,6 +17,18 @@ LAYOUTS: list[tuple[Topology, dict[str, Any], str]] = [
     (Topology(tp=4), {"num_key_value_heads": 2}, "float32"),
     (Topology(pp=2, dp=2), {"tie_word_embeddings": True, "num_hidden_layers": 3}, "float32"),
     (Topology(tp=2, dp=2), {"num_key_value_heads": 1, "attention_bias": False}, "bfloat16"),
+]
+# All experts in one parameter, and a parameter for each.
+MIXTURES = [
+    (layout, backend)
+    for layout in (
+        Topology(ep=2, dp=2),
+        Topology(tp=2, ep=2, etp=1),
+        Topology(tp=2, ep=2, dp=2),
+        Topology(tp=2, etp=1, ep=4, dp=2),
+        Topology(pp=2, vpp=2, ep=2, dp=2),
+    )
+    for backend in ("torch", "local")
 ]
 
 
@@ -38,6 +50,29 @@ def test_one_process_knows_what_every_rank_finds(ranks: RankServer, in_one: list
         place = layout.coordinate(rank)
         share = one["shares"][layout.rank(tp=place.tp, pp=place.pp)]
         expected = {**share, **({} if place.dp == 0 else {"written_bytes": 0})}
+        assert seen["share"] == {key: expected[key] for key in seen["share"]}
+
+
+@pytest.fixture(scope="module")
+def mixtures_in_one(ranks: RankServer) -> list[dict[str, Any]]:
+    cases = [{"config": TINY_MIXTURE, "dtype": "bfloat16", "layout": layout, "backend": backend} for layout, backend in MIXTURES]
+    (seen,) = ranks.run(f"{CASES}:seen_by_one_of_many", world_size=1, kwargs={"cases": cases})
+    return seen
+
+
+@pytest.mark.parametrize("number", range(len(MIXTURES)), ids=[f"{layout}-{backend}" for layout, backend in MIXTURES])
+def test_one_process_knows_where_experts_are(ranks: RankServer, mixtures_in_one: list[dict[str, Any]], number: int) -> None:
+    layout, backend = MIXTURES[number]
+    one = mixtures_in_one[number]
+    kwargs = {"config": TINY_MIXTURE, "dtype": "bfloat16", "backend": backend}
+    every = ranks.run(f"{CASES}:seen_by_ranks", topology=layout, kwargs=kwargs)
+    assert one["records"] == [seen["records"] for seen in every]
+    writers = max(layout.tp, layout.expert_tp * layout.ep)
+    for rank, seen in enumerate(every):
+        assert seen["sources"] == one["sources"] and list(seen["tensors"].items()) == list(one["tensors"].items())
+        stage, inside = divmod(rank, layout.stage_size)
+        share = one["shares"][stage * layout.stage_size + inside % writers]
+        expected = {**share, **({} if inside < writers else {"written_bytes": 0})}
         assert seen["share"] == {key: expected[key] for key in seen["share"]}
 
 
