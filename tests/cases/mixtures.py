@@ -29,6 +29,7 @@ from tests.cases.memory import anonymous, watched
 from tests.cases.models import TINY_MIXTURE, prompt, reference_logits, write_model
 from tests.cases.training import parameters, state
 
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 
 
@@ -50,18 +51,12 @@ def make(root: str, configs: dict[str, dict[str, Any]], names: list[str]) -> Non
         families.make(root, names)
 
 
-def _cuts_sequences() -> bool:
-    topology = groups.current()
-    assert topology is not None
-    return topology.tp > 1
-
-
 def moved(sources: list[str]) -> list[dict[str, Any]]:
     """What this rank holds of each model, and what it reads and copies to import it."""
     out = []
     for source in sources:
         bridge = AutoBridge.from_hf_pretrained(source)
-        model = provide(bridge, load_weights=False, sequence_parallel=_cuts_sequences())
+        model = provide(bridge, load_weights=False)
         with bytes_read() as counts:
             report = bridge.load_hf_weights(model, show_progress=False, verify=False, reader="mapped")
         out.append(
@@ -77,11 +72,13 @@ def moved(sources: list[str]) -> list[dict[str, Any]]:
 
 
 def round_trips(root: str, out: str, names: list[str]) -> list[dict[str, Any]]:
-    """Imports, runs and exports every model; every other one under megatron-core's own experts."""
+    """Imports, runs and exports every model; every other one under megatron-core's own experts, which have no sequence parallelism."""
+    topology = groups.current()
+    assert topology is not None
     seen = []
     for number, name in enumerate(names):
         bridge = AutoBridge.from_hf_pretrained(Path(root) / name)
-        model = provide(bridge, sequence_parallel=_cuts_sequences(), backend=("torch", "local")[number % 2])
+        model = provide(bridge, backend="local" if number % 2 and topology.tp == 1 else "torch")
         logits = gather_logits(model, prompt(bridge.config["vocab_size"]))
         expected = torch.load(Path(root) / f"{name}.logits")
         report = bridge.save_hf_pretrained(model, Path(out) / name, show_progress=False)
@@ -150,8 +147,11 @@ def auxiliary_losses() -> dict[str, Any]:
     squares = [one.logsumexp(-1).square().mean() for one in logits]
     loss.backward(retain_graph=True)
     without = _difference(chunk, plain)
-    (sum(tiny.EXPERTS["moe_aux_loss_coeff"] * b + tiny.EXPERTS["moe_z_loss_coeff"] * z for b, z in zip(balance, squares)) / len(batches)).backward()  # fmt: skip
-    counts = [torch.bincount(torch.cat([logits[i], logits[i + 3]]).topk(2).indices.flatten(), minlength=8).double() for i in range(3)]
+    added = tiny.EXPERTS["moe_aux_loss_coeff"] * sum(balance) + tiny.EXPERTS["moe_z_loss_coeff"] * sum(squares)
+    (added / len(batches)).backward()
+    counts = [
+        torch.bincount(torch.cat([logits[i], logits[i + 3]]).topk(2).indices.flatten(), minlength=8).double() for i in range(3)
+    ]
     imbalance = [float(one.max() / one.mean()) for one in counts]
     shares = [one / one.sum() for one in counts]
     expected = {
@@ -186,10 +186,7 @@ def moved_bias(source: str, out: str) -> dict[str, Any]:
     before = {name: info for name, info in _biases(Path(source)).items()}
     seen: dict[str, Any] = {}
     for rate in (0.0, 0.01):
-        model = provide(
-            bridge, wrap_with_ddp=True, calculate_per_token_loss=True, moe_router_bias_update_rate=rate,
-            sequence_parallel=_cuts_sequences(),
-        )  # fmt: skip
+        model = provide(bridge, wrap_with_ddp=True, calculate_per_token_loss=True, moe_router_bias_update_rate=rate)
         optimizer, _ = build_optimizer(model, OptimizerConfig(), SchedulerConfig(name="constant"), steps=10)
         prepare(model, optimizer)
         counts = _counted(model)
@@ -218,6 +215,23 @@ def moved_bias(source: str, out: str) -> dict[str, Any]:
     return seen
 
 
+def bias_in_bf16(source: str, out: str) -> dict[str, Any]:
+    """Dtypes of routers' buffers in a bf16 model, and how far the imported and the exported biases are from the file's."""
+    bridge = AutoBridge.from_hf_pretrained(source, dtype="bfloat16")
+    model = provide(bridge)
+    before = _biases(Path(source))
+    live = {live.name: live.data for live in survey(model)}
+    bridge.save_hf_weights(model, out, show_progress=False)
+    after = _biases(Path(out))
+    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+    return {
+        "dtypes": {str(buffer.dtype) for router in routers for buffer in router.buffers()},
+        "weights": {str(router.weight.dtype) for router in routers},
+        "live": [torch.equal(live[_native(name)], bias) for name, bias in before.items()],
+        "exported": [torch.equal(after[name], bias) for name, bias in before.items()],
+    }
+
+
 def _biases(folder: Path) -> dict[str, torch.Tensor]:
     return {
         name: tensor
@@ -233,20 +247,37 @@ def _native(name: str) -> str:
 
 def _counted(model: list[Any]) -> dict[str, torch.Tensor]:
     """By the name of a router's bias, how many of this rank's tokens went to each expert; filled by the forward passes to come."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
+
+    def count(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        found[f"decoder.layers.{module.layer_number - 1}.mlp.router.expert_bias"].add_(outputs[1].sum(0))
+
     for chunk in model:
         for module in chunk.modules():
             if isinstance(module, TopKRouter):
-                counts = found[f"decoder.layers.{module.layer_number - 1}.mlp.router.expert_bias"] = torch.zeros(module.config.num_moe_experts)
-                module.register_forward_hook(lambda _, __, outputs, counts=counts: counts.add_(outputs[1].sum(0)))
+                experts = module.config.num_moe_experts
+                found[f"decoder.layers.{module.layer_number - 1}.mlp.router.expert_bias"] = torch.zeros(experts)
+                module.register_forward_hook(count)
     return found
 
 
 def _random_batch(vocabulary: int) -> dict[str, torch.Tensor]:
-    tokens = prompt(vocabulary, length=33, seed=dist.get_rank() // (2 if _cuts_sequences() else 1))
+    tokens = prompt(vocabulary, length=33, seed=parallel_state.get_data_parallel_rank())
     return {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
         "loss_mask": torch.ones(2, 32),
         "position_ids": torch.arange(32).expand(2, -1).contiguous(),
     }
+
+
+def one_call(source: str, out: str) -> list[str]:
+    """The short names of sizes with experts; layouts of the running processes."""
+    root = Path(out)
+    AutoBridge.import_ckpt(source, root / "native", tp=2, ep=2, etp=1, sequence_parallel=True, show_progress=False)
+    assert groups.current() is None
+    bridge = AutoBridge.from_auto_config(root / "native")
+    bridge.export_ckpt(root / "native", root / "ep2", False, ep=2)
+    bridge.export_ckpt(root / "native", root / "pp2", False, pp=2)
+    model = bridge.load_megatron_model(root / "native", ep=2)
+    return [live.name for live in survey(model) if not live.name.startswith(("embedding", "output"))]

@@ -38,7 +38,7 @@ NATIVE = {
 }
 
 
-EXPERTS = {
+EXPERTS: dict[str, Any] = {
     "num_moe_experts": 8,
     "moe_router_topk": 2,
     "moe_ffn_hidden_size": 24,

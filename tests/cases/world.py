@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megabridge import AutoBridge
+from megabridge import config as schema
 from megabridge.conversion.native import Record, survey
 from megabridge.conversion.plan import Expansion, tile
 from megabridge.conversion.world import WorldPlan, plan_world
@@ -16,14 +20,17 @@ from megabridge.errors import MegabridgeError
 from megabridge.mapping import Cut, Dims
 from megabridge.platform import groups
 from megabridge.provider import ModelProvider
+from megabridge.run import resolve
 from megabridge.topology import Topology
+from megabridge.training import assemble
 from tests.cases.convert import provide
+from tests.compose import compose
 
 
 def seen_by_ranks(config: dict[str, Any], dtype: str, backend: str = "torch") -> dict[str, Any]:
     """On real ranks: this one's records, the plan's sources and sums."""
     bridge = AutoBridge.from_hf_config(config, dtype=dtype)
-    model = provide(bridge, load_weights=False, backend=backend, sequence_parallel=_cuts_sequences(bridge, groups.current()))
+    model = provide(bridge, load_weights=False, backend=backend)
     plan = bridge.plan(model)
     written = {
         name: sum(s.transfer.elements for s in sources if s.rank == torch.distributed.get_rank())
@@ -42,11 +49,6 @@ def seen_by_ranks(config: dict[str, Any], dtype: str, backend: str = "torch") ->
             "transfers": sum(len(item.transfers) for item in plan.items),
         },
     }
-
-
-def _cuts_sequences(bridge: AutoBridge, layout: Topology | None) -> bool:
-    assert layout is not None
-    return layout.tp > 1 and "num_moe_experts" in bridge.native
 
 
 def seen_by_one(config: dict[str, Any], dtype: str, layout: Topology, backend: str = "torch") -> dict[str, Any]:
@@ -82,10 +84,31 @@ def finalized(bridge: AutoBridge, layout: Topology, backend: str = "torch") -> M
     provider.virtual_pipeline_model_parallel_size = layout.vpp if layout.vpp > 1 else None
     provider.expert_model_parallel_size = layout.ep
     provider.expert_tensor_parallel_size = layout.etp
-    provider.sequence_parallel = _cuts_sequences(bridge, layout)
+    provider.sequence_parallel = layout.tp > 1 and "num_moe_experts" in bridge.native
     provider.backend = backend
     provider.finalize()
     return provider
+
+
+def published(model: str, parallel: list[str]) -> dict[str, Any]:
+    """The plan of a model of conf/model under a layout of many ranks."""
+    run = resolve(compose("recipe=plan", f"model={model}", "platform=cpu", *parallel), Path("run"))[1]
+    run.model.load_weights = False
+    bridge = AutoBridge.from_hf_config(run.model.hf, dtype=run.model.dtype)
+    begin = time.process_time()
+    world = plan_world(bridge.family, bridge.native, assemble.provider(run, bridge), schema.topology(run.parallel))
+    shares = world.shares()
+    return {
+        "seconds": time.process_time() - begin,
+        "ranks": world.topology.world_size,
+        "tensors": len(world.tensors),
+        "parameters": sum(prod(spec.shape) for spec in world.tensors.values()),
+        "bytes": world.bytes,
+        "written": sum(share.written_bytes for share in shares.values()),
+        "unfed": {share.held_bytes - share.fed_bytes for share in shares.values()},
+        "layers": [len({r.name.split(".")[2] for r in stage if r.name.startswith("decoder.layers.")}) for stage in world.stages],
+        "held": max(share.held_bytes for share in shares.values()),
+    }
 
 
 def large(config: dict[str, Any], layout: Topology) -> dict[str, Any]:

@@ -23,7 +23,9 @@ LAYOUTS = {
 }
 
 
-def run(ranks: RankServer, topology: Topology, folder: Path, *, options: dict[str, Any] | None = None, **kwargs: Any) -> list[dict[str, Any]]:
+def run(
+    ranks: RankServer, topology: Topology, folder: Path, *, options: dict[str, Any] | None = None, **kwargs: Any
+) -> list[dict[str, Any]]:
     from tests.cases import tiny
 
     return trained(ranks, topology, folder, options={**tiny.EXPERTS, **(options or {})}, **kwargs)
@@ -76,7 +78,7 @@ def test_either_kind_of_experts_reads_the_others_checkpoint(
     folder, half, rest = written
     shutil.copytree(folder, tmp_path / "stacked")
     local = {"options": {"backend": "local"}}
-    read = ranks.run(f"{CASES}:loaded", topology=LAYOUTS["tp2ep2"], kwargs={"folder": str(tmp_path / "stacked"), **local})
+    read = ranks.run(f"{CASES}:loaded", topology=LAYOUTS["pp2ep2"], kwargs={"folder": str(tmp_path / "stacked"), **local})
     for what in ("parameters", "optimizer"):
         assert_equal(without_padding(whole_tensors(read, what)), without_padding(whole_tensors(half, what)))
     moved = run(ranks, WRITTEN, tmp_path / "stacked", steps=6, resume="auto", **local)
@@ -104,3 +106,11 @@ def test_a_correction_bias_moves_when_it_is_told_to(ranks: RankServer, tmp_path:
         assert rank["still"] == 0.0, "without moe_router_bias_update_rate"
         assert rank["live"] < 1e-7 and rank["exported"] < 1e-7, "by the rate, towards an even spread"
         assert rank["range"] == pytest.approx(rank["metrics"], abs=1e-6)
+
+
+def test_a_correction_bias_stays_exact_in_bf16(ranks: RankServer, tmp_path: Path) -> None:
+    ranks.run("tests.cases.families:make", kwargs={"root": str(tmp_path), "architectures": ["DeepseekV3ForCausalLM"]})
+    kwargs = {"source": str(tmp_path / "DeepseekV3ForCausalLM"), "out": str(tmp_path / "out")}
+    (seen,) = ranks.run(f"{CASES}:bias_in_bf16", kwargs=kwargs)
+    assert seen["dtypes"] == {"torch.float32"} and seen["weights"] == {"torch.bfloat16"}
+    assert seen["live"] and all(seen["live"]) and all(seen["exported"])
