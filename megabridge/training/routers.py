@@ -72,8 +72,8 @@ class RouterStatistics:
     def metrics(self, micro_batches: int) -> dict[str, float]:
         """The step's numbers, the same on every rank; `micro_batches` is how many of them a data-parallel rank ran.
 
-        `router/aux_loss` and so on: each loss without its coefficient, the mean over layers. `imbalance`: the tokens of the busiest
-        expert over the mean of all, 1 where all get as many, num_moe_experts / moe_router_topk at worst; `entropy`: of the shares of
+        `router/aux_loss` and so on: each loss without its coefficient, the mean over layers. `imbalance`: tokens of the busiest
+        expert over the mean of all, 1 where all get as many, num_moe_experts / moe_router_topk at worst; `entropy`: of shares of
         tokens, over its maximum, so that 1 is even; `idle_experts`: how many got no token. `bias_min` and `bias_max`: of correction
         biases. With `layer_N`, which counts from 0 as names of parameters do, of one layer; otherwise over layers the mean, the
         worst (`imbalance_max`) or the sum (`idle_experts`).
