@@ -52,6 +52,21 @@ class Transfer:
                 yield from replace(self, axes=(*self.axes[:dim], part, *self.axes[dim + 1 :])).split(most)
             return
 
+    @property
+    def stretches(self) -> int:
+        """How many starts `rows` gives, without making them: of a box in turn and transposed there are as many as elements."""
+        count, merging = 1, True
+        for axis in reversed(self.axes):
+            run = axis.hf
+            if not (merging and run.is_consecutive):
+                count *= run.count if merging else run.size
+                merging = False
+            elif axis.hf_dim is not None:
+                merging = run.size == self.hf_shape[axis.hf_dim]
+            else:
+                merging = run.size == 1
+        return count
+
     def rows(self) -> tuple[int, list[int]]:
         """(length, starts): the box as stretches of `length` consecutive elements of the flat Hugging Face tensor, in order."""
         length, outer, merging = 1, [], True

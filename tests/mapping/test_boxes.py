@@ -60,6 +60,7 @@ def filled(layout: Fuse | Same, parts: list[np.ndarray], whole: np.ndarray, size
         shape, strides, offset = move.hf_view()
         target[...] = place(parts[move.part].reshape(-1)[offset:], shape, [s * out.itemsize for s in strides])
         length, starts = move.rows()
+        assert move.stretches == len(starts)
         flat = parts[move.part].reshape(-1)
         assert [x for s in starts for x in flat[s : s + length]] == target.reshape(-1).tolist()
     return out

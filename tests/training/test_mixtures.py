@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megabridge.errors import ConfigError
 from megabridge.topology import Topology
 from tests.ranks import RankServer
 from tests.training.test_resume import assert_equal, trained, whole_tensors, without_padding
@@ -114,3 +115,11 @@ def test_a_correction_bias_stays_exact_in_bf16(ranks: RankServer, tmp_path: Path
     (seen,) = ranks.run(f"{CASES}:bias_in_bf16", kwargs=kwargs)
     assert seen["dtypes"] == {"torch.float32"} and seen["weights"] == {"torch.bfloat16"}
     assert seen["live"] and all(seen["live"]) and all(seen["exported"])
+
+
+def test_a_rate_without_a_bias_is_refused() -> None:
+    from tests.cases.llama import provider_of
+
+    settings = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 16, "moe_router_bias_update_rate": 0.01}
+    with pytest.raises(ConfigError, match=r"moe_router_bias_update_rate=0\.01 moves no bias without moe_router_enable_expert_bias"):
+        provider_of({}, settings).finalize()
