@@ -33,7 +33,7 @@ exit 1
 endef
 export find_python
 
-.PHONY: help venv run test test-gpu test-memory lowest lint format lock wheel clean
+.PHONY: help venv run test test-gpu test-memory test-plans lowest lint format lock wheel clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -46,6 +46,9 @@ test: venv  ## All tests
 
 test-memory: venv  ## Converts a 3 GB model in 1.5 GB of memory; takes 12 GB of disk
 	@MEGABRIDGE_MEMORY_GB=3 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/test_memory.py $(ARGS)
+
+test-plans: venv  ## Plans the largest published models for hundreds and thousands of ranks
+	@MEGABRIDGE_PLANS=1 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/conversion/test_plans.py $(ARGS)
 
 test-gpu: venv  ## Tests that need one CUDA device
 	@MEGABRIDGE_PLATFORM=cuda $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest -rs tests/gpu $(ARGS)

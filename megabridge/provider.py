@@ -28,6 +28,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -157,6 +158,8 @@ class ModelProvider:
             "ep": config.expert_model_parallel_size,
         }
         layout = "".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "single"
+        if config.num_moe_experts and config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+            layout += f"etp{config.expert_tensor_parallel_size}"
         if config.sequence_parallel:
             layout += " sequence-parallel"
         stages = " | ".join("+".join(map(str, stage)) for stage in self.split)
@@ -265,7 +268,7 @@ class ModelProvider:
         for hook in self._pre_wrap_hooks:
             chunks = _checked(hook(chunks), hook)
         if config.bf16 or config.fp16:
-            chunks = [Float16Module(config, chunk) for chunk in chunks]
+            chunks = [in_half_precision(config, chunk) for chunk in chunks]
         if wrap_with_ddp:
             chunks = _data_parallel(chunks, config, ddp_config or {})
         elif ddp_config:
@@ -310,6 +313,24 @@ def _initialization(config: Any, *, enabled: bool) -> Iterator[None]:
         yield
     finally:
         config.perform_initialization = wanted
+
+
+def in_half_precision(config: Any, chunk: Chunk) -> Chunk:
+    """The chunk in Float16Module, but for its routers' buffers, which stay in fp32.
+
+    Correction biases differ by less than bf16 tells apart (DeepSeek-R1's are all near 8), and token counts stop to grow at a few
+    hundred in it. megatron-core makes fp32 of a bias again at its first use, of what is left of it.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in chunk.modules()
+        if isinstance(module, TopKRouter)
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    wrapped: Chunk = Float16Module(config, chunk)
+    for module, name, buffer in kept:
+        setattr(module, name, buffer)
+    return wrapped
 
 
 def _data_parallel(chunks: list[Chunk], config: Any, overrides: Mapping[str, object]) -> list[Chunk]:

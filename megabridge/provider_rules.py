@@ -232,6 +232,11 @@ def _expert_problems(get: Callable[[str], Any]) -> list[str]:
         )
     if tp > 1 and not get("sequence_parallel"):
         problems.append(f"tensor_model_parallel_size={tp} needs sequence_parallel=True for a model with experts; set it.")
+    if get("moe_router_bias_update_rate") and not get("moe_router_enable_expert_bias"):
+        problems.append(
+            f"moe_router_bias_update_rate={get('moe_router_bias_update_rate')} moves no bias without moe_router_enable_expert_bias "
+            "and sigmoid scores; leave it at 0."
+        )
     if etp > 1 and get("add_mlp_bias"):
         problems.append(f"expert_tensor_parallel_size={etp} must be 1 for experts with biases; set it to 1.")
     return problems

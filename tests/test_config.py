@@ -46,6 +46,14 @@ LAYOUTS = {
     "tp2pp2vpp2": 4,
     "tp8pp2": 16,
 }
+MIXTURE_LAYOUTS = {
+    "ep2": Topology(ep=2, dp=2),
+    "ep4": Topology(ep=4, dp=4),
+    "ep8": Topology(ep=8, dp=8),
+    "tp2ep2": Topology(tp=2, ep=2, etp=1),
+    "pp2ep2": Topology(pp=2, ep=2, dp=2),
+    "etp2ep2": Topology(tp=2, ep=2, etp=2, dp=2),
+}
 GIB = 2**30
 
 
@@ -74,7 +82,7 @@ def test_every_yaml_composes_and_names_what_exists(group: str, choice: str) -> N
 
 def test_the_groups_of_the_product_exist() -> None:
     assert MODELS.keys() | {"auto"} <= {choice for group, choice in CHOICES if group == "model"}
-    assert LAYOUTS.keys() <= {choice for group, choice in CHOICES if group == "parallel"}
+    assert LAYOUTS.keys() | MIXTURE_LAYOUTS.keys() == {choice for group, choice in CHOICES if group == "parallel"}
     groups = "model parallel conversion checkpoint recipe bench data optimizer scheduler backend callbacks logger experiment"
     assert {group for group, _ in CHOICES} == set(groups.split())
 
@@ -99,6 +107,15 @@ def test_layouts_fit_the_models_they_are_for(name: str) -> None:
     run = typed(f"parallel={name}", "model=smollm2_135m" if "tp3" in name else "model=tiny_llama")
     topology = config.topology(run.parallel)
     assert topology.world_size == LAYOUTS[name] and str(topology) == name
+    checks.check_layout(run, topology)
+
+
+@pytest.mark.parametrize("name", MIXTURE_LAYOUTS)
+def test_layouts_with_experts_fit_a_mixture(name: str) -> None:
+    run = typed(f"parallel={name}", "model=tiny_moe", f"recipe.global_batch_size={MIXTURE_LAYOUTS[name].dp}")
+    topology = config.topology(run.parallel)
+    assert topology == MIXTURE_LAYOUTS[name]
+    assert run.parallel.sequence_parallel == (topology.tp > 1), "megatron-core's mixtures need it"
     checks.check_layout(run, topology)
 
 

@@ -108,6 +108,7 @@ class Expansion:
         self.family = family
         self.dims = dims
         self._resolved: dict[str, Resolved | None] = {}
+        self._names: dict[tuple[tuple[str, ...], int], tuple[str, ...]] = {}  # of 256 experts' tensors, one tuple for all ranks
         self._first: dict[tuple[int, tuple[int, ...], tuple[Cut, ...]], Entry] = {}
 
     @property
@@ -131,8 +132,14 @@ class Expansion:
                 shapes = tuple(rule.layout.part_shapes(record.shape, self.dims))
             except MappingError as error:
                 raise MappingError(f"{name}: {error}") from error
-            first = self._first[key] = Entry(record, rule.names(len(shapes)), shapes, moves, rule.is_tied_copy)
-        return Entry(record, rule.names(len(first.shapes)), first.shapes, first.transfers, rule.is_tied_copy)
+            first = self._first[key] = Entry(record, self._named(rule, len(shapes)), shapes, moves, rule.is_tied_copy)
+        return Entry(record, self._named(rule, len(first.shapes)), first.shapes, first.transfers, rule.is_tied_copy)
+
+    def _named(self, rule: Resolved, count: int) -> tuple[str, ...]:
+        found = self._names.get((rule.hf, count))
+        if found is None:
+            found = self._names[rule.hf, count] = rule.names(count)
+        return found
 
     def entries(self, records: Iterable[Record]) -> tuple[list[Entry], list[str]]:
         """The entries of `records`, and a line for each that has none."""
@@ -159,7 +166,7 @@ def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live
         check_fits({problem for _, rank_problems in gathered for problem in rank_problems})
         records = tuple(_unpacked(packed) for packed, _ in gathered)
         tensors, sources = tile(expansion, records)
-        check_fits({line for lines in agreement.gather(_contradictions(own, tensors)) for line in lines})
+        check_fits({line for lines in agreement.gather(_contradictions(own, tensors, set())) for line in lines})
     by_name = {live.name: live for live in lives}
     items = tuple(
         Item(entry.record, entry.hf, entry.shapes, entry.transfers, entry.is_tied_copy, by_name[entry.record.name]) for entry in own
@@ -195,9 +202,10 @@ def tile(expansion: Expansion, records: Iterable[Iterable[Record]]) -> tuple[dic
     specs: dict[str, Spec] = {}
     boxes: dict[str, list[Source]] = {}
     problems: list[str] = []
+    agreed: set[tuple[int, int, torch.dtype]] = set()
     for rank, held in enumerate(records):
         found, unfed = expansion.entries(record for record in held if record.is_writer)
-        problems += unfed + _contradictions(found, specs)
+        problems += unfed + _contradictions(found, specs, agreed)
         for entry in found:
             for transfer in entry.transfers if entry.is_writer else ():
                 boxes.setdefault(entry.hf[transfer.part], []).append(Source(rank, entry.record.name, transfer))
@@ -207,11 +215,17 @@ def tile(expansion: Expansion, records: Iterable[Iterable[Record]]) -> tuple[dic
     return {name: specs[name] for name in names}, {name: tuple(boxes[name]) for name in names}
 
 
-def _contradictions(found: Iterable[Entry], specs: dict[str, Spec]) -> list[str]:
-    """A line for each tensor of `found` that `specs` has otherwise; one that it lacks is added."""
+def _contradictions(found: Iterable[Entry], specs: dict[str, Spec], agreed: set[tuple[int, int, torch.dtype]]) -> list[str]:
+    """A line for each tensor of `found` that `specs` has otherwise; one that it lacks is added.
+
+    `agreed` are the names, shapes and dtypes that were compared before, by identity: one expansion's entries share theirs.
+    """
     problems = []
     for entry in found:
         dtype = entry.record.dtype
+        if (key := (id(entry.hf), id(entry.shapes), dtype)) in agreed:
+            continue
+        agreed.add(key)
         for name, shape in zip(entry.hf, entry.shapes, strict=True):
             known = specs.get(name)
             if known is None:

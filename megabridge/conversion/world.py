@@ -23,7 +23,7 @@ from megabridge.families import Family
 from megabridge.mapping import Dims, Transfer
 from megabridge.mapping.tiling import flaw, native_boxes
 from megabridge.platform import groups
-from megabridge.provider import ModelProvider
+from megabridge.provider import ModelProvider, in_half_precision
 from megabridge.topology import Coordinate, Topology
 
 
@@ -136,6 +136,8 @@ def _stage(provider: ModelProvider, topology: Topology, pp: int) -> tuple[Record
     with groups.imagined(narrow, narrow.rank(pp=pp)):
         numbers: list[int | None] = list(range(topology.vpp)) if topology.vpp > 1 else [None]
         chunks: list[torch.nn.Module] = [provider.provide(vp_stage=number, init="meta") for number in numbers]
+        if provider.config.bf16 or provider.config.fp16:
+            chunks = [in_half_precision(provider.config, chunk) for chunk in chunks]
         return tuple(live.record for live in survey(chunks))
 
 
@@ -196,5 +198,5 @@ class _Sums:
     def _figures(self, moves: tuple[Transfer, ...]) -> tuple[int, int, int]:
         if id(moves) not in self.known:
             sizes = [move.elements for move in moves]
-            self.known[id(moves)] = sum(sizes), sum(move.pieces for move in moves), max(sizes, default=0)
+            self.known[id(moves)] = sum(sizes), sum(move.stretches for move in moves), max(sizes, default=0)
         return self.known[id(moves)]

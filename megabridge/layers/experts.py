@@ -141,7 +141,7 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
 
         if not is_split:
             dim = vars(parameter)["partition_dim"]
-            return part(key, parameter.data, replica, index, etp if is_cut else 1, dim)
+            return part(key, parameter, replica, index, etp if is_cut else 1, dim)
 
         @torch.no_grad()
         def build(key: str, data: Tensor, replica_id: ReplicaId, flattened_range: Any) -> list[ShardedTensor]:
@@ -152,7 +152,7 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         def merge(halves: list[Tensor]) -> Tensor:
             return torch.cat(halves, dim=1)
 
-        return ShardedTensorFactory(key, parameter.data, build, merge, replica)
+        return ShardedTensorFactory(key, parameter, build, merge, replica)
 
 
 def _by_token(bias: Tensor, counts: list[int]) -> Tensor:

@@ -56,17 +56,18 @@ class Transfer:
             return
 
     @property
-    def pieces(self) -> int:
-        """How many stretches `rows` gives."""
+    def stretches(self) -> int:
+        """How many starts `rows` gives, without making them: of a box in turn and transposed there are as many as elements."""
         count, merging = 1, True
         for axis in reversed(self.axes):
-            whole = 1 if axis.hf_dim is None else self.hf_shape[axis.hf_dim]
-            if not merging:
-                count *= axis.hf.size
-            elif axis.hf.is_consecutive:
-                merging = axis.hf.size == whole
+            run = axis.hf
+            if not (merging and run.is_consecutive):
+                count *= run.count if merging else run.size
+                merging = False
+            elif axis.hf_dim is not None:
+                merging = run.size == self.hf_shape[axis.hf_dim]
             else:
-                count, merging = axis.hf.count, False
+                merging = run.size == 1
         return count
 
     def rows(self) -> tuple[int, list[int]]:

@@ -20,6 +20,7 @@ from megabridge.errors import ConfigError
 from megabridge.loggers import Logger, Reporter
 from megabridge.training import resume
 from megabridge.training.hooks import Callback
+from megabridge.training.routers import RouterStatistics
 from megabridge.training.step import Batch, TrainingError, forward_backward, prepare, validate
 from megabridge.training.stopping import Stopped, StopSignal
 
@@ -72,6 +73,7 @@ class Trainer:
         self._lock: IO[str] | None = None
         self._micro_batches = _micro_batches(config)
         self._clock = _Clock()
+        self._routers = RouterStatistics(self.chunks)
         prepare(self.chunks, optimizer)
 
     @property
@@ -176,8 +178,9 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        totals = forward_backward(self.chunks, list(islice(data, self._micro_batches)), forward_only=False)
         checked = self._checks_now(self.step + 1)
+        self._routers.begin(is_logged=checked)
+        totals = forward_backward(self.chunks, list(islice(data, self._micro_batches)), forward_only=False)
         if checked:
             self._refuse_non_finite("loss", float(totals[0]))
         updated, grad_norm, _ = self.optimizer.step()
@@ -197,6 +200,7 @@ class Trainer:
             "train/loss_tokens": count,
             "train/consumed_samples": float(self.consumed_samples),
             **self._clock.rates(self.step, self.config),
+            **self._routers.metrics(self._micro_batches),
         }
         if grad_norm is not None:
             metrics["train/grad_norm"] = float(grad_norm)

@@ -58,6 +58,8 @@ def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward
     """
     on_device = [{name: tensor.to(platform.device(), non_blocking=True) for name, tensor in batch.items()} for batch in batches]
     micro, sequence = on_device[0]["tokens"].shape
+    if not forward_only and get_model_config(chunks[0]).num_moe_experts is not None:
+        _scale_router_losses(chunks, on_device)
     outputs = get_forward_backward_func()(
         forward_step_func=_forward,
         # Every chunk of an interleaved pipeline walks through the same micro-batches.
@@ -69,6 +71,22 @@ def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward
         forward_only=forward_only,
     )
     return _over_ranks(outputs)
+
+
+def _scale_router_losses(chunks: Sequence[Any], batches: Sequence[Batch]) -> None:
+    """Weighs routers' auxiliary losses as the mean over micro-batches, whatever share of the tokens has a loss.
+
+    megatron-core multiplies them by the number of tokens that a router saw, and the gradients are divided by the number of unmasked
+    ones (transformer/moe/router.py): where one token in ten has a loss, a router's would count ten times.
+    """
+    mask = torch.stack([batch["loss_mask"] for batch in batches])
+    share = mask.float().mean().reshape(1)  # data-parallel ranks have as many tokens each
+    dist.all_reduce(share, group=parallel_state.get_data_parallel_group())
+    share /= parallel_state.get_data_parallel_world_size()
+    for chunk in chunks:
+        config = get_model_config(chunk)
+        scale = config.grad_scale_func
+        config.moe_grad_scale_func = lambda scale=scale: share if scale is None else scale(share)
 
 
 def _forward(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:

@@ -17,9 +17,11 @@ from tests.cases.models import llama_config, prompt, reference_logits, write_mod
 
 
 def provide(bridge: AutoBridge, *, load_weights: bool = True, **settings: Any) -> list[torch.nn.Module]:
-    """The model under the groups that run now."""
+    """The model under the groups that run now, with sequence parallelism where megatron-core asks for it."""
     topology = groups.current()
     assert topology is not None
+    if topology.tp > 1 and "num_moe_experts" in bridge.native:
+        settings.setdefault("sequence_parallel", True)
     sizes = {
         "tensor_model_parallel_size": topology.tp,
         "pipeline_model_parallel_size": topology.pp,

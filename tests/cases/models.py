@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megabridge.families import mixtral
 from megabridge.families.llama import FAMILY
 
 ROPES: list[dict[str, Any]] = [
@@ -60,6 +61,28 @@ TINY: dict[str, Any] = {
     **FAMILY.tiny,
     "dtype": "float32",
 }
+
+TINY_MIXTURE: dict[str, Any] = {
+    **TINY, **mixtral.FAMILY.tiny, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"
+}  # fmt: skip
+for _key in TINY.keys() - mixtral.FAMILY.tiny.keys() - {"architectures", "model_type", "hidden_act", "bos_token_id", "dtype"}:
+    del TINY_MIXTURE[_key]
+
+
+def mixtral_config(seed: int) -> dict[str, Any]:
+    """A random Mixtral shape that is legal wherever tp, etp and ep are of 1, 2 and 4, and pp x vpp at most 4."""
+    draw = random.Random(seed)
+    experts = draw.choice([4, 8, 12, 16])
+    return {
+        **TINY_MIXTURE,
+        "hidden_size": 8 * draw.choice([4, 6, 8]),
+        "intermediate_size": draw.choice([16, 20, 24, 44]),
+        "num_hidden_layers": draw.choice([4, 5]),
+        "num_key_value_heads": draw.choice([1, 2, 4, 8]),
+        "vocab_size": draw.choice([61, 64, 97, 131]),
+        "num_local_experts": experts,
+        "num_experts_per_tok": draw.choice([2, 3, 4]),
+    }
 
 
 def write_model(folder: Path, config: dict[str, Any], seed: int = 0, std: float = 0.2) -> Path:

@@ -38,6 +38,18 @@ NATIVE = {
 }
 
 
+EXPERTS: dict[str, Any] = {
+    "num_moe_experts": 8,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_layer_freq": [0, 1, 1, 1],
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.05,
+    "moe_z_loss_coeff": 1e-3,
+}
+"""Settings that make mixtures of the last three layers."""
+
+
 def model(*, distributed: bool = True, dtype: str = "float32", **settings: Any) -> list[Any]:
     """DDP-wrapped chunks of the running layout, whose parameters don't depend on the layout."""
     provider = ModelProvider(NATIVE, family_name="Tiny")
@@ -49,6 +61,12 @@ def model(*, distributed: bool = True, dtype: str = "float32", **settings: Any) 
         "params_dtype": dtype,
         "calculate_per_token_loss": True,
     }
+    if "num_moe_experts" in settings:
+        placed |= {
+            "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+            "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+            "sequence_parallel": placed["tensor_model_parallel_size"] > 1,
+        }
     for name, value in {**placed, **settings}.items():
         setattr(provider, name, value)
 

@@ -39,6 +39,7 @@ def run(
         loss = trainer.fit()
     return {
         "validation_losses": trainer.validation_losses,
+        "metrics": recorder.steps,
         "losses": [step["train/loss"] for step in recorder.steps],
         "norms": [step["train/grad_norm"] for step in recorder.steps],
         "rates": [step["train/learning_rate"] for step in recorder.steps],

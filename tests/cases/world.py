@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-import yaml
 
 from megabridge import AutoBridge
+from megabridge import config as schema
 from megabridge.conversion.native import Record, survey
 from megabridge.conversion.plan import Expansion, tile
 from megabridge.conversion.world import WorldPlan, plan_world
@@ -20,10 +20,11 @@ from megabridge.errors import MegabridgeError
 from megabridge.mapping import Cut, Dims
 from megabridge.platform import groups
 from megabridge.provider import ModelProvider
+from megabridge.run import resolve
 from megabridge.topology import Topology
+from megabridge.training import assemble
 from tests.cases.convert import provide
-
-ROOT: Final = Path(__file__).parents[2]
+from tests.compose import compose
 
 
 def seen_by_ranks(config: dict[str, Any], dtype: str, **settings: Any) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def seen_by_one_of_many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plain(record: Record) -> tuple[Any, ...]:
-    return (record.name, record.shape, str(record.dtype), record.cuts, record.is_writer)
+    return (record.name, record.shape, str(record.dtype), record.cuts, record.is_writer, record.is_expert)
 
 
 def planned(config: dict[str, Any], dtype: str, layout: Topology, **settings: Any) -> WorldPlan:
@@ -93,6 +94,27 @@ def finalized(bridge: AutoBridge, layout: Topology, **settings: Any) -> ModelPro
     return provider
 
 
+def published(model: str, parallel: list[str]) -> dict[str, Any]:
+    """The plan of a model of conf/model under a layout of many ranks."""
+    run = resolve(compose("recipe=plan", f"model={model}", "platform=cpu", *parallel), Path("run"))[1]
+    run.model.load_weights = False
+    bridge = AutoBridge.from_hf_config(run.model.hf, dtype=run.model.dtype)
+    begin = time.process_time()
+    world = plan_world(bridge.family, bridge.native, assemble.provider(run, bridge), schema.topology(run.parallel))
+    shares = world.shares()
+    return {
+        "seconds": time.process_time() - begin,
+        "ranks": world.topology.world_size,
+        "tensors": len(world.tensors),
+        "parameters": sum(prod(spec.shape) for spec in world.tensors.values()),
+        "bytes": world.bytes,
+        "written": sum(share.written_bytes for share in shares.values()),
+        "unfed": {share.held_bytes - share.fed_bytes for share in shares.values()},
+        "layers": [len({r.name.split(".")[2] for r in stage if r.name.startswith("decoder.layers.")}) for stage in world.stages],
+        "held": max(share.held_bytes for share in shares.values()),
+    }
+
+
 def large(config: dict[str, Any], layout: Topology) -> dict[str, Any]:
     """A layout of thousands of ranks: how many hold, and write, what."""
     world = planned(config, "bfloat16", layout)
@@ -104,29 +126,6 @@ def large(config: dict[str, Any], layout: Topology) -> dict[str, Any]:
         "last": world.records(layout.world_size - 1)[-1],
         "files": max(share.files for share in shares.values()),
     }
-
-
-def published(cases: list[tuple[str, Topology]]) -> list[dict[str, Any]]:
-    """Plans of named models of conf/model, sums of what ranks hold and write, and the CPU time and memory that they took."""
-    out = []
-    for name, layout in cases:
-        hf = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["hf"]
-        begin = time.process_time()
-        world = planned(hf, "bfloat16", layout)
-        seconds = time.process_time() - begin
-        shares = world.shares()
-        out.append(
-            {
-                "tensors": len(world.tensors),
-                "parameters": world.bytes // 2,
-                "written": sum(share.written_bytes for share in shares.values()) // 2,
-                "held": sum(share.held_bytes for share in shares.values()) // 2,
-                "experts": sum(name.endswith(".down_proj.weight") and ".experts." in name for name in world.tensors),
-                "seconds": seconds,
-                "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            }
-        )
-    return out
 
 
 Damage = Callable[[int, Record], list[Record]]

@@ -60,7 +60,7 @@ def filled(layout: Fuse | Same, parts: list[np.ndarray], whole: np.ndarray, size
         shape, strides, offset = move.hf_view()
         target[...] = place(parts[move.part].reshape(-1)[offset:], shape, [s * out.itemsize for s in strides])
         length, starts = move.rows()
-        assert move.pieces == len(starts)
+        assert move.stretches == len(starts)
         flat = parts[move.part].reshape(-1)
         assert [x for s in starts for x in flat[s : s + length]] == target.reshape(-1).tolist()
     return out
@@ -132,7 +132,7 @@ def test_heads_that_contradict_the_shape_are_refused() -> None:
 def test_gate_and_up_by_column_are_one_box_of_whole_rows() -> None:
     layout, sizes = Stack(4, Transpose(Interleave())), Dims(1, 8, 2, 2, 8, tied=False)
     moves = transfers(layout, (4, 12, 8), sizes, (Cut(0, 1, 2, 1),))
-    assert [move.pieces for move in moves] == [2 * 8 * 6] * 2
+    assert [move.stretches for move in moves] == [2 * 8 * 6] * 2
     (group,) = woven(moves)
     assert sorted(group, key=moves.index) == list(moves)
     assert together(group).rows() == (2 * 8 * 12, [2 * 8 * 12])
