@@ -11,7 +11,10 @@ import torch
 Batch = dict[str, torch.Tensor]
 """One micro-batch, CPU tensors of one shape [micro_batch_size, length]: `tokens` int64; `labels` int64, already shifted
 (labels[:, i] is the token after tokens[:, i]); `loss_mask` float32, 1 where the label counts; `position_ids` int64. Rows are padded
-on the right, so that causal attention needs no mask."""
+on the right, so that causal attention needs no mask.
+
+With `documents` int64 rows are packed: the number of the document that a token belongs to, which rises along a row. A token sees
+its own document only, in which `position_ids` begin at 0; no label is the next document's. All batches of a run have it, or none."""
 
 
 class DataModule(ABC):

@@ -176,8 +176,8 @@ def test_flex_attention_beside_the_formula(window: int | None, softcap: float | 
         torch.randn(shape if i == 0 else (2, 2, 300, 64), device="cuda", dtype=dtype, requires_grad=True) for i in range(3)
     )
     sinks = torch.randn(8, device="cuda", dtype=dtype, requires_grad=True)
-    settings = {"window": window, "softcap": softcap, "scale": 0.125, "chunks": has == "chunks"}
-    out = flex.attend(query, key, value, **settings, sinks=sinks if has == "sinks" else None)
+    mask = flex.causal_mask(300, window, query.device, chunks=has == "chunks")
+    out = flex.attend(query, key, value, mask=mask, softcap=softcap, scale=0.125, sinks=sinks if has == "sinks" else None)
     out.float().square().sum().backward()
     leaves = [query, key, value, *([sinks] if has == "sinks" else [])]
     got = [out, *(leaf.grad for leaf in leaves)]

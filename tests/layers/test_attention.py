@@ -90,8 +90,6 @@ def test_value_heads_of_another_width() -> None:
 
 def test_what_it_does_not_know_is_refused() -> None:
     query, key, value = tensors(2)
-    with pytest.raises(ConfigError, match="no packed sequences"):
-        attention()(query, key, value, None, packed_seq_params=object())
     with pytest.raises(ConfigError, match="no attention bias"):
         attention()(query, key, value, None, attention_bias=torch.zeros(1))
 
