@@ -11,6 +11,7 @@ import torch
 
 from megabridge.data.module import Batch
 from megabridge.data.packing import pack
+from megabridge.data.rows import TOO_LONG, UNANSWERED, BadRow
 from megabridge.errors import ConfigError, listed
 
 type Overlong = Literal["truncate", "drop"]
@@ -22,7 +23,8 @@ class Sample:
     """Tokens, and for each whether the model should learn to produce it."""
 
     tokens: Sequence[int]
-    mask: Sequence[bool]
+    mask: Sequence[int]
+    """1 or True where it should."""
 
     @property
     def positions(self) -> int:
@@ -59,25 +61,36 @@ class Fitted:
         return f"{len(self.samples)} samples, {tokens} tokens" + (f" ({'; '.join(notes)})" if notes else "")
 
 
+def fit_one(sample: Sample, *, seq_length: int, overlong: Overlong) -> Sample:
+    """The sample, cut to seq_length + 1 tokens (the last one is only a label) if it may be.
+
+    Raises BadRow where it is too long, or where nothing to learn is left of it.
+    """
+    limit = seq_length + 1
+    kept = sample
+    if len(sample.tokens) > limit:
+        if overlong == "drop":
+            raise BadRow(TOO_LONG, f"{len(sample.tokens)} tokens, recipe.seq_length={seq_length} takes {limit}")
+        kept = Sample(sample.tokens[:limit], sample.mask[:limit])
+    if not any(kept.mask[1:]):
+        raise BadRow(UNANSWERED, f"of {len(sample.tokens)} tokens")
+    return kept
+
+
 def fit(samples: Sequence[Sample], *, seq_length: int, overlong: Overlong) -> Fitted:
-    """Cuts or leaves out samples of more than seq_length + 1 tokens (the last one is only a label), and counts them.
+    """Every sample by `fit_one`; those that are left out are counted.
 
     Raises ConfigError when there are samples and none is left.
     """
     fitted = Fitted()
-    limit = seq_length + 1
     for sample in samples:
-        kept = sample
-        is_long = len(sample.tokens) > limit
-        if is_long and overlong == "drop":
-            fitted.dropped += 1
+        try:
+            kept = fit_one(sample, seq_length=seq_length, overlong=overlong)
+        except BadRow as row:
+            fitted.dropped += row.kind == TOO_LONG
+            fitted.unanswered += row.kind == UNANSWERED
             continue
-        if is_long:
-            kept = Sample(sample.tokens[:limit], sample.mask[:limit])
-        if not any(kept.mask[1:]):
-            fitted.unanswered += 1
-            continue
-        fitted.truncated += is_long
+        fitted.truncated += len(kept.tokens) < len(sample.tokens)
         fitted.samples.append(kept)
     if samples and not fitted.samples:
         rule = f"recipe.seq_length={seq_length} leaves none of {len(samples)} samples with an answer"
@@ -221,7 +234,11 @@ class Batching:
 
     def validation(self, samples: Sequence[Sample], *, dp_rank: int, dp_size: int) -> list[Batch]:
         """See `DataModule.validation_batches`; filled up with rows whose loss mask is zero throughout."""
-        micro, rows = self.micro_batch_size, self.rows(samples, 0)
+        return self.fixed(self.rows(samples, 0), dp_rank=dp_rank, dp_size=dp_size)
+
+    def fixed(self, rows: Sequence[Row], *, dp_rank: int, dp_size: int) -> list[Batch]:
+        """The same of rows that are made already."""
+        micro = self.micro_batch_size
         batches = -(-len(rows) // (micro * dp_size)) * dp_size
         return [
             self.collate(rows[number * micro : (number + 1) * micro], self.seq_length)
@@ -243,7 +260,7 @@ class Batching:
                 ids = torch.tensor(sample.tokens, dtype=torch.long)
                 tokens[number, begin:end] = ids[:-1]
                 labels[number, begin:end] = ids[1:]
-                mask[number, begin:end] = torch.tensor(sample.mask[1:], dtype=torch.float32)
+                mask[number, begin:end] = torch.tensor(list(sample.mask[1:]), dtype=torch.float32)
                 # What follows is the next document, or padding, which is one of its own.
                 documents[number, end:] = document + 1
                 if self.packing:

@@ -11,6 +11,7 @@ from typing import Any, Final, override
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 import megabridge.platform as platform
 from megabridge.errors import ConfigError
