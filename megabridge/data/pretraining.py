@@ -1,8 +1,8 @@
 """Pretraining on indexed data: windows over shuffled documents, blended out of several sets.
 
 Everything follows from the seed and the position in the run: the row at a position is found without going through those before it,
-so that a resume costs nothing and no index is built or cached. megatron-core's GPTDataset gives other rows, which depend on the run's
-length, too.
+so that a resume costs nothing and no index is built or cached. megatron-core's GPTDataset gives other rows, which depend on the
+run's length, too.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_prompts_with_completions_and_plain_text(tmp_path: Path, tokenizer: Path
     as_chat = made(path, tokenizer, validation_share=0, prompt_as_chat=True)
     first = next(iter(as_chat.train_batches(0, dp_rank=0, dp_size=1)))
     parts = stretches(first, load_tokenizer(tokenizer))
-    assert [part.text for part in parts][0].startswith("<|im_start|>user\n") and parts[1].text.endswith("<|im_end|>")
+    assert parts[0].text.startswith("<|im_start|>user\n") and parts[1].text.endswith("<|im_end|>")
     renamed = jsonl(tmp_path / "renamed.jsonl", [{"q": row["prompt"], "a": row["completion"], "text": "no"} for row in rows])
     columns = {"prompt": "q", "completion": "a"}
     assert sorted(epoch(made(renamed, tokenizer, validation_share=0, columns=columns), tokenizer)) == sorted(
