@@ -11,6 +11,8 @@ from megabridge.data.batches import Batching, Sample
 from megabridge.training.step import Batch, forward_backward, validate
 from tests.cases import tiny
 
+from megatron.core.utils import unwrap_model
+
 LENGTH = 64
 SIZES = (3, 40, 17, 2, 22, 31, 9, 64, 12, 25)
 """Positions of each document; one fills a row alone."""
@@ -60,6 +62,13 @@ def by_document(settings: dict[str, Any]) -> tuple[list[float], list[float], int
     other = Sample([chance.randrange(tiny.VOCABULARY) for _ in samples[swapped].tokens], samples[swapped].mask)
     changed = [other if number == swapped else sample for number, sample in enumerate(samples)]
     return _losses(chunks, samples), _losses(chunks, changed), swapped, len(row)
+
+
+def looking_ahead(settings: dict[str, Any]) -> None:
+    """A forward of packed rows in a model whose config says that it predicts more than the next token."""
+    chunks = tiny.model(**settings)
+    unwrap_model(chunks)[0].config.mtp_num_layers = 1
+    forward_backward(chunks, batches(documents(), packing=True, micro=1), forward_only=True)
 
 
 def _losses(chunks: list[Any], samples: list[Sample]) -> list[float]:

@@ -163,7 +163,7 @@ def test_sinks_take_their_share_and_give_nothing(window: Any) -> None:
         ({}, {}),
         ({}, {"window_size": (2, 0)}),
         ({"attention_softcap": 0.5}, {"window_size": (3, 0)}),
-        ({}, {"softmax_type": "learnable"}),
+        ({}, {"sinks": True}),
         ({"query_temperature": (0.5, 2, 1), "qk_norm": "rotated"}, {}),
         ({"attention_chunks": True}, {"window_size": (3, 0)}),
     ],
@@ -178,9 +178,10 @@ def test_packed_documents_in_one_kernel_and_one_by_one(
     assert params.bounds == (0, 5, 7, 8, 9, 16) and params.max_seqlen_q == 7
     torch.manual_seed(1)
     query, key, value = torch.randn(16, HEADS, D), torch.randn(16, 2, D), torch.randn(16, 2, D)
-    ours = styled(Style(**style), **settings).requires_grad_(False)
-    if ours.softmax_offset is not None:
-        torch.nn.init.normal_(ours.softmax_offset)
+    has_sinks = settings.get("sinks", False)
+    ours = styled(Style(**style), **{name: value for name, value in settings.items() if name != "sinks"})
+    ours.softmax_offset = torch.nn.Parameter(torch.randn(HEADS)) if has_sinks else None
+    ours.requires_grad_(False)
     one_by_one = ours(query, key, value, None, packed_seq_params=params)
     bounds = itertools.pairwise(params.bounds)
     alone = [ours(*(tensor[begin:end, None] for tensor in (query, key, value)), None) for begin, end in bounds]

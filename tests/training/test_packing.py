@@ -59,6 +59,7 @@ def test_packed_and_padded_rows_have_the_same_loss_and_gradients(
             "v_head_dim": 12,
             "num_query_groups": 6,
         },
+        {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_router_load_balancing_type": "none"},
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     ],
     ids=lambda style: "+".join(style),
@@ -78,6 +79,8 @@ def test_swapping_a_document_leaves_the_losses_of_the_others(ranks: RankServer, 
         assert differing == [swapped]
 
 
-def test_a_backend_without_packed_rows_says_so(ranks: RankServer) -> None:
+def test_what_has_no_packed_rows_says_so(ranks: RankServer) -> None:
     with pytest.raises(RankError, match=r"backend=local has no packed sequences; set data\.packing=false"):
         ranks.run(f"{PACKING}:both", kwargs={"settings": {**SHAPE, "backend": "local"}})
+    with pytest.raises(RankError, match=r"mtp_num_layers=1 would predict past the ends of packed documents"):
+        ranks.run(f"{PACKING}:looking_ahead", kwargs={"settings": SHAPE})
