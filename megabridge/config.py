@@ -201,6 +201,24 @@ class BenchConfig:
 
 
 @dataclass
+class PrepareConfig:
+    paths: list[str] = field(default_factory=list)
+    """Files that recipe=prepare_data tokenises: .jsonl, .parquet, .txt, folders of them, or patterns with *."""
+    output: str | None = None
+    """Prefix of the .bin and .idx that it writes. Null: `data` in the run directory."""
+    column: str = "text"
+    """What rows of JSONL and parquet have their text in."""
+    text_rows: str = choice("file", "line")
+    """What is a document in a plain text file."""
+    append_end: bool = True
+    """Whether the tokenizer's end-of-text token closes a document."""
+    workers: int | None = None
+    """Processes that tokenise. Null: one for each core."""
+    max_bad_share: float = 0.01
+    """Largest share of rows that may be left out because they can't be used."""
+
+
+@dataclass
 class Config:
     """The whole config, as a recipe gets it."""
 
@@ -216,6 +234,8 @@ class Config:
     """Which program runs, for how long."""
     data: dict[str, Any] = field(default_factory=dict)
     """A megabridge.data.DataModule: its class in `_target_`, its arguments beside it."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """What recipe=prepare_data makes of what."""
     bench: BenchConfig = field(default_factory=BenchConfig)
     """What recipe=bench measures."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -79,8 +79,7 @@ def export_weights(
         raise ConfigError(f"writer={writer!r} must be one of {', '.join(WRITERS)}.")
     begin = time.perf_counter()
     partial = folders.partial_of(path := Path(os.path.realpath(path)))
-    specs = export_specs(plan, dtypes, aliases)
-    encoder = agree(plan, specs, quantization, everything=writer == "gather")
+    encoder = agree(plan, specs := export_specs(plan, dtypes, aliases), quantization, everything=writer == "gather")
     shards = plan_shards(partial, encoder.specs(specs), max_shard_size)
     infos = {name: info for shard in shards for name, info in shard.tensors.items()}
     writers = {name: [0] for name in infos} if writer == "gather" else _writers(plan, infos, encoder)

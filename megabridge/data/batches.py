@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import torch
 
 from megabridge.data.module import Batch
-from megabridge.errors import ConfigError
+from megabridge.data.packing import pack
+from megabridge.data.rows import TOO_LONG, UNANSWERED, BadRow
+from megabridge.errors import ConfigError, listed
 
 type Overlong = Literal["truncate", "drop"]
 OVERLONG: Final = ("truncate", "drop")
@@ -21,7 +23,17 @@ class Sample:
     """Tokens, and for each whether the model should learn to produce it."""
 
     tokens: Sequence[int]
-    mask: Sequence[bool]
+    mask: Sequence[int]
+    """1 or True where it should."""
+
+    @property
+    def positions(self) -> int:
+        """Places it takes in a row: the last token is only a label."""
+        return len(self.tokens) - 1
+
+
+type Row = Sequence[Sample]
+"""Samples that lie one after the other in a row of a batch; without packing it is one."""
 
 
 @dataclass
@@ -49,25 +61,36 @@ class Fitted:
         return f"{len(self.samples)} samples, {tokens} tokens" + (f" ({'; '.join(notes)})" if notes else "")
 
 
+def fit_one(sample: Sample, *, seq_length: int, overlong: Overlong) -> Sample:
+    """The sample, cut to seq_length + 1 tokens (the last one is only a label) if it may be.
+
+    Raises BadRow where it is too long, or where nothing to learn is left of it.
+    """
+    limit = seq_length + 1
+    kept = sample
+    if len(sample.tokens) > limit:
+        if overlong == "drop":
+            raise BadRow(TOO_LONG, f"{len(sample.tokens)} tokens, recipe.seq_length={seq_length} takes {limit}")
+        kept = Sample(sample.tokens[:limit], sample.mask[:limit])
+    if not any(kept.mask[1:]):
+        raise BadRow(UNANSWERED, f"of {len(sample.tokens)} tokens")
+    return kept
+
+
 def fit(samples: Sequence[Sample], *, seq_length: int, overlong: Overlong) -> Fitted:
-    """Cuts or leaves out samples of more than seq_length + 1 tokens (the last one is only a label), and counts them.
+    """Every sample by `fit_one`; those that are left out are counted.
 
     Raises ConfigError when there are samples and none is left.
     """
     fitted = Fitted()
-    limit = seq_length + 1
     for sample in samples:
-        kept = sample
-        is_long = len(sample.tokens) > limit
-        if is_long and overlong == "drop":
-            fitted.dropped += 1
+        try:
+            kept = fit_one(sample, seq_length=seq_length, overlong=overlong)
+        except BadRow as row:
+            fitted.dropped += row.kind == TOO_LONG
+            fitted.unanswered += row.kind == UNANSWERED
             continue
-        if is_long:
-            kept = Sample(sample.tokens[:limit], sample.mask[:limit])
-        if not any(kept.mask[1:]):
-            fitted.unanswered += 1
-            continue
-        fitted.truncated += is_long
+        fitted.truncated += len(kept.tokens) < len(sample.tokens)
         fitted.samples.append(kept)
     if samples and not fitted.samples:
         rule = f"recipe.seq_length={seq_length} leaves none of {len(samples)} samples with an answer"
@@ -99,12 +122,43 @@ class Order:
         return self._permutation[place]
 
 
+class LengthOrder:
+    """The same, rearranged within stretches of GROUPS steps, so that the samples of a step are about equally long.
+
+    Every epoch's samples still come once; a sample moves at most as far as its stretch, and the steps of a stretch come in a random
+    order.
+    """
+
+    GROUPS: Final = 64
+
+    def __init__(self, lengths: Sequence[int], seed: int, step: int) -> None:
+        """`step`: samples of a step."""
+        self._order, self._lengths, self._step, self._seed = Order(len(lengths), seed), lengths, step, seed
+        self._stretch = -1
+        self._samples: list[int] = []
+
+    def sample(self, position: int) -> int:
+        """The sample at `position` >= 0 of the run."""
+        stretch, place = divmod(position, self.GROUPS * self._step)
+        if stretch != self._stretch:
+            begin = stretch * self.GROUPS * self._step
+            found = [self._order.sample(begin + offset) for offset in range(self.GROUPS * self._step)]
+            found.sort(key=self._lengths.__getitem__)
+            groups = [found[first : first + self._step] for first in range(0, len(found), self._step)]
+            random.Random(f"{self._seed}/lengths/{stretch}").shuffle(groups)
+            self._samples = [sample for group in groups for sample in group]
+            self._stretch = stretch
+        return self._samples[place]
+
+
 @dataclass(frozen=True)
 class Batching:
     """Sizes of batches. Raises ConfigError where they don't come out even.
 
     `pad_to` None pads every row to seq_length. A number pads a step's rows to its longest one, rounded up to a multiple of it: the
     shape changes from step to step and is the same on all ranks. Under sequence parallelism it must be a multiple of tp.
+    `group_by_length` puts samples of about the same length into a step, which saves padding. With `packing` a row holds as many
+    samples as fit, and a step's global_batch_size counts rows.
     """
 
     seq_length: int
@@ -112,6 +166,8 @@ class Batching:
     global_batch_size: int
     pad_token: int
     pad_to: int | None = None
+    packing: bool = False
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         sizes = (
@@ -120,56 +176,95 @@ class Batching:
             ("recipe.global_batch_size", self.global_batch_size),
             ("data.pad_to", 1 if self.pad_to is None else self.pad_to),
         )
-        for name, size in sizes:
-            if size < 1:
-                raise ConfigError(f"{name}={size} must be at least 1.")
+        problems = [f"{name}={size} must be at least 1." for name, size in sizes if size < 1]
+        if self.packing and (self.pad_to is not None or self.group_by_length):
+            problems.append("data.packing=true fills rows up to recipe.seq_length; remove data.pad_to and data.group_by_length.")
+        elif self.group_by_length and self.pad_to is None:
+            problems.append("data.group_by_length=true saves nothing where all rows are padded alike; set data.pad_to, e.g. 64.")
+        if problems:
+            raise ConfigError(listed(problems))
 
-    def length(self, samples: Sequence[Sample]) -> int:
-        """The common length of the rows of `samples`."""
+    def length(self, rows: Sequence[Row]) -> int:
+        """The common length of `rows`."""
         if self.pad_to is None:
             return self.seq_length
-        longest = max(len(sample.tokens) - 1 for sample in samples)
+        longest = max(sum(sample.positions for sample in row) for row in rows)
         return min(-(-longest // self.pad_to) * self.pad_to, self.seq_length)
+
+    def rows(self, samples: Sequence[Sample], seed: int) -> Sequence[Row]:
+        """The rows of an epoch, before they are put in order."""
+        if not self.packing:
+            return [(sample,) for sample in samples]
+        packs = pack([sample.positions for sample in samples], self.seq_length, seed)
+        return [tuple(samples[index] for index in row) for row in packs]
 
     def train(self, samples: Sequence[Sample], consumed_samples: int, *, seed: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
         """See `DataModule.train_batches`."""
         if not samples:
             raise ConfigError("data has no sample to train on; add some.")
+        rows = self.rows(samples, seed)
+        order: Order | LengthOrder = Order(len(rows), seed)
+        if self.group_by_length:
+            order = LengthOrder([row[0].positions for row in rows], seed, self.global_batch_size)
+        return self.steps(lambda position: rows[order.sample(position)], consumed_samples, dp_rank=dp_rank, dp_size=dp_size)
+
+    def steps(self, row: Callable[[int], Row], consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+        """The same over the endless rows row(0), row(1), ... of the whole run. Raises ConfigError at once."""
         step, micro = self.global_batch_size, self.micro_batch_size
         if step % (micro * dp_size):
             raise ConfigError(
                 f"recipe.global_batch_size={step} must be a multiple of recipe.micro_batch_size x dp = {micro} x {dp_size}; "
                 f"use {micro * dp_size * max(1, round(step / (micro * dp_size)))} or change either."
             )
-        order = Order(len(samples), seed)
-        begin = consumed_samples
+        return self._steps(row, consumed_samples, dp_rank * micro, dp_size * micro)
+
+    def _steps(self, row: Callable[[int], Row], begin: int, first: int, stride: int) -> Iterator[Batch]:
+        step, micro = self.global_batch_size, self.micro_batch_size
         while True:
-            chosen = [samples[order.sample(position)] for position in range(begin, begin + step)]
-            length = self.length(chosen)
-            for start in range(dp_rank * micro, step, dp_size * micro):
-                yield self.collate(chosen[start : start + micro], length)
+            starts = range(first, step, stride)
+            if self.pad_to is None:  # only this rank's rows are made
+                for start in starts:
+                    yield self.collate([row(begin + start + number) for number in range(micro)], self.seq_length)
+            else:
+                rows = [row(begin + number) for number in range(step)]
+                length = self.length(rows)
+                for start in starts:
+                    yield self.collate(rows[start : start + micro], length)
             begin += step
 
     def validation(self, samples: Sequence[Sample], *, dp_rank: int, dp_size: int) -> list[Batch]:
         """See `DataModule.validation_batches`; filled up with rows whose loss mask is zero throughout."""
+        return self.fixed(self.rows(samples, 0), dp_rank=dp_rank, dp_size=dp_size)
+
+    def fixed(self, rows: Sequence[Row], *, dp_rank: int, dp_size: int) -> list[Batch]:
+        """The same of rows that are made already."""
         micro = self.micro_batch_size
-        batches = -(-len(samples) // (micro * dp_size)) * dp_size
+        batches = -(-len(rows) // (micro * dp_size)) * dp_size
         return [
-            self.collate(samples[number * micro : (number + 1) * micro], self.seq_length)
+            self.collate(rows[number * micro : (number + 1) * micro], self.seq_length)
             for number in range(dp_rank, batches, dp_size)
         ]
 
-    def collate(self, samples: Sequence[Sample], length: int) -> Batch:
-        """[micro_batch_size, length] of up to micro_batch_size samples; rows that are missing have no loss."""
+    def collate(self, rows: Sequence[Row], length: int) -> Batch:
+        """[micro_batch_size, length] of up to micro_batch_size rows; rows that are missing have no loss."""
         shape = (self.micro_batch_size, length)
         tokens = torch.full(shape, self.pad_token, dtype=torch.long)
         labels = torch.full(shape, self.pad_token, dtype=torch.long)
         mask = torch.zeros(shape)
-        for row, sample in enumerate(samples):
-            ids = torch.tensor(sample.tokens, dtype=torch.long)
-            count = len(ids) - 1
-            tokens[row, :count] = ids[:-1]
-            labels[row, :count] = ids[1:]
-            mask[row, :count] = torch.tensor(sample.mask[1:], dtype=torch.float32)
+        documents = torch.zeros(shape, dtype=torch.long)
         positions = torch.arange(length).repeat(self.micro_batch_size, 1)
-        return {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}
+        for number, row in enumerate(rows):
+            begin = 0
+            for document, sample in enumerate(row):
+                end = begin + sample.positions
+                ids = torch.tensor(sample.tokens, dtype=torch.long)
+                tokens[number, begin:end] = ids[:-1]
+                labels[number, begin:end] = ids[1:]
+                mask[number, begin:end] = torch.tensor(list(sample.mask[1:]), dtype=torch.float32)
+                # What follows is the next document, or padding, which is one of its own.
+                documents[number, end:] = document + 1
+                if self.packing:
+                    positions[number, end:] = torch.arange(length - end)
+                begin = end
+        batch = {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}
+        return {**batch, "documents": documents} if self.packing else batch

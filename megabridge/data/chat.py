@@ -13,10 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-# More than a second to import: here, so that ranks forked by one process share it.
-from transformers import AutoTokenizer
-
 from megabridge.data.batches import Sample
+from megabridge.data.text import load_tokenizer, pad_token
 from megabridge.errors import ConfigError
 
 type Message = Mapping[str, Any]
@@ -36,7 +34,7 @@ class ChatEncoder:
 
     def __init__(self, folder: Path, *, template_arguments: Mapping[str, object] | None = None) -> None:
         """`template_arguments` are passed to the template, e.g. a fixed date_string where it would write today's date."""
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.tokenizer: Any = load_tokenizer(folder)
         self._folder = folder
         self._arguments = dict(template_arguments or {})
         if self.tokenizer.chat_template is None:
@@ -52,10 +50,7 @@ class ChatEncoder:
     @property
     def pad_token(self) -> int:
         """The id that fills up rows; it is never a label that counts."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+        return pad_token(self.tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> Sample:
         """The whole conversation. Raises ConfigError when the assistant's tokens can't be told apart exactly."""

@@ -11,7 +11,11 @@ import torch
 Batch = dict[str, torch.Tensor]
 """One micro-batch, CPU tensors of one shape [micro_batch_size, length]: `tokens` int64; `labels` int64, already shifted
 (labels[:, i] is the token after tokens[:, i]); `loss_mask` float32, 1 where the label counts; `position_ids` int64. Rows are padded
-on the right, so that causal attention needs no mask."""
+on the right, so that causal attention needs no mask.
+
+With `documents` int64 rows are packed: the number of the document that a token belongs to, which rises along a row. A token
+sees its own document only, in which `position_ids` begin at 0; no label is the next document's. All batches of a run have it,
+or none."""
 
 
 class DataModule(ABC):
@@ -36,6 +40,10 @@ class DataModule(ABC):
     @abstractmethod
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         """This rank's part of the validation samples, in batches of [micro_batch_size, seq_length], as many on every rank."""
+
+    def left_out(self) -> str:
+        """One line on what was left out since training began; empty when nothing was beyond what `describe` says."""
+        return ""
 
     def describe(self) -> str:
         """One line for people: how many samples, and how many were cut or left out. After `setup`."""

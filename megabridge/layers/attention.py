@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from typing import Any, Final, override
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 import megabridge.platform as platform
 from megabridge.errors import ConfigError
 from megabridge.layers import flex
 from megabridge.layers.norm import LayerNorm, RMSNorm
+from megabridge.layers.packed import Packed
 from megabridge.style import Style
 
 from megatron.core import tensor_parallel
@@ -81,29 +84,23 @@ class TorchAttention(torch.nn.Module):
 
         `attention_mask` is boolean, True where attention is not allowed, as in megatron-core: None with a causal mask
         type means causal; [b, 1, 1, s] masks keys (padding), and stays causal; [b, 1, s, s] is the whole mask. A query
-        that may attend to nothing gives zeros.
+        that may attend to nothing gives zeros. With `packed_seq_params`, a Packed, the tensors are [t, heads, d] and a query
+        sees its own document; the result is [t, 1, heads * d].
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            raise ConfigError("backend=torch has no packed sequences and no attention bias; use padded batches or backend=te.")
+        if attention_bias is not None:
+            raise ConfigError("backend=torch has no attention bias; set none, or use backend=te.")
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        if self.style.qk_norm == "rotated":
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if self.style.qk_norm == "l2" and self.has_rope:
-            query, key = (
-                F.rms_norm(tensor.float(), tensor.shape[-1:], eps=self.epsilon).to(tensor.dtype) for tensor in (query, key)
-            )
-        if self.has_temperature and self.style.query_temperature is not None:
-            query = query * _temperature(*self.style.query_temperature, query)
+        query, key = self._normed(query, key, None)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         window = self.window if self.window is not None and self.window < key.shape[2] else None
         is_written_out = self.style.attention_softcap is not None or self.softmax_offset is not None
         is_special = window is not None or is_written_out
         if is_special and causal and attention_mask is None and flex.can_take(query, dropout=dropout):
-            settings: dict[str, Any] = {"window": window, "chunks": self.style.attention_chunks, "scale": self.scale}
-            settings |= {"softcap": self.style.attention_softcap, "sinks": self.softmax_offset}
-            context = flex.attend(query, key, value, **settings)
-            return context.permute(2, 0, 1, 3).flatten(2)
+            mask = flex.causal_mask(query.shape[-2], window, query.device, chunks=self.style.attention_chunks)
+            return self._by_flex(query, key, value, mask)
         allowed = None
         if is_special or attention_mask is not None:
             allowed = _allowed(attention_mask, key, window, causal=causal, chunks=self.style.attention_chunks)
@@ -122,6 +119,35 @@ class TorchAttention(torch.nn.Module):
                 scale=self.scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
+        """[t, heads, d] to [t, 1, heads * d]: in one kernel where there is one, otherwise document by document."""
+        if not flex.can_take(query.transpose(0, 1), dropout=self.dropout if self.training else 0.0):
+            documents = itertools.pairwise(packed.bounds)
+            parts = [self(*(tensor[begin:end, None] for tensor in (query, key, value)), None) for begin, end in documents]
+            return torch.cat(parts)
+        query, key, value = (tensor[:, None] for tensor in (query, key, value))
+        query, key = self._normed(query, key, packed.positions)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        return self._by_flex(query, key, value, packed.mask(self.window, chunks=self.style.attention_chunks))
+
+    def _normed(self, query: Tensor, key: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Norms after the rotary embedding, and queries that grow: [s, b, heads, d], at `positions` [s], by default 0 to s - 1."""
+        if self.style.qk_norm == "rotated":
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if self.style.qk_norm == "l2" and self.has_rope:
+            query, key = (
+                F.rms_norm(tensor.float(), tensor.shape[-1:], eps=self.epsilon).to(tensor.dtype) for tensor in (query, key)
+            )
+        if self.has_temperature and self.style.query_temperature is not None:
+            query = query * _temperature(*self.style.query_temperature, query, positions)
+        return query, key
+
+    def _by_flex(self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+        """[b, heads, s, d] to [s, b, heads * d]."""
+        settings = {"softcap": self.style.attention_softcap, "scale": self.scale, "sinks": self.softmax_offset}
+        context = flex.attend(query, key, value, mask=mask, **settings)  # type: ignore[arg-type]  # each has its own type
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _written_out(
@@ -200,9 +226,11 @@ def _seen(length: int, window: int | None, device: torch.device, *, chunks: bool
     return (distance >= 0) & (distance < (length if window is None else window))
 
 
-def _temperature(beta: float, original: int, first: int, query: Tensor) -> Tensor:
-    """The factor [s, 1, 1, 1] of the query at each position; positions count from `first`."""
-    positions = torch.arange(first, first + query.shape[0], device=query.device)
+def _temperature(beta: float, original: int, first: int, query: Tensor, positions: Tensor | None = None) -> Tensor:
+    """The factor [s, 1, 1, 1] of the query at each of `positions` [s], by default 0 to s - 1; positions count from `first`."""
+    if positions is None:
+        positions = torch.arange(query.shape[0], device=query.device)
+    positions = positions + first
     factor = 1 + beta * torch.log(1 + torch.floor(positions / original))
     return factor[:, None, None, None].to(query.dtype)
 

@@ -24,20 +24,18 @@ def attend(
     key: Tensor,
     value: Tensor,
     *,
+    mask: BlockMask,
     scale: float,
-    window: int | None = None,
-    chunks: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of [b, heads, s, d] with keys and values [b, kv_heads, s, d]; a query sees its last `window` keys, or with
-    `chunks`, those in its own stretch of `window` positions.
+    """Attention of [b, heads, s, d] with keys and values [b, kv_heads, s, d]; `mask` says which keys a query sees.
 
     `sinks` [heads] are scores that take their share of the softmax and give nothing.
     """
     settings: dict[str, Any] = {
         "score_mod": None if softcap is None else _capped(softcap),
-        "block_mask": _mask(query.shape[-2], window, query.device, chunks=chunks),
+        "block_mask": mask,
         "scale": scale,
         "enable_gqa": query.shape[1] != key.shape[1],
     }
@@ -55,13 +53,29 @@ def _kernel() -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _mask(length: int, window: int | None, device: torch.device, *, chunks: bool) -> BlockMask:
+def causal_mask(length: int, window: int | None, device: torch.device, *, chunks: bool = False) -> BlockMask:
+    """A query sees the keys that are not after it: with a window its last `window` ones, or with `chunks` those in its own stretch
+    of `window` positions."""
+
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if chunks and window is not None:
             return (query >= key) & (query // window == key // window)
         return (query >= key) & (query - key < (length if window is None else window))
 
     return create_block_mask(sees, None, None, length, length, device=device)
+
+
+def document_mask(documents: Tensor, positions: Tensor, window: int | None, *, chunks: bool) -> BlockMask:
+    """The same within a document: `documents` [t] has each token's number, `positions` [t] its place there."""
+    length = documents.shape[0]
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (query >= key) & (documents[query] == documents[key])
+        if chunks and window is not None:
+            return own & (positions[query] // window == positions[key] // window)
+        return own & (query - key < (length if window is None else window))
+
+    return create_block_mask(sees, None, None, length, length, device=documents.device)
 
 
 @functools.lru_cache(maxsize=8)

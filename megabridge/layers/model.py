@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, override
 
 import torch
 from torch import Tensor
 
 import megabridge.platform as platform
+from megabridge.errors import ConfigError
 from megabridge.layers import latent
+from megabridge.layers.attention import TorchAttention
+from megabridge.layers.packed import Packed, for_attention
 from megabridge.layers.rotary import HFRotaryEmbedding, LocalAndGlobal
 from megabridge.style import Style
 
@@ -24,6 +27,7 @@ class CausalLM(GPTModel):  # type: ignore[misc]
     `forward(tokens [b, s], position_ids [b, s], None)` gives logits [b, s, vocabulary shard] on the last stage, and
     with `labels=[b, s]` the losses [b, s]; elsewhere hidden states [s, b, hidden_size]. Columns past `vocab_size` hold
     the lowest finite value: no probability and no gradient. Their rows in embedding and output layer are zero.
+    With `packed_seq_params`, a Packed, b is 1 and s all the tokens of its documents.
     """
 
     def __init__(
@@ -73,6 +77,26 @@ class CausalLM(GPTModel):  # type: ignore[misc]
         changes = vocab_size < padded_vocab_size or style.logits_multiplier != 1.0 or style.logits_softcap is not None
         if post_process and changes:
             self.output_layer.register_forward_hook(self._finish_logits)
+
+    @override
+    def forward(self, *args: Any, packed_seq_params: Packed | None = None, **kwargs: Any) -> Any:
+        if packed_seq_params is not None:
+            if ahead := self.config.mtp_num_layers:
+                raise ConfigError(
+                    f"model.provider.mtp_num_layers={ahead} would predict past the ends of packed documents; set "
+                    "data.packing=false, or leave it null."
+                )
+            cores = [layer.self_attention.core_attention for layer in self._layers()]
+            kwargs["packed_seq_params"] = for_attention(packed_seq_params, cores, TorchAttention)
+        return super().forward(*args, **kwargs)
+
+    @override
+    def _preprocess(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        """For packed rows the angles of every token: megatron-core's own way turns one document after the other."""
+        decoder_input, angles, *rest = super()._preprocess(*args, packed_seq_params=packed_seq_params, **kwargs)
+        if angles is not None and isinstance(packed_seq_params, Packed):
+            angles = angles.index_select(-4, packed_seq_params.positions)
+        return decoder_input, angles, *rest
 
     def _layers(self) -> list[Any]:
         """The transformer layers of this chunk, those of multi-token prediction last."""

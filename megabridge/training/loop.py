@@ -113,6 +113,8 @@ class Trainer:
         if recipe.eval_at_start:
             self._validate(validation)
         stopped = self._train(validation, stop)
+        if line := self.data.left_out():
+            self.say(line)
         if self.step != self._last_validated() and not stopped:
             self._validate(validation)
         if (saving.save_at_end or stopped) and self._saved_step != self.step:

@@ -8,6 +8,7 @@ count; `finalize_model_grads` adds the counts of all ranks and divides the gradi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 import megabridge.platform as platform
 from megabridge.errors import ConfigError, MegabridgeError
+from megabridge.layers.packed import Packed, packed
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
@@ -56,10 +58,10 @@ def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward
     Returns [sum of the unmasked tokens' losses, their number] over all data-parallel ranks, float64, on this rank's device;
     the same on every rank. With `forward_only=False` gradients are left in the buffers, finalized. Every rank calls it.
     """
-    on_device = [{name: tensor.to(platform.device(), non_blocking=True) for name, tensor in batch.items()} for batch in batches]
-    micro, sequence = on_device[0]["tokens"].shape
+    on_device = [_placed(batch) for batch in batches]
+    micro, sequence = on_device[0].tensors["tokens"].shape
     if not forward_only and get_model_config(chunks[0]).num_moe_experts is not None:
-        _scale_router_losses(chunks, on_device)
+        _scale_router_losses(chunks, [placed.tensors for placed in on_device])
     outputs = get_forward_backward_func()(
         forward_step_func=_forward,
         # Every chunk of an interleaved pipeline walks through the same micro-batches.
@@ -89,13 +91,34 @@ def _scale_router_losses(chunks: Sequence[Any], batches: Sequence[Batch]) -> Non
         config.moe_grad_scale_func = lambda scale=scale: share if scale is None else scale(share)
 
 
-def _forward(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
-    batch = next(batches)
+@dataclass(frozen=True)
+class _Placed:
+    """A micro-batch on the device, as the model takes it."""
+
+    tensors: Batch
+    packed: Packed | None
+
+
+def _placed(batch: Batch) -> _Placed:
+    """On every pipeline stage: with `documents`, rows lie one after the other in a micro-batch of one."""
+    tensors = {name: tensor.to(platform.device(), non_blocking=True) for name, tensor in batch.items() if name != "documents"}
+    if "documents" not in batch:
+        return _Placed(tensors, None)
+    if (cp := parallel_state.get_context_parallel_world_size()) > 1:
+        raise ConfigError(f"parallel.cp={cp} can't cut packed rows; set data.packing=false, or parallel.cp=1.")
+    documents = packed(batch["documents"], tensors["position_ids"])
+    return _Placed({name: tensor.reshape(1, -1) for name, tensor in tensors.items()}, documents)
+
+
+def _forward(batches: Iterator[_Placed], model: Any) -> tuple[torch.Tensor, Any]:
+    placed = next(batches)
+    batch = placed.tensors
     if parallel_state.get_context_parallel_world_size() > 1:
         batch = get_batch_on_this_cp_rank(batch)
-    # Multi-token prediction has a loss of its own inside the model.
-    mask = {"loss_mask": batch["loss_mask"]} if get_model_config(model).mtp_num_layers else {}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **mask)
+    settings: dict[str, Any] = {} if placed.packed is None else {"packed_seq_params": placed.packed}
+    if get_model_config(model).mtp_num_layers:  # multi-token prediction has a loss of its own inside the model
+        settings["loss_mask"] = batch["loss_mask"]
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **settings)
     return output, partial(_loss, batch["loss_mask"])
 
 
@@ -123,7 +146,10 @@ def validate(chunks: Sequence[Any], batches: Sequence[Batch], *, micro_batch_siz
     Every rank calls it, with as many batches as it has: the number is filled up with batches that are masked throughout.
     Raises ConfigError where no token is unmasked.
     """
-    filled = [*batches, *[_masked(micro_batch_size, seq_length)] * (_batches_on_every_rank(len(batches)) - len(batches))]
+    # A filler has the shape of the others: the stages of a pipeline tell each other no shapes.
+    like = batches[0] if batches else _blank(micro_batch_size, seq_length)
+    filler = {**like, "loss_mask": torch.zeros_like(like["loss_mask"])}
+    filled = [*batches, *[filler] * (_batches_on_every_rank(len(batches)) - len(batches))]
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -147,7 +173,7 @@ def _batches_on_every_rank(count: int) -> int:
     return max(1, -(-int(most) // group)) * group
 
 
-def _masked(micro: int, sequence: int) -> Batch:
+def _blank(micro: int, sequence: int) -> Batch:
     tokens = torch.zeros(micro, sequence, dtype=torch.long)
     positions = torch.arange(sequence).expand(micro, -1)
     return {

@@ -117,6 +117,9 @@ class Samples:
             yield batch(range(start, start + size))
             start += size * dp_size
 
+    def left_out(self) -> str:
+        return ""
+
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[dict[str, torch.Tensor]]:
         size = self.micro_batch_size
         starts = range(10_000, 10_000 + self.validation * size, size)

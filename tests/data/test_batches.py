@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megabridge.data.batches import Batching, Order, Sample, fit
 from megabridge.data.module import Batch
+from megabridge.data.packing import pack
 from megabridge.errors import ConfigError
 
 PAD = 0
@@ -68,7 +69,7 @@ def test_the_order_of_a_seed_is_pinned() -> None:
 
 def test_a_batch_is_shifted_padded_and_masked() -> None:
     sample = Sample([5, 6, 7, 8], [False, False, True, True])
-    batch = Batching(6, 2, 2, pad_token=9).collate([sample], 6)
+    batch = Batching(6, 2, 2, pad_token=9).collate([(sample,)], 6)
     assert batch["tokens"].tolist() == [[5, 6, 7, 9, 9, 9], [9] * 6]
     assert batch["labels"].tolist() == [[6, 7, 8, 9, 9, 9], [9] * 6]
     assert batch["loss_mask"].tolist() == [[0, 1, 1, 0, 0, 0], [0] * 6]
@@ -124,3 +125,55 @@ def test_sizes_that_do_not_come_out_even_are_refused() -> None:
         Batching(8, 0, 4, PAD)
     with pytest.raises(ConfigError, match=r"no sample to train on"):
         next(Batching(8, 1, 4, PAD).train([], 0, seed=0, dp_rank=0, dp_size=1))
+
+
+def test_packed_rows_hold_every_document_once_within_its_own_bounds() -> None:
+    batching = Batching(8, 2, 2, PAD, packing=True)
+    data = samples(23, 8)
+    rows = batching.rows(data, seed=3)
+    assert len(rows) < len(data) * 0.75
+    assert sorted(sample.tokens[0] for row in rows for sample in row) == [100 + number for number in range(23)]
+    for row in rows:
+        batch = batching.collate([row], 8)
+        documents, positions, tokens = (batch[name][0].tolist() for name in ("documents", "position_ids", "tokens"))
+        assert documents == sorted(documents)
+        for number, sample in enumerate(row):
+            places = [place for place, document in enumerate(documents) if document == number]
+            assert [positions[place] for place in places] == list(range(len(places)))
+            assert [tokens[place] for place in places] == list(sample.tokens[:-1])
+            assert [batch["labels"][0, place] for place in places] == list(sample.tokens[1:])
+        assert int(batch["loss_mask"].sum()) == sum(sum(sample.mask[1:]) for sample in row)
+    assert batching.rows(data, seed=3) == rows != batching.rows(data, seed=4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(0, 5))
+def test_packs_fit_and_lose_nothing(lengths: list[int], seed: int) -> None:
+    rows = pack(lengths, 20, seed)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    sums = [sum(lengths[index] for index in row) for row in rows]
+    assert max(sums) <= 20
+    assert sum(sorted(sums)[:2]) > 20 or len(rows) == 1, "no two rows would fit into one"
+
+
+def test_steps_of_grouped_samples_are_about_equally_long() -> None:
+    data = samples(512, 40)
+    grouped = Batching(40, 1, 4, PAD, pad_to=1, group_by_length=True)
+    plain = Batching(40, 1, 4, PAD, pad_to=1)
+    padding = {}
+    for name, batching in (("grouped", grouped), ("plain", plain)):
+        batches = list(islice(batching.train(data, 0, seed=2, dp_rank=0, dp_size=1), 512))
+        learned = [row[0] for row in rows(batches)]
+        assert sorted(learned) == sorted(sample.tokens[0] for sample in data)
+        padding[name] = sum(batch["tokens"].numel() for batch in batches) - sum(sample.positions for sample in data)
+    assert padding["grouped"] < padding["plain"] / 4
+    through = list(islice(grouped.train(data, 0, seed=2, dp_rank=1, dp_size=2), 40))
+    resumed = list(islice(grouped.train(data, 40, seed=2, dp_rank=1, dp_size=2), 20))
+    assert rows(through[20:]) == rows(resumed)
+
+
+def test_ways_of_filling_rows_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.packing=true fills rows"):
+        Batching(8, 1, 1, PAD, packing=True, pad_to=4)
+    with pytest.raises(ConfigError, match=r"data\.group_by_length=true saves nothing"):
+        Batching(8, 1, 1, PAD, group_by_length=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -164,6 +165,64 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
+    ("style", "settings"),
+    [
+        ({}, {}),
+        ({}, {"window_size": (40, 0)}),
+        ({"attention_softcap": 5.0}, {}),
+        ({}, {"softmax_type": "learnable", "window_size": (40, 0)}),
+        ({"query_temperature": (0.5, 8, 1), "qk_norm": "rotated"}, {}),
+        ({"attention_chunks": True}, {"window_size": (39, 0)}),
+    ],
+)
+def test_packed_attention_beside_attention_of_each_document(
+    style: dict[str, Any], settings: dict[str, Any], dtype: torch.dtype, single: None
+) -> None:
+    from megabridge.layers.attention import TorchAttention
+    from megabridge.layers.packed import packed
+    from megabridge.style import Style
+
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=512, num_attention_heads=8, num_query_groups=2, attention_dropout=0.0, **settings
+    )
+    made = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attention_type": "self", "style": Style(**style)}
+    attention = TorchAttention(config, **made).cuda().to(dtype)
+    documents = torch.tensor([[0] * 100 + [1] * 7 + [2] * 93, [0] + [1] * 150 + [2] * 49])
+    places = torch.cat([torch.arange(size) for size in (100, 7, 93, 1, 150, 49)]).reshape(2, -1)
+    params = packed(documents, places.cuda())
+    assert params.bounds == (0, 100, 107, 200, 201, 351, 400)
+    shapes = [(400, heads, 64) for heads in (8, 2, 2)]
+    leaves = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+    out = attention(*leaves, None, packed_seq_params=params)
+    out.float().square().sum().backward()
+    got = [out, *(leaf.grad for leaf in leaves)]
+    assert params.masks, "one kernel took all documents"
+    apart = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    bounds = params.bounds
+    parts = [attention(*(leaf[begin:end, None] for leaf in apart), None) for begin, end in itertools.pairwise(bounds)]
+    expected = torch.cat(parts)
+    expected.float().square().sum().backward()
+    limit = 2e-2 if dtype is torch.bfloat16 else 2e-3
+    for ours, theirs in zip(got, [expected, *(leaf.grad for leaf in apart)], strict=True):
+        assert ours.shape == theirs.shape
+        assert ((ours - theirs).norm() / theirs.norm()).item() < limit
+
+
+def test_packed_rows_have_the_loss_of_padded_ones(single: None) -> None:
+    from tests.cases import packing
+
+    found = packing.both({"seq_length": 64, "kv_channels": 16})
+    padded, packed = (found[name]["totals"] for name in ("padded", "packed"))
+    assert packed[1] == padded[1] > 100
+    assert packed[0] / packed[1] == pytest.approx(padded[0] / padded[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
     ("window", "softcap", "has"),
     [(100, None, ""), (None, 5.0, ""), (100, 5.0, "sinks"), (17, None, "sinks"), (None, None, "sinks"), (100, None, "chunks")],
 )
@@ -176,8 +235,8 @@ def test_flex_attention_beside_the_formula(window: int | None, softcap: float | 
         torch.randn(shape if i == 0 else (2, 2, 300, 64), device="cuda", dtype=dtype, requires_grad=True) for i in range(3)
     )
     sinks = torch.randn(8, device="cuda", dtype=dtype, requires_grad=True)
-    settings = {"window": window, "softcap": softcap, "scale": 0.125, "chunks": has == "chunks"}
-    out = flex.attend(query, key, value, **settings, sinks=sinks if has == "sinks" else None)
+    mask = flex.causal_mask(300, window, query.device, chunks=has == "chunks")
+    out = flex.attend(query, key, value, mask=mask, softcap=softcap, scale=0.125, sinks=sinks if has == "sinks" else None)
     out.float().square().sum().backward()
     leaves = [query, key, value, *([sinks] if has == "sinks" else [])]
     got = [out, *(leaf.grad for leaf in leaves)]

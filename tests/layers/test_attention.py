@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from megabridge.errors import ConfigError
+from megabridge.layers import flex
 from megabridge.layers.attention import TorchAttention
+from megabridge.layers.packed import packed
 from megabridge.style import Style
 
 from megatron.core.transformer.enums import AttnMaskType
@@ -90,8 +93,6 @@ def test_value_heads_of_another_width() -> None:
 
 def test_what_it_does_not_know_is_refused() -> None:
     query, key, value = tensors(2)
-    with pytest.raises(ConfigError, match="no packed sequences"):
-        attention()(query, key, value, None, packed_seq_params=object())
     with pytest.raises(ConfigError, match="no attention bias"):
         attention()(query, key, value, None, attention_bias=torch.zeros(1))
 
@@ -153,3 +154,40 @@ def test_sinks_take_their_share_and_give_nothing(window: Any) -> None:
     masked = scores.masked_fill(FUTURE if window is None else WINDOW, -math.inf)
     weights = masked.exp() / (masked.exp().sum(-1, keepdim=True) + sinks.exp()[:, None, None])
     torch.testing.assert_close(ours(query, key, value, None), torch.einsum("bhst,tbhd->sbhd", weights, repeated[1]).flatten(2))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("style", "settings"),
+    [
+        ({}, {}),
+        ({}, {"window_size": (2, 0)}),
+        ({"attention_softcap": 0.5}, {"window_size": (3, 0)}),
+        ({}, {"sinks": True}),
+        ({"query_temperature": (0.5, 2, 1), "qk_norm": "rotated"}, {}),
+        ({"attention_chunks": True}, {"window_size": (3, 0)}),
+    ],
+)
+def test_packed_documents_in_one_kernel_and_one_by_one(
+    style: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's program is that of CUDA; here torch runs it without compiling it."""
+    documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1, 1]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 0], [0, 0, 1, 2, 3, 4, 5, 6]])
+    params = packed(documents, positions)
+    assert params.bounds == (0, 5, 7, 8, 9, 16) and params.max_seqlen_q == 7
+    torch.manual_seed(1)
+    query, key, value = torch.randn(16, HEADS, D), torch.randn(16, 2, D), torch.randn(16, 2, D)
+    has_sinks = settings.get("sinks", False)
+    ours = styled(Style(**style), **{name: value for name, value in settings.items() if name != "sinks"})
+    ours.softmax_offset = torch.nn.Parameter(torch.randn(HEADS)) if has_sinks else None
+    ours.requires_grad_(False)
+    one_by_one = ours(query, key, value, None, packed_seq_params=params)
+    bounds = itertools.pairwise(params.bounds)
+    alone = [ours(*(tensor[begin:end, None] for tensor in (query, key, value)), None) for begin, end in bounds]
+    assert torch.equal(one_by_one, torch.cat(alone)) and not params.masks
+    monkeypatch.setattr(flex, "can_take", lambda query, dropout: True)
+    monkeypatch.setattr(flex, "_kernel", lambda: flex.flex_attention)
+    together = ours(query, key, value, None, packed_seq_params=params)
+    assert len(params.masks) == 1 and together.shape == (16, 1, HEADS * D)
+    torch.testing.assert_close(together, one_by_one)

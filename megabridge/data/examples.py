@@ -1,0 +1,158 @@
+"""What a row of fine-tuning data says, by its schema, as tokens and mask. What can't be used is a BadRow with its kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from megabridge.checks import nearest
+from megabridge.data.batches import Sample
+from megabridge.data.chat import ChatEncoder
+from megabridge.data.rows import EMPTY, ENCODING, FORMAT, INEXACT, MISSING, ROLES, BadRow
+from megabridge.data.text import TextEncoder
+from megabridge.errors import ConfigError
+
+FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""The fields of each schema."""
+SCHEMAS: Final = ("auto", *FIELDS)
+_SYSTEM: Final = ("system", "developer")
+# What may stand before a message of each role; None is the beginning, system messages not counted.
+_BEFORE: Final[Mapping[str, tuple[str | None, ...]]] = {
+    "user": (None, "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
+class Examples:
+    """Makes samples of rows of one schema; `schema` is "auto" until the first row has decided it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        schema: str,
+        columns: Mapping[str, str],
+        prompt_as_chat: bool,
+        template_arguments: Mapping[str, object] | None,
+    ) -> None:
+        """`columns` says where a field has another name: {"prompt": "question"}. Raises ConfigError for an unknown field."""
+        known = sorted({field for fields in FIELDS.values() for field in fields})
+        for field in columns:
+            if field not in known:
+                raise ConfigError(f"data.columns.{field} must be one of {', '.join(known)}{nearest(field, known)}")
+        if schema not in SCHEMAS:
+            raise ConfigError(f"data.schema={schema!r} must be one of {', '.join(SCHEMAS)}{nearest(schema, list(SCHEMAS))}")
+        self.schema = schema
+        self._folder, self._columns = folder, columns
+        self._prompt_as_chat, self._arguments = prompt_as_chat, template_arguments
+        self._chat: ChatEncoder | None = None
+        self._text: TextEncoder | None = None
+
+    @property
+    def pad_token(self) -> int:
+        """The id that fills up rows."""
+        return (self._chat or self.text).pad_token
+
+    @property
+    def text(self) -> TextEncoder:
+        """Made when it is needed: a tokenizer without an end-of-text token does for chats."""
+        if self._text is None:
+            self._text = TextEncoder(self._folder)
+        return self._text
+
+    @property
+    def chat(self) -> ChatEncoder:
+        """Made when it is needed: a tokenizer without a chat template does for texts."""
+        if self._chat is None:
+            self._chat = ChatEncoder(self._folder, template_arguments=self._arguments)
+        return self._chat
+
+    def encode(self, row: Mapping[str, Any]) -> Sample:
+        """The sample of one row. Raises BadRow, and ConfigError where the tokenizer lacks what the schema needs."""
+        if self.schema == "auto":
+            self.schema = self._recognised(row)
+        values = self._values(row)
+        if self.schema == "text":
+            return self.text.encode(_text("text", values[0]))
+        if self.schema == "messages":
+            return self._conversation(_messages(values[0]))
+        prompt, completion = (_text(field, value) for field, value in zip(FIELDS[self.schema], values, strict=True))
+        if self._prompt_as_chat:
+            return self._conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+        return self.text.pair(prompt, completion)
+
+    def digest(self, row: Mapping[str, Any]) -> bytes:
+        """What the row says, in 16 bytes; the same for the same content, wherever it stands."""
+        content = json.dumps(self._values(row), sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).digest()[:16]
+
+    def _recognised(self, row: Mapping[str, Any]) -> str:
+        for schema, fields in FIELDS.items():
+            if all(self._columns.get(field, field) in row for field in fields):
+                return schema
+        wanted = "; ".join(" and ".join(self._columns.get(field, field) for field in fields) for fields in FIELDS.values())
+        raise BadRow(MISSING, f"the row has {', '.join(row) or 'nothing'}, and none of: {wanted}")
+
+    def _values(self, row: Mapping[str, Any]) -> list[Any]:
+        names = [self._columns.get(field, field) for field in FIELDS[self.schema]]
+        lacking = [name for name in names if row.get(name) is None]
+        if lacking:
+            raise BadRow(MISSING, f"{' and '.join(lacking)}; the row has {', '.join(row) or 'nothing'}")
+        return [row[name] for name in names]
+
+    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> Sample:
+        chat = self.chat
+        try:
+            return chat.encode(messages)
+        except ConfigError as error:
+            raise BadRow(INEXACT, str(error)) from error
+
+
+def _text(field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise BadRow(FORMAT, f"{field} must be text, not {type(value).__name__}")
+    if not value.strip():
+        raise BadRow(EMPTY, f"{field} has no text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(ENCODING, f"{field}: {error}") from error
+    return value
+
+
+def _messages(value: object) -> list[Mapping[str, Any]]:
+    """The messages of a conversation, in an order that one can have and with an answer to learn."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise BadRow(FORMAT, "messages must be a list of objects")
+    if not value:
+        raise BadRow(EMPTY, "messages has none")
+    before: str | None = None
+    for number, message in enumerate(value):
+        for key in ("role", "content"):
+            if key not in message:
+                raise BadRow(MISSING, f"{key} of message {number}")
+        role = message["role"]
+        if role in _SYSTEM and before is None:
+            pass
+        elif role not in _BEFORE:
+            known = ", ".join((*_SYSTEM, *_BEFORE))
+            raise BadRow(
+                ROLES, f"message {number} is by {role!r}; " + (f"{role} comes first" if role in _SYSTEM else f"known: {known}")
+            )
+        elif before not in _BEFORE[role]:
+            raise BadRow(ROLES, f"message {number} is by {role} after {before or 'nothing'}")
+        else:
+            before = role
+        if isinstance(message["content"], str) and not (role == "assistant" and message.get("tool_calls")):
+            _text(f"content of message {number}", message["content"])
+    if before != "assistant":
+        raise BadRow(ROLES, f"the last message is by {value[-1]['role']}, not by the assistant")
+    return value

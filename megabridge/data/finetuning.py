@@ -1,0 +1,145 @@
+"""Fine-tuning data: conversations, prompts with completions, or plain text, from local files or a data set of the hub."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import override
+
+from megabridge.data import sources
+from megabridge.data.batches import OVERLONG, Batching, Overlong, Sample, fit_one
+from megabridge.data.examples import Examples
+from megabridge.data.module import Batch, DataModule
+from megabridge.data.rows import BadRow, Tally, check_share
+from megabridge.errors import ConfigError, listed
+
+
+@dataclass
+class _Read:
+    """What became of the rows of one source."""
+
+    samples: list[Sample] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    truncated: int = 0
+
+
+class Finetuning(DataModule):
+    """One sample a row. What is learned: the assistant's messages, the completion, or all of a plain text.
+
+    A row is held out for validation by what it says, so that a run sees the same rows held out wherever they stand, and no row on
+    both sides; with `validation_path` or `validation_split` the rows come from there.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        name: str | None = None,
+        split: str | None = None,
+        revision: str | None = None,
+        schema: str = "auto",
+        columns: Mapping[str, str] | None = None,
+        prompt_as_chat: bool = False,
+        validation_path: str | None = None,
+        validation_split: str | None = None,
+        validation_share: float = 0.05,
+        overlong: Overlong = "drop",
+        packing: bool = False,
+        group_by_length: bool = False,
+        pad_to: int | None = None,
+        max_bad_share: float = 0.01,
+        template_arguments: Mapping[str, object] | None = None,
+    ) -> None:
+        """`name`, `split` and `revision` are for `datasets`; see docs/data.md for the rest. Raises ConfigError."""
+        problems = []
+        if overlong not in OVERLONG:
+            problems.append(f"data.overlong={overlong!r} must be one of {', '.join(OVERLONG)}.")
+        if not 0 <= validation_share < 1:
+            problems.append(f"data.validation_share={validation_share} must be at least 0 and less than 1, e.g. 0.05.")
+        if validation_path is not None and validation_split is not None and sources.local_files(validation_path):
+            problems.append("data.validation_split is for data sets of the hub, and data.validation_path is local; remove one.")
+        if problems:
+            raise ConfigError(listed(problems))
+        check_share(max_bad_share)
+        self._source = {"path": path, "name": name, "split": split, "revision": revision}
+        self._examples = {
+            "schema": schema,
+            "columns": dict(columns or {}),
+            "prompt_as_chat": prompt_as_chat,
+            "template_arguments": template_arguments,
+        }
+        self._validation = (validation_path, validation_split)
+        self._share, self._overlong, self._max_bad_share = validation_share, overlong, max_bad_share
+        self._filling = {"packing": packing, "group_by_length": group_by_length, "pad_to": pad_to}
+
+    @override
+    def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
+        examples = Examples(tokenizer_folder, **self._examples)  # type: ignore[arg-type]  # each has its own type
+        self._seed = seed
+        self._reads = {"train": self._read(examples, seq_length, self._source)}
+        path, split = self._validation
+        train = self._reads["train"]
+        if path is None and split is None:
+            self.train, self.validation = self._held_out(train)
+        else:
+            source = {**self._source, "split": split} if path is None else {"path": path, "split": split}
+            self._reads["validation"] = self._read(examples, seq_length, source)
+            self.train, self.validation = train.samples, self._reads["validation"].samples
+        self._schema = examples.schema
+        sizes = (seq_length, micro_batch_size, global_batch_size, examples.pad_token)
+        self.batching = Batching(*sizes, **self._filling)  # type: ignore[arg-type]  # each has its own type
+
+    def _read(self, examples: Examples, seq_length: int, source: Mapping[str, str | None]) -> _Read:
+        """Reads and tokenises all rows; raises ConfigError where too many are bad."""
+        read, path = _Read(), str(source["path"])
+        settings = {key: value for key, value in source.items() if key != "path"}
+        for where, row in sources.rows(path, **settings):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                sample = examples.encode(row)
+                kept = fit_one(sample, seq_length=seq_length, overlong=self._overlong)
+            except BadRow as bad:
+                read.tally.leave_out(where, bad)
+                continue
+            read.tally.good += 1
+            read.truncated += len(kept.tokens) < len(sample.tokens)
+            # A tenth of the memory of a list.
+            read.samples.append(Sample(array("i", kept.tokens), bytes(kept.mask)))
+            read.digests.append(examples.digest(row))
+        read.tally.judge(self._max_bad_share, f"data.path={path}")
+        return read
+
+    def _held_out(self, read: _Read) -> tuple[list[Sample], list[Sample]]:
+        """(train, validation): the share whose digests are lowest is held out, duplicates together."""
+        ranked = sorted(set(read.digests))
+        count = round(len(ranked) * self._share)
+        if self._share and len(ranked) > 1:
+            count = max(1, count)
+        held_out = set(ranked[:count])
+        pairs = list(zip(read.samples, read.digests, strict=True))
+        train = [sample for sample, digest in pairs if digest not in held_out]
+        return train, [sample for sample, digest in pairs if digest in held_out]
+
+    @override
+    def train_batches(self, consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+        return self.batching.train(self.train, consumed_samples, seed=self._seed, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
+        return self.batching.validation(self.validation, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def describe(self) -> str:
+        parts = [f"{self._source['path']} ({self._schema})"]
+        for name, samples in (("train", self.train), ("validation", self.validation)):
+            tokens = sum(len(sample.tokens) for sample in samples)
+            rows = f" in {len(self.batching.rows(samples, self._seed))} packed rows" if self.batching.packing else ""
+            parts.append(f"{name} {len(samples)} samples, {tokens} tokens{rows}")
+        for read in self._reads.values():
+            parts += [f"{read.truncated} truncated"] if read.truncated else []
+            parts += [read.tally.describe()] if read.tally.bad else []
+        return "; ".join(parts)

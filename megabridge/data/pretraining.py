@@ -1,0 +1,207 @@
+"""Pretraining on indexed data: windows over shuffled documents, blended out of several sets.
+
+Everything follows from the seed and the position in the run: the row at a position is found without going through those before it,
+so that a resume costs nothing and no index is built or cached. megatron-core's GPTDataset gives other rows, which depend on the
+run's length, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, override
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megabridge.data.batches import Batching, Row, Sample
+from megabridge.data.indexed import Indexed
+from megabridge.data.module import Batch, DataModule
+from megabridge.errors import ConfigError, listed
+
+_STRETCH: Final = 4096
+"""Positions whose share among the sets is worked out at once."""
+
+
+class Windows:
+    """Rows of seq_length + 1 tokens over some documents of one set, put one after the other in a new order each epoch.
+
+    A window begins with the last token of the one before it, so that every token but an epoch's first is a label; what is left at
+    the end of an epoch, less than a window, is left out in that epoch.
+    """
+
+    def __init__(self, indexed: Indexed, documents: range, seq_length: int, seed: str) -> None:
+        self._indexed, self._documents, self._length, self._seed = indexed, documents, seq_length, seed
+        self._sizes = indexed.lengths[documents.start : documents.stop]
+        self.tokens = int(self._sizes.sum())
+        self.per_epoch = max(0, self.tokens - 1) // seq_length
+        self._epoch = -1
+
+    def window(self, number: int) -> list[NDArray[np.int64]]:
+        """Window `number` >= 0 of the run: seq_length + 1 tokens, cut where a document begins."""
+        epoch, place = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        begin = int(self._order[place]) * self._length
+        end = begin + self._length + 1
+        found = []
+        which = int(np.searchsorted(self._ends, begin, "right"))
+        while begin < end:
+            first = int(self._ends[which] - self._sizes[self._shuffled[which]])
+            stop = min(end, int(self._ends[which]))
+            if stop > begin:
+                document = self._documents[int(self._shuffled[which])]
+                found.append(self._indexed.tokens(document, begin - first, stop - first))
+            begin, which = stop, which + 1
+        return found
+
+    def _shuffle(self, epoch: int) -> None:
+        # RandomState's stream is frozen (NEP 19): the same in every version of numpy, which Generator's is not.
+        words = np.frombuffer(hashlib.sha256(f"{self._seed}/{epoch}".encode()).digest(), np.uint32)
+        random = np.random.RandomState(words)
+        self._shuffled = random.permutation(len(self._sizes))
+        self._ends = np.cumsum(self._sizes[self._shuffled])
+        self._order = random.permutation(self.per_epoch)
+        self._epoch = epoch
+
+
+class Blend:
+    """Which set the row at a position comes from, by weights: after n rows no set is further than a row or so from its share.
+
+    Row i of a set with weight w stands at the time (i + 1/2) / w; rows come in the order of their times.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.weights = np.asarray(weights, np.float64) / np.sum(weights)
+        self._stretch = -1
+        self._found: list[tuple[int, int]] = []
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(set, its row) at `position` >= 0."""
+        stretch, offset = divmod(position, _STRETCH)
+        if stretch != self._stretch:
+            self._found, self._stretch = self._rows(stretch * _STRETCH), stretch
+        return self._found[offset]
+
+    def _rows(self, begin: int) -> list[tuple[int, int]]:
+        sets = len(self.weights)
+        earliest = max(0.0, begin - sets)
+        # How many rows of each set come up to a time: at `earliest` at most `begin` in all, at `latest` those of the whole stretch.
+        before = self._until(earliest)
+        until = self._until(begin + _STRETCH + sets)
+        times, which, rows = [], [], []
+        for number, weight in enumerate(self.weights):
+            own = np.arange(before[number], until[number])
+            times.append((own + 0.5) / weight)
+            which.append(np.full(len(own), number))
+            rows.append(own)
+        order = np.lexsort((np.concatenate(which), np.concatenate(times)))
+        chosen = order[begin - int(before.sum()) :][:_STRETCH]
+        pairs = zip(np.concatenate(which)[chosen].tolist(), np.concatenate(rows)[chosen].tolist(), strict=True)
+        return list(pairs)
+
+    def _until(self, time: float) -> NDArray[np.int64]:
+        """[sets]: rows whose time is at most `time`."""
+        rows: NDArray[np.int64] = np.floor(self.weights * time + 0.5).astype(np.int64)
+        return rows
+
+
+class IndexedTokens(DataModule):
+    """Rows of recipe.seq_length tokens with the loss on all of them, from one or several prefixes of indexed data."""
+
+    def __init__(
+        self,
+        *,
+        paths: Sequence[str],
+        weights: Sequence[float] | None = None,
+        split: Sequence[float] = (0.99, 0.01),
+        separate_documents: bool = False,
+        validation_samples: int = 64,
+    ) -> None:
+        """`weights`: shares of `paths` in the rows; by default, as they have tokens. `split`: shares of each path's documents for
+        training and validation, in file order; what follows them (a test set) is left alone. `separate_documents`: whether a token
+        sees its own document only. `validation_samples`: rows to validate on, at most. Raises ConfigError.
+        """
+        problems = []
+        if not paths:
+            problems.append("data.paths must name at least one prefix of .bin and .idx; set it.")
+        if weights is not None and (len(weights) != len(paths) or min(weights) <= 0):
+            problems.append(f"data.weights={list(weights)} must be {len(paths)} positive numbers, one for each of data.paths.")
+        if not 1 <= len(split) <= 3 or min(split) < 0 or split[0] <= 0:
+            problems.append(f"data.split={list(split)} must be 1 to 3 shares for train, validation, test, the first above 0.")
+        if validation_samples < 0:
+            problems.append(f"data.validation_samples={validation_samples} must be at least 0.")
+        if problems:
+            raise ConfigError(listed(problems))
+        self._paths, self._weights, self._split = list(paths), weights, list(split)
+        self._separate, self._most = separate_documents, validation_samples
+
+    @override
+    def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
+        """The tokenizer is not looked at: the tokens are made."""
+        self._batching = Batching(seq_length, micro_batch_size, global_batch_size, 0, packing=self._separate)
+        sets = [Indexed(path) for path in self._paths]
+        self._train = [
+            Windows(indexed, parts[0], seq_length, f"{seed}/{number}/train")
+            for number, indexed in enumerate(sets)
+            for parts in [split_documents(len(indexed), self._split)]
+        ]
+        short = [path for path, windows in zip(self._paths, self._train, strict=True) if not windows.per_epoch]
+        if short:
+            raise ConfigError(
+                f"data.paths: {', '.join(short)} must have more than recipe.seq_length={seq_length} tokens to train on."
+            )
+        self._blend = Blend([windows.tokens for windows in self._train] if self._weights is None else self._weights)
+        held_out = [
+            Windows(indexed, split_documents(len(indexed), self._split)[1], seq_length, f"{seed}/{number}/validation")
+            for number, indexed in enumerate(sets)
+        ]
+        self._validation = self._held_out(held_out)
+
+    def _held_out(self, sets: Sequence[Windows]) -> list[Row]:
+        """Rows of the held-out documents, blended as those for training, none twice."""
+        shares = [(windows, weight) for windows, weight in zip(sets, self._blend.weights, strict=True) if windows.per_epoch]
+        if not shares:
+            return []
+        blend = Blend([weight for _, weight in shares])
+        rows: list[Row] = []
+        while len(rows) < self._most:
+            which, number = blend.place(len(rows))
+            if number >= shares[which][0].per_epoch:
+                break
+            rows.append(self._row(shares[which][0].window(number)))
+        return rows
+
+    def _row(self, pieces: Sequence[NDArray[np.int64]]) -> Row:
+        """One sample for each document, or for the whole window. A piece of one token predicts nothing."""
+        if not self._separate:
+            pieces = [np.concatenate(pieces)]
+        return [Sample(piece.tolist(), b"\1" * len(piece)) for piece in pieces if len(piece) > 1]
+
+    def _train_row(self, position: int) -> Row:
+        which, number = self._blend.place(position)
+        return self._row(self._train[which].window(number))
+
+    @override
+    def train_batches(self, consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+        return self._batching.steps(self._train_row, consumed_samples, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
+        return self._batching.fixed(self._validation, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def describe(self) -> str:
+        parts = [
+            f"{path} ({weight:.1%}, {windows.tokens} tokens)"
+            for path, weight, windows in zip(self._paths, self._blend.weights, self._train, strict=True)
+        ]
+        rows = sum(windows.per_epoch for windows in self._train)
+        return f"indexed tokens: train {rows} rows an epoch of {', '.join(parts)}; validation {len(self._validation)} rows"
+
+
+def split_documents(count: int, shares: Sequence[float]) -> list[range]:
+    """Training, validation and test documents out of `count`, in file order, as megatron-core cuts them: ends are rounded."""
+    ends = [round(float(end)) for end in np.cumsum([*shares, 0, 0][:3]) / np.sum(shares) * count]
+    return [range(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]

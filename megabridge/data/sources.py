@@ -1,0 +1,173 @@
+"""Rows of local files and of data sets, one after the other: JSONL, parquet, plain text, and what `datasets` loads.
+
+A row that can't be read comes as a BadRow in its place, so that whoever reads can count it and go on.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from megabridge.data.rows import ENCODING, FORMAT, BadRow
+from megabridge.errors import ConfigError
+
+type Found = tuple[str, Mapping[str, Any] | BadRow]
+"""(where it is: file:line or file:row, the row)."""
+
+SUFFIXES: Final = (".jsonl", ".ndjson", ".parquet", ".txt")
+TEXT: Final = "text"
+"""What a row of plain text has its text in."""
+
+
+def local_files(path: str) -> list[Path] | None:
+    """The files that `path` names, sorted: a file, a folder with such files, or a pattern. None: it is no local file.
+
+    A folder without them is none: `datasets` may know it. Raises ConfigError for a file of another kind.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        return found or None
+    # Path.glob takes no absolute pattern.
+    found = [place] if place.is_file() else sorted(Path(name) for name in glob.glob(str(place), recursive=True))  # noqa: PTH207
+    others = [str(file) for file in found if file.suffix not in SUFFIXES]
+    if others:
+        raise ConfigError(f"{others[0]} must be {', '.join(SUFFIXES)}; convert it.")
+    if not found and (place.suffix in SUFFIXES or place.is_absolute() or "*" in path):
+        raise ConfigError(f"{path} names no file; check the path.")
+    return found or None
+
+
+def read(file: Path) -> Iterator[Found]:
+    """The rows of one file. A file of plain text is one row."""
+    if file.suffix == ".parquet":
+        yield from read_parquet(file)
+    elif file.suffix == ".txt":
+        yield str(file), decode(file.read_bytes())
+    else:
+        with file.open("rb") as lines:
+            yield from ((f"{file}:{number}", parse(line)) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def decode(content: bytes) -> Mapping[str, Any] | BadRow:
+    """A row of plain text."""
+    try:
+        return {TEXT: content.decode("utf-8")}
+    except UnicodeDecodeError as error:
+        return BadRow(ENCODING, str(error))
+
+
+def parse(line: bytes) -> Mapping[str, Any] | BadRow:
+    """A row of JSONL."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow(ENCODING, str(error))
+    except (ValueError, RecursionError) as error:
+        return BadRow(FORMAT, f"no JSON: {error}")
+    return row if isinstance(row, dict) else BadRow(FORMAT, f"must be a JSON object, not {type(row).__name__}")
+
+
+def read_parquet(file: Path, groups: Sequence[int] | None = None, columns: Sequence[str] | None = None) -> Iterator[Found]:
+    """The rows of a parquet file, or of some of its row groups. Raises ConfigError for a file that isn't one."""
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            wanted = None if columns is None else [name for name in columns if name in opened.schema_arrow.names]
+            for batch in opened.iter_batches(1024, row_groups=groups, columns=wanted):
+                for row in _python_rows(batch):
+                    yield f"{file}:{'' if groups is None else f'group {groups[0]} '}row {number}", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{file} can't be read as parquet: {error}; write it again.") from error
+
+
+def _python_rows(batch: Any) -> Iterator[Mapping[str, Any] | BadRow]:
+    """A row at a time where one of them has text that is no UTF-8: pyarrow checks only here."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for place in range(batch.num_rows):
+        try:
+            yield batch.slice(place, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield BadRow(ENCODING, str(error))
+
+
+def load(path: str, *, name: str | None, split: str | None, revision: str | None, streaming: bool) -> Any:
+    """What `datasets` has of `path`, a hub id or a folder that it knows. Raises ConfigError."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)
+    except Exception as error:  # whatever the data set's files, the network and the hub can raise
+        where = f"data.path={path} name={name} split={split}"
+        raise ConfigError(f"{where} can't be loaded: {type(error).__name__}: {error}; check id, name, split and access.") from error
+    if isinstance(found, dict):
+        raise ConfigError(f"data.path={path} has the splits {', '.join(found)}; set data.split to one of them.")
+    return found
+
+
+def readable(path: str, stream: Iterable[Any]) -> Iterator[Any]:
+    """The rows of a stream. Raises ConfigError where it can't be read any further."""
+    rows = iter(stream)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # whatever a builder of `datasets`, the network and the hub can raise
+            raise ConfigError(
+                f"data.path={path} can't be read: {type(error).__name__}: {error}; mend the file it names."
+            ) from error
+        yield row
+
+
+def stream_files(files: Sequence[Path]) -> Any:
+    """Local files as `datasets` streams them. Raises ConfigError for files of several kinds."""
+    import datasets
+
+    kinds = {file.suffix for file in files}
+    if len(kinds) > 1:
+        raise ConfigError(f"{files[0].parent} has files of several kinds, {', '.join(sorted(kinds))}; name those of one.")
+    builder = {".parquet": "parquet", ".txt": "text"}.get(kinds.pop(), "json")
+    # A text file is a document, as it is for `read`.
+    settings = {"sample_by": "document"} if builder == "text" else {}
+    names = [str(file) for file in files]
+    return datasets.load_dataset(builder, data_files=names, split="train", streaming=True, **settings)
+
+
+def rows(path: str, *, name: str | None = None, split: str | None = None, revision: str | None = None) -> Iterator[Found]:
+    """All rows of `path`: local files, otherwise what `datasets` loads. Raises ConfigError where `path` is neither."""
+    files = local_files(path)
+    if files is None:
+        split = "train" if split is None else split
+        loaded = load(path, name=name, split=split, revision=revision, streaming=False)
+        yield from ((f"{path}:{split} row {number}", row) for number, row in enumerate(loaded))
+        return
+    given = [key for key, value in (("name", name), ("split", split), ("revision", revision)) if value is not None]
+    if given:
+        raise ConfigError(f"data.{given[0]} is for data sets of the hub, and {path} is a local file; remove it.")
+    for file in files:
+        yield from read(file)
+
+
+def group_bytes(file: Path) -> list[int]:
+    """The bytes of each row group of a parquet file. Raises ConfigError for a file that isn't one."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
+            return [group.total_byte_size for group in groups]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{file} can't be read as parquet: {error}; write it again.") from error

@@ -1,0 +1,65 @@
+"""Plain text to tokens, and the tokenizer of a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# More than a second to import: here, so that ranks forked by one process share it.
+from transformers import AutoTokenizer
+
+from megabridge.data.batches import Sample
+from megabridge.errors import ConfigError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; no code of the folder is run."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """The id that fills up rows; it is never a label that counts."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+class TextEncoder:
+    """Documents and pairs of plain text: what the tokenizer puts before them stays, and its end-of-text token closes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer: Any = load_tokenizer(folder)
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"the tokenizer in {folder} must have an end-of-text token (eos_token), which closes a document; set one."
+            )
+
+    @property
+    def pad_token(self) -> int:
+        """See `pad_token`."""
+        return pad_token(self.tokenizer)
+
+    def document(self, text: str) -> list[int]:
+        """The tokens of a whole document, its end included."""
+        return self._ended(list(self.tokenizer(text)["input_ids"]))
+
+    def encode(self, text: str) -> Sample:
+        """A document that is learned as a whole."""
+        tokens = self.document(text)
+        return Sample(tokens, [True] * len(tokens))
+
+    def pair(self, prompt: str, completion: str) -> Sample:
+        """A prompt, and what should follow, which alone is learned.
+
+        The two are tokenised apart, as a generation meets them: no token reaches over the boundary.
+        """
+        before = list(self.tokenizer(prompt)["input_ids"])
+        while before and before[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
+            before.pop()
+        after = self._ended(list(self.tokenizer(completion, add_special_tokens=False)["input_ids"]))
+        return Sample(before + after, [False] * len(before) + [True] * len(after))
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        end: int = self.tokenizer.eos_token_id
+        return tokens if tokens and tokens[-1] == end else [*tokens, end]

@@ -1,0 +1,37 @@
+"""Makes indexed data for pretraining: recipe=prepare_data prepare.paths=[corpus.jsonl] prepare.output=corpus.
+
+The tokenizer is the model's. Run once, in one process that starts others; what it writes is read by data=indexed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megabridge.config import Config
+from megabridge.data import prepare
+from megabridge.errors import ConfigError
+from megabridge.loggers import Reporter
+from megabridge.loggers.bars import bytes_bar
+from megabridge.training import assemble
+
+
+def main(config: Config) -> None:
+    """One process calls it, without process groups."""
+    wanted = config.prepare
+    workers = len(os.sched_getaffinity(0)) if wanted.workers is None else wanted.workers
+    if workers < 1:
+        raise ConfigError(f"prepare.workers={workers} must be at least 1.")
+    folder = assemble.bridge(config).folder
+    assert folder is not None  # `assemble.bridge` makes one from a folder
+    output = wanted.output or str(Path(config.run_dir) / "data")
+    rules = prepare.Rules(folder, wanted.column, wanted.text_rows == "line", wanted.append_end)
+    with Reporter(config, assemble.loggers(config)) as report:
+        with bytes_bar("tokenising", show=True) as advance:
+            made = prepare.prepare(
+                wanted.paths, output, rules, workers=workers, max_bad_share=wanted.max_bad_share, advance=advance
+            )
+        report.say(f"{made.documents} documents, {made.tokens} tokens: {output}.bin and .idx")
+        if made.tally.bad:
+            report.say(made.tally.describe())
+        report.say(f"next: python -m megabridge.run recipe=pretrain data=indexed data.paths=[{output}]")

@@ -1,0 +1,39 @@
+"""Prints samples as the model gets them: recipe=show_data data=chat data.path=chats.jsonl.
+
+What is learned stands in colour, what is not is dimmed; without a terminal, what is learned stands between brackets. Padding is
+left out.
+recipe.options.samples says how many rows of the first steps are shown.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from megabridge.config import Config
+from megabridge.data.show import stretches
+from megabridge.data.text import load_tokenizer
+from megabridge.loggers import Reporter
+from megabridge.loggers.console import stdout
+from megabridge.training import assemble
+
+
+def main(config: Config) -> None:
+    """One process calls it, without process groups."""
+    bridge = assemble.bridge(config)
+    assert bridge.folder is not None  # `assemble.bridge` makes one from a folder
+    config.recipe.micro_batch_size = 1
+    data = assemble.data(config, bridge)
+    tokenizer = load_tokenizer(bridge.folder)
+    count = int(config.recipe.options.get("samples", 3))
+    with Reporter(config, assemble.loggers(config)) as report:
+        report.say(data.describe())
+        for number, batch in enumerate(islice(data.train_batches(0, dp_rank=0, dp_size=1), count)):
+            found = stretches(batch, tokenizer)
+            learned = sum(part.tokens for part in found if part.is_learned)
+            report.say(f"row {number}: {sum(part.tokens for part in found)} tokens, {learned} learned")
+            for part in found:
+                if part.begins_document:
+                    stdout.rule(style="dim")
+                text = part.text if stdout.is_terminal or not part.is_learned else f"[[{part.text}]]"
+                stdout.print(text, style="bold green" if part.is_learned else "dim", end="", markup=False)
+            stdout.print()
