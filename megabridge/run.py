@@ -97,7 +97,7 @@ def _main() -> int:
             raise
         if not isinstance(error, MegabridgeError) and _progress.is_composed:
             raise
-        _say(str(error) if isinstance(error, MegabridgeError) else explain.explain(error, conf_folder()))
+        _say(str(error) if isinstance(error, MegabridgeError) else explain.explain(error, conf_folder(), settings.keys()))
         return CONFIG_ERROR
     finally:
         if not wants_traceback:

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final, NoReturn
@@ -58,7 +58,7 @@ class LocalRunner:
         found = host.visible_gpus(), host.memory_bytes()
         job.platform = host.choose_platform(job.config, job.topology, gpus=found[0], memory=found[1], overrides=job.point.overrides)
 
-    def run(self, jobs: Sequence[Job], folder: Path) -> None:
+    def run(self, jobs: Sequence[Job], folder: Path, save: Callable[[], None]) -> None:
         """Returns when all have ended. On Ctrl-C and SIGTERM the running ones are ended first."""
         at_once = _at_once(self.settings.at_once, jobs)
         gpus, cores = _gpus(), sorted(os.sched_getaffinity(0))
@@ -80,6 +80,7 @@ class LocalRunner:
                     with ended.outcome:
                         died = Failure(-1, status, f"the process that starts its ranks ended with {status}.")
                         ended.job.point.finish(died if status else report.read(ended.outcome.fileno()))
+                    save()
 
     def _end(self) -> None:
         processes.end_groups([each.pid for each in self._running], _GRACE)

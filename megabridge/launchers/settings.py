@@ -6,7 +6,7 @@ conf/hydra/launcher/NAME.yaml, that begins with `defaults: [slurm]` and is chose
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Final
 
 PLUGIN: Final = "hydra_plugins.megabridge_launchers"
@@ -72,6 +72,12 @@ class SlurmSettings:
     """Whether the scripts are printed instead of submitted."""
     poll_seconds: float = 10.0
     """Time between two looks at the queue."""
+
+
+def keys() -> list[str]:
+    """All of them, as they are written."""
+    names = {each.name for settings in (LocalSettings, SlurmSettings) for each in fields(settings)}
+    return [f"hydra.launcher.{name}" for name in sorted(names)]
 
 
 def register() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -47,7 +47,7 @@ class SlurmRunner:
         job.platform = "cpu" if job.config.platform == "cpu" else "cuda"
         _shape(job, self.settings)
 
-    def run(self, jobs: Sequence[Job], folder: Path) -> None:
+    def run(self, jobs: Sequence[Job], folder: Path, save: Callable[[], None]) -> None:
         """Submits all jobs; returns at once with `detach`, else when all have ended. Ctrl-C and SIGTERM cancel them."""
         queue = folder / QUEUE
         scripts = self._scripts(jobs, queue)
@@ -68,6 +68,7 @@ class SlurmRunner:
                 before = slurm_queue.submit(queue / name, environ, after=before if self.settings.max_concurrent else None)
                 for job in group:
                     job.point.state, job.point.job = SUBMITTED, f"{before}_{job.point.number}"
+                save()
                 print(f"submitted as job {before}: {'; '.join(job.point.title for job in group)}", flush=True)
             if not self.settings.detach:
                 follow(points, folder, poll=self.settings.poll_seconds)

@@ -11,8 +11,9 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -94,8 +95,11 @@ class Runner(Protocol):
     def check(self, job: Job) -> None:
         """Chooses the job's platform. Raises ConfigError when it can't run here."""
 
-    def run(self, jobs: Sequence[Job], folder: Path) -> None:
-        """Runs all jobs of the sweep in `folder` and finishes their points, or leaves them `SUBMITTED`."""
+    def run(self, jobs: Sequence[Job], folder: Path, save: Callable[[], None]) -> None:
+        """Runs all jobs of the sweep in `folder` and finishes their points, or leaves them `SUBMITTED`.
+
+        `save` keeps what is known of the points, for when this process ends early.
+        """
 
 
 class SweepFailure(MegabridgeError):
@@ -130,7 +134,7 @@ def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], fi
     points = [*before, *(job.point for job in jobs)]
     write(folder, points)
     try:
-        runner.run([job for job in jobs if job.point.state == WAITING], folder)
+        runner.run([job for job in jobs if job.point.state == WAITING], folder, partial(write, folder, points))
     finally:
         write(folder, points)
     if any(point.state not in (REFUSED, WAITING, SUBMITTED) for point in points):
@@ -140,9 +144,9 @@ def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], fi
 
 def write(folder: Path, points: Sequence[Point]) -> None:
     """Leaves sweep.json in the sweep's directory; never half of it."""
-    partial = folder / f".{RECORD}"
-    partial.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / RECORD)
+    unfinished = folder / f".{RECORD}"
+    unfinished.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(folder / RECORD)
 
 
 def read(folder: Path) -> list[Point]:
