@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from megabridge.loggers import jsonl
+from megabridge import metrics
 
 if TYPE_CHECKING:
     from megabridge.launchers.sweep import Point
@@ -122,7 +122,7 @@ def _series(logged: Sequence[dict[str, float | None]], name: str) -> list[tuple[
 
 def _logged(run_dir: Path) -> list[dict[str, float | None]]:
     """The run's metrics; none where it wrote no file."""
-    return jsonl.read(run_dir) if (run_dir / jsonl.FILE_NAME).is_file() else []
+    return metrics.read(run_dir) if (run_dir / metrics.FILE_NAME).is_file() else []
 
 
 def _keyed(overrides: Sequence[str]) -> dict[str, str]:

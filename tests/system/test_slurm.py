@@ -134,3 +134,14 @@ def test_a_dry_run_submits_nothing(tmp_path: Path, environ: dict[str, str]) -> N
     script = tmp_path / "script"
     script.write_text(done.stdout.partition("\n")[2])
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_the_plain_batch_script(tmp_path: Path, environ: dict[str, str]) -> None:
+    """launch/slurm.sbatch as it is, on a node without GPUs."""
+    options = ["--wait", "--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=30"]
+    arguments = ["model=tiny_llama", "platform=cpu", "parallel=tp2", "recipe.target=tests.launchers.recipes:objective"]
+    command = ["sbatch", *options, str(ROOT / "launch" / "slurm.sbatch"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    logs = "".join(file.read_text() for file in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    assert sorted(file.name for file in tmp_path.glob("outputs/*/*")) == ["config.yaml", "rank0", "rank1"]
