@@ -1,4 +1,4 @@
-"""Two hosts, for which two network namespaces stand in: each has an address, and where a test says so a disk, of its own."""
+"""Two hosts, for which two network namespaces stand in: each has a name, an address, and where a test says so a disk, of its own."""
 
 from __future__ import annotations
 
@@ -52,12 +52,15 @@ class Host:
 
     def start(self, *arguments: str, cwd: Path, port: int, disk: Path | None = None) -> subprocess.Popen[str]:
         """The same command on both hosts. `disk`: what this host alone sees at cwd/run."""
+        hosts = cwd / "hosts"
+        hosts.write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for address, name in zip(ADDRESSES, NAMES, strict=True))
+        )
         own = "" if disk is None else f"mount --bind {disk} {cwd}/run && "
-        inside = ["unshare", "--mount", "bash", "-c", f'{own}exec {ROOT}/launch/torchrun.sh "$@"', "bash", *arguments]
+        as_host = f"hostname {NAMES[self.number]} && mount --bind {hosts} /etc/hosts && {own}"
+        inside = ["unshare", "--mount", "--uts", "bash", "-c", f'{as_host}exec {ROOT}/launch/torchrun.sh "$@"', "bash", *arguments]
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
-        environ |= {"NODES": "2", "HEAD": ADDRESSES[0], "GPUS": "2", "PORT": str(port), "PYTHONPATH": str(ROOT)}
-        # The namespaces share one host name, by which ranks would look for each other on their own loopback.
-        environ |= {"PET_LOCAL_ADDR": ADDRESSES[self.number], "GLOO_SOCKET_IFNAME": f"mbt{self.number}"}
+        environ |= {"NODES": "2", "HEAD": NAMES[0], "GPUS": "2", "PORT": str(port), "PYTHONPATH": str(ROOT)}
         environ |= {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "MEGABRIDGE_PLATFORM": "cpu",
