@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.errors import MegabridgeError
+from megabridge.config import Config
+from megabridge.errors import ConfigError, MegabridgeError
 from megabridge.launchers import results, sweep
 from megabridge.launchers.page import page
 from megabridge.launchers.report import Failure, first
 from megabridge.launchers.sweep import DONE, FAILED, REFUSED, Point, SweepFailure
+from recipes import collect, report
 
 
 def points(tmp_path: Path) -> list[Point]:
@@ -98,3 +100,15 @@ def test_the_cause_is_who_left_no_report_else_the_earliest() -> None:
     early = Failure(1, 1, "the cause", "Traceback", time=4.0)
     killed = Failure(2, -9, "was ended by SIGKILL", time=9.0)
     assert first([late, early]) is early and first([late, killed, early]) is killed
+
+
+def test_the_recipes_write_the_page_and_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As recipe=report and recipe=collect call them; without the queue, as all points have ended."""
+    sweep.write(tmp_path, points(tmp_path))
+    report.main(Config(sweep=str(tmp_path)))
+    assert "<polyline" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SweepFailure, match="1 of 4 points are not done: 1 failed"):
+        collect.main(Config(sweep=str(tmp_path)))
+    assert (tmp_path / "sweep.csv").is_file() and "rank  point" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="give sweep="):
+        report.main(Config())
