@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -79,6 +81,12 @@ class Host:
         """Cuts this host off, or puts it back."""
         assert ip("-n", NAMES[self.number], "link", "set", f"mbt{self.number}", state).returncode == 0
 
+    def fall(self) -> None:
+        """Ends everything that runs on this host."""
+        for pid in ip("netns", "pids", NAMES[self.number]).stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
@@ -87,6 +95,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
             ip("netns", "del", name)
             assert ip("netns", "add", name).returncode == 0
             stack.callback(ip, "netns", "del", name)
+            stack.callback(Host(NAMES.index(name)).fall)
         made = ip("link", "add", "mbt0", "netns", NAMES[0], "type", "veth", "peer", "name", "mbt1", "netns", NAMES[1])
         assert made.returncode == 0, made.stderr
         for number, name in enumerate(NAMES):
@@ -146,13 +155,13 @@ def test_a_host_that_is_cut_off_ends_the_other_and_the_run_goes_on_later(
         time.sleep(0.2)
     hosts[1].link("down")
     cut = time.monotonic()
-    outputs = finish(running, 240)
-    assert time.monotonic() - cut < 240
-    assert running[0].returncode not in (0, None), outputs
+    outputs = finish(running[:1], 240)
+    assert time.monotonic() - cut < 240 and running[0].returncode not in (0, None), outputs
     assert (
         "megabridge: rank 0: the connection to another rank was lost, or it did not answer within timeout=20 seconds" in outputs[0]
     )
     saved = max(int(path.name.removeprefix("step_")) for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    hosts[1].fall()
     hosts[1].link("up")
     again = [host.start(*arguments, f"recipe.steps={saved + 2}", cwd=tmp_path, port=port + 1) for host in hosts]
     outputs = finish(again, 900)
