@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -157,9 +158,9 @@ def test_a_host_that_is_cut_off_ends_the_other_and_the_run_goes_on_later(
     cut = time.monotonic()
     outputs = finish(running[:1], 240)
     assert time.monotonic() - cut < 240 and running[0].returncode not in (0, None), outputs
-    assert (
-        "megabridge: rank 0: the connection to another rank was lost, or it did not answer within timeout=20 seconds" in outputs[0]
-    )
+    # Whichever of this host's ranks is first: torchrun then ends the other.
+    lost = r"megabridge: rank [01]: the connection to another rank was lost, or it did not answer within timeout=20 seconds"
+    assert re.search(lost, outputs[0]), outputs[0][-4000:]
     saved = max(int(path.name.removeprefix("step_")) for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     hosts[1].fall()
     hosts[1].link("up")
