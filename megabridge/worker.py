@@ -100,7 +100,7 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
         groups.start(schema.processes(config, groups.world_size()), seed=config.seed, timeout=config.timeout)
     try:
         objective = recipe(config)
-    except RuntimeError as error:
+    except Exception as error:  # a save that was interrupted says it in its own error
         if isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in _LOST):
             raise LostRanksError(
                 f"the connection to another rank was lost, or it did not answer within timeout={config.timeout:g} seconds; look at "

@@ -151,7 +151,7 @@ def test_a_host_that_is_cut_off_ends_the_other_and_the_run_goes_on_later(
     port = free_port()
     running = [host.start(*arguments, "recipe.steps=100000", "timeout=20", cwd=tmp_path, port=port) for host in hosts]
     until = time.monotonic() + 600
-    while not (tmp_path / "run" / "checkpoints" / "step_2").exists():
+    while not (tmp_path / "run" / "checkpoints" / "step_2" / "native").exists():
         assert time.monotonic() < until and all(process.poll() is None for process in running), finish(running, 1)
         time.sleep(0.2)
     hosts[1].link("down")
