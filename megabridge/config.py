@@ -256,6 +256,10 @@ class Config:
     """Of weights, data order and dropout."""
     deterministic: bool = False
     """Whether torch refuses operations whose result may differ from run to run."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others in a collective before it fails: another host may be cut off."""
+    sweep: str | None = None
+    """Directory of the sweep that recipe=collect and recipe=report read. Null: they refuse to run."""
     run_dir: str = "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
     """The run's directory: config.yaml, metrics.jsonl, checkpoints. Made by the parent or rank 0, then absolute."""
 

@@ -1,5 +1,10 @@
 """The errors that megabridge raises. Each message is one sentence: the rule, the offending value, the remedy."""
 
+from typing import Final
+
+STOPPED_EXIT_CODE: Final = 75
+"""Exit code of a run that a signal ended after it was saved (EX_TEMPFAIL: start it again with checkpoint.resume=auto)."""
+
 
 class MegabridgeError(Exception):
     """Base of every error that megabridge raises on purpose; a launcher prints its message without a traceback."""

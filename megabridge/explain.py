@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -26,8 +26,8 @@ _CLOSE: Final = 0.6
 """Similarity (difflib's ratio) from which a key is worth suggesting."""
 
 
-def explain(error: BaseException, conf: Path) -> str:
-    """One line: what is wrong, and what to write instead. `conf` is the folder of the config groups."""
+def explain(error: BaseException, conf: Path, others: Sequence[str] = ()) -> str:
+    """One line: what is wrong, and what to write instead. `conf` is the folder of the config groups, `others` more keys."""
     if isinstance(error, MissingConfigException):
         return _missing_choice(error)
     if isinstance(error, OverrideParseException):
@@ -36,9 +36,9 @@ def explain(error: BaseException, conf: Path) -> str:
     text = str(error)
     override = re.match(r"Could not override '([^']+)'", text)
     if override is not None:
-        return _unknown_key(override[1], conf)
+        return _unknown_key(override[1], conf, others)
     if isinstance(cause, ConfigKeyError | AttributeError) and cause.full_key:
-        return _unknown_key(str(cause.full_key), conf)
+        return _unknown_key(str(cause.full_key), conf, others)
     if isinstance(cause, MissingMandatoryValue):
         return f"{cause.full_key} has no value; set it with {cause.full_key}=..."
     if isinstance(cause, InterpolationResolutionError):
@@ -89,9 +89,9 @@ def _wrong_type(error: ValidationError) -> str:
     return f"{match[1]!r} must be {words.get(match[3], match[3])}."
 
 
-def _unknown_key(key: str, conf: Path) -> str:
+def _unknown_key(key: str, conf: Path, others: Sequence[str]) -> str:
     """For a key that the schema, or the chosen file of an open node, does not have."""
-    candidates = sorted(_known_keys(key, conf))
+    candidates = sorted([*_known_keys(key, conf), *others])
     scored = [(_similarity(key, candidate), candidate) for candidate in candidates]
     best, name = max(scored)
     top = ", ".join(each.name for each in fields(Config))

@@ -26,8 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from megabridge import checks, config, explain, host, redact
 from megabridge.errors import ConfigError, MegabridgeError
-from megabridge.launchers import local, place
+from megabridge.launchers import local, place, settings
+from megabridge.launchers.prepare import conf_folder, resolve, write_config
 from megabridge.launchers.report import CONFIG_ERROR, WorkerFailure
+from megabridge.launchers.sweep import SweepFailure
 
 FULL_ERROR: Final = "HYDRA_FULL_ERROR"
 """Set by a user who wants tracebacks instead of one line."""
@@ -58,13 +60,6 @@ class _Progress:
 _progress = _Progress()
 
 
-def conf_folder() -> Path:
-    """The config groups: inside the package in a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    packaged = package / "conf"
-    return packaged if packaged.is_dir() else package.parent / "conf"
-
-
 def main() -> None:
     """The console script. Exits with the status that the module's docstring lists."""
     sys.exit(_main())
@@ -81,6 +76,7 @@ def _main() -> int:
             print(_help())
         return 0
     config.register()
+    settings.register()
     try:
         here = place.find(os.environ)
         # Hydra then raises instead of printing and leaving.
@@ -93,12 +89,15 @@ def _main() -> int:
     except WorkerFailure as error:
         _say(str(error))
         return error.failure.status
+    except SweepFailure as error:
+        _say(str(error))
+        return error.status
     except Exception as error:
         if wants_traceback:
             raise
         if not isinstance(error, MegabridgeError) and _progress.is_composed:
             raise
-        _say(str(error) if isinstance(error, MegabridgeError) else explain.explain(error, conf_folder()))
+        _say(str(error) if isinstance(error, MegabridgeError) else explain.explain(error, conf_folder(), settings.keys()))
         return CONFIG_ERROR
     finally:
         if not wants_traceback:
@@ -118,6 +117,8 @@ def _help() -> str:
 
 
 def _run_hydra() -> None:
+    # Hydra finds plugins in the folder hydra_plugins of an entry of sys.path. Last, so that it hides nothing.
+    sys.path.append(str(Path(__file__).resolve().parent / "launchers" / "plugins"))
     run: Callable[[], None] = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)
     run()
 
@@ -128,6 +129,9 @@ def job(cfg: DictConfig) -> float | None:
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     try:
         _progress.is_composed = True
+        launcher = hydra_config.runtime.choices["hydra/launcher"]
+        if not is_sweep and launcher != "basic":
+            raise ConfigError(f"hydra/launcher={launcher} starts the points of a sweep, also of a single one; add -m.")
         # As they were typed: read one by one, OmegaConf would resolve the interpolations in them.
         overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
         return _launch(cfg, Path(hydra_config.runtime.output_dir), overrides)
@@ -146,33 +150,6 @@ def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | Non
     platform = host.choose_platform(run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides)
     write_config(cfg, values)
     return local.launch(values, world_size=topology.world_size, platform=platform)
-
-
-def resolve(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], config.Config]:
-    """The config's plain values and its typed form, `run_dir` made absolute. Raises ConfigError for what can't work."""
-    values: Any = _resolved(cfg)
-    values["run_dir"] = str(run_dir.absolute())
-    typed = config.typed(values)
-    checks.check_choices(typed)
-    checks.check_targets(typed)
-    checks.check_model(typed)
-    checks.check_named(typed)
-    return values, typed
-
-
-def _resolved(cfg: DictConfig) -> Any:
-    try:
-        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except Exception as error:
-        raise ConfigError(explain.explain(error, conf_folder())) from error
-
-
-def write_config(cfg: DictConfig, values: dict[str, Any]) -> None:
-    """Leaves the resolved config, without secrets, as config.yaml in the run directory."""
-    folder = Path(values["run_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
-    content = redact.redacted(OmegaConf.to_container(cfg, resolve=False), values)
-    OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
 
 
 def _become_rank(here: place.Place) -> None:

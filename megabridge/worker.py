@@ -34,6 +34,11 @@ from megabridge.platform import groups, ranks
 
 Recipe = Callable[[Config], float | None]
 
+
+class LostRanksError(MegabridgeError):
+    """Another rank ended, hangs, or can't be reached."""
+
+
 _AGREE_SECONDS: Final = 600.0
 """How long the ranks of torchrun or srun wait for each other's config."""
 _IMPORTED_LATE: Final = (
@@ -51,6 +56,8 @@ _IMPORTED_LATE: Final = (
     "transformers.tokenization_utils_tokenizers",
 )
 """What torch, megatron-core and transformers import only when a run needs it: seconds for each rank, if left to them."""
+_LOST: Final = ("gloo/transport/", "Timed out waiting", "wait timeout")
+"""In what torch's gloo backend says when another rank is gone or silent."""
 _stores: Final[list[PrefixStore]] = []
 """Kept for the life of the process: rank 0's serves the others, who may still read when it goes on."""
 
@@ -90,8 +97,16 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     recipe = load_recipe(config.recipe.target)
     torch.use_deterministic_algorithms(config.deterministic)
     if not config.recipe.single_process:
-        groups.start(schema.processes(config, groups.world_size()), seed=config.seed)
-    objective = recipe(config)
+        groups.start(schema.processes(config, groups.world_size()), seed=config.seed, timeout=config.timeout)
+    try:
+        objective = recipe(config)
+    except Exception as error:  # a save that was interrupted says it in its own error
+        if isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in _LOST):
+            raise LostRanksError(
+                f"the connection to another rank was lost, or it did not answer within timeout={config.timeout:g} seconds; look at "
+                f"the other ranks' output and hosts, and continue with checkpoint.resume=auto. It was: {str(error).splitlines()[0]}"
+            ) from error
+        raise
     groups.stop()
     return objective
 

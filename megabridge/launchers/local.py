@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any, Final
@@ -38,7 +38,7 @@ class Terminated(BaseException):
 
 
 @dataclass
-class _Worker:
+class Worker:
     rank: int
     """Its rank, or -1 for the process that forks all of them."""
     process: subprocess.Popen[bytes]
@@ -54,21 +54,37 @@ def launch(values: Mapping[str, Any], *, world_size: int, platform: str) -> floa
     Raises WorkerFailure with the first failure of a rank when the others have ended, and KeyboardInterrupt or
     Terminated after ending them on SIGINT or SIGTERM. No process is left behind.
     """
+    places = [None] if platform == "cpu" else Place.all_on_this_host(world_size)
+    with terminable(), started(values, places, world_size=world_size, platform=platform) as workers:
+        return _wait(workers)
+
+
+@contextlib.contextmanager
+def started(
+    values: Mapping[str, Any],
+    places: Sequence[Place | None],
+    *,
+    world_size: int,
+    platform: str,
+    held: Set[signal.Signals] = frozenset(),
+) -> Iterator[list[Worker]]:
+    """The ranks at `places` of this host's `world_size`, or with [None] the process that forks them all; ended with the block.
+
+    Signals in `held` wait until the rank takes them (training.stopping).
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    workers: list[_Worker] = []
-    places = [None] if platform == "cpu" else Place.all_on_this_host(world_size)
+    workers: list[Worker] = []
     environ = worker_environ(values, world_size=world_size, platform=platform)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminable())
         stack.enter_context(processes.no_orphans(_GRACE))
         stack.callback(_end, workers)
         config = stack.enter_context(config_file(values))
         for place in places:
             outcome = stack.enter_context(tempfile.TemporaryFile())
             note = stack.enter_context(tempfile.TemporaryFile())
-            workers.append(_start(place, world_size, config, outcome, note, environ))
-        return _wait(workers)
+            workers.append(_start(place, world_size, config, outcome, note, environ, held))
+        yield workers
 
 
 @contextlib.contextmanager
@@ -98,25 +114,36 @@ def threads_each(world_size: int) -> int:
 
 
 def _start(
-    place: Place | None, world_size: int, config: int, outcome: IO[bytes], note: IO[bytes], environ: dict[str, str]
-) -> _Worker:
+    place: Place | None,
+    world_size: int,
+    config: int,
+    outcome: IO[bytes],
+    note: IO[bytes],
+    environ: dict[str, str],
+    held: Set[signal.Signals],
+) -> Worker:
     """Starts the rank at `place`, or with None the process that forks all ranks."""
     arguments = [f"--config={config}", f"--outcome={outcome.fileno()}", f"--note={note.fileno()}"]
     if place is None:
         arguments.append(f"--fork={world_size}")
     parent = os.getpid()
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        processes.die_with_parent(parent)
+
     process = subprocess.Popen(
         [sys.executable, "-m", "megabridge.worker", *arguments],
         env=environ | ({} if place is None else place.environ()),
         stdin=subprocess.DEVNULL,
         pass_fds=(config, outcome.fileno(), note.fileno()),
         process_group=0,
-        preexec_fn=lambda: processes.die_with_parent(parent),
+        preexec_fn=prepare,
     )
-    return _Worker(-1 if place is None else place.rank, process, outcome, note)
+    return Worker(-1 if place is None else place.rank, process, outcome, note)
 
 
-def _wait(workers: list[_Worker]) -> float | None:
+def _wait(workers: list[Worker]) -> float | None:
     """Waits until all workers have ended well, or one has not; returns rank 0's objective."""
     running = list(workers)
     while running:
@@ -124,24 +151,23 @@ def _wait(workers: list[_Worker]) -> float | None:
         ended = [worker for worker in running if worker.process.poll() is not None]
         if any(worker.process.returncode for worker in ended):
             time.sleep(_SETTLE)
-            raise WorkerFailure(_first_failure([worker for worker in workers if worker.process.poll()]))
+            raise WorkerFailure(first_failure([worker for worker in workers if worker.process.poll()]))
         running = [worker for worker in running if worker not in ended]
     outcome = report.read(workers[0].outcome.fileno())
     return None if isinstance(outcome, Failure) else outcome
 
 
-def _first_failure(failed: list[_Worker]) -> Failure:
-    """The cause among the failed: a rank that was killed, as others fail for want of it; else the earliest report."""
+def first_failure(failed: list[Worker]) -> Failure:
+    """The cause among the workers that failed (report.first)."""
     known = []
     for worker in failed:
         outcome = report.read(worker.outcome.fileno())
-        if not isinstance(outcome, Failure):
-            return Failure(worker.rank, worker.process.returncode, _cause_of_death(worker))
-        known.append(outcome)
-    return min(known, key=lambda failure: failure.time)
+        killed = Failure(worker.rank, worker.process.returncode, _cause_of_death(worker))
+        known.append(outcome if isinstance(outcome, Failure) else killed)
+    return report.first(known)
 
 
-def _cause_of_death(worker: _Worker) -> str:
+def _cause_of_death(worker: Worker) -> str:
     """What to say of a process that left no report."""
     exit_code: int = worker.process.returncode
     if exit_code >= 0:
@@ -152,14 +178,14 @@ def _cause_of_death(worker: _Worker) -> str:
     return f"was ended by {name}{hints.get(name, '')}."
 
 
-def _end(workers: list[_Worker]) -> None:
+def _end(workers: list[Worker]) -> None:
     processes.end_groups([worker.process.pid for worker in workers if worker.process.poll() is None], _GRACE)
     for worker in workers:
         worker.process.wait()
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM raises Terminated inside, as Ctrl-C KeyboardInterrupt. In other threads signals stay as they are."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
@@ -53,15 +54,28 @@ class WorkerFailure(MegabridgeError):
 
 def write(descriptor: int, outcome: Failure | float | None) -> None:
     """Leaves the outcome in the file `descriptor`, which the launcher reads when this process has ended."""
-    content = {"failure": asdict(outcome)} if isinstance(outcome, Failure) else {"objective": outcome}
-    os.pwrite(descriptor, json.dumps(content).encode(), 0)
+    os.pwrite(descriptor, text(outcome).encode(), 0)
 
 
 def read(descriptor: int) -> Failure | float | None:
     """What `write` left; None when nothing was."""
-    text = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    return parsed(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+
+
+def text(outcome: Failure | float | None) -> str:
+    """The outcome as JSON."""
+    return json.dumps({"failure": asdict(outcome)} if isinstance(outcome, Failure) else {"objective": outcome})
+
+
+def parsed(text: str | bytes) -> Failure | float | None:
+    """The outcome that `text` wrote; None for nothing."""
     content = json.loads(text) if text else {}
     if "failure" in content:
         return Failure(**content["failure"])
     objective = content.get("objective")
     return None if objective is None else float(objective)
+
+
+def first(failures: Iterable[Failure]) -> Failure:
+    """The cause among failures of one run: a rank that left no report, as others fail for want of it; else the earliest."""
+    return min(failures, key=lambda failure: (bool(failure.traceback), failure.time))

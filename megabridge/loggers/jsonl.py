@@ -7,12 +7,11 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Final, override
+from typing import IO, override
 
 from megabridge.config import Config
 from megabridge.loggers.logger import Logger
-
-FILE_NAME: Final = "metrics.jsonl"
+from megabridge.metrics import FILE_NAME
 
 
 class JsonLines(Logger):
@@ -46,14 +45,3 @@ class JsonLines(Logger):
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def read(run_dir: Path) -> list[dict[str, float | None]]:
-    """All complete lines of a run's metrics.jsonl, oldest first; a torn line of a killed run is left out."""
-    rows = []
-    for line in (run_dir / FILE_NAME).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows

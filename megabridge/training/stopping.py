@@ -7,8 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
-STOPPED_EXIT_CODE: Final = 75
-"""Exit code of a run that a signal ended after it was saved (EX_TEMPFAIL: start it again with checkpoint.resume=auto)."""
+from megabridge.errors import STOPPED_EXIT_CODE
 
 
 class Stopped(SystemExit):
@@ -22,7 +21,9 @@ class Stopped(SystemExit):
 class StopSignal:
     """While entered, the first SIGTERM or SIGUSR1 sets `received`; a second one has its ordinary effect at once.
 
-    An ordinary effect in the middle of a save harms nothing: a checkpoint that is not committed is not seen.
+    An ordinary effect in the middle of a save harms nothing: a checkpoint that is not committed is not seen. In a process that
+    was started with these signals blocked they are let through only here, so that none comes too early, and a second one has
+    no effect: whoever started it so stays beside it, and ends it when it has to end.
     """
 
     SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
@@ -30,19 +31,25 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = False
         self._before: dict[signal.Signals, Any] = {}
+        self._held: set[int] = set()
 
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only, and refuses handlers elsewhere.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+            self._held = signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(self.SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # one that waited arrives in here
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._before:
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._held)
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        self._restore()
+        if not self._held:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -46,3 +46,10 @@ def wait(config: Config) -> None:
     unfinished.write_text(f"{os.getpid()} {child.pid}")
     unfinished.rename(Path(config.run_dir, f"waits{dist.get_rank()}"))
     time.sleep(600)
+
+
+def fail_under_tp(config: Config) -> float:
+    """Rank 1 raises where there is tensor parallelism; else what `objective` does."""
+    if config.parallel.tp > 1:
+        fail_on_rank_one(config)
+    return objective(config)

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from megabridge.config import Config
-from megabridge.loggers.jsonl import JsonLines, read
+from megabridge.loggers.jsonl import JsonLines
+from megabridge.metrics import read
 
 
 def test_lines_are_json_also_for_what_is_not_a_number(tmp_path: Path) -> None:

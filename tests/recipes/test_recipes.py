@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from megabridge.loggers import jsonl
+from megabridge.metrics import read
 from megabridge.topology import Topology
 from tests.cases.models import TINY
 from tests.ranks import RankError, RankServer
@@ -59,7 +59,7 @@ def run(ranks: RankServer, recipe: str, topology: Topology, config: dict[str, An
 
 
 def metrics(run_dir: Path, prefix: str) -> list[dict[str, Any]]:
-    return [row for row in jsonl.read(run_dir) if any(name.startswith(prefix) for name in row)]
+    return [row for row in read(run_dir) if any(name.startswith(prefix) for name in row)]
 
 
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2)], ids=str)

@@ -1,0 +1,45 @@
+"""From what Hydra composed to what a run needs: plain values and the typed config; what can't work is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from megabridge import checks, config, explain, redact
+from megabridge.errors import ConfigError
+
+
+def conf_folder() -> Path:
+    """The config groups: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    packaged = package / "conf"
+    return packaged if packaged.is_dir() else package.parent / "conf"
+
+
+def resolve(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], config.Config]:
+    """The config's plain values and its typed form, `run_dir` made absolute. Raises ConfigError for what can't work."""
+    values: Any = _resolved(cfg)
+    values["run_dir"] = str(run_dir.absolute())
+    typed = config.typed(values)
+    checks.check_choices(typed)
+    checks.check_targets(typed)
+    checks.check_model(typed)
+    checks.check_named(typed)
+    return values, typed
+
+
+def _resolved(cfg: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except Exception as error:
+        raise ConfigError(explain.explain(error, conf_folder())) from error
+
+
+def write_config(cfg: DictConfig, values: dict[str, Any]) -> None:
+    """Leaves the resolved config, without secrets, as config.yaml in the run directory."""
+    folder = Path(values["run_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    content = redact.redacted(OmegaConf.to_container(cfg, resolve=False), values)
+    OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")

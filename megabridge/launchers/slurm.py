@@ -1,0 +1,176 @@
+"""`hydra/launcher=slurm`: the points of a sweep as job arrays, submitted, followed, and collected. No torch.
+
+`slurm/` in the sweep's directory has a folder for each point (megabridge.launchers.spec) and the scripts. Points of one
+shape make one array. With max_concurrent, arrays of several shapes run one after another, so that the limit holds for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from megabridge.errors import ConfigError
+from megabridge.launchers import local, report, slurm_queue, spec, sweep
+from megabridge.launchers.report import Failure
+from megabridge.launchers.settings import SlurmSettings
+from megabridge.launchers.slurm_script import Shape, hidden_environment, script
+from megabridge.launchers.sweep import DONE, RUNNING, SUBMITTED, WAITING, Job, Point
+
+QUEUE: Final = "slurm"
+FETCH: Final = "recipes.fetch:main"
+_ACTIVE: Final = ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT")
+_WAITING: Final = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "RESIZING")
+_LATE: Final = 30.0
+"""Seconds in which files written on a node may show up here after its job has left the queue."""
+
+
+def runner(settings: SlurmSettings) -> SlurmRunner:
+    """What runs points with `settings`. Raises ConfigError for settings that can't work."""
+    if settings.max_concurrent is not None and settings.max_concurrent < 1:
+        raise ConfigError(f"hydra.launcher.max_concurrent={settings.max_concurrent} must be at least 1, or null for no limit.")
+    return SlurmRunner(settings)
+
+
+@dataclass
+class SlurmRunner:
+    """Runs points as array jobs."""
+
+    settings: SlurmSettings
+
+    def check(self, job: Job) -> None:
+        """platform=auto means GPUs: what the submitting host has doesn't count."""
+        job.platform = "cpu" if job.config.platform == "cpu" else "cuda"
+        _shape(job, self.settings)
+
+    def run(self, jobs: Sequence[Job], folder: Path, save: Callable[[], None]) -> None:
+        """Submits all jobs; returns at once with `detach`, else when all have ended. Ctrl-C and SIGTERM cancel them."""
+        queue = folder / QUEUE
+        scripts = self._scripts(jobs, queue)
+        if self.settings.dry_run:
+            for name, (text, _) in scripts.items():
+                print(f"# {queue / name}\n{text}", flush=True)
+            return
+        if self.settings.fetch and jobs:
+            _fetch(jobs)
+        environ = hidden_environment(self.settings)
+        for job in jobs:
+            environ |= spec.write(queue / str(job.point.number), values=job.values, cfg=job.cfg, platform=job.platform)
+        points = [job.point for job in jobs]
+        with local.terminable(), _cancelled(points):
+            before: str | None = None
+            for name, (text, group) in scripts.items():
+                (queue / name).write_text(text, encoding="utf-8")
+                before = slurm_queue.submit(queue / name, environ, after=before if self.settings.max_concurrent else None)
+                for job in group:
+                    job.point.state, job.point.job = SUBMITTED, f"{before}_{job.point.number}"
+                save()
+                print(f"submitted as job {before}: {'; '.join(job.point.title for job in group)}", flush=True)
+            if not self.settings.detach:
+                follow(points, folder, poll=self.settings.poll_seconds)
+        if self.settings.detach and points:
+            names = ",".join(sorted({point.job.partition("_")[0] for point in points}))
+            print(f"follow them: squeue --jobs={names}; tail -f {queue}/*/{spec.OUTPUT}\nresults: recipe=collect sweep={folder}")
+
+    def _scripts(self, jobs: Sequence[Job], queue: Path) -> dict[str, tuple[str, list[Job]]]:
+        """File name to script and its jobs, one for each shape."""
+        shapes: dict[Shape, list[Job]] = {}
+        for job in jobs:
+            shapes.setdefault(_shape(job, self.settings), []).append(job)
+        python = self.settings.python or sys.executable
+        made = {}
+        for shape, group in shapes.items():
+            numbers = [job.point.number for job in group]
+            text = script(self.settings, shape, numbers, queue=queue, python=python, cwd=Path.cwd())
+            made[f"points-{numbers[0]}.sbatch"] = (text, group)
+        return made
+
+
+def follow(points: Sequence[Point], folder: Path, *, poll: float) -> None:
+    """Shows every change of state until all points have ended."""
+    gone: dict[int, float] = {}
+    while waiting := [point for point in points if point.job and point.state in (WAITING, RUNNING, SUBMITTED)]:
+        time.sleep(poll)
+        update(waiting, folder, gone)
+
+
+def update(points: Sequence[Point], folder: Path, gone: dict[int, float]) -> None:
+    """Brings `points`, which had not ended, up to date. `gone`: since when one is out of the queue, kept from call to call."""
+    known = slurm_queue.look(point.job.partition("_")[0] for point in points)
+    if known is None:
+        return
+    for point in points:
+        state, nodes = known.get(point.job, ("", ""))
+        if state in _WAITING or state in _ACTIVE:
+            now = WAITING if state in _WAITING else RUNNING
+            before, point.state = point.state, now
+            if now not in (before, WAITING) or (now, before) == (WAITING, RUNNING):
+                print(f"{point.title}: {now}{f' on {nodes}' if nodes and now == RUNNING else ''} (job {point.job})", flush=True)
+            continue
+        found = outcome(folder / QUEUE / str(point.number), point, state)
+        since = gone.setdefault(point.number, time.monotonic())
+        if isinstance(found, str):
+            if time.monotonic() - since < _LATE:
+                continue
+            found = Failure(-1, 1, found)
+        point.finish(found)
+        if point.state == DONE:
+            print(f"{point.title}: {point.state}", flush=True)
+
+
+def outcome(folder: Path, point: Point, state: str) -> Failure | float | str | None:
+    """How a point ended whose job has ended in `state`: a text when its ranks have not said it (yet)."""
+    found = spec.outcomes(folder, point.world_size)
+    failures = [each for each in found.values() if isinstance(each, Failure)]
+    output = folder / spec.OUTPUT
+    if failures:
+        return report.first(failures)
+    if (folder / spec.STOPPED).exists():
+        return f"was stopped by a signal after a save and not queued again; continue with checkpoint.resume=auto, see {output}."
+    if len(found) == point.world_size and state in ("COMPLETED", ""):
+        objective = found[0]
+        return None if isinstance(objective, Failure) else objective
+    return f"SLURM ended it ({state or 'no longer known'}), and its ranks left no report; see {output}."
+
+
+@contextlib.contextmanager
+def _cancelled(points: Sequence[Point]) -> Iterator[None]:
+    """Whatever interrupts the block ends the jobs."""
+    try:
+        yield
+    except BaseException:
+        jobs = {point.job for point in points if point.state in (WAITING, RUNNING, SUBMITTED) and point.job}
+        if jobs:
+            print(f"cancelling {', '.join(sorted(jobs))}", file=sys.stderr, flush=True)
+            slurm_queue.cancel(jobs)
+        raise
+
+
+def _shape(job: Job, settings: SlurmSettings) -> Shape:
+    return Shape.of(job.topology.world_size, job.platform, settings.ranks_per_node)
+
+
+def _fetch(jobs: Sequence[Job]) -> None:
+    """Brings models, tokenizers and data of all points into this user's caches, in one process."""
+    print("fetching what the points need", flush=True)
+    values = dict(jobs[0].values)
+    values["recipe"] = {
+        **values["recipe"],
+        "target": FETCH,
+        "single_process": True,
+        "options": {"points": [job.values for job in jobs]},
+    }
+    local.launch(values, world_size=1, platform="cpu")
+
+
+def collect(folder: Path) -> list[Point]:
+    """The points of the sweep in `folder`, brought up to date."""
+    points = sweep.read(folder)
+    open_points = [point for point in points if point.job and point.state in (WAITING, RUNNING, SUBMITTED)]
+    if open_points:
+        update(open_points, folder, {point.number: -_LATE for point in open_points})
+    return points

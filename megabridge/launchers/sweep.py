@@ -1,0 +1,197 @@
+"""A sweep: its points, what becomes of each, and what Hydra's sweeper hears of it. No torch.
+
+Every point is composed and checked first, and one that can't run is refused with its reason while the others go on. A
+`Runner` runs the rest. `sweep.json` in the sweep's directory keeps the points, so that their results can be collected
+later, by another process (recipe=collect).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from megabridge import checks, config
+from megabridge.errors import MegabridgeError
+from megabridge.launchers import results
+from megabridge.launchers.prepare import resolve, write_config
+from megabridge.launchers.report import CONFIG_ERROR, Failure
+from megabridge.topology import Topology
+
+RECORD: Final = "sweep.json"
+WAITING, RUNNING, DONE, FAILED, REFUSED, SUBMITTED = "waiting", "running", "done", "failed", "refused", "submitted"
+
+
+@dataclass
+class Point:
+    """One run of a sweep, as sweep.json keeps it."""
+
+    number: int
+    """Hydra's job number: over all batches of the sweeper."""
+    overrides: list[str]
+    """As Hydra composed it with."""
+    run_dir: str
+    """Absolute."""
+    label: str = ""
+    """Those of the overrides that other points don't share."""
+    state: str = WAITING
+    objective: float | None = None
+    """What the recipe returned, the validation loss."""
+    error: str = ""
+    """Why it was refused, or the first failure of its ranks."""
+    status: int = 0
+    """The exit status of a run that failed so."""
+    job: str = ""
+    """The queue's name for it: 12_3."""
+    world_size: int = 1
+    """Ranks."""
+
+    @property
+    def title(self) -> str:
+        """What people know it by."""
+        return f"point {self.number} ({self.label})" if self.label else f"point {self.number}"
+
+    def finish(self, outcome: Failure | float | None) -> None:
+        """Notes how it ended, and shows its error."""
+        if isinstance(outcome, Failure):
+            self.state, self.error, self.status = FAILED, outcome.text(), outcome.status
+            print(f"megabridge: {self.title} failed: {self.error}", file=sys.stderr, flush=True)
+        else:
+            self.state, self.objective = DONE, outcome
+
+    def refuse(self, error: MegabridgeError) -> None:
+        """Notes and shows why it can't run."""
+        self.state, self.error, self.status = REFUSED, str(error), CONFIG_ERROR
+        print(f"megabridge: {self.title} is refused: {self.error}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class Job:
+    """A point with what its processes need."""
+
+    point: Point
+    cfg: DictConfig
+    values: dict[str, Any] = field(default_factory=dict)
+    config: config.Config = field(default_factory=config.Config)
+    topology: Topology = field(default_factory=Topology)
+    """Of its processes."""
+    platform: str = ""
+    """cpu or cuda. Set by the runner's `check`."""
+
+
+class Runner(Protocol):
+    """Where and how the points of a sweep run."""
+
+    def check(self, job: Job) -> None:
+        """Chooses the job's platform. Raises ConfigError when it can't run here."""
+
+    def run(self, jobs: Sequence[Job], folder: Path, save: Callable[[], None]) -> None:
+        """Runs all jobs of the sweep in `folder` and finishes their points, or leaves them `SUBMITTED`.
+
+        `save` keeps what is known of the points, for when this process ends early.
+        """
+
+
+class SweepFailure(MegabridgeError):
+    """Not every point was done. Each one's own error was shown when it was known."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        lost = [point for point in points if point.state in (FAILED, REFUSED)]
+        counts = [f"{sum(point.state == state for point in lost)} {state}" for state in (FAILED, REFUSED)]
+        said = ", ".join(count for count in counts if not count.startswith("0 "))
+        super().__init__(f"{len(lost)} of {len(points)} points are not done: {said}.")
+        failed = [point.status for point in lost if point.state == FAILED]
+        self.status = failed[0] if failed else CONFIG_ERROR
+
+
+def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], first: int, runner: Runner) -> list[JobReturn]:
+    """Runs a batch of points and writes the sweep's results; what a Hydra launcher returns to its sweeper.
+
+    `context` is Hydra's HydraContext, `master` the sweep's config, `first` the number of the first point.
+    """
+    setup_globals()
+    configure_log(master.hydra.hydra_logging, master.hydra.verbose)
+    folder = Path(str(master.hydra.sweep.dir)).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [_composed(context, master, list(each), first + index) for index, each in enumerate(overrides)]
+    for job, differing in zip(jobs, results.varied([job.point.overrides for job in jobs]), strict=True):
+        job.point.label = " ".join(f"{key}={value}" for key, value in differing.items())
+        try:
+            _check(job, runner)
+        except MegabridgeError as error:
+            job.point.refuse(error)
+    before = read(folder)[:first] if first else []
+    points = [*before, *(job.point for job in jobs)]
+    write(folder, points)
+    try:
+        runner.run([job for job in jobs if job.point.state == WAITING], folder, partial(write, folder, points))
+    finally:
+        write(folder, points)
+    if any(point.state not in (REFUSED, WAITING, SUBMITTED) for point in points):
+        print(results.write(folder, points), flush=True)
+    return [_returned(job, points) for job in jobs]
+
+
+def write(folder: Path, points: Sequence[Point]) -> None:
+    """Leaves sweep.json in the sweep's directory; never half of it."""
+    unfinished = folder / f".{RECORD}"
+    unfinished.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(folder / RECORD)
+
+
+def read(folder: Path) -> list[Point]:
+    """The points that `write` left. Raises MegabridgeError where there is no sweep."""
+    try:
+        content: list[Mapping[str, Any]] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        names = {each.name for each in fields(Point)}
+        return [Point(**{name: value for name, value in row.items() if name in names}) for row in content]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise MegabridgeError(
+            f"sweep={folder} must be the directory of a sweep that hydra/launcher=slurm or local started, with a {RECORD}: {error}."
+        ) from error
+
+
+def _composed(context: Any, master: DictConfig, overrides: list[str], number: int) -> Job:
+    """The config of one point, as Hydra's own launcher composes it."""
+    full = context.config_loader.load_sweep_config(master, overrides)
+    with open_dict(full):
+        full.hydra.job.id = str(number)
+        full.hydra.job.num = number
+    HydraConfig.instance().set_config(full)  # ${hydra:...} means this point's
+    run_dir = Path(str(full.hydra.sweep.dir), str(full.hydra.sweep.subdir)).absolute()
+    typed: Any = OmegaConf.to_container(full.hydra.overrides.task, resolve=False)
+    cfg = copy.deepcopy(full)
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+    point = Point(number, [str(text) for text in typed], str(run_dir))
+    return Job(point, cfg)
+
+
+def _check(job: Job, runner: Runner) -> None:
+    """Everything that can be known of a point before it runs; leaves its config.yaml. Raises ConfigError for what can't work."""
+    job.values, job.config = resolve(job.cfg, Path(job.point.run_dir))
+    checks.check_layout(job.config, config.topology(job.config.parallel))
+    job.topology = config.processes(job.config)
+    job.point.world_size = job.topology.world_size
+    runner.check(job)
+    write_config(job.cfg, job.values)
+
+
+def _returned(job: Job, points: Sequence[Point]) -> JobReturn:
+    returned = JobReturn(
+        overrides=job.point.overrides, cfg=job.cfg, working_dir=job.point.run_dir, task_name=os.environ.get("HYDRA_JOB_NAME", "run")
+    )
+    failed = job.point.state in (FAILED, REFUSED)
+    returned.status = JobStatus.FAILED if failed else JobStatus.COMPLETED
+    returned.return_value = SweepFailure(points) if failed else job.point.objective
+    return returned

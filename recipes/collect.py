@@ -1,0 +1,26 @@
+"""The results of a sweep that was left to the queue: recipe=collect sweep=DIR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megabridge.config import Config
+from megabridge.errors import ConfigError
+from megabridge.launchers import results, slurm, sweep
+
+
+def main(config: Config) -> None:
+    """Brings sweep.json up to date, writes sweep.csv and prints the table; SweepFailure where a point failed or was refused."""
+    folder = sweep_folder(config)
+    points = slurm.collect(folder)
+    sweep.write(folder, points)
+    print(results.write(folder, points))
+    if any(point.status for point in points):
+        raise sweep.SweepFailure(points)
+
+
+def sweep_folder(config: Config) -> Path:
+    """What sweep=DIR names. Raises ConfigError when it names nothing."""
+    if config.sweep is None:
+        raise ConfigError("this recipe needs the directory of a sweep; give sweep=multirun/DATE/TIME.")
+    return Path(config.sweep).absolute()

@@ -1,0 +1,41 @@
+"""Brings models, tokenizers and data into this user's caches; what hydra/launcher=slurm runs before it submits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+
+from megabridge import config as schema
+from megabridge.checkpoint import source
+from megabridge.config import Config
+from megabridge.training import assemble
+
+
+def main(config: Config) -> None:
+    """One process, for all of recipe.options.points: resolved configs, of which each distinct model and data is fetched once."""
+    fetched = set()
+    for values in config.recipe.options["points"]:
+        point = schema.typed(values)
+        needed = json.dumps([dataclasses.asdict(point.model), point.data, point.recipe.target], sort_keys=True, default=str)
+        if needed not in fetched:
+            fetched.add(needed)
+            fetch(point)
+
+
+def fetch(config: Config) -> None:
+    """One point's model and tokenizer; and its data, where it trains, by setting it up as the ranks will."""
+    model = config.model
+    if model.path is not None:
+        source.resolve(
+            model.path,
+            revision=model.revision,
+            config_only=not model.load_weights,
+            code=model.trust_remote_code,
+            allow_bin=config.conversion.allow_bin,
+        )
+    if config.recipe.steps == 0:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        config.run_dir = folder
+        assemble.data(config, assemble.bridge(config))

@@ -1,0 +1,114 @@
+"""What a sweep leaves: rows in their order, sweep.csv, the table, the page; sweep.json there and back."""
+
+from __future__ import annotations
+
+import csv
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megabridge.config import Config
+from megabridge.errors import ConfigError, MegabridgeError
+from megabridge.launchers import results, sweep
+from megabridge.launchers.page import page
+from megabridge.launchers.report import Failure, first
+from megabridge.launchers.sweep import DONE, FAILED, REFUSED, Point, SweepFailure
+from recipes import collect, report
+
+
+def points(tmp_path: Path) -> list[Point]:
+    made = []
+    for number, (rate, loss) in enumerate((("1e-3", 2.5), ("2e-3", 2.25), ("<b>", None), ("4e-3", float("nan")))):
+        overrides = ["model=tiny_llama", f"optimizer.lr={rate}", r"+recipe.options.word=a\:b"]
+        point = Point(number, overrides, str(tmp_path / str(number)), state=DONE if loss else FAILED, objective=loss)
+        made.append(point)
+    made[2].error, made[2].status = "rank 1: <no>", 3
+    for number, best in ((0, 2.0), (1, 2.25)):
+        lines = [
+            {"step": 0, "validation/loss": 3.0},
+            {"step": 1, "train/tokens_per_second": 1.0, "train/mfu": 0.1, "train/memory_gib": 4.0},
+            {"step": 2, "train/tokens_per_second": 100.0, "train/mfu": 0.4, "train/memory_gib": 5.0, "validation/loss": best},
+            {
+                "step": 3,
+                "train/tokens_per_second": 102.0,
+                "train/mfu": 0.5,
+                "train/memory_gib": 4.5,
+                "parity/logits_max_abs_diff": 0.5,
+            },
+            {"step": 3, "validation/loss": 2.5, "parity/logits_max_abs_diff": 0.25},
+        ]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return made
+
+
+def test_rows_are_ranked_and_measured(tmp_path: Path) -> None:
+    said = results.write(tmp_path, points(tmp_path))
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert [row["point"] for row in rows] == ["1", "0", "2", "3"]
+    assert "model" not in rows[0] and "recipe.options.word" not in rows[0], "what all share is left out"
+    first_row = {name: rows[1][name] for name in ("optimizer.lr", *results.MEASURES)}
+    assert first_row == {
+        "optimizer.lr": "1e-3",
+        "objective": "2.5",
+        "best_validation_loss": "2.0",
+        "tokens_per_second": "101.0",
+        "mfu": "0.45",
+        "memory_gib": "5.0",
+        "parity": "0.25",
+    }
+    assert rows[2]["error"] == "rank 1: <no>" and rows[2]["best_validation_loss"] == ""
+    table = said.splitlines()
+    assert table[0].split() == ["rank", "point", "optimizer.lr", "state", *results.MEASURES]
+    assert table[1].split()[:5] == ["1", "1", "2e-3", "done", "2.25"]
+
+
+def test_the_page_is_whole_and_escapes(tmp_path: Path) -> None:
+    text = page("Sweep <1>", results.rows(points(tmp_path)))
+    seen: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            seen.append(tag)
+            assert not {"src", "href"} & {name for name, _ in attrs}, "needs another file"
+
+    Reader().feed(text)
+    assert seen.count("tr") == 5 and seen.count("polyline") == 2 and "b" not in seen and "no" not in seen
+
+
+def test_sweep_json_there_and_back(tmp_path: Path) -> None:
+    before = points(tmp_path)[:3]
+    sweep.write(tmp_path, before)
+    assert sweep.read(tmp_path) == before
+    with pytest.raises(MegabridgeError, match=r"must be the directory of a sweep .*sweep\.json"):
+        sweep.read(tmp_path / "0")
+
+
+def test_the_status_is_that_of_a_run_before_that_of_a_refusal() -> None:
+    done, refused = Point(0, [], "", state=DONE), Point(1, [], "", state=REFUSED, status=2)
+    failed = Point(2, [], "", state=FAILED, status=137)
+    assert SweepFailure([done, refused, failed]).status == 137
+    assert str(SweepFailure([done, refused])) == "1 of 2 points are not done: 1 refused."
+    assert SweepFailure([done, refused]).status == 2
+
+
+def test_the_cause_is_who_left_no_report_else_the_earliest() -> None:
+    late = Failure(0, 1, "connection closed", "Traceback", time=5.0)
+    early = Failure(1, 1, "the cause", "Traceback", time=4.0)
+    killed = Failure(2, -9, "was ended by SIGKILL", time=9.0)
+    assert first([late, early]) is early and first([late, killed, early]) is killed
+
+
+def test_the_recipes_write_the_page_and_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As recipe=report and recipe=collect call them; without the queue, as all points have ended."""
+    sweep.write(tmp_path, points(tmp_path))
+    report.main(Config(sweep=str(tmp_path)))
+    assert "<polyline" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SweepFailure, match="1 of 4 points are not done: 1 failed"):
+        collect.main(Config(sweep=str(tmp_path)))
+    assert (tmp_path / "sweep.csv").is_file() and "rank  point" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="give sweep="):
+        report.main(Config())

@@ -1,0 +1,147 @@
+"""The batch script, and the file that the ranks of a queued point read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from megabridge.errors import ConfigError
+from megabridge.launchers import slurm, spec
+from megabridge.launchers.report import Failure
+from megabridge.launchers.settings import SlurmSettings
+from megabridge.launchers.slurm_script import Shape, hidden_environment, ranges, script
+from megabridge.launchers.sweep import Point
+
+
+@pytest.mark.parametrize(
+    ("world", "platform", "most", "shape"),
+    [
+        (1, "cuda", 8, (1, 1, 1)),
+        (16, "cuda", 8, (2, 8, 8)),
+        (12, "cuda", 8, (2, 6, 6)),
+        (6, "cpu", 4, (2, 3, 0)),
+        (7, "cuda", 4, (7, 1, 1)),
+    ],
+)
+def test_nodes_follow_from_ranks(world: int, platform: str, most: int, shape: tuple[int, int, int]) -> None:
+    found = Shape.of(world, platform, most)
+    assert (found.nodes, found.ranks_per_node, found.gpus_per_node) == shape and found.ranks == world
+
+
+def test_no_rank_on_a_node_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ranks_per_node=0 must be at least 1"):
+        Shape.of(2, "cpu", 0)
+
+
+def test_ranges() -> None:
+    assert ranges([4, 0, 1, 2, 7, 8]) == "0-2,4,7-8"
+
+
+def test_every_setting_is_in_the_script_and_no_secret(tmp_path: Path) -> None:
+    settings = SlurmSettings(
+        partition="big",
+        account="me",
+        qos="high",
+        constraint="h100",
+        time="4:00:00",
+        memory="200G",
+        cpus_per_task=12,
+        gres="gpu:h100",
+        exclusive=True,
+        max_concurrent=3,
+        extra=["--mail-type=END"],
+        container_image="/images/one two.sqsh",
+        container_mounts=["/data:/data", "/home"],
+        modules=["cuda/12"],
+        environment={"NCCL_DEBUG": "WARN all", "HF_TOKEN": "hunter2"},
+        setup=["ulimit -l unlimited"],
+        srun=["--mpi=none"],
+        signal_seconds=300,
+    )
+    text = script(settings, Shape(2, 8, 8), [0, 1, 2, 5], queue=tmp_path / "a b", python="/opt/python", cwd=tmp_path)
+    options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert options[1:] == [
+        "--array=0-2,5%3",
+        "--partition=big",
+        "--account=me",
+        "--qos=high",
+        "--constraint=h100",
+        "--time=4:00:00",
+        "--nodes=2",
+        "--ntasks=16",
+        "--ntasks-per-node=8",
+        "--cpus-per-task=12",
+        "--mem=200G",
+        "--gres=gpu:h100:8",
+        "--signal=USR1@300",
+        "--open-mode=append",
+        "--export=ALL",
+        f"--chdir={tmp_path}",
+        f'--output="{tmp_path}/a b/%a/output.log"',
+        "--requeue",
+        "--exclusive",
+        "--mail-type=END",
+    ]
+    for line in (
+        "module load cuda/12",
+        "export NCCL_DEBUG='WARN all'",
+        "export HF_HUB_OFFLINE=1",
+        "ulimit -l unlimited",
+        "srun --ntasks=16 --ntasks-per-node=8 --kill-on-bad-exit=1 --cpus-per-task=12 '--container-image=/images/one two.sqsh' "
+        '--container-mounts=/data:/data,/home --mpi=none /opt/python -m megabridge.launchers.rank "$point"',
+    ):
+        assert line in text.splitlines()
+    assert "hunter2" not in text and hidden_environment(settings) == {"HF_TOKEN": "hunter2"}
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    assert "scontrol" not in script(SlurmSettings(requeue=False), Shape(1, 1, 0), [0], queue=tmp_path, python="p", cwd=tmp_path)
+    assert "--gpus-per-node=8" in script(SlurmSettings(), Shape(1, 8, 8), [0], queue=tmp_path, python="p", cwd=tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_script_passes_shellcheck(tmp_path: Path) -> None:
+    text = script(SlurmSettings(), Shape(1, 8, 8), [0], queue=tmp_path, python="python", cwd=tmp_path)
+    checked = subprocess.run(["shellcheck", "-"], input=text, text=True, capture_output=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_secrets_travel_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVICE", "tok-123456789")
+    content = {
+        "logger": {"w": {"api_key": "hunter2", "entity": "${oc.env:SERVICE}"}},
+        "list": ["a", "${logger.w.entity}"],
+        "seed": 3,
+    }
+    cfg = OmegaConf.create(content)
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    secrets = spec.write(tmp_path, values=values, cfg=cfg, platform="cpu")
+    text = (tmp_path / spec.FILE).read_text()
+    assert "hunter2" not in text and "tok-" not in text and len(secrets) == 2
+    assert spec.read(tmp_path, secrets) == (values, "cpu")
+    with pytest.raises(KeyError):
+        spec.read(tmp_path, {})
+
+
+def test_how_a_point_ended(tmp_path: Path) -> None:
+    point = Point(0, [], "", world_size=2)
+
+    def ended(state: str = "COMPLETED") -> object:
+        return slurm.outcome(tmp_path, point, state)
+
+    assert "ended it (TIMEOUT), and its ranks left no report" in str(ended("TIMEOUT"))
+    spec.leave(tmp_path, 0, 1.5)
+    assert "left no report" in str(ended())
+    spec.leave(tmp_path, 1, None)
+    assert ended() == 1.5 and ended("") == 1.5 and "NODE_FAIL" in str(ended("NODE_FAIL"))
+    (tmp_path / spec.STOPPED).touch()
+    assert "stopped by a signal after a save and not queued again" in str(ended("TIMEOUT"))
+    spec.leave(tmp_path, 1, Failure(1, -9, "was ended by SIGKILL"))
+    spec.leave(tmp_path, 0, Failure(0, 1, "connection closed", "Traceback"))
+    found = ended("FAILED")
+    assert isinstance(found, Failure) and found.rank == 1
+    assert json.loads((tmp_path / "rank-1.json").read_text())["failure"]["exit_code"] == -9
