@@ -354,6 +354,8 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
     if resolved_backend(get("backend"), style.Style.of(get)) == "te":
         settings.setdefault("apply_rope_fusion", not get("multi_latent_attention"))
         settings.setdefault("moe_grouped_gemm", get("num_moe_experts") is not None)
+        if get("num_moe_experts") is not None and get("add_mlp_bias"):
+            settings["bias_dropout_fusion"] = False  # TEGroupedMLP refuses it
     if get("multi_latent_attention"):  # its rotary embedding is replaced by ours (layers/latent.py)
         scaling, all_dim = rotary_scale(get("rope") or {})
         settings |= {"rope_type": "yarn", "rotary_scaling_factor": scaling, "mscale_all_dim": all_dim}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, override
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import megabridge.platform as platform
@@ -28,6 +29,16 @@ class Router(TopKRouter):  # type: ignore[misc]
         if style.router_bias and self.expert_bias is None:
             del self.expert_bias  # an attribute so far
             self.register_buffer("expert_bias", torch.zeros(config.num_moe_experts, dtype=torch.float32, device=platform.device()))
+
+    @override
+    def gating(self, input: Tensor) -> Tensor:
+        """The logits [s, b, num_moe_experts] of hidden states, in moe_router_dtype.
+
+        megatron-core's own product goes through Transformer Engine where that is installed, which computes fp32 in TF32.
+        """
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, experts), both [tokens, moe_router_topk], of `logits` [tokens, num_moe_experts]; computed in fp32."""
@@ -87,6 +98,16 @@ class SparseMixer(Router):
     """
 
     @override
+    @override
+    def gating(self, input: Tensor) -> Tensor:
+        """The logits [s, b, num_moe_experts] of hidden states, in moe_router_dtype.
+
+        megatron-core's own product goes through Transformer Engine where that is installed, which computes fp32 in TF32.
+        """
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(input.to(dtype), self.weight.to(dtype), bias)
+
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         scores = left = logits.float()
         weights, experts = [], []

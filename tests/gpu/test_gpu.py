@@ -113,7 +113,11 @@ def test_transformer_engine(architecture: str, single: None, sources: Path, tmp_
         distance[backend] = ((logits - expected).norm() / expected.norm()).item()
         if backend == "te":
             bridge.save_hf_pretrained(model, tmp_path / "hf", show_progress=False, weight_dtype=torch.float32)
-            theirs = {name: tensor.bfloat16().float() for name, tensor in _tensors(source).items()}
+            # Correction biases of routers stay in fp32.
+            theirs = {
+                name: tensor if "correction" in name or name.endswith("moe_statics") else tensor.bfloat16().float()
+                for name, tensor in _tensors(source).items()
+            }
             ours = _tensors(tmp_path / "hf")
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     print(f"{architecture}: relative distance from fp32 logits {distance}")
@@ -124,37 +128,28 @@ def test_transformer_engine(architecture: str, single: None, sources: Path, tmp_
 def test_grouped_products_beside_one_after_another(
     architecture: str, single: None, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bf16 losses and gradients of the experts by grouped_mm are as near to fp32 as those of one product after another are."""
+    """One layer's experts on the same tokens, some of them with none: outputs and gradients by grouped_mm and by a loop, in bf16."""
     from megabridge.layers import experts
-    from megabridge.workbench.trial import read_reference
 
-    rows = read_reference(sources / architecture).rows.cuda()
-    seen, calls, can_group = {}, [], experts._can_group
-    for kind, dtype in (("fp32", torch.float32), ("loop", torch.bfloat16), ("grouped", torch.bfloat16)):
-
-        def chosen(tokens: Any, weight: Any, kind: str = kind) -> bool:
-            calls.append(kind == "grouped" and can_group(tokens, weight))
-            return calls[-1]
-
-        monkeypatch.setattr(experts, "_can_group", chosen)
-        _, (chunk,) = provide(sources / architecture, backend="torch", params_dtype=dtype, wrap_with_ddp=False)
-        positions = torch.arange(rows.shape[1] - 1, device="cuda").expand(rows.shape[0], -1)
-        loss = chunk(rows[:, :-1].contiguous(), positions, None, labels=rows[:, 1:].contiguous()).float().mean()
-        loss.backward()
-        weights = {name: p.grad.float() for name, p in chunk.named_parameters() if ".mlp.experts." in name and p.grad is not None}
-        assert weights
-        seen[kind] = (loss.item(), weights)
-    assert any(calls)
-
-    def distance(kind: str, other: str = "fp32") -> float:
-        one, two = (torch.cat([gradient.flatten() for _, gradient in sorted(seen[name][1].items())]) for name in (kind, other))
-        return ((one - two).norm() / two.norm()).item()
-
-    print(
-        f"{architecture}: losses {[loss for loss, _ in seen.values()]}, gradients off by {distance('loop')}, {distance('grouped')}"
-    )
-    # A token whose two best experts score alike may choose another in bf16: both are then far from fp32, but equally.
-    assert distance("grouped", "loop") < 0.02 and distance("grouped") < 1.5 * distance("loop") + 0.02
+    _, (chunk,) = provide(sources / architecture, backend="torch", params_dtype=torch.bfloat16, wrap_with_ddp=False)
+    layer = next(module for module in chunk.modules() if isinstance(module, experts.GroupedExperts))
+    torch.manual_seed(1)
+    counts = torch.tensor([7, 0, 33, 1, *[5] * (layer.count - 4)])
+    tokens = torch.randn(int(counts.sum()), layer.config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    probs = torch.rand(tokens.shape[0], device="cuda")
+    seen, can_group = [], experts._can_group
+    for kind in ("grouped", "loop"):
+        monkeypatch.setattr(experts, "_can_group", can_group if kind == "grouped" else lambda *_: False)
+        layer.zero_grad()
+        tokens.grad = None
+        out, _ = layer(tokens, counts, probs)
+        out.float().square().sum().backward()
+        seen.append(
+            [out.detach().float(), tokens.grad.float(), *(parameter.grad.float().clone() for parameter in layer.parameters())]
+        )
+    assert can_group(tokens, layer.linear_fc1.weight)
+    for grouped, looped in zip(*seen, strict=True):
+        assert (grouped - looped).norm() < 0.01 * looped.norm()  # both round to bf16 after every product
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
