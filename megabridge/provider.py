@@ -122,7 +122,7 @@ class ModelProvider:
     @property
     def resolved_backend(self) -> str:
         """torch, te or local: what `backend` means here."""
-        return rules.resolved_backend(self.backend, self.style)
+        return rules.resolved_backend(lambda name: getattr(self, name))
 
     @property
     def style(self) -> Style:

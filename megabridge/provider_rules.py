@@ -118,11 +118,17 @@ class UnknownSetting(ConfigError, AttributeError):
         super().__init__(f"a model provider has no setting {name!r}; {remedy}")
 
 
-def resolved_backend(backend: str, wanted: style.Style) -> str:
+def resolved_backend(get: Callable[[str], Any]) -> str:
     """`auto` means Transformer Engine where it is installed, CUDA is used, and it has what the model needs; else ours."""
-    if backend != "auto":
-        return backend
-    return "te" if HAVE_TE and not platform.is_cpu() and not wanted.special() else "torch"
+    if get("backend") != "auto":
+        return str(get("backend"))
+    return "te" if HAVE_TE and not platform.is_cpu() and not _only_torch_has(get) else "torch"
+
+
+def _only_torch_has(get: Callable[[str], Any]) -> list[str]:
+    """The settings that only backend=torch has. Sinks: bf16 logits of gpt-oss are far off with Transformer Engine 2.20."""
+    sinks = ["softmax_type"] if get("softmax_type") == "learnable" else []
+    return [*style.Style.of(get).special(), *sinks]
 
 
 def problems_of(get: Callable[[str], Any]) -> list[str]:
@@ -281,10 +287,9 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
         problems.append(f"rope's partial_rotary_factor={partial} must equal rotary_percent={get('rotary_percent')}; set it so.")
     if mtp not in (0, published):
         problems.append(f"mtp_num_layers={mtp} must be 0, or {published} as the model has.")
-    wanted = style.Style.of(get)
-    backend = resolved_backend(get("backend"), wanted)
+    backend = resolved_backend(get)
     if backend != "torch":
-        problems += [f"{name}={get(name)!r} needs backend=torch, not {backend}; set it so." for name in wanted.special()]
+        problems += [f"{name}={get(name)!r} needs backend=torch, not {backend}; set it so." for name in _only_torch_has(get)]
     if backend == "te" and (platform.is_cpu() or not HAVE_TE):
         where = "runs on CUDA only" if platform.is_cpu() else "needs Transformer Engine, which is not installed"
         problems.append(f"backend=te {where}; use backend=torch.")
@@ -351,7 +356,7 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
     vpp = get("virtual_pipeline_model_parallel_size") or 1
     pp = get("pipeline_model_parallel_size")
     settings["virtual_pipeline_model_parallel_size"] = vpp if vpp > 1 else None
-    if resolved_backend(get("backend"), style.Style.of(get)) == "te":
+    if resolved_backend(get) == "te":
         settings.setdefault("apply_rope_fusion", not get("multi_latent_attention"))
         settings.setdefault("moe_grouped_gemm", get("num_moe_experts") is not None)
         if get("num_moe_experts") is not None and get("add_mlp_bias"):

@@ -59,8 +59,9 @@ class Style:
     """Whether the weights of a token's experts are divided by their sum. None: as megatron-core has it, for sigmoid scores."""
     router_epsilon: float = 1e-20
     """The least sum to divide by."""
-    router_group_score: Literal["top2", "max"] = "top2"
-    """What groups of experts are compared by: the sum of their two best scores, or their best one."""
+    router_group_score: Literal["top2", "max"] | None = None
+    """What groups of experts are compared by: the sum of their two best scores, or their best one. None: as megatron-core has it,
+    the sum of as many as a token takes out of one group."""
     router_bias: bool = False
     """Whether a correction bias is added to the scores that choose experts, also where they are a softmax."""
     router_jitter: float = 0.0

@@ -52,8 +52,7 @@ V2 = Family(
         *mixture(experts="n_routed_experts", aux=None, defaults=(64, None, 1407)),
         Fixed("moe_router_score_function",         "softmax"),
         Fixed("moe_router_pre_softmax",            True),
-        Fixed("router_group_score",                "max"),
-        Groups(method="topk_method"),
+        Groups(method="topk_method", score="max"),
         Field("moe_router_topk_scaling_factor",    "routed_scaling_factor", 1.0),
         DenseFirst(),
         SharedExperts(default=2, width=("moe_intermediate_size", 1407)),
@@ -72,7 +71,7 @@ V3 = Family(
         *latent_sizes(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128, positions=4096, heads=128),
         *rms(),
         *mixture(experts="n_routed_experts", aux=None, defaults=(256, 8, 2048)),
-        *sigmoid_router(groups=(8, 4), scale=2.5),
+        *sigmoid_router(groups=(8, 4), topk=8, scale=2.5),
         DenseFirst(default=3),
         MtpLayers(default=1),
         SharedExperts(width=("moe_intermediate_size", 2048)),
@@ -81,6 +80,6 @@ V3 = Family(
     ),
     weights=WeightMap(embeddings(), block(*LAYER, V3_LAYER), mtp_layers(V3_LAYER), copies=MTP_COPIES),
     carried=MTP_NAMES,
-    tiny={**TINY, "num_nextn_predict_layers": 1},
+    tiny={**TINY, "num_experts_per_tok": 4, "num_nextn_predict_layers": 1},
 )
 FAMILIES = (V2, V3)

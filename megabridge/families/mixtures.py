@@ -90,11 +90,14 @@ class SharedExperts:
 class Groups:
     """A token's experts come from the best `topk_group` of `n_group` groups, where there are any.
 
-    With `method`, the key that says whether groups count at all. Native: moe_router_num_groups, moe_router_group_topk.
+    With `method`, the key that says whether groups count at all. `score` is what groups are compared by. Native:
+    moe_router_num_groups, moe_router_group_topk, and router_group_score where megatron-core compares them by something else.
     """
 
     defaults: tuple[int | None, int | None] = (None, None)
     method: str | None = None
+    score: str = "top2"
+    topk: tuple[str, int | None] = ("num_experts_per_tok", None)
 
     def keys(self) -> frozenset[str]:
         return frozenset(("n_group", "topk_group") if self.method is None else ("n_group", "topk_group", self.method))
@@ -106,7 +109,13 @@ class Groups:
             if given not in ("greedy", "group_limited_greedy"):
                 raise ConfigError(f"{self.method}={given!r} can't be represented; supported: greedy, group_limited_greedy.")
             groups, best = (groups, best) if given == "group_limited_greedy" else (None, None)
-        return {"moe_router_num_groups": groups, "moe_router_group_topk": best}
+        topk = hf.get(*self.topk)
+        is_megatrons = not groups or groups == 1 or (self.score == "top2" and best and topk == 2 * best)
+        return {
+            "moe_router_num_groups": groups,
+            "moe_router_group_topk": best,
+            "router_group_score": None if is_megatrons else self.score,
+        }
 
     def write(self, native: Json) -> dict[str, Any]:
         groups, best = native["moe_router_num_groups"], native["moe_router_group_topk"]
@@ -201,7 +210,7 @@ def mixture(
 
 
 def sigmoid_router(
-    *, groups: tuple[int, int] = (1, 1), normalize: bool = True, scale: float = 1.0
+    *, groups: tuple[int, int] = (1, 1), topk: int | None = None, normalize: bool = True, scale: float = 1.0
 ) -> tuple[FieldLike, ...]:
     """Sigmoid scores, chosen with a correction bias, within groups, as DeepSeek-V3 began it; the arguments are for absent keys."""
     pairs = ((True, None), (False, False))
@@ -209,7 +218,7 @@ def sigmoid_router(
         Fixed("moe_router_score_function",         "sigmoid"),
         Fixed("moe_router_enable_expert_bias",     True),
         Choice("router_normalize",                 "norm_topk_prob", pairs if normalize else pairs[::-1]),
-        Groups(defaults=groups),
+        Groups(defaults=groups, topk=("num_experts_per_tok", topk)),
         Field("moe_router_topk_scaling_factor",    "routed_scaling_factor", scale),
     )
 

@@ -66,7 +66,8 @@ class Router(TopKRouter):  # type: ignore[misc]
     def _within_groups(self, choice: Tensor) -> Tensor:
         """`choice`, lower than anything where an expert's group is not among the best moe_router_group_topk."""
         groups = choice.view(choice.shape[0], self.config.moe_router_num_groups, -1)
-        best = 2 if self.style.router_group_score == "top2" else 1
+        taken = self.topk // self.config.moe_router_group_topk  # of a token's experts, by each of its groups
+        best = {"top2": 2, "max": 1, None: taken}[self.style.router_group_score]
         chosen = groups.topk(best, dim=-1).values.sum(-1).topk(self.config.moe_router_group_topk, dim=-1, sorted=False).indices
         allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, chosen, True)
         return groups.masked_fill(~allowed[..., None], float("-inf")).view_as(choice)
