@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megabridge import config as schema
+from megabridge import metrics
 from megabridge.data.tiny import write_random_model
-from megabridge.loggers import jsonl
 from megabridge.topology import Topology
 from recipes import show_data
 from tests.ranks import RankServer
@@ -100,7 +100,7 @@ def test_runs_learn_the_same_under_every_layout(ranks: RankServer, source: Path,
         run_dir = tmp_path / str(topology)
         config = values(run_dir, source, topology, data=placed(DATA[kind], files))
         final = ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": "finetune", "values": config}, timeout=300)[0]
-        steps = [record["train/loss"] for record in jsonl.read(run_dir) if "train/loss" in record]
+        steps = [record["train/loss"] for record in metrics.read(run_dir) if "train/loss" in record]
         assert len(steps) == 3 and final < steps[0]
         curves.append([*steps, final])
         if kind in ("packed", "grouped"):
