@@ -35,7 +35,7 @@ def test_fault_25_the_launcher_names_the_file(tmp_path: Path) -> None:
         arguments = [sys.executable, "-c", PROGRAM, str(note.fileno()), str(kept), str(cut)]
         process = subprocess.Popen(arguments, cwd=ROOT, pass_fds=[note.fileno()])
         assert process.wait(60) == -signal.SIGBUS
-        failure = local._first_failure([local._Worker(3, process, outcome, note)])
+        failure = local.first_failure([local.Worker(3, process, outcome, note)])
     assert (failure.rank, failure.exit_code) == (3, -signal.SIGBUS)
     assert failure.error.endswith(f"by SIGBUS (a file that it read was truncated): {cut} had 100000 bytes and now has 10.")
 

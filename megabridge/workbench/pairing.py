@@ -23,6 +23,7 @@ from megabridge.mapping import Run
 from megatron.core import parallel_state
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 Side = Literal["input", "output"]
@@ -111,6 +112,8 @@ def _of_parameter(item: Item, module: torch.nn.Module) -> Iterator[Pair]:
                 yield Pair(Point(name, side), native, module, ours, theirs)
     elif isinstance(module, _EMBEDDINGS):
         yield Pair(Point(modules[0], "output"), native, module)
+    elif isinstance(module, TopKRouter):
+        return  # what a router gives has another form on each side
     elif len(item.record.shape) == 1 or isinstance(module, HeadsNorm):
         for part, name in enumerate(modules):
             for side in ("input", "output"):

@@ -81,23 +81,23 @@ def test_interruptions_end_all_workers(tmp_path: Path, number: signal.Signals, s
             os.kill(child, signal.SIGKILL)
 
 
-def failed(rank: int, exit_code: int, failure: Failure | None, folder: Path) -> local._Worker:
+def failed(rank: int, exit_code: int, failure: Failure | None, folder: Path) -> local.Worker:
     process = subprocess.Popen([sys.executable, "-c", f"import os; os._exit({exit_code})"])
     process.wait()
     outcome = (folder / f"outcome{rank}").open("w+b")
     if failure is not None:
         report.write(outcome.fileno(), failure)
-    return local._Worker(rank, process, outcome, (folder / f"note{rank}").open("w+b"))
+    return local.Worker(rank, process, outcome, (folder / f"note{rank}").open("w+b"))
 
 
 def test_of_several_failures_the_earliest_or_the_silent_one_counts(tmp_path: Path) -> None:
     late = failed(0, 1, Failure(0, 1, "connection lost", time=9.0), tmp_path)
     early = failed(1, 1, Failure(1, 1, "the cause", time=5.0), tmp_path)
     silent = failed(2, 7, None, tmp_path)
-    assert local._first_failure([late, early]).error == "the cause"
-    assert local._first_failure([late, early, silent]).rank == 2
+    assert local.first_failure([late, early]).error == "the cause"
+    assert local.first_failure([late, early, silent]).rank == 2
     with pytest.raises(WorkerFailure, match="rank 2: ended with exit code 7"):
-        raise WorkerFailure(local._first_failure([late, silent]))
+        raise WorkerFailure(local.first_failure([late, silent]))
 
 
 def test_outcomes_travel_unchanged(tmp_path: Path) -> None:
