@@ -91,8 +91,8 @@ def failed(rank: int, exit_code: int, failure: Failure | None, folder: Path) -> 
 
 
 def test_of_several_failures_the_earliest_or_the_silent_one_counts(tmp_path: Path) -> None:
-    late = failed(0, 1, Failure(0, 1, "connection lost", time=9.0), tmp_path)
-    early = failed(1, 1, Failure(1, 1, "the cause", time=5.0), tmp_path)
+    late = failed(0, 1, Failure(0, 1, "connection lost", "Traceback", time=9.0), tmp_path)
+    early = failed(1, 1, Failure(1, 1, "the cause", "Traceback", time=5.0), tmp_path)
     silent = failed(2, 7, None, tmp_path)
     assert local.first_failure([late, early]).error == "the cause"
     assert local.first_failure([late, early, silent]).rank == 2
