@@ -19,6 +19,8 @@ from megabridge.config import Config, ModelConfig
 from megabridge.errors import ConfigError, listed
 from megabridge.topology import Topology
 
+EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What architectures call the number of their experts in config.json."""
 TARGET_PLACES: Final = "data, callbacks.<name> and logger.<name>"
 
 
@@ -34,6 +36,7 @@ class Shape:
     vocab: int | None
     head_dim: int | None
     tied: bool
+    experts: int | None
 
     @classmethod
     def of(cls, hf: Mapping[str, Any]) -> Shape:
@@ -54,13 +57,14 @@ class Shape:
             vocab=size("vocab_size"),
             head_dim=head_dim,
             tied=hf.get("tie_word_embeddings") is True,
+            experts=next((count for key in EXPERTS if (count := size(key)) is not None), None),
         )
 
     @property
     def parameters(self) -> int | None:
-        """Parameters of a dense decoder with a gated MLP; None where a size is not said."""
+        """Parameters of a dense decoder with a gated MLP; None where a size is not said, or there are experts."""
         sizes = (self.layers, self.hidden, self.ffn, self.heads, self.kv_heads, self.vocab, self.head_dim)
-        if any(size is None for size in sizes):
+        if any(size is None for size in sizes) or self.experts is not None:
             return None
         layers, hidden, ffn, heads, kv_heads, vocab, head_dim = (size or 0 for size in sizes)
         layer = 2 * hidden * (heads + kv_heads) * head_dim + 3 * hidden * ffn + 2 * hidden
@@ -211,6 +215,11 @@ def _shape_problems(shape: Shape, topology: Topology, config: Config) -> Iterato
             f"parallel.pp x parallel.vpp = {topology.pp} x {topology.vpp} needs at least {chunks} layers, "
             f"but {config.model.name} has num_hidden_layers={shape.layers}; use fewer stages"
         )
+    if shape.experts is not None and shape.experts % topology.ep:
+        sizes = ", ".join(map(str, _divisors(shape.experts)))
+        yield f"parallel.ep={topology.ep} must divide the {shape.experts} experts of {config.model.name}; use one of {sizes}"
+    if shape.experts is not None and tp > 1 and not config.parallel.sequence_parallel:
+        yield f"parallel.tp={tp} needs parallel.sequence_parallel=true for {config.model.name}, which has experts; set it"
     if config.parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel=true needs parallel.tp > 1; set parallel.tp=2 or leave it false"
 

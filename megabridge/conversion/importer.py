@@ -126,8 +126,8 @@ def _refuse(plan: Plan, mismatched: tuple[str, ...]) -> None:
     if aliases:
         pairs = [f"{name} differs from {plan.aliases[name]}" for name in aliases]
         raise CheckpointError(
-            "the config ties embedding and output weights, so the file's copies must be equal bit for bit; set "
-            "tie_word_embeddings to false or remove the copy:\n  " + listed(pairs)
+            "a file's copies of a tensor, of tied embeddings or in a layer of multi-token prediction, must be equal bit for bit; "
+            "set tie_word_embeddings to false or mtp_num_layers to 0, or remove the copy:\n  " + listed(pairs)
         )
     if mismatched:
         raise ParityError("these tensors differ from the source after the import:\n  " + listed(list(mismatched)))

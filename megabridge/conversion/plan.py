@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 
@@ -70,8 +71,7 @@ class Plan:
     """This rank's items, and all ranks' tensors in natural order.
 
     `sources` says by tensor which boxes tile it and who writes them: by rank, then in module order, equal on every rank. `aliases`
-    maps tensors that files may hold besides to the tensors they equal. `records` are, by rank, of what it writes. `has_mtp` says
-    that the model was built with multi-token-prediction layers.
+    maps tensors that files may hold besides to the tensors they equal. `records` are, by rank, of what it writes.
     """
 
     items: tuple[Item, ...]
@@ -81,7 +81,11 @@ class Plan:
     family: Family
     dims: Dims
     records: tuple[tuple[Record, ...], ...]
-    has_mtp: bool = False
+
+    @cached_property
+    def has_mtp(self) -> bool:
+        """Whether the model was built with multi-token-prediction layers."""
+        return any(record.name.startswith("mtp.") for held in self.records for record in held)
 
     def carriers(self, tensor: str, present: Container[str]) -> list[str]:
         """The tensors of a folder that hold the elements of `tensor`: itself, and the tied copies among `present`."""
@@ -172,8 +176,7 @@ def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live
         Item(entry.record, entry.hf, entry.shapes, entry.transfers, entry.is_tied_copy, by_name[entry.record.name]) for entry in own
     )
     aliases = family.weights.aliases(expansion.dims, tensors)
-    has_mtp = any(record.name.startswith("mtp.") for rank in records for record in rank)
-    return Plan(items, tensors, sources, aliases, family, expansion.dims, records, has_mtp)
+    return Plan(items, tensors, sources, aliases, family, expansion.dims, records)
 
 
 @contextmanager

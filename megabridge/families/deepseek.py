@@ -22,7 +22,7 @@ from megabridge.families.mixtures import (
     shared_expert,
     sigmoid_router,
 )
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms, rms
+from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms
 from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
 from megabridge.mapping.rules import Rules
@@ -48,7 +48,6 @@ V2 = Family(
     model_type="deepseek_v2",
     fields=(
         *latent_sizes(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128, positions=2048),
-        *rms(),
         *mixture(experts="n_routed_experts", aux=None, defaults=(64, None, 1407)),
         Fixed("moe_router_score_function",         "softmax"),
         Fixed("moe_router_pre_softmax",            True),
@@ -69,7 +68,6 @@ V3 = Family(
     model_type="deepseek_v3",
     fields=(
         *latent_sizes(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128, positions=4096, heads=128),
-        *rms(),
         *mixture(experts="n_routed_experts", aux=None, defaults=(256, 8, 2048)),
         *sigmoid_router(groups=(8, 4), topk=8, scale=2.5),
         DenseFirst(default=3),

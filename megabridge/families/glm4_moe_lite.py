@@ -3,8 +3,18 @@
 from megabridge.families.family import Family
 from megabridge.families.fields import Only
 from megabridge.families.latent import latent_attention, latent_sizes
-from megabridge.families.mixtures import LayerTypes, SharedExperts, experts, mixture, router, shared_expert, sigmoid_router
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms, rms
+from megabridge.families.mixtures import (
+    MTP_NAMES,
+    LayerTypes,
+    MtpLayers,
+    SharedExperts,
+    experts,
+    mixture,
+    router,
+    shared_expert,
+    sigmoid_router,
+)
+from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms
 from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
 
@@ -14,10 +24,10 @@ FAMILY = Family(
     model_type="glm4_moe_lite",
     fields=(
         *latent_sizes(q_rank=768, kv_rank=512, nope=192, rope=64, value=256, positions=202752, heads=20, eps=1e-5),
-        *rms(1e-5),
         *mixture(experts="n_routed_experts", aux=None, defaults=(64, 4, 1536)),
         *sigmoid_router(scale=1.8),
         LayerTypes(dense_first=1),
+        MtpLayers(),
         SharedExperts(width=("moe_intermediate_size", 1536)),
         Only("rope_interleave",                    (True,)),
         *GATED_SILU,
@@ -28,6 +38,7 @@ FAMILY = Family(
         *LAYER, pre_norms(), latent_attention(), gated_mlp(), router(bias="mlp.gate.e_score_correction_bias"), experts(),
         shared_expert("mlp.shared_experts"),
     )),
+    carried=MTP_NAMES,
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 8, "vocab_size": 131, "max_position_embeddings": 256, "n_routed_experts": 8, "n_shared_experts": 1,

@@ -2,7 +2,7 @@
 
 from megabridge.families.family import Family
 from megabridge.families.fields import Choice, Field, Fixed, Follows
-from megabridge.families.parts import UNTIED, embeddings, head_dim, joined_attention, plain_mlp, pre_norms, sizes
+from megabridge.families.parts import UNTIED, body_sizes, embeddings, head_dim, joined_attention, plain_mlp, pre_norms
 from megabridge.families.positions import Rope
 from megabridge.mapping import Same, WeightMap, block
 
@@ -11,10 +11,10 @@ FAMILY = Family(
     architecture="GPTNeoXForCausalLM",
     model_type="gpt_neox",
     fields=(
-        *sizes()[:4],
+        *body_sizes()[:4],
         Follows("num_query_groups",                lambda hf: hf["num_attention_heads"]),
         Follows("kv_channels",                     head_dim),
-        *sizes()[6:],
+        *body_sizes()[5:],
         Fixed("normalization",                     "LayerNorm"),
         Field("layernorm_epsilon",                 "layer_norm_eps",      1e-5),
         Choice("activation_func",                  "hidden_act",          (("gelu", "gelu"), ("gelu_new", "gelu_new"))),

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from megabridge.families.fields import REQUIRED, Field, FieldLike, Fixed, Follows, Only, unless_null
+from megabridge.families.fields import Field, FieldLike, Fixed, Follows, Only, unless_null
+from megabridge.families.parts import body_sizes, rms
 from megabridge.mapping import weight
 from megabridge.mapping.rules import Rules
 
 
 # fmt: off
 def latent_sizes(
-    *, q_rank: int | None, kv_rank: int, nope: int, rope: int, value: int, positions: int, heads: Any = REQUIRED, eps: float = 1e-6
+    *, q_rank: int | None, kv_rank: int, nope: int, rope: int, value: int, positions: int, heads: int | None = None,
+    eps: float = 1e-6,
 ) -> tuple[FieldLike, ...]:
-    """The sizes of a decoder with multi-latent attention; the arguments are what the config class takes for absent keys."""
+    """Sizes and norms of a decoder with multi-latent attention; the arguments are what the config class takes for absent keys."""
     return (
-        Field("num_layers",                        "num_hidden_layers"),
-        Field("hidden_size",                       "hidden_size"),
-        Field("ffn_hidden_size",                   "intermediate_size"),
-        Field("num_attention_heads",               "num_attention_heads"),
-        Field("num_query_groups",                  "num_key_value_heads",
-              (lambda hf: hf.get("num_attention_heads")) if heads is REQUIRED else unless_null("num_key_value_heads", heads)),
-        Field("vocab_size",                        "vocab_size"),
-        Field("seq_length",                        "max_position_embeddings", positions),
-        Field("init_method_std",                   "initializer_range", 0.02),
+        *body_sizes(kv=heads, positions=positions),
+        *rms(eps),
         Fixed("multi_latent_attention",            True),
         Fixed("qk_layernorm",                      True),
         Field("q_lora_rank",                       "q_lora_rank",      unless_null("q_lora_rank", q_rank)),

@@ -34,15 +34,12 @@ def head_dim(hf: Json) -> int | None:
     return hidden // heads if hidden and heads else None
 
 
-def sizes(*, kv: int | None = None, head: int | None = None, positions: int = 2048, std: float = 0.02) -> tuple[FieldLike, ...]:
-    """The sizes of a decoder. The arguments are what the architecture's config class takes where config.json lacks a key:
-    key and value heads (None: as many as heads), width of a head (None: hidden size / heads), positions, initial deviation."""
+def body_sizes(*, kv: int | None = None, positions: int = 2048, std: float = 0.02) -> tuple[FieldLike, ...]:
+    """The sizes of a decoder but those of a head. The arguments are what the architecture's config class takes where config.json
+    lacks a key: key and value heads (None: as many as heads), positions, initial deviation."""
 
     def kv_heads(hf: Json) -> int | None:
         return hf.get("num_attention_heads") if kv is None or "num_key_value_heads" in hf else kv
-
-    def width(hf: Json) -> int | None:
-        return head_dim(hf) if head is None or "head_dim" in hf else head
 
     return (
         Field("num_layers",                        "num_hidden_layers"),
@@ -50,11 +47,19 @@ def sizes(*, kv: int | None = None, head: int | None = None, positions: int = 20
         Field("ffn_hidden_size",                   "intermediate_size"),
         Field("num_attention_heads",               "num_attention_heads"),
         Field("num_query_groups",                  "num_key_value_heads", kv_heads),
-        Field("kv_channels",                       "head_dim",            width),
         Field("vocab_size",                        "vocab_size"),
         Field("seq_length",                        "max_position_embeddings", positions),
         Field("init_method_std",                   "initializer_range",   std),
     )
+
+
+def sizes(*, kv: int | None = None, head: int | None = None, positions: int = 2048, std: float = 0.02) -> tuple[FieldLike, ...]:
+    """The sizes of a decoder: `body_sizes`, and the width of a head (None: hidden size / heads)."""
+
+    def width(hf: Json) -> int | None:
+        return head_dim(hf) if head is None or "head_dim" in hf else head
+
+    return (*body_sizes(kv=kv, positions=positions, std=std), Field("kv_channels", "head_dim", width))
 
 
 def rms(eps: float = 1e-6) -> tuple[FieldLike, ...]:

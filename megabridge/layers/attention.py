@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-import megabridge.platform as platform
 from megabridge.errors import ConfigError
 from megabridge.layers import flex
 from megabridge.layers.norm import LayerNorm, RMSNorm
 from megabridge.layers.packed import Packed
+from megabridge.layers.parameters import empty
 from megabridge.style import Style
 
 from megatron.core import tensor_parallel
@@ -193,9 +193,7 @@ class TorchAttention(torch.nn.Module):
 
 def _sinks(config: Any) -> torch.nn.Parameter:
     """The sinks [heads of this rank]."""
-    heads = config.num_attention_heads // config.tensor_model_parallel_size
-    device = None if config.use_cpu_initialization else platform.device()  # None: a surrounding torch.device() holds
-    sinks = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device))
+    sinks = empty(config, config.num_attention_heads // config.tensor_model_parallel_size)
     if config.perform_initialization:
         with contextlib.nullcontext() if sinks.is_meta else tensor_parallel.get_cuda_rng_tracker().fork():
             config.init_method(sinks)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import megabridge.platform as platform
 from megabridge.errors import ConfigError
+from megabridge.layers.parameters import empty
 
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -30,11 +30,10 @@ class StackedLinear(torch.nn.Module):
         etp: int, reduces_with_dense: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        device = None if config.use_cpu_initialization else platform.device()  # None: a surrounding torch.device() holds
-        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
-        self.bias = None
-        if bias:
-            self.bias = torch.nn.Parameter(torch.zeros(shape[:2], dtype=config.params_dtype, device=device))
+        self.weight = empty(config, *shape)
+        self.bias = empty(config, *shape[:2]) if bias else None
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
         if config.perform_initialization:
             on_meta = self.weight.is_meta
             forked = contextlib.nullcontext() if on_meta else get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import megabridge.platform as platform
+from megabridge.layers.parameters import empty
 
 from megatron.core import parallel_state
 
@@ -23,11 +23,8 @@ def _parameter(config: Any, size: int | tuple[int, ...], *, is_weight: bool) -> 
 
     The attribute `sequence_parallel` is what megatron/core/distributed/finalize_model_grads.py looks for.
     """
-    device = None if config.use_cpu_initialization else platform.device()  # None: a surrounding torch.device() holds
-    value = 1.0 if is_weight and not config.layernorm_zero_centered_gamma else 0.0
-    parameter = torch.nn.Parameter(
-        torch.full((size,) if isinstance(size, int) else size, value, dtype=config.params_dtype, device=device)
-    )
+    parameter = empty(config, *((size,) if isinstance(size, int) else size))
+    torch.nn.init.constant_(parameter, 1.0 if is_weight and not config.layernorm_zero_centered_gamma else 0.0)
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return parameter
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megabridge import AutoBridge
 from megabridge import config as schema
+from megabridge.errors import MegabridgeError
 from megabridge.families import all_families
 from megabridge.platform import groups
 from megabridge.workbench import battery, trial
@@ -95,6 +97,19 @@ def built(source: str, out: str) -> list[str]:
     config = layout.config(battery.trial_config(values, Path(source)))
     found = battery.check_trial(config, layout, Path(source), Path(out))
     return problems_of(found) or ([] if len(found) == 4 else ["checks are missing"])
+
+
+def unequal(source: str, folder: str) -> str:
+    """What is said of a file in which the layer's copy of the embedding is another one."""
+    shutil.copytree(source, folder)
+    file = load_file(Path(folder) / "model.safetensors")
+    file[f"model.layers.{battery.LAYERS}.embed_tokens.weight"].neg_()
+    save_file(file, Path(folder) / "model.safetensors", {"format": "pt"})
+    try:
+        provide(AutoBridge.from_hf_pretrained(folder), mtp_num_layers=1)
+    except MegabridgeError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def not_built(source: str, out: str) -> list[str]:

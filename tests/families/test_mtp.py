@@ -35,6 +35,14 @@ def test_built_it_is_what_transformers_has(layout: str, source: Path, ranks: Ran
     assert payload(tmp_path / "out") == payload(source)
 
 
+def test_its_own_embedding_must_equal_the_models(source: Path, ranks: RankServer, tmp_path: Path) -> None:
+    kwargs = {"source": str(source), "folder": str(tmp_path / "damaged")}
+    (said,) = ranks.run("tests.cases.mtp:unequal", topology=Topology(), kwargs=kwargs, timeout=300)
+    assert said.startswith("CheckpointError: a file's copies of a tensor") and "mtp_num_layers to 0" in said
+    assert "model.layers.5.embed_tokens.weight differs from model.embed_tokens.weight" in said
+    assert "shared_head.head" not in said
+
+
 @pytest.mark.parametrize("layout", ["single", "pp2"])
 def test_carried_along_where_it_is_not_built(layout: str, source: Path, ranks: RankServer, tmp_path: Path) -> None:
     kwargs = {"source": str(source), "out": str(tmp_path)}
@@ -47,6 +55,7 @@ def test_carried_along_where_it_is_not_built(layout: str, source: Path, ranks: R
 @pytest.mark.parametrize(
     ("architecture", "key", "tensor"),
     [
+        ("Glm4MoeLiteForCausalLM", "num_nextn_predict_layers", "model.layers.5.eh_proj.weight"),
         ("Ernie4_5_MoeForCausalLM", "num_nextn_predict_layers", "model.mtp_linear_proj.0.weight"),
         ("ExaoneMoeForCausalLM", "num_nextn_predict_layers", "mtp.fc.weight"),
         ("MiniMaxM2ForCausalLM", "num_mtp_modules", "model.layers.5.eh_proj.weight"),
