@@ -37,6 +37,7 @@ class Shape:
     head_dim: int | None
     tied: bool
     experts: int | None
+    expert_ffn: int | None
 
     @classmethod
     def of(cls, hf: Mapping[str, Any]) -> Shape:
@@ -58,16 +59,22 @@ class Shape:
             head_dim=head_dim,
             tied=hf.get("tie_word_embeddings") is True,
             experts=next((count for key in EXPERTS if (count := size(key)) is not None), None),
+            expert_ffn=size("moe_intermediate_size") or size("intermediate_size"),
         )
 
     @property
+    def width(self) -> int | None:
+        """Of a layer's MLP, or of all its experts together."""
+        return self.ffn if self.experts is None or self.expert_ffn is None else self.experts * self.expert_ffn
+
+    @property
     def parameters(self) -> int | None:
-        """Parameters of a dense decoder with a gated MLP; None where a size is not said, or there are experts."""
-        sizes = (self.layers, self.hidden, self.ffn, self.heads, self.kv_heads, self.vocab, self.head_dim)
-        if any(size is None for size in sizes) or self.experts is not None:
+        """Parameters of a decoder with a gated MLP, or experts, in each layer: of a dense one exactly. None: a size isn't said."""
+        sizes = (self.layers, self.hidden, self.width, self.heads, self.kv_heads, self.vocab, self.head_dim)
+        if any(size is None for size in sizes):
             return None
-        layers, hidden, ffn, heads, kv_heads, vocab, head_dim = (size or 0 for size in sizes)
-        layer = 2 * hidden * (heads + kv_heads) * head_dim + 3 * hidden * ffn + 2 * hidden
+        layers, hidden, width, heads, kv_heads, vocab, head_dim = (size or 0 for size in sizes)
+        layer = 2 * hidden * (heads + kv_heads) * head_dim + 3 * hidden * width + 2 * hidden
         return layers * layer + vocab * hidden * (1 if self.tied else 2) + hidden
 
 

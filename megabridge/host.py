@@ -70,7 +70,7 @@ def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: in
     world = topology.world_size
     parameters = known_shape(config.model).parameters
     least = 0 if parameters is None or config.recipe.steps == 0 else parameters * BYTES_PER_PARAMETER
-    size = "" if parameters is None else f" ({parameters / 1e9:.2f}B parameters)"
+    size = "" if parameters is None else f" (about {parameters / 1e9:.2f}B parameters)"
     name = f"{config.model.name}{size} with parallel {topology}"
     fits_cpu = least <= memory
     if config.platform == "cpu":
