@@ -147,7 +147,10 @@ def test_a_recipe_of_one_process(recipe: str) -> None:
         ("model=tiny_llama parallel.pp=5", "needs at least 5 layers"),
         ("model=tiny_llama parallel.pp=2 parallel.vpp=3", "needs at least 6 layers"),
         ("model=tiny_llama parallel.pp=3", None),
-        ("model=mixtral_8x7b parallel.ep=3 parallel.dp=3", r"parallel\.ep=3 must divide the 8 experts of mixtral_8x7b; use one of 1, 2, 4, 8"),
+        (
+            "model=mixtral_8x7b parallel.ep=3 parallel.dp=3",
+            r"parallel\.ep=3 must divide the 8 experts of mixtral_8x7b; use one of 1, 2, 4, 8",
+        ),
         ("model=deepseek_v3 parallel=tp8pp2", r"parallel\.tp=8 needs parallel\.sequence_parallel=true for deepseek_v3"),
         ("model=mixtral_8x7b parallel=tp2ep2", None),
         ("parallel.sequence_parallel=true", r"needs parallel\.tp > 1"),
