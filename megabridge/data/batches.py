@@ -36,6 +36,12 @@ type Row = Sequence[Sample]
 """Samples that lie one after the other in a row of a batch; without packing it is one."""
 
 
+def text_row(pieces: Sequence[Sequence[int]], *, separate: bool) -> Row:
+    """Pieces of documents, all to be learned: one sample, or with `separate` one each. A piece of one token predicts nothing."""
+    parts = pieces if separate else [[token for piece in pieces for token in piece]]
+    return [Sample(part, b"\1" * len(part)) for part in parts if len(part) > 1]
+
+
 @dataclass
 class Fitted:
     """Samples that fit `seq_length`, and what happened to the others."""

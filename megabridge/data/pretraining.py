@@ -15,7 +15,7 @@ from typing import Final, override
 import numpy as np
 from numpy.typing import NDArray
 
-from megabridge.data.batches import Batching, Row, Sample
+from megabridge.data.batches import Batching, Row, text_row
 from megabridge.data.indexed import Indexed
 from megabridge.data.module import Batch, DataModule
 from megabridge.errors import ConfigError, listed
@@ -174,10 +174,7 @@ class IndexedTokens(DataModule):
         return rows
 
     def _row(self, pieces: Sequence[NDArray[np.int64]]) -> Row:
-        """One sample for each document, or for the whole window. A piece of one token predicts nothing."""
-        if not self._separate:
-            pieces = [np.concatenate(pieces)]
-        return [Sample(piece.tolist(), b"\1" * len(piece)) for piece in pieces if len(piece) > 1]
+        return text_row([piece.tolist() for piece in pieces], separate=self._separate)
 
     def _train_row(self, position: int) -> Row:
         which, number = self._blend.place(position)

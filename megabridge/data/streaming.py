@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, override
 
 from megabridge.data import sources
-from megabridge.data.batches import Batching, Row, Sample
+from megabridge.data.batches import Batching, Row, text_row
 from megabridge.data.examples import Examples
 from megabridge.data.module import Batch, DataModule
 from megabridge.data.rows import SOON, BadRow, Tally, check_share
@@ -104,12 +104,7 @@ class StreamedText(DataModule):
             while held > length:
                 window, pieces = _cut(pieces, length)
                 held -= length
-                yield self._row(window)
-
-    def _row(self, pieces: list[list[int]]) -> Row:
-        if not self._separate:
-            pieces = [[token for piece in pieces for token in piece]]
-        return [Sample(piece, b"\1" * len(piece)) for piece in pieces if len(piece) > 1]
+                yield text_row(window, separate=self._separate)
 
     def _train_rows(self) -> Iterator[Row]:
         """Endless: the stream again and again, shuffled anew each time."""
