@@ -123,7 +123,7 @@ class CausalLM(GPTModel):  # type: ignore[misc]
 
     def _mark_sinks(self) -> None:
         """Says that sinks are cut over tp: what converts and what adds up gradient norms asks the parameter. No backend says it."""
-        for layer in self.decoder.layers:
+        for layer in self._layers():
             sinks, is_cut = layer.self_attention.core_attention.softmax_offset, self.pg_collection.tp.size() > 1
             tensor_parallel.set_tensor_model_parallel_attributes(sinks, is_cut, 0, 1)
 
