@@ -209,8 +209,9 @@ class Trainer:
         reads = self._reads(self.step + 1)
         self._routers.begin(is_logged=reads)
         totals = forward_backward(self.chunks, batches.take(data, self._micro_batches), forward_only=False)
+        scale = update.loss_scale(self.optimizer)
         norm = update.gradient_norm(self.optimizer)
-        action = self._judged(totals, norm) if reads or self.guard.reads_every_step else "go"
+        action = self._judged(totals, norm, scale) if reads or self.guard.reads_every_step else "go"
         if action == "rollback":
             self._roll_back()
             return {}
@@ -248,10 +249,10 @@ class Trainer:
             every and step % every == 0 for every in (recipe.log_every, recipe.eval_every, checkpoint.save_every)
         )
 
-    def _judged(self, totals: torch.Tensor, norm: torch.Tensor | None) -> Action:
+    def _judged(self, totals: torch.Tensor, norm: torch.Tensor | None, scale: torch.Tensor) -> Action:
         """What the policy makes of the step in hand; says so where it isn't taken."""
         total, count = totals.tolist()
-        size = update.size_of(norm, self.optimizer, least_scale=self.config.optimizer.min_loss_scale)
+        size = update.size_of(norm, scale, least_scale=self.config.optimizer.min_loss_scale)
         action, fault = self.guard.judge(self.step + 1, total / max(count, 1.0), size)
         if action != "go":
             self.say(f"{fault}: " + ("the step is skipped" if action == "skip" else "back to the last saved step"))

@@ -49,15 +49,15 @@ def step(optimizer: Any, norm: torch.Tensor, *, clip: float) -> bool:
     return bool(optimizer.step_with_ready_grads())
 
 
-def size_of(norm: torch.Tensor | None, optimizer: Any, *, least_scale: float) -> float:
-    """The norm as the policy sees it: infinite where FP16 gradients overflow though the loss scale is the least; else 0 there."""
+def size_of(norm: torch.Tensor | None, scale: torch.Tensor, *, least_scale: float) -> float:
+    """The norm as the policy sees it. Where FP16 gradients overflowed: infinite if they did so with the least loss scale, else 0."""
     if norm is not None:
         return float(norm)
-    return math.inf if float(loss_scale(optimizer)) <= least_scale else 0.0
+    return math.inf if float(scale) <= least_scale else 0.0
 
 
 def loss_scale(optimizer: Any) -> torch.Tensor:
-    """What the loss is multiplied by, a scalar on the device: 1 but for FP16."""
+    """What the next step's loss is multiplied by, on the device: 1 but for FP16."""
     scale: torch.Tensor = optimizer.get_loss_scale()
     return scale
 
