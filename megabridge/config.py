@@ -186,9 +186,9 @@ class OptimizerConfig:
     overlap_param_gather: bool = False
     """Whether updated parameters are gathered while the next forward pass goes on. Needs `distributed` and overlap_grad_reduce."""
     loss_scale: float | None = None
-    """What a float16 model's loss, a sum over tokens, is multiplied by. Null: found out while training, from the initial one on."""
+    """What a float16 model's loss, a sum over tokens, is multiplied by. Null: found out while training."""
     initial_loss_scale: float = 16.0
-    """The first loss scale of a float16 model; it halves where gradients overflow. megatron-core's 2^32 does for dozens of steps."""
+    """The first loss scale of a float16 model; it halves where gradients overflow."""
     min_loss_scale: float = 2.0**-16
     """The least loss scale. Gradients that overflow even with it are not finite: `policy.nonfinite` says what happens."""
     loss_scale_window: int = 1000

@@ -50,7 +50,7 @@ def step(optimizer: Any, norm: torch.Tensor, *, clip: float) -> bool:
 
 
 def size_of(norm: torch.Tensor | None, scale: torch.Tensor, *, least_scale: float) -> float:
-    """The norm as the policy sees it. Where FP16 gradients overflowed: infinite if they did so with the least loss scale, else 0."""
+    """The norm as the policy sees it. Where FP16 gradients overflowed: infinite if the scale was the least, else 0."""
     if norm is not None:
         return float(norm)
     return math.inf if float(scale) <= least_scale else 0.0
