@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,23 @@ def test_frozen_parameters_have_no_gradient_of_their_own_to_compute(ranks: RankS
         rates.append(row["train/tflops_per_device"] * row["train/step_seconds"])
     attention = 3 * 3 * TINY["num_attention_heads"] * 4 * TINY["head_dim"] * 16 / 2 * 4 * 16 / 1e12
     assert (rates[1] - attention) / (rates[0] - attention) == pytest.approx(4 / 6)
+
+
+def test_a_run_with_frozen_layers_goes_on_under_another_layout(ranks: RankServer, tmp_path: Path, source: Path) -> None:
+    """One stage holds nothing that is trained, and so no optimizer state; then there is one stage only."""
+
+    def losses(run_dir: Path, topology: Topology, steps: int, resume: str) -> list[float]:
+        config = values(run_dir, source, topology, recipe={"steps": steps}, checkpoint={"resume": resume, "hf": False})
+        config["optimizer"] = {"lr": 1e-2, "freeze": ["*", "!*layers.2.*"]}
+        config["callbacks"] = {}
+        ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": "finetune", "values": config})
+        return [row["train/loss"] for row in jsonl.read(run_dir) if "train/loss" in row]
+
+    whole = losses(tmp_path / "whole", Topology(pp=2), 4, "none")
+    losses(tmp_path / "same", Topology(pp=2), 2, "none")
+    shutil.copytree(tmp_path / "same", tmp_path / "other")
+    assert losses(tmp_path / "same", Topology(pp=2), 4, "auto") == whole
+    assert losses(tmp_path / "other", Topology(tp=2), 4, "auto") == pytest.approx(whole, abs=1e-5)
 
 
 @pytest.mark.parametrize(
