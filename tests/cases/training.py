@@ -272,3 +272,17 @@ def without_validation(run_dir: str) -> float | None:
     data: Any = tiny.Samples(2, validation=0)
     trainer.data = data
     return trainer.fit()
+
+
+class InterruptTwice(Callback):
+    """Sends SIGTERM to rank 0's own process twice while step 4 is saved."""
+
+    def before_save(self, trainer: Trainer, step: int) -> None:
+        if step == 4 and dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            filesystem_async._write_item = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted_twice(run_dir: str) -> None:
+    """A run whose second signal comes in the middle of a file of step 4."""
+    tiny.trainer(tiny.config(run_dir, steps=6, save_every=2), callbacks=[InterruptTwice()]).fit()

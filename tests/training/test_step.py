@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_fault_05_sigterm_ends_the_step_saves_once_and_has_its_code(
     assert results == [(75, step), (75, step)]
     assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == [f"step_{step}"]
     assert (tmp_path / f"checkpoints/step_{step}/native/metadata.json").is_file()
+
+
+def test_fault_05_a_second_signal_ends_at_once_and_harms_nothing(ranks: RankServer, tmp_path: Path) -> None:
+    whole = trained(ranks, Topology(), tmp_path / "whole", steps=6)
+    with pytest.raises(RankError) as caught:
+        ranks.run("tests.cases.training:interrupted_twice", kwargs={"run_dir": str(tmp_path / "run")}, timeout=60)
+    assert caught.value.failure["exit_code"] == -signal.SIGTERM
+    assert not (tmp_path / "run/checkpoints/step_4/native").exists()
+    rest = trained(ranks, Topology(), tmp_path / "run", steps=6, resume="auto")
+    assert rest["losses"] == whole["losses"][2:] and not list((tmp_path / "run").rglob("*.partial"))
 
 
 @pytest.mark.parametrize(
