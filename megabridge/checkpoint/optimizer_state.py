@@ -117,7 +117,7 @@ def _unstacked(entry: Any, frozen: Container[str]) -> Any:
 def _steps_without_parameters(optimizer: Any) -> Iterator[None]:
     """While entered, an optimizer without parameters on this rank has the number of steps that the others have."""
     taken = torch.tensor(float(_steps_taken(optimizer)))
-    empty = [
+    empty: list[Any] = [
         part.optimizer for part in parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW) and not part.optimizer.state
     ]
     for inner in empty:
