@@ -190,6 +190,40 @@ def check_named(config: Config) -> None:
             raise ConfigError(f"{key}={value!r}: there is no module {module!r}; check the name and PYTHONPATH.")
 
 
+def check_training(config: Config) -> None:
+    """Raises ConfigError for settings of training that can't work, or would do nothing."""
+    checkpoint, policy, optimizer = config.checkpoint, config.policy, config.optimizer
+    least: list[tuple[str, float | None, float]] = [
+        ("checkpoint.save_every", checkpoint.save_every, 1),
+        ("checkpoint.keep_last", checkpoint.keep_last, 1),
+        ("checkpoint.keep_best", checkpoint.keep_best, 1),
+        ("recipe.eval_every", config.recipe.eval_every, 1),
+        ("policy.spike_window", policy.spike_window, 1),
+        ("policy.limit", policy.limit, 0),
+        ("optimizer.lr", optimizer.lr, 0),
+        ("optimizer.weight_decay", optimizer.weight_decay, 0),
+        ("optimizer.clip_grad", optimizer.clip_grad, 0),
+        ("optimizer.loss_scale_window", optimizer.loss_scale_window, 1),
+        ("optimizer.hysteresis", optimizer.hysteresis, 1),
+    ]
+    problems = [
+        f"{name}={value} must be at least {lowest:g}" for name, value, lowest in least if value is not None and value < lowest
+    ]
+    if policy.spike != "ignore" and policy.spike_factor <= 1:
+        problems.append(f"policy.spike_factor={policy.spike_factor} must be above 1; 2 is usual")
+    if optimizer.initial_loss_scale < optimizer.min_loss_scale or optimizer.min_loss_scale <= 0:
+        problems.append(
+            f"optimizer.min_loss_scale={optimizer.min_loss_scale} must be above 0 and at most "
+            f"initial_loss_scale={optimizer.initial_loss_scale}"
+        )
+    if "rollback" in (policy.nonfinite, policy.spike) and not (checkpoint.native and checkpoint.save_every):
+        problems.append("policy rollback needs saved steps to go back to; set checkpoint.native=true and checkpoint.save_every")
+    if checkpoint.keep_best and not checkpoint.native:
+        problems.append(f"checkpoint.keep_best={checkpoint.keep_best} keeps native steps; set checkpoint.native=true")
+    if problems:
+        raise ConfigError(listed(problems))
+
+
 def check_layout(config: Config, topology: Topology) -> None:
     """Raises ConfigError naming every rule between model, layout and batch that is broken."""
     problems = [*_shape_problems(known_shape(config.model), topology, config), *_batch_problems(config, topology)]

@@ -121,7 +121,11 @@ class CheckpointConfig:
     resume: str = "none"
     """none; auto: the newest committed step in the run directory, if any; or the folder of a native checkpoint."""
     keep_last: int | None = None
-    """How many saved steps are kept. Null: all."""
+    """How many of the newest saved steps are kept. Null: all, or only the newest where `keep_best` is set."""
+    keep_best: int | None = None
+    """How many saved steps of the lowest validation loss are kept besides. A step that is saved is then validated first."""
+    accept_changes: list[str] = field(default_factory=list)
+    """Settings, as a refused resume names them, that a run may continue with although they change the order of its data."""
     path: str | None = None
     """Folder of the checkpoints. Null: `checkpoints` in the run directory."""
 
@@ -159,17 +163,38 @@ class OptimizerConfig:
     lr: float = 1e-5
     """Peak learning rate."""
     weight_decay: float = 0.0
-    """Decay of the matrices; norms and biases have none."""
+    """Decay of all parameters but those of `no_decay`."""
+    no_decay: list[str] = field(default_factory=lambda: ["*norm*", "*bias*"])
+    """Native names (with * as wildcard) that are not decayed. Parameters of one dimension never are."""
+    freeze: list[str] = field(default_factory=list)
+    """Hugging Face or native names (with * as wildcard) that are not trained; the last pattern that fits decides, and one that
+    begins with ! trains: ['*', '!*.mlp.*']."""
     beta1: float = 0.9
     """Adam's first moment."""
     beta2: float = 0.95
     """Adam's second moment."""
     eps: float = 1e-8
     """Adam's epsilon."""
+    momentum: float = 0.9
+    """SGD's momentum."""
     clip_grad: float = 1.0
     """Largest global gradient norm. 0: no clipping."""
     distributed: bool = True
     """Whether the optimizer's state is cut over the data parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Whether gradients are summed over the data parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Whether updated parameters are gathered while the next forward pass goes on. Needs `distributed` and overlap_grad_reduce."""
+    loss_scale: float | None = None
+    """What a float16 model's loss, a sum over tokens, is multiplied by. Null: found out while training."""
+    initial_loss_scale: float = 16.0
+    """The first loss scale of a float16 model; it halves where gradients overflow."""
+    min_loss_scale: float = 2.0**-16
+    """The least loss scale. Gradients that overflow even with it are not finite: `policy.nonfinite` says what happens."""
+    loss_scale_window: int = 1000
+    """Steps without overflow after which the loss scale doubles."""
+    hysteresis: int = 2
+    """Steps with overflow, one after the other, after which the loss scale halves."""
 
 
 @dataclass
@@ -180,8 +205,26 @@ class SchedulerConfig:
     """Steps from 0 to the peak."""
     min_lr: float = 0.0
     """Learning rate at the end."""
+    wsd_decay: str = choice("linear", "cosine", "minus_sqrt", "exponential")
+    """Shape of the last part of wsd; minus_sqrt is 1 - sqrt(t)."""
     decay_steps: int | None = None
     """Steps until `min_lr` is reached (null: all of the run's); for wsd the length of the last part (null: a tenth)."""
+
+
+@dataclass
+class PolicyConfig:
+    nonfinite: str = choice("stop", "skip", "rollback")
+    """What follows a loss or gradient norm that is not finite. stop: the run fails, nothing of the step is saved, and only steps
+    that are logged, validated or saved are looked at. skip: the step changes nothing. rollback: back to the last saved step; the
+    batches since then are passed over. The latter two look at every step, which then waits for the device."""
+    spike: str = choice("ignore", "stop", "skip", "rollback")
+    """What follows a loss above spike_factor x the mean of the last spike_window losses. All but ignore look at every step."""
+    spike_factor: float = 2.0
+    """How much higher than before a loss must be to be a spike."""
+    spike_window: int = 32
+    """Losses that the mean is of. Until there are as many, nothing is a spike."""
+    limit: int = 10
+    """Bad steps that a run survives; the next one stops it."""
 
 
 @dataclass
@@ -242,6 +285,8 @@ class Config:
     """The optimizer."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     """The learning rate over the steps."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """What follows a step whose loss is not a number, or far too high."""
     backend: BackendConfig = field(default_factory=BackendConfig)
     """Which layers Megatron is built from."""
     callbacks: dict[str, Any] = field(default_factory=dict)

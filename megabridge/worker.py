@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Final
 
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -30,7 +29,7 @@ from megabridge.config import Config
 from megabridge.errors import ConfigError, MegabridgeError
 from megabridge.launchers import local, place, report
 from megabridge.launchers.report import CONFIG_ERROR, Failure
-from megabridge.platform import groups, ranks
+from megabridge.platform import determinism, groups, ranks
 
 Recipe = Callable[[Config], float | None]
 
@@ -95,7 +94,8 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     if config.family is not None:
         families.register_named(config.family)
     recipe = load_recipe(config.recipe.target)
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        determinism.require()
     if not config.recipe.single_process:
         groups.start(schema.processes(config, groups.world_size()), seed=config.seed, timeout=config.timeout)
     try:

@@ -6,17 +6,14 @@ Run it with `python -m megabridge.run`, or copy it and name your copy with `reci
 from __future__ import annotations
 
 from megabridge.config import Config
-from megabridge.training import Trainer, assemble, build_optimizer
+from megabridge.training import Trainer, assemble, build_optimizer, ddp_settings
 
 
 def main(config: Config) -> float | None:
     """Every rank calls it, in running process groups. Returns the validation loss at the end."""
     bridge = assemble.bridge(config)
     provider = assemble.provider(config, bridge)
-    chunks = provider.provide_distributed_model(
-        ddp_config={"use_distributed_optimizer": config.optimizer.distributed},
-        init=assemble.init(config),
-    )
+    chunks = provider.provide_distributed_model(ddp_config=ddp_settings(config.optimizer), init=assemble.init(config))
     optimizer, scheduler = build_optimizer(chunks, config.optimizer, config.scheduler, steps=config.recipe.steps)
     trainer = Trainer(
         config,

@@ -292,6 +292,24 @@ def frozen(node: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("checkpoint.keep_last=0", "checkpoint.keep_last=0 must be at least 1"),
+        ("checkpoint.save_every=0", "checkpoint.save_every=0 must be at least 1"),
+        ("recipe.eval_every=0", "recipe.eval_every=0 must be at least 1"),
+        ("policy.nonfinite=rollback", "policy rollback needs saved steps to go back to"),
+        ("policy.spike=skp", "policy.spike='skp' is not one of ignore, stop, skip, rollback; did you mean 'skip'"),
+        ("policy={spike: stop, spike_factor: 1.0}", "policy.spike_factor=1.0 must be above 1"),
+        ("optimizer.min_loss_scale=32", "optimizer.min_loss_scale=32.0 must be above 0 and at most initial_loss_scale=16.0"),
+        ("checkpoint={keep_best: 1, native: false}", "checkpoint.keep_best=1 keeps native steps"),
+    ],
+)
+def test_training_that_cannot_work_is_refused_before_it_starts(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        typed(override)
+
+
 def test_config_keys_are_frozen() -> None:
     """A key that appears, goes or changes its name is a change of the product: say so in CHANGELOG.md and here."""
     schema = OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)

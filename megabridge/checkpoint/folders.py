@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +25,7 @@ from typing import IO, Final
 from megabridge.errors import CheckpointError
 
 NATIVE: Final = "native"
+VALIDATION: Final = "validation.json"
 PARTIAL_SUFFIX: Final = ".partial"
 REMOVED_SUFFIX: Final = ".removed"
 LOCK_SUFFIX: Final = ".lock"
@@ -213,10 +216,29 @@ def remove_orphans(checkpoints: Path) -> list[Path]:
     return orphans
 
 
-def keep_last(checkpoints: Path, count: int) -> None:
-    """Removes all but the newest `count` committed steps, exports included."""
-    for native in list(committed_steps(checkpoints).values())[:-count]:
-        step = native.parent
+def note_validation(step: Path, loss: float) -> None:
+    """Leaves the validation loss of a saved step in its folder, for `keep`."""
+    partial = partial_of(step / VALIDATION)
+    partial.write_text(json.dumps({"loss": loss}) + "\n", encoding="utf-8")
+    fsync(partial)
+    partial.rename(step / VALIDATION)
+    fsync(step)
+
+
+def validation_loss(step: Path) -> float:
+    """The validation loss of a saved step; infinite where it was not validated."""
+    file = step / VALIDATION
+    return float(json.loads(file.read_text(encoding="utf-8"))["loss"]) if file.is_file() else math.inf
+
+
+def keep(checkpoints: Path, *, last: int, best: int) -> None:
+    """Removes all committed steps, exports included, but the newest `last` and the `best` of lowest validation loss."""
+    steps = [native.parent for native in committed_steps(checkpoints).values()]
+    validated = [step for step in steps if validation_loss(step) < math.inf]
+    kept = {*steps[len(steps) - last :], *sorted(validated, key=validation_loss)[:best]} if last < len(steps) else set(steps)
+    for step in steps:
+        if step in kept:
+            continue
         # Renamed first: a removal that is killed half-way leaves no step that looks committed.
         doomed = step.rename(step.with_name(step.name + REMOVED_SUFFIX))
         shutil.rmtree(doomed)

@@ -61,6 +61,8 @@ class Progress:
     """Sequences seen; the data order continues from here."""
     settings: Mapping[str, object] = field(default_factory=dict)
     """What the run's course depends on (seed, batch size, learning rate, ...), to be compared on resume."""
+    recent_losses: Sequence[float] = ()
+    """The last steps' losses, where the run compares them with the next (config group `policy`)."""
     same_layout: bool = True
     """On a load: whether the checkpoint was written under this layout, so that the random state was restored too."""
 
@@ -134,6 +136,7 @@ def save(
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
             "settings": dict(progress.settings),
+            "recent_losses": list(progress.recent_losses),
             "layout": layout(),
         }
         if optimizer is not None:
@@ -219,7 +222,12 @@ def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: 
 
 def _progress(common: Mapping[str, Any]) -> Progress:
     """Progress out of a checkpoint's common state."""
-    return Progress(step=common["step"], consumed_samples=common["consumed_samples"], settings=common["settings"])
+    return Progress(
+        step=common["step"],
+        consumed_samples=common["consumed_samples"],
+        settings=common["settings"],
+        recent_losses=common.get("recent_losses", ()),
+    )
 
 
 def _write(state: dict[str, Any], partial: Path) -> None:

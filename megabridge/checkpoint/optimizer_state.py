@@ -9,21 +9,30 @@ With or without them, (4) a `fully_reshardable` save takes the state out of a bu
 by offsets that count this padding. Where a bucket ends off a multiple of 128 x dp elements and is not the last (tied embeddings on
 the last pipeline stage have a bucket of their own), all that follows is shifted: wrong state, no error. So the offsets are counted
 anew while the state is taken.
+
+Where parameters are frozen, (5) a rank may have none to train, and (1) asserts again; and (6) layers are rows of one tensor in a
+checkpoint, whose rows of frozen layers would have no state. So each layer's state is then a tensor of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 
 import megabridge.platform
+from megabridge.agreement import gather
 
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
+_STATE_KEY: Final = re.compile(r"optimizer\.state\.[^.]+\.(.+)")
 _SHARDING: Final = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -63,8 +72,61 @@ def common(optimizer: Any) -> dict[str, Any]:
 def sharded(optimizer: Any, model_state: Mapping[str, Any], *, loading: bool) -> Any:
     """megatron-core's sharded state of the optimizer; every rank calls it (it gathers over dp when saving)."""
     seed(optimizer)
-    with _offsets_without_padding(optimizer):
-        return optimizer.sharded_state_dict(dict(model_state), is_loading=loading, metadata=_SHARDING)
+    with _offsets_without_padding(optimizer), _steps_without_parameters(optimizer):
+        state = optimizer.sharded_state_dict(dict(model_state), is_loading=loading, metadata=_SHARDING)
+    if frozen := _frozen_keys(model_state):
+        dict_list_map_inplace(lambda entry: _unstacked(entry, frozen), state)
+    return state
+
+
+def _frozen_keys(model_state: Mapping[str, Any]) -> set[str]:
+    """Checkpoint keys of parameters that are frozen on any rank. Every rank calls it."""
+    entries = nested_values(dict(model_state))
+    tensors = (entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory))
+    # Buffers (a router's correction bias) ask for no gradient either, and have no state to keep.
+    here = {entry.key for entry in tensors if isinstance(entry.data, torch.nn.Parameter) and not entry.data.requires_grad}
+    return set().union(*gather(here))
+
+
+def _unstacked(entry: Any, frozen: Container[str]) -> Any:
+    """An entry whose place in a stack of layers is part of its key, where other layers of that stack are frozen."""
+    match = _STATE_KEY.search(entry.key) if isinstance(entry, ShardedTensor | ShardedTensorFactory) else None
+    if match is None or match[1] not in frozen:
+        return entry
+    if isinstance(entry, ShardedTensorFactory):
+        build = entry.build_fn
+
+        def built(*arguments: Any) -> Any:
+            parts = build(*arguments)
+            dict_list_map_inplace(lambda part: _unstacked(part, frozen), parts)
+            return parts
+
+        return replace(entry, build_fn=built)
+    axes = entry.prepend_axis_num
+    return replace(
+        entry,
+        key=".".join([entry.key, *map(str, entry.global_offset[:axes])]),
+        global_shape=entry.global_shape[axes:],
+        global_offset=entry.global_offset[axes:],
+        axis_fragmentations=entry.axis_fragmentations[axes:],
+        prepend_axis_num=0,
+    )
+
+
+@contextlib.contextmanager
+def _steps_without_parameters(optimizer: Any) -> Iterator[None]:
+    """While entered, an optimizer without parameters on this rank has the number of steps that the others have."""
+    taken = torch.tensor(float(_steps_taken(optimizer)))
+    empty: list[Any] = [
+        part.optimizer for part in parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW) and not part.optimizer.state
+    ]
+    for inner in empty:
+        inner.state["no parameter"] = {"step": taken}
+    try:
+        yield
+    finally:
+        for inner in empty:
+            inner.state.pop("no parameter", None)
 
 
 @contextlib.contextmanager
@@ -100,7 +162,7 @@ def _restore_part(part: Any, state: dict[str, Any], common_values: Mapping[str, 
     if "grad_scaler" in common_values and not isinstance(part, FP32Optimizer):
         state["grad_scaler"] = common_values["grad_scaler"]
     if isinstance(part, DistributedOptimizer):
-        tensors = state.pop("param_state")
+        tensors = state.pop("param_state", {})  # away where this rank has nothing to train
         state.pop("param_state_sharding_type")
         for group in state["optimizer"]["param_groups"]:
             group["step"] = step

@@ -18,6 +18,12 @@ _SHORT: Final[dict[str, tuple[str, str]]] = {
     "train/grad_norm": ("gradient norm", ".3f"),
     "train/learning_rate": ("lr", ".2e"),
     "train/tokens_per_second": ("tokens/s", ",.0f"),
+    "train/tflops_per_device": ("TFLOP/s", ".1f"),
+    "train/mfu": ("MFU", ".1%"),
+    "train/memory_gib": ("GiB", ".1f"),
+    "train/skipped_steps": ("skipped", ".0f"),
+    "train/loss_scale": ("loss scale", ".0f"),
+    "validation/perplexity": ("perplexity", ".3f"),
     "validation/loss": ("validation loss", ".4f"),
     "validation/tokens": ("over tokens", ",.0f"),
 }

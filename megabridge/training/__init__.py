@@ -2,6 +2,6 @@
 
 from megabridge.training.hooks import Callback
 from megabridge.training.loop import Trainer
-from megabridge.training.optimizer import build_optimizer
+from megabridge.training.optimizer import build_optimizer, ddp_settings
 
-__all__ = ["Callback", "Trainer", "build_optimizer"]
+__all__ = ["Callback", "Trainer", "build_optimizer", "ddp_settings"]

@@ -18,6 +18,7 @@ from megabridge.data import DataModule
 from megabridge.data import bytes as byte_tokenizer
 from megabridge.loggers import Logger
 from megabridge.provider import ModelProvider
+from megabridge.training import freezing
 from megabridge.training.hooks import Callback
 
 BYTES: Final = "bytes"
@@ -61,6 +62,8 @@ def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
     made.finalize()
     if config.model.load_weights:
         made.register_pre_wrap_hook(partial(_import, config, bridge))
+    if config.optimizer.freeze:
+        made.register_pre_wrap_hook(partial(freezing.freeze, bridge=bridge, patterns=config.optimizer.freeze))
     return made
 
 

@@ -5,29 +5,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
-import megabridge.platform as platform
 from megabridge.agreement import gather, on_rank_zero
 from megabridge.checkpoint import folders, native
 from megabridge.config import Config
-from megabridge.errors import ConfigError
 from megabridge.loggers import Logger, Reporter
-from megabridge.training import resume
+from megabridge.training import batches, resume, saving, update
+from megabridge.training.flags import SharedFlag
+from megabridge.training.gathering import Gathering
 from megabridge.training.hooks import Callback
+from megabridge.training.policy import Action, Guard, TrainingError, refuse_nonfinite
 from megabridge.training.routers import RouterStatistics
-from megabridge.training.step import Batch, TrainingError, forward_backward, prepare, validate
+from megabridge.training.step import Batch, forward_backward, prepare, validate
 from megabridge.training.stopping import Stopped, StopSignal
+from megabridge.training.throughput import Clock
 
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.utils import get_model_config
 
 if TYPE_CHECKING:
+    import torch
+
     from megabridge.bridge import AutoBridge
     from megabridge.data import DataModule
 
@@ -69,12 +72,19 @@ class Trainer:
         """Hugging Face folders that callbacks published in this process, oldest first."""
         self.validation_losses: list[tuple[int, float]] = []
         """(step, loss) of every validation in this process."""
+        self.guard = Guard(config.policy)
+        """Judges losses and gradients before a step is taken."""
+        self.skipped_steps = 0
+        """Steps of this process that changed nothing: passed over by policy, or FP16 gradients that overflowed."""
         self._saved_step: int | None = None
+        self._good: Path | None = None
         self._lock: IO[str] | None = None
-        self._micro_batches = _micro_batches(config)
-        self._clock = _Clock()
+        self._micro_batches = batches.micro_batches(config)
+        self._clock = Clock(config, self.chunks)
+        self._stop_flag = SharedFlag()
         self._routers = RouterStatistics(self.chunks)
         prepare(self.chunks, optimizer)
+        self._gathering = Gathering(self.chunks)
 
     @property
     def is_main(self) -> bool:
@@ -92,8 +102,8 @@ class Trainer:
     def fit(self) -> float | None:
         """Trains, and returns the last validation loss (None without validation data).
 
-        Raises TrainingError for a loss or gradient that is not a number, which is never saved, and Stopped (exit code 75)
-        after the save that SIGTERM or SIGUSR1 asked for.
+        Raises TrainingError for a loss or gradient that is not a number, which is never saved (`config.policy` may have such steps
+        passed over), and Stopped (exit code 75) after the save that SIGTERM or SIGUSR1 asked for.
         """
         try:
             with StopSignal() as stop:
@@ -108,16 +118,16 @@ class Trainer:
 
     def _fit(self, stop: StopSignal) -> float | None:
         self._start()
-        recipe, saving = self.config.recipe, self.config.checkpoint
         validation = self._validation_batches()
-        if recipe.eval_at_start:
+        if self.config.recipe.eval_at_start:
             self._validate(validation)
         stopped = self._train(validation, stop)
+        self._gathering.pause()
         if line := self.data.left_out():
             self.say(line)
         if self.step != self._last_validated() and not stopped:
             self._validate(validation)
-        if (saving.save_at_end or stopped) and self._saved_step != self.step:
+        if (self.config.checkpoint.save_at_end or stopped) and self._saved_step != self.step:
             self._save()
         if stopped:
             self.say(f"stopped by a signal after step {self.step}, saved; continue with checkpoint.resume=auto")
@@ -134,6 +144,8 @@ class Trainer:
             self._resume(source)
         elif self.bridge is not None and self.bridge.import_report is not None:
             self._call("on_import", self.bridge.import_report)
+        if self.bridge is not None:
+            self._clock.measure(self.bridge.plan(self.chunks))
 
     def _claim(self) -> None:
         self._lock = folders.lock(self.checkpoints)
@@ -143,9 +155,12 @@ class Trainer:
         progress = native.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
         if self.bridge is not None:
             self.bridge.remember(source / native.ASSETS)
-        for line in resume.changes(progress.settings, resume.settings(self.config)):
+        accepted = self.config.checkpoint.accept_changes
+        for line in resume.changes(progress.settings, resume.settings(self.config), accepted=accepted):
             self.say(f"resumed with a changed setting, {line}")
         self.step, self.consumed_samples = progress.step, progress.consumed_samples
+        self.guard.resume(progress.recent_losses)
+        self._good = source
         self._saved_step = self.step if source.parent.parent.resolve() == self.checkpoints.resolve() else None
         self.say(f"resumed from {source} at step {self.step}")
         if not progress.same_layout:
@@ -154,7 +169,7 @@ class Trainer:
 
     def _train(self, validation: list[Batch], stop: StopSignal) -> bool:
         """The steps that are left; returns whether a signal ended them early."""
-        recipe, saving = self.config.recipe, self.config.checkpoint
+        recipe = self.config.recipe
         data = self.data.train_batches(
             self.consumed_samples,
             dp_rank=parallel_state.get_data_parallel_rank(),
@@ -165,35 +180,49 @@ class Trainer:
             self._call("before_step")
             metrics = self._one_step(data)
             self._call("after_step", metrics)
-            ends = self.step == recipe.steps
-            if self._checks_now() and self._is_stopping(stop):
+            is_stopping = self._stop_flag.now if self._reads(self.step) else self._stop_flag.soon
+            # Validation and saves take long: a signal that came before or in them is obeyed before the next step.
+            if is_stopping(stop.received) or (self._pause(validation) and self._stop_flag.now(stop.received)):
                 self._call("on_stop")
                 return True
-            if recipe.eval_every and self.step % recipe.eval_every == 0:
-                self._validate(validation)
-            if saving.save_every and self.step % saving.save_every == 0 and not (ends and not saving.save_at_end):
-                self._save()
         return False
+
+    def _pause(self, validation: list[Batch]) -> bool:
+        """Validates and saves where it is time to, and returns whether it was."""
+        recipe, checkpoint = self.config.recipe, self.config.checkpoint
+        saves = bool(checkpoint.save_every) and self.step % (checkpoint.save_every or 1) == 0
+        saves = saves and self.step != self._saved_step and (self.step != recipe.steps or checkpoint.save_at_end)
+        validates = bool(recipe.eval_every) and self.step % (recipe.eval_every or 1) == 0
+        validates = self.step != self._last_validated() and (validates or (saves and bool(checkpoint.keep_best)))
+        if validates:
+            self._validate(validation)
+        if saves:
+            self._save()
+        return validates or saves
 
     def _one_step(self, data: Iterator[Batch]) -> dict[str, float]:
         """One optimizer step; returns its metrics where it is logged, else nothing."""
+        self._gathering.go_on()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        checked = self._checks_now(self.step + 1)
-        self._routers.begin(is_logged=checked)
-        totals = forward_backward(self.chunks, list(islice(data, self._micro_batches)), forward_only=False)
-        if checked:
-            self._refuse_non_finite("loss", float(totals[0]))
-        updated, grad_norm, _ = self.optimizer.step()
-        if grad_norm is not None and checked:
-            self._refuse_non_finite("gradient norm", float(grad_norm))
+        reads = self._reads(self.step + 1)
+        self._routers.begin(is_logged=reads)
+        totals = forward_backward(self.chunks, batches.take(data, self._micro_batches), forward_only=False)
+        scale = update.loss_scale(self.optimizer)
+        norm = update.gradient_norm(self.optimizer)
+        action = self._judged(totals, norm, scale) if reads or self.guard.reads_every_step else "go"
+        if action == "rollback":
+            self._roll_back()
+            return {}
         rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
-        if updated:
+        if norm is not None and action == "go" and update.step(self.optimizer, norm, clip=self.config.optimizer.clip_grad):
             self.scheduler.step(1)
+        else:
+            self.skipped_steps += 1
         self.step += 1
         self.consumed_samples += self.config.recipe.global_batch_size
-        if not checked:
+        if not reads:
             return {}
         total, count = totals.tolist()
         metrics = {
@@ -201,34 +230,46 @@ class Trainer:
             "train/learning_rate": float(rate or 0.0),
             "train/loss_tokens": count,
             "train/consumed_samples": float(self.consumed_samples),
-            **self._clock.rates(self.step, self.config),
+            **self._clock.rates(self.step),
             **self._routers.metrics(self._micro_batches),
         }
-        if grad_norm is not None:
-            metrics["train/grad_norm"] = float(grad_norm)
+        if norm is not None:
+            metrics["train/grad_norm"] = float(norm)
+        if self.skipped_steps:
+            metrics["train/skipped_steps"] = float(self.skipped_steps)
+        if get_model_config(self.chunks[0]).fp16:
+            metrics["train/loss_scale"] = float(update.loss_scale(self.optimizer))
         self.log(metrics)
         return metrics
 
-    def _checks_now(self, step: int | None = None) -> bool:
+    def _reads(self, step: int) -> bool:
         """Whether results of `step` are read on the host. Elsewhere nothing waits for the device."""
-        step = self.step if step is None else step
-        recipe, saving = self.config.recipe, self.config.checkpoint
+        recipe, checkpoint = self.config.recipe, self.config.checkpoint
         return step == recipe.steps or any(
-            every and step % every == 0 for every in (recipe.log_every, recipe.eval_every, saving.save_every)
+            every and step % every == 0 for every in (recipe.log_every, recipe.eval_every, checkpoint.save_every)
         )
 
-    def _refuse_non_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the {what} of step {self.step + 1} is {value}; nothing of it is saved. Lower optimizer.lr, lengthen "
-                "scheduler.warmup_steps, or look at the batch, and continue with checkpoint.resume=auto."
-            )
+    def _judged(self, totals: torch.Tensor, norm: torch.Tensor | None, scale: torch.Tensor) -> Action:
+        """What the policy makes of the step in hand; says so where it isn't taken."""
+        total, count = totals.tolist()
+        size = update.size_of(norm, scale, least_scale=self.config.optimizer.min_loss_scale)
+        action, fault = self.guard.judge(self.step + 1, total / max(count, 1.0), size)
+        if action != "go":
+            self.say(f"{fault}: " + ("the step is skipped" if action == "skip" else "back to the last saved step"))
+        return action
 
-    def _is_stopping(self, stop: StopSignal) -> bool:
-        """Whether any rank has got a signal: all leave the loop at the same step."""
-        flag = torch.tensor(int(stop.received), device=platform.device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    def _roll_back(self) -> None:
+        """Goes on from the last save, with the batches after the bad one. Raises TrainingError where there is none."""
+        if self._good is None:
+            raise TrainingError(
+                "policy.nonfinite or policy.spike is rollback, but no step was saved yet; set checkpoint.save_every, or skip."
+            )
+        self._gathering.pause(sync=False)
+        progress = native.load(self._good, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
+        self.guard.resume(progress.recent_losses)
+        self.step = progress.step
+        self.consumed_samples += self.config.recipe.global_batch_size
+        self._clock.start(self.step)
 
     def _validation_batches(self) -> list[Batch]:
         return self.data.validation_batches(
@@ -241,39 +282,37 @@ class Trainer:
     def _validate(self, batches: list[Batch]) -> None:
         if not any(gather(bool(batches))):
             return
+        self._gathering.pause()
         self._call("before_validation")
         recipe = self.config.recipe
         started = time.perf_counter()
         loss, tokens = validate(self.chunks, batches, micro_batch_size=recipe.micro_batch_size, seq_length=recipe.seq_length)
-        self._refuse_non_finite("validation loss", loss)
+        refuse_nonfinite(self.step, "validation loss", loss)
         self.validation_losses.append((self.step, loss))
         seconds = time.perf_counter() - started
         self._clock.skip(seconds)
-        self.log({"validation/loss": loss, "validation/tokens": float(tokens), "validation/seconds": seconds})
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self.log(
+            {
+                "validation/loss": loss,
+                "validation/perplexity": perplexity,
+                "validation/tokens": float(tokens),
+                "validation/seconds": seconds,
+            }
+        )
         self._call("after_validation", loss)
 
     def _save(self) -> None:
-        saving = self.config.checkpoint
-        save_started = time.perf_counter()
+        started = time.perf_counter()
+        self._gathering.pause()
         self._call("before_save", self.step)
-        folder = folders.step_folder(self.checkpoints, self.step)
-        if saving.native:
-            started = time.perf_counter()
-            native.save(
-                folder / folders.NATIVE,
-                self.chunks,
-                progress=native.Progress(self.step, self.consumed_samples, resume.settings(self.config)),
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-                write_assets=None if self.bridge is None else self.bridge.write_assets,
-            )
-            self.log({"checkpoint/seconds": time.perf_counter() - started})
+        folder = saving.write(self)
         self._call("on_save", self.step, folder)
         self._saved_step = self.step
-        if saving.keep_last:
-            count = saving.keep_last
-            on_rank_zero("removing old checkpoints", lambda: folders.keep_last(self.checkpoints, count))
-        self._clock.skip(time.perf_counter() - save_started)
+        if self.config.checkpoint.native:
+            self._good = folder / folders.NATIVE
+        saving.prune(self, folder)
+        self._clock.skip(time.perf_counter() - started)
 
     def _finish(self) -> None:
         if self.validation_losses:
@@ -286,44 +325,3 @@ class Trainer:
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
-
-
-class _Clock:
-    """Seconds per step between two logged steps, without what validation and saves took in between."""
-
-    def __init__(self) -> None:
-        self.start(0)
-
-    def start(self, step: int) -> None:
-        self._step, self._since = step, time.perf_counter()
-
-    def skip(self, seconds: float) -> None:
-        self._since += seconds
-
-    def rates(self, step: int, config: Config) -> dict[str, float]:
-        seconds = (time.perf_counter() - self._since) / max(step - self._step, 1)
-        self.start(step)
-        tokens = config.recipe.global_batch_size * config.recipe.seq_length
-        return {"train/step_seconds": seconds, "train/tokens_per_second": tokens / seconds}
-
-
-def _micro_batches(config: Config) -> int:
-    """Micro-batches of one optimizer step on this data-parallel rank. Raises ConfigError where they don't come out even."""
-    recipe = config.recipe
-    dp: int = parallel_state.get_data_parallel_world_size()
-    count, rest = divmod(recipe.global_batch_size, recipe.micro_batch_size * dp)
-    if rest or not count:
-        raise ConfigError(
-            f"recipe.global_batch_size={recipe.global_batch_size} must be a multiple of recipe.micro_batch_size x dp = "
-            f"{recipe.micro_batch_size} x {dp}; use {recipe.micro_batch_size * dp * max(count, 1)} or change either."
-        )
-    pp, vpp = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-    )
-    if vpp is not None and count % pp:
-        raise ConfigError(
-            f"with parallel.vpp={vpp} the {count} micro-batches of a step must be a multiple of parallel.pp={pp}; use "
-            f"recipe.global_batch_size={recipe.micro_batch_size * dp * pp * (count // pp + 1)}."
-        )
-    return count

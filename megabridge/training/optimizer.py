@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -10,11 +12,12 @@ import torch
 import megabridge.platform as platform
 from megabridge.checkpoint import optimizer_state
 from megabridge.config import OptimizerConfig, SchedulerConfig
-from megabridge.errors import ConfigError
+from megabridge.errors import ConfigError, listed
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.utils import get_model_config
 
 
@@ -22,7 +25,8 @@ def build_optimizer(
     chunks: Sequence[Any], optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, steps: int
 ) -> tuple[Any, Any]:
     """megatron-core's optimizer over the DDP-wrapped `chunks` and its OptimizerParamScheduler; one scheduler step is one
-    optimizer step. Every rank calls it. One-dimensional parameters and biases are not decayed, as in megatron-core.
+    optimizer step. Every rank calls it. Parameters of one dimension are not decayed, as in megatron-core, nor those that
+    `optimizer.no_decay` names.
 
     Raises ConfigError where a setting can't work.
     """
@@ -37,15 +41,21 @@ def build_optimizer(
             adam_beta1=optimizer.beta1,
             adam_beta2=optimizer.beta2,
             adam_eps=optimizer.eps,
+            sgd_momentum=optimizer.momentum,
             clip_grad=optimizer.clip_grad,
             use_distributed_optimizer=optimizer.distributed,
+            overlap_param_gather=optimizer.overlap_param_gather,
             bf16=model.bf16,
             fp16=model.fp16,
             params_dtype=model.params_dtype,
-            # megatron-core's 2^32 overflows in the first hundred steps of most models.
-            initial_loss_scale=2.0**16,
+            loss_scale=optimizer.loss_scale,
+            initial_loss_scale=optimizer.initial_loss_scale,
+            min_loss_scale=optimizer.min_loss_scale,
+            loss_scale_window=optimizer.loss_scale_window,
+            hysteresis=optimizer.hysteresis,
         ),
         list(chunks),
+        config_overrides={_not_decayed(optimizer.no_decay): ParamGroupOverride(wd_mult=0.0)},
     )
     for part in optimizer_state.parts(built):
         if isinstance(part.optimizer, torch.optim.AdamW) and not platform.is_cpu():
@@ -57,17 +67,47 @@ def build_optimizer(
     return built, _schedule(built, optimizer, scheduler, steps)
 
 
+def ddp_settings(optimizer: OptimizerConfig) -> dict[str, object]:
+    """The `ddp_config` of provide_distributed_model that goes with this optimizer."""
+    return {
+        "use_distributed_optimizer": optimizer.distributed,
+        "overlap_grad_reduce": optimizer.overlap_grad_reduce,
+        "overlap_param_gather": optimizer.overlap_param_gather,
+    }
+
+
+def _not_decayed(patterns: Sequence[str]) -> ParamKey:
+    """What megatron-core asks of each parameter to find its group; names begin with `module.` of each wrapper."""
+
+    def is_kept(parameter: torch.Tensor, name: str) -> bool:
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        return parameter.dim() == 1 or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_decay", fn=is_kept))
+
+
 def _check(chunks: Sequence[Any], optimizer: OptimizerConfig) -> None:
+    fp16 = get_model_config(chunks[0]).fp16
+    if optimizer.loss_scale is not None and not fp16:
+        raise ConfigError(f"optimizer.loss_scale={optimizer.loss_scale} needs model.dtype=float16; leave it null.")
+    if optimizer.overlap_param_gather and not (optimizer.distributed and optimizer.overlap_grad_reduce):
+        raise ConfigError(
+            "optimizer.overlap_param_gather=true needs optimizer.distributed=true and optimizer.overlap_grad_reduce=true; set both."
+        )
     if optimizer.name == "sgd" and optimizer.distributed:
         raise ConfigError(
             "optimizer.name=sgd has no distributed form in megatron-core; set optimizer.distributed=false or optimizer.name=adam."
         )
-    wrapped = bool(chunks[0].ddp_config.use_distributed_optimizer)
-    if wrapped != optimizer.distributed:
-        raise ConfigError(
-            f"optimizer.distributed={optimizer.distributed} must match the model's ddp_config.use_distributed_optimizer="
-            f"{wrapped}; give provide_distributed_model(ddp_config={{'use_distributed_optimizer': {optimizer.distributed}}})."
-        )
+    wanted, wrapped = ddp_settings(optimizer), asdict(chunks[0].ddp_config)
+    problems = [
+        f"optimizer.{name.replace('use_distributed_optimizer', 'distributed')}={value} must match the model's "
+        f"ddp_config.{name}={wrapped[name]}; give provide_distributed_model(ddp_config={wanted})."
+        for name, value in wanted.items()
+        if wrapped[name] != value
+    ]
+    if problems:
+        raise ConfigError(listed(problems))
 
 
 def _schedule(built: Any, optimizer: OptimizerConfig, scheduler: SchedulerConfig, steps: int) -> Any:
@@ -104,7 +144,7 @@ def _schedule(built: Any, optimizer: OptimizerConfig, scheduler: SchedulerConfig
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
         wsd_decay_steps=wsd_steps,
-        lr_wsd_decay_style="linear" if wsd_steps is not None else None,
+        lr_wsd_decay_style=scheduler.wsd_decay if wsd_steps is not None else None,
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from megabridge.checkpoint import folders
+from megabridge.checkpoint import folders, native
 from megabridge.config import Config
 from megabridge.errors import ConfigError
 
@@ -27,6 +27,7 @@ def settings(config: Config) -> dict[str, Any]:
         "model.name": config.model.name,
         "model.dtype": config.model.dtype,
         "model.hf": _text(config.model.hf),
+        "parallel": "".join(f"{name}{size}" for name, size in native.layout().items() if size > 1) or "single",
     }
     for group in ("optimizer", "scheduler"):
         fields = dataclasses.asdict(getattr(config, group))
@@ -34,15 +35,20 @@ def settings(config: Config) -> dict[str, Any]:
     return values
 
 
-def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """A line for each setting that differs and may; raises ConfigError for those that may not."""
+def changes(saved: Mapping[str, Any], current: Mapping[str, Any], *, accepted: Sequence[str] = ()) -> list[str]:
+    """A line for each setting that differs and may; raises ConfigError for those that may not, but for the `accepted`.
+
+    Where a setting that the data's order depends on is accepted, the run goes on after as many samples as it has seen.
+    """
+    if unknown := [name for name in accepted if name not in _ORDER]:
+        raise ConfigError(f"checkpoint.accept_changes={unknown} must be of {', '.join(_ORDER)}; others need not be accepted.")
     different = {name: (saved[name], value) for name, value in current.items() if name in saved and saved[name] != value}
     lines = {name: f"{name}: {before} -> {now}" for name, (before, now) in different.items()}
-    forbidden = [lines[name] for name in _ORDER if name in lines]
+    forbidden = [lines[name] for name in _ORDER if name in lines and name not in accepted]
     if forbidden:
         raise ConfigError(
-            "a run can't continue with other data or another model; put these back, or start a new run from the "
-            "checkpoint's weights:\n  " + "\n  ".join(forbidden)
+            "a run can't continue with other data or another model; put these back, or name them in checkpoint.accept_changes:"
+            "\n  " + "\n  ".join(forbidden)
         )
     return list(lines.values())
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import megabridge.platform as platform
-from megabridge.errors import ConfigError, MegabridgeError
+from megabridge.errors import ConfigError
 from megabridge.layers.packed import Packed, packed
 
 from megatron.core import parallel_state
@@ -25,10 +25,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 
 Batch = dict[str, torch.Tensor]
-
-
-class TrainingError(MegabridgeError):
-    """Training can't go on: a loss or a gradient that is not a number."""
 
 
 def prepare(chunks: Sequence[Any], optimizer: Any) -> None:
@@ -43,8 +39,6 @@ def prepare(chunks: Sequence[Any], optimizer: Any) -> None:
                 "provider.calculate_per_token_loss=False would weigh micro-batches, not tokens; set it to True before "
                 "provide_distributed_model()."
             )
-        if chunk.ddp_config.overlap_param_gather:
-            raise ConfigError("ddp_config.overlap_param_gather=True is not supported by this loop; set it to False.")
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss if config.fp16 else None
     if chunks[0].ddp_config.overlap_grad_reduce:

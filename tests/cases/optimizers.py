@@ -35,10 +35,10 @@ def rates(schedules: list[dict[str, Any]], steps: int) -> list[list[float]]:
     return found
 
 
-def decay() -> tuple[list[str], list[str]]:
+def decay(**settings: Any) -> tuple[list[str], list[str]]:
     """Names of the parameters of this rank that are decayed, and of those that are not."""
     chunks = tiny.model(add_qkv_bias=True)
-    config = OptimizerConfig(weight_decay=0.1, distributed=True)
+    config = OptimizerConfig(weight_decay=0.1, distributed=True, **settings)
     optimizer, _ = build_optimizer(chunks, config, SchedulerConfig(), steps=10)
     (part,) = optimizer.chained_optimizers
     names = {parameter: name for chunk in chunks for name, parameter in chunk.named_parameters()}

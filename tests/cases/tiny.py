@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from megabridge.config import CheckpointConfig, Config, OptimizerConfig, RecipeConfig, SchedulerConfig
+from megabridge.config import CheckpointConfig, Config, OptimizerConfig, PolicyConfig, RecipeConfig, SchedulerConfig
 from megabridge.provider import ModelProvider
-from megabridge.training import Callback, Trainer, build_optimizer
+from megabridge.training import Callback, Trainer, build_optimizer, ddp_settings
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -50,7 +50,7 @@ EXPERTS: dict[str, Any] = {
 """Settings that make mixtures of the last three layers."""
 
 
-def model(*, distributed: bool = True, dtype: str = "float32", **settings: Any) -> list[Any]:
+def model(*, distributed: bool = True, overlap: bool = False, dtype: str = "float32", **settings: Any) -> list[Any]:
     """DDP-wrapped chunks of the running layout, whose parameters don't depend on the layout."""
     provider = ModelProvider(NATIVE, family_name="Tiny")
     vpp = parallel_state.get_virtual_pipeline_model_parallel_world_size()
@@ -76,7 +76,8 @@ def model(*, distributed: bool = True, dtype: str = "float32", **settings: Any) 
         return chunks
 
     provider.register_pre_wrap_hook(fill)
-    return provider.provide_distributed_model(ddp_config={"use_distributed_optimizer": distributed})
+    optimizer = OptimizerConfig(distributed=distributed, overlap_grad_reduce=overlap, overlap_param_gather=overlap)
+    return provider.provide_distributed_model(ddp_config=ddp_settings(optimizer))
 
 
 def _fill(chunk: torch.nn.Module) -> None:
@@ -109,11 +110,14 @@ class Samples:
     def __init__(self, micro_batch_size: int, *, validation: int = 3) -> None:
         self.micro_batch_size = micro_batch_size
         self.validation = validation
+        self.seen: list[int] = []
+        """First samples of the micro-batches that were taken for training."""
 
     def train_batches(self, consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[dict[str, torch.Tensor]]:
         size = self.micro_batch_size
         start = consumed_samples + dp_rank * size
         while True:
+            self.seen.append(start)
             yield batch(range(start, start + size))
             start += size * dp_size
 
@@ -143,13 +147,22 @@ def batch(samples: Sequence[int]) -> dict[str, torch.Tensor]:
     }
 
 
-def config(run_dir: str, *, steps: int, lr: float = 1e-2, **settings: Any) -> Config:
+def config(
+    run_dir: str,
+    *,
+    steps: int,
+    lr: float = 1e-2,
+    optimizer: dict[str, Any] | None = None,
+    policy: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Config:
     """A Config for the tiny model; `settings` are of the groups checkpoint and recipe."""
     saving = {name: settings.pop(name) for name in list(settings) if name in CheckpointConfig.__dataclass_fields__}
     sizes = {"global_batch_size": 8, "micro_batch_size": 2, "eval_at_start": False, **settings}
     return Config(
         recipe=RecipeConfig(steps=steps, seq_length=SEQUENCE, **sizes),
-        optimizer=OptimizerConfig(lr=lr, weight_decay=0.1),
+        optimizer=OptimizerConfig(lr=lr, weight_decay=0.1, **(optimizer or {})),
+        policy=PolicyConfig(**(policy or {})),
         scheduler=SchedulerConfig(name="constant", warmup_steps=2),
         checkpoint=CheckpointConfig(**saving),
         run_dir=run_dir,
@@ -161,7 +174,17 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
+        self.said: list[str] = []
         self.calls: list[str] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        say = trainer.say
+
+        def kept(line: str) -> None:
+            self.said.append(line)
+            say(line)
+
+        trainer.say = kept  # type: ignore[method-assign]
 
     def after_step(self, trainer: Trainer, metrics: Any) -> None:
         self.steps.append(dict(metrics))
@@ -170,6 +193,7 @@ class Recorder(Callback):
 def trainer(config: Config, *, callbacks: Sequence[Callback] = (), loggers: Sequence[Any] = (), **model_options: Any) -> Trainer:
     """A Trainer over the tiny model in the running layout."""
     config.optimizer.distributed = model_options.get("distributed", True)
+    config.optimizer.overlap_grad_reduce = config.optimizer.overlap_param_gather = model_options.get("overlap", False)
     chunks = model(**model_options)
     optimizer, scheduler = build_optimizer(chunks, config.optimizer, config.scheduler, steps=config.recipe.steps)
     data: Any = Samples(config.recipe.micro_batch_size)

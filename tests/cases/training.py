@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megabridge.checkpoint import folders, native, optimizer_state
 from megabridge.errors import CheckpointError
+from megabridge.platform import determinism
 from megabridge.training import Callback, Trainer
 from megabridge.training.step import forward_backward, validate
 from megabridge.training.stopping import Stopped
@@ -25,12 +26,20 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 def run(
-    run_dir: str, *, steps: int, options: dict[str, Any] | None = None, stop_after: int | None = None, **settings: Any
+    run_dir: str,
+    *,
+    steps: int,
+    options: dict[str, Any] | None = None,
+    stop_after: int | None = None,
+    deterministic: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Trains; returns each step's metrics, this rank's parameters and optimizer state, and the validation loss.
 
     `stop_after` ends the run at that step as SIGTERM would, with a save.
     """
+    if deterministic:
+        determinism.require()
     recorder = tiny.Recorder()
     callbacks = [recorder] if stop_after is None else [recorder, Interrupt(stop_after)]
     trainer = tiny.trainer(tiny.config(run_dir, steps=steps, **settings), callbacks=callbacks, **(options or {}))
@@ -47,6 +56,8 @@ def run(
         "parameters": parameters(trainer.chunks),
         "optimizer": state(trainer.optimizer, trainer.chunks),
         "step": trainer.step,
+        "batches": trainer.data.seen,
+        "said": recorder.said,
     }
 
 
@@ -79,9 +90,18 @@ class Interrupt(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def interrupted(run_dir: str) -> tuple[Any, int]:
-    """The exit code and the step of a run that one rank's SIGTERM ends at step 3."""
-    trainer = tiny.trainer(tiny.config(run_dir, steps=100), callbacks=[Interrupt(3)])
+class InterruptSave(Callback):
+    """Sends SIGTERM to the last rank's own process while step 2 is saved."""
+
+    def before_save(self, trainer: Trainer, step: int) -> None:
+        if step == 2 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted(run_dir: str, *, saving: bool = False) -> tuple[Any, int]:
+    """The exit code and the step of a run that one rank's SIGTERM ends: in step 3, or while step 2 is saved."""
+    config = tiny.config(run_dir, steps=100, save_every=2 if saving else None, log_every=50)
+    trainer = tiny.trainer(config, callbacks=[InterruptSave() if saving else Interrupt(3)])
     try:
         trainer.fit()
     except SystemExit as stopped:
@@ -252,3 +272,17 @@ def without_validation(run_dir: str) -> float | None:
     data: Any = tiny.Samples(2, validation=0)
     trainer.data = data
     return trainer.fit()
+
+
+class InterruptTwice(Callback):
+    """Sends SIGTERM to rank 0's own process twice while step 4 is saved."""
+
+    def before_save(self, trainer: Trainer, step: int) -> None:
+        if step == 4 and dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            filesystem_async._write_item = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted_twice(run_dir: str) -> None:
+    """A run whose second signal comes in the middle of a file of step 4."""
+    tiny.trainer(tiny.config(run_dir, steps=6, save_every=2), callbacks=[InterruptTwice()]).fit()

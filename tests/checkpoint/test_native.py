@@ -163,7 +163,7 @@ def test_keep_last_and_orphans(tmp_path: Path) -> None:
         (partial / "metadata.json").touch()
         (partial / ".metadata").touch()
         folders.commit(folder)
-    folders.keep_last(tmp_path, 2)
+    folders.keep(tmp_path, last=2, best=0)
     assert list(folders.committed_steps(tmp_path)) == [2, 3]
     folders.begin(tmp_path / "step_4/native")
     (tmp_path / "step_1.removed/native").mkdir(parents=True)

@@ -38,13 +38,14 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("topology", LAYOUTS, ids=str)
-def test_two_halves_equal_the_whole(ranks: RankServer, tmp_path: Path, topology: Topology) -> None:
-    whole = trained(ranks, topology, tmp_path / "whole", steps=6)
-    first = trained(ranks, topology, tmp_path / "halves", steps=6, stop_after=3)
-    second = trained(ranks, topology, tmp_path / "halves", steps=6, resume="auto")
+def test_fault_27_two_halves_equal_the_whole(ranks: RankServer, tmp_path: Path, topology: Topology) -> None:
+    whole = trained(ranks, topology, tmp_path / "whole", steps=6, deterministic=True)
+    first = trained(ranks, topology, tmp_path / "halves", steps=6, stop_after=3, deterministic=True)
+    second = trained(ranks, topology, tmp_path / "halves", steps=6, resume="auto", deterministic=True)
 
     for everything, before, after in zip(whole, first, second, strict=True):
         assert before["step"] == 3
+        assert before["batches"] + after["batches"] == everything["batches"]
         assert before["losses"] + after["losses"] == everything["losses"]
         assert before["norms"] + after["norms"] == everything["norms"]
         assert before["rates"] + after["rates"] == everything["rates"]
@@ -131,12 +132,22 @@ def test_bfloat16_keeps_its_float32_masters(ranks: RankServer, tmp_path: Path) -
     assert_equal(second[0]["optimizer"], whole[0]["optimizer"])
 
 
-def test_other_data_is_refused_and_another_rate_is_taken(ranks: RankServer, tmp_path: Path) -> None:
+def test_fault_28_other_data_is_refused_or_accepted_and_another_rate_is_taken(ranks: RankServer, tmp_path: Path) -> None:
     trained(ranks, Topology(), tmp_path, steps=2)
     with pytest.raises(RankError, match=r"recipe.global_batch_size: 8 -> 4"):
         trained(ranks, Topology(), tmp_path, steps=4, resume="auto", global_batch_size=4)
-    result = trained(ranks, Topology(), tmp_path, steps=4, resume="auto", lr=5e-3)
+    with pytest.raises(RankError, match=r"checkpoint.accept_changes=\['optimizer.lr'\] must be of seed, recipe.global_batch_size"):
+        trained(ranks, Topology(), tmp_path, steps=4, resume="auto", accept_changes=["optimizer.lr"])
+
+    settings = {"global_batch_size": 4, "accept_changes": ["recipe.global_batch_size"], "lr": 5e-3}
+    result = trained(ranks, Topology(dp=2), tmp_path, steps=4, resume="auto", **settings)
     assert result[0]["rates"] == [5e-3, 5e-3]
+    assert result[0]["batches"] == [16, 20] and result[1]["batches"] == [18, 22]
+    assert {line.removeprefix("resumed with a changed setting, ") for line in result[0]["said"]} >= {
+        "recipe.global_batch_size: 8 -> 4",
+        "optimizer.lr: 0.01 -> 0.005",
+        "parallel: single -> dp2",
+    }
 
 
 def test_a_run_does_not_run_over_anothers_steps(ranks: RankServer, tmp_path: Path) -> None:

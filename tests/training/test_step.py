@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,31 @@ def test_loss_goes_down(ranks: RankServer, tmp_path: Path) -> None:
     assert result["validation"] < 0.9 * result["validation_losses"][0][1]
 
 
-def test_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(ranks: RankServer, tmp_path: Path) -> None:
+def test_fault_29_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(ranks: RankServer, tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"the loss of step 3 is nan; nothing of it is saved"):
         ranks.run("tests.cases.training:poisoned", topology=Topology(dp=2), kwargs={"run_dir": str(tmp_path)})
     assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == ["step_2"]
 
 
-def test_sigterm_saves_and_exits_with_its_code(ranks: RankServer, tmp_path: Path) -> None:
-    results = ranks.run("tests.cases.training:interrupted", topology=Topology(dp=2), kwargs={"run_dir": str(tmp_path)})
-    assert results == [(75, 3), (75, 3)]
-    assert (tmp_path / "checkpoints/step_3/native/metadata.json").is_file()
+@pytest.mark.parametrize(("saving", "step"), [(False, 3), (True, 2)])
+def test_fault_05_sigterm_ends_the_step_saves_once_and_has_its_code(
+    ranks: RankServer, tmp_path: Path, saving: bool, step: int
+) -> None:
+    kwargs = {"run_dir": str(tmp_path), "saving": saving}
+    results = ranks.run("tests.cases.training:interrupted", topology=Topology(dp=2), kwargs=kwargs)
+    assert results == [(75, step), (75, step)]
+    assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == [f"step_{step}"]
+    assert (tmp_path / f"checkpoints/step_{step}/native/metadata.json").is_file()
+
+
+def test_fault_05_a_second_signal_ends_at_once_and_harms_nothing(ranks: RankServer, tmp_path: Path) -> None:
+    whole = trained(ranks, Topology(), tmp_path / "whole", steps=6)
+    with pytest.raises(RankError) as caught:
+        ranks.run("tests.cases.training:interrupted_twice", kwargs={"run_dir": str(tmp_path / "run")}, timeout=60)
+    assert caught.value.failure["exit_code"] == -signal.SIGTERM
+    assert not (tmp_path / "run/checkpoints/step_4/native").exists()
+    rest = trained(ranks, Topology(), tmp_path / "run", steps=6, resume="auto")
+    assert rest["losses"] == whole["losses"][2:] and not list((tmp_path / "run").rglob("*.partial"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""Freezing by name: parameters that are not trained keep their bits and have neither gradient nor optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megabridge.agreement import gather
+from megabridge.conversion.native import unwrap
+from megabridge.conversion.plan import Item
+from megabridge.errors import ConfigError, listed
+
+if TYPE_CHECKING:
+    from megabridge.bridge import AutoBridge
+
+Chunks = list[torch.nn.Module]
+
+
+def freeze(chunks: Chunks, *, bridge: AutoBridge, patterns: Sequence[str]) -> Chunks:
+    """A pre-wrap hook: takes `requires_grad` from the parameters that `patterns` name. Every rank calls it.
+
+    A pattern is compared with a parameter's native name (global layer numbers) and with the Hugging Face names of the tensors
+    that feed it. Raises ConfigError on every rank where a pattern fits nothing, where only a part of a parameter would be frozen
+    (Megatron fuses q, k and v into one), or where nothing is left to train.
+    """
+    items = bridge.plan(chunks).items
+    frozen, problems = [], []
+    for item in items:
+        names = _frozen_part(item, patterns)
+        if len(names) == len(item.hf):
+            frozen.append(item)
+        elif names:
+            others = [name for name in item.hf if name not in names]
+            problems.append(
+                f"{item.record.name} is one parameter of {names[0]} and {others[0]}, so both are frozen or neither; name both"
+            )
+    used = {pattern for pattern in patterns for item in items if _fits(pattern, [item.record.name, *item.hf])}
+    everywhere = gather((used, problems, len(frozen) < len(items)))
+    unused = set(patterns).difference(*(names for names, _, _ in everywhere))
+    found = sorted({problem for _, more, _ in everywhere for problem in more})
+    found += [f"{pattern!r} fits no Hugging Face and no native name; look them up with recipe=plan" for pattern in sorted(unused)]
+    if not found and not any(left for _, _, left in everywhere):
+        found.append("nothing is left to train; take a pattern away, or add one that begins with !")
+    if found:
+        raise ConfigError(f"optimizer.freeze={list(patterns)}: " + listed(found))
+    for item in frozen:
+        if isinstance(item.live.parameter, torch.nn.Parameter):  # not a router's correction bias, which no gradient moves
+            item.live.parameter.requires_grad_(False)
+    for chunk in chunks:
+        _keep_recomputation_alive(unwrap(chunk))
+    return chunks
+
+
+def frozen_names(items: Iterable[Item]) -> set[str]:
+    """Native names of the parameters that no rank trains. Every rank calls it; names are exchanged once."""
+    here = {item.record.name for item in items if not item.live.parameter.requires_grad}
+    return set().union(*gather(here))
+
+
+def _frozen_part(item: Item, patterns: Sequence[str]) -> list[str]:
+    """Those of the item's tensors that are to be frozen: the last pattern that fits decides."""
+    is_frozen = dict.fromkeys(item.hf, False)
+    for pattern in patterns:
+        fits_all = _fits(pattern, [item.record.name])
+        for name in item.hf:
+            if fits_all or _fits(pattern, [name]):
+                is_frozen[name] = not pattern.startswith("!")
+    return [name for name, frozen in is_frozen.items() if frozen]
+
+
+def _fits(pattern: str, names: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern.removeprefix("!")) for name in names)
+
+
+def _keep_recomputation_alive(model: Any) -> None:
+    """Lets the embedding's output ask for a gradient where activations are recomputed and the embedding is frozen.
+
+    A recomputed block is one autograd function; it has a backward only where a tensor that it is given asks for a gradient, and
+    the first block is given nothing but the embedding's output: its own trained weights would get none.
+    """
+    if not model.pre_process or model.config.recompute_granularity is None:
+        return
+    if not any(parameter.requires_grad for parameter in model.embedding.parameters()):
+        model.embedding.register_forward_hook(_ask_for_gradient)
+
+
+def _ask_for_gradient(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_(True)

@@ -1,0 +1,56 @@
+"""What one save writes, in which order, and which earlier saves it removes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megabridge.agreement import on_rank_zero
+from megabridge.checkpoint import folders, native
+from megabridge.config import CheckpointConfig
+from megabridge.training import resume
+from megabridge.training.policy import refuse_nonfinite_parameters
+
+if TYPE_CHECKING:
+    from megabridge.training.loop import Trainer
+
+
+def write(trainer: Trainer) -> Path:
+    """Writes the native checkpoint of the trainer's step, where it is wanted, and returns the step's folder. Every rank calls it.
+
+    Raises TrainingError, before anything is written, where a parameter is not finite: the newest save is always a good one.
+    """
+    folder = folders.step_folder(trainer.checkpoints, trainer.step)
+    refuse_nonfinite_parameters(trainer.step, trainer.chunks)
+    if trainer.config.checkpoint.native:
+        started = time.perf_counter()
+        native.save(
+            folder / folders.NATIVE,
+            trainer.chunks,
+            progress=native.Progress(
+                trainer.step, trainer.consumed_samples, resume.settings(trainer.config), recent_losses=tuple(trainer.guard.recent)
+            ),
+            optimizer=trainer.optimizer,
+            scheduler=trainer.scheduler,
+            write_assets=None if trainer.bridge is None else trainer.bridge.write_assets,
+        )
+        trainer.log({"checkpoint/seconds": time.perf_counter() - started})
+    return folder
+
+
+def prune(trainer: Trainer, folder: Path) -> None:
+    """Notes the validation loss of the step that was just saved in `folder`, and removes what keep_last and keep_best leave out.
+
+    Every rank calls it.
+    """
+    saving: CheckpointConfig = trainer.config.checkpoint
+    loss = next((loss for step, loss in reversed(trainer.validation_losses) if step == trainer.step), None)
+
+    def work() -> None:
+        if loss is not None and saving.native:
+            folders.note_validation(folder, loss)
+        if saving.keep_last or saving.keep_best:
+            folders.keep(trainer.checkpoints, last=saving.keep_last or 1, best=saving.keep_best or 0)
+
+    on_rank_zero("removing old checkpoints", work)

@@ -1,0 +1,142 @@
+"""How fast a run is: tokens/s, model TFLOP/s per device, MFU, memory. docs/training.md states the formulas.
+
+A token's floating-point operations are counted from the whole model's Hugging Face shapes, so that they are the same under every
+layout: 2 per weight of a matrix for the forward pass, 2 for the gradient of its input, 2 for its own gradient where it is
+trained. Recomputation is not counted, embeddings are looked up for free, of experts those count that a token passes through.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Container, Sequence
+from math import prod
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+import megabridge.platform as platform
+from megabridge.config import Config
+from megabridge.conversion.plan import Plan
+from megabridge.training.freezing import frozen_names
+
+from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.utils import get_model_config
+
+GIB: Final = 2**30
+PEAKS: Final[tuple[tuple[str, float], ...]] = (
+    ("GB300", 2500e12),
+    ("B300", 2250e12),
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("V100", 125e12),
+)
+"""(part of a device's name, its dense BF16 or FP16 matrix FLOP/s), from the makers' data sheets. The first that fits counts."""
+
+
+def peak(device: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s that a device of this name can reach with 16-bit matrices; None where it isn't in the table or computes in FP32."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return next((flops for name, flops in PEAKS if name in device), None)
+
+
+def flops_per_token(plan: Plan, config: Any, *, seq_length: int, frozen: Container[str] = ()) -> float:
+    """Floating-point operations of a training step per token, of the whole model.
+
+    `config` is its TransformerConfig; `frozen` are native names of parameters that are not trained.
+    """
+    native = {name: sources[0].native for name, sources in plan.sources.items()}
+    is_tied = "output_layer.weight" not in native.values()
+    heads = 1 + (config.mtp_num_layers or 0)  # multi-token prediction passes through the output layer once more for each depth
+    total = 0.0
+    for name, spec in plan.tensors.items():
+        where, count = native[name], float(prod(spec.shape))
+        if len(spec.shape) < 2 or where.startswith("embedding.position"):
+            continue
+        if where.startswith("embedding.word"):
+            count *= heads if is_tied else 0
+        elif where == "output_layer.weight":
+            count *= heads
+        elif ".experts." in where:
+            count *= config.moe_router_topk / config.num_moe_experts
+        total += count * (4 if where in frozen else 6)
+    return total + 3 * _attention(config, seq_length)
+
+
+def _attention(config: Any, seq_length: int) -> float:
+    """Forward operations per token of scores and their product with the values: causal, so over half of the sequence on average."""
+    if config.multi_latent_attention:
+        widths = config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim
+    else:
+        widths = 2 * config.kv_channels
+    per_position = 2.0 * config.num_attention_heads * widths
+    total = 0.0
+    for layer in range(1, config.num_layers + (config.mtp_num_layers or 0) + 1):
+        seen = seq_length
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer):
+            seen = min(seq_length, config.window_size[0] + 1)
+        total += per_position * (seen - seen * seen / (2 * seq_length))
+    return total
+
+
+class Clock:
+    """Rates between two logged steps, without what validation and saves took in between."""
+
+    def __init__(self, config: Config, chunks: Sequence[Any]) -> None:
+        self._tokens = config.recipe.global_batch_size * config.recipe.seq_length
+        self._seq_length = config.recipe.seq_length
+        self._model = get_model_config(chunks[0])
+        self._flops: float | None = None
+        name = "" if platform.is_cpu() else torch.cuda.get_device_name()
+        self._peak = peak(name, self._model.params_dtype)
+        self.start(0)
+
+    def measure(self, plan: Plan) -> None:
+        """Learns what a token costs; without it TFLOP/s and MFU are left out. Every rank calls it."""
+        self._flops = flops_per_token(plan, self._model, seq_length=self._seq_length, frozen=frozen_names(plan.items))
+
+    def start(self, step: int) -> None:
+        """Begins to measure, at `step`."""
+        self._step, self._since = step, time.perf_counter()
+
+    def skip(self, seconds: float) -> None:
+        """Leaves `seconds` out."""
+        self._since += seconds
+
+    def rates(self, step: int) -> dict[str, float]:
+        """The metrics of the steps since the last call, per step; of the rank with most memory. Every rank calls it."""
+        seconds = (time.perf_counter() - self._since) / max(step - self._step, 1)
+        self.start(step)
+        rates = {"train/step_seconds": seconds, "train/tokens_per_second": self._tokens / seconds}
+        if self._flops is not None:
+            achieved = self._flops * self._tokens / seconds / dist.get_world_size()
+            rates["train/tflops_per_device"] = achieved / 1e12
+            if self._peak is not None:
+                rates["train/mfu"] = achieved / self._peak
+        rates["train/memory_gib"] = _most_memory() / GIB
+        return rates
+
+
+def _most_memory() -> int:
+    """The largest memory of a rank in bytes: on CUDA the peak of allocated memory since the last call, else of the process."""
+    if platform.is_cpu():
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        used = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    most = torch.tensor(used, dtype=torch.int64, device=platform.device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
