@@ -28,7 +28,7 @@ def settings(config: Config) -> dict[str, Any]:
         "model.dtype": config.model.dtype,
         "model.hf": _text(config.model.hf),
     }
-    for group in ("optimizer", "scheduler"):
+    for group in ("optimizer", "scheduler", "peft"):
         fields = dataclasses.asdict(getattr(config, group))
         values |= {f"{group}.{name}": value for name, value in fields.items()}
     return values
