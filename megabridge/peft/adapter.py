@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -44,13 +44,18 @@ class Rows:
             return cls(counts, None, None, len(full))
         return cls(counts, order, full.argsort(), len(full))
 
+    def on(self, device: torch.device) -> Self:
+        """The same on `device`, where rows are picked in every step."""
+        move = {name: None if (rows := getattr(self, name)) is None else rows.to(device) for name in ("order", "restore")}
+        return replace(self, **move)
+
     @property
     def chosen(self) -> int:
         return sum(self.counts)
 
     def picked(self, rows: Tensor) -> tuple[Tensor, ...]:
         """[.., rows, r] by linear, each [.., its rows, r]."""
-        picked = rows[..., : self.chosen, :] if self.order is None else rows.index_select(-2, self.order.to(rows.device))
+        picked = rows[..., : self.chosen, :] if self.order is None else rows.index_select(-2, self.order)
         return torch.split(picked, self.counts, dim=-2)
 
     def restored(self, pieces: list[Tensor], dim: int) -> Tensor:
@@ -60,7 +65,7 @@ class Rows:
             shape = list(out.shape)
             shape[dim] = self.total - self.chosen
             out = torch.cat([out, out.new_zeros(shape)], dim)
-        return out if self.restore is None else out.index_select(dim, self.restore.to(out.device))
+        return out if self.restore is None else out.index_select(dim, self.restore)
 
 
 class Adapter(torch.nn.Module):
@@ -74,8 +79,8 @@ class Adapter(torch.nn.Module):
 
     def __init__(self, linear: Any, spread: Spread, rows: Rows, lora: LoRA) -> None:
         super().__init__()
-        self.spread, self.rows, self.lora = spread, rows, lora
         weight: Tensor = linear.weight
+        self.spread, self.rows, self.lora = spread, rows.on(weight.device), lora
         self._weight = [weight]  # in a list: it is no parameter of ours
         *experts, out, width = weight.shape
         settings: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megabridge import AutoBridge
+from megabridge import AutoBridge, agreement
 from megabridge import config as schema
 from megabridge.callbacks.hf_export import HFExport
 from megabridge.checkpoint import folders, reader
@@ -18,10 +18,15 @@ from megabridge.peft import LoRA
 from megabridge.platform import groups
 from megabridge.training import Trainer, assemble, build_optimizer
 from megabridge.training.stopping import Stopped
+from megabridge.workbench import trial
 from tests.cases import tiny
 from tests.cases.convert import provide
-from tests.cases.models import llama_config, prompt, write_model
+from tests.cases.models import llama_config, prompt, reference_logits, write_model
+from tests.cases.train import _forward_backward, batches
 from tests.cases.training import Interrupt
+
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizer
+from megatron.core.optimizer import get_megatron_optimizer
 
 SEQUENCE = tiny.SEQUENCE
 SHAPE = {
@@ -128,3 +133,38 @@ def refusals(source: str, calls: list[tuple[str, dict[str, Any]]]) -> list[str]:
         except MegabridgeError as error:
             out.append(f"{type(error).__name__}: {error}")
     return out
+
+
+def families(root: str, out: str, names: list[str], *, use_dora: bool = False) -> dict[str, dict[str, Any]]:
+    """Of each family's tiny model: losses of three steps of its adapters, and how far the merged export and the PEFT folder, read
+    again, are from the adapted model's logits."""
+    topology = groups.current()
+    assert topology is not None
+    return {name: _family(Path(root) / name, Path(out) / name, topology.tp > 1, use_dora) for name in names}
+
+
+def _family(source: Path, out: Path, sequence_parallel: bool, use_dora: bool) -> dict[str, Any]:
+    bridge = AutoBridge.from_hf_pretrained(source)
+    lora = LoRA(r=3, lora_alpha=6, use_dora=use_dora)
+    settings: dict[str, Any] = {"sequence_parallel": sequence_parallel}
+    model = provide(bridge, wrap_with_ddp=True, peft=lora, **settings)
+    optimizer = get_megatron_optimizer(MegatronOptimizer(optimizer="adam", lr=2e-2, use_distributed_optimizer=True), model)
+    losses, norms = [], []
+    for _ in range(3):
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        losses.append(_forward_backward(model, batches(0, bridge.config["vocab_size"])))
+        norms.append(float(optimizer.step()[1]))
+    tokens = trial.read_reference(source).prompt
+    logits = gather_logits(model, tokens)
+    bridge.save_hf_adapter(model, out / "adapter", show_progress=False)
+    bridge.save_hf_pretrained(model, out / "merged", show_progress=False)
+    again = provide(AutoBridge.from_hf_pretrained(source), peft=out / "adapter", **settings)
+    return {
+        "losses": losses,
+        "norms": norms,
+        "again": float((gather_logits(again, tokens) - logits).abs().max()),
+        "merged": float((reference_logits(out / "merged", tokens) - logits).abs().max()) if agreement.rank() == 0 else 0.0,
+        "scale": float(logits.abs().max()),
+        "tensors": sorted(bridge.adapter_plan(model).tensors),
+    }

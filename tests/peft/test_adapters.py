@@ -210,7 +210,7 @@ def test_what_is_refused(ranks: RankServer, source: Path, runs: dict[str, Any], 
         ("lora", {"target_modules": ("lm_head",)}, "'lm_head' is the end of no linear's name"),
         ("lora", {"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "leaves no linear"),
         ("lora", {"r": 0, "lora_dropout": 1.0}, "r=0 must be at least 1"),
-        ("import", changed("alpha", lora_alpha=16), "lora_alpha=16.0, here 8.0"),
+        ("import", changed("alpha", lora_alpha=16), "lora_alpha=16.0, here 8"),
         ("import", changed("bias", bias="all", modules_to_save=["lm_head"]), "bias='all', not 'none'"),
         (
             "import",
