@@ -47,6 +47,7 @@ class AutoBridge(HFAdapters):
             provider.perform_initialization = False  # every element is filled by the import
             provider.register_pre_wrap_hook(partial(self._loaded, hf_path=hf_path, revision=revision))
         if peft is not None:
+            provider.backend = "torch"  # adapters know its linears, and not Transformer Engine's
             provider.register_pre_wrap_hook(partial(self.adapt, peft=peft))
         return provider
 
@@ -145,6 +146,7 @@ class AutoBridge(HFAdapters):
             return False
         if load_weights:
             provider.register_pre_wrap_hook(self._loaded)
+        provider.backend = "torch" if provider.backend == "auto" else provider.backend
         provider.register_pre_wrap_hook(partial(self.add_adapters, peft=peft))
         return True
 

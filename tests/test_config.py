@@ -200,6 +200,7 @@ def test_shape_of_a_local_folder_is_read_from_its_config(tmp_path: Path) -> None
         ("family=nowhere.at_all:FAMILY", r"family='nowhere\.at_all:FAMILY': there is no module"),
         ("recipe=check model.path=null", "has neither"),
         ("model=auto", "has neither model.path nor a shape"),
+        ("peft.path=somewhere", "no meaning with peft=none"),
         ("model.path=null", "load_weights=true needs model.path"),
     ],
 )

@@ -71,8 +71,8 @@ def export_weights(
 
     Everything is written into a hidden folder beside `path`, read back and compared, made durable, and renamed last;
     `write_assets(folder)` adds config and tokenizer on rank 0; `only` is the weights' file where it must be one of that name. An
-    earlier export at `path` is replaced. What a killed export left in the hidden folder is used again where it is right. With a `quantization`,
-    of fp8, linears are quantised.
+    earlier export at `path` is replaced. What a killed export left in the hidden folder is used again where it is right. With a
+    `quantization`, of fp8, linears are quantised.
 
     Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was at `path` stays. NaN and
     infinite values are refused unless `allow_nonfinite`.

@@ -46,8 +46,9 @@ class Rows:
 
     def on(self, device: torch.device) -> Self:
         """The same on `device`, where rows are picked in every step."""
-        move = {name: None if (rows := getattr(self, name)) is None else rows.to(device) for name in ("order", "restore")}
-        return replace(self, **move)
+        if self.order is None or self.restore is None:
+            return self
+        return replace(self, order=self.order.to(device), restore=self.restore.to(device))
 
     @property
     def chosen(self) -> int:
@@ -56,7 +57,7 @@ class Rows:
     def picked(self, rows: Tensor) -> tuple[Tensor, ...]:
         """[.., rows, r] by linear, each [.., its rows, r]."""
         picked = rows[..., : self.chosen, :] if self.order is None else rows.index_select(-2, self.order)
-        return torch.split(picked, self.counts, dim=-2)
+        return torch.split(picked, list(self.counts), dim=-2)
 
     def restored(self, pieces: list[Tensor], dim: int) -> Tensor:
         """The linears' rows along `dim` in the native order, zero where there is no adapter."""
@@ -91,7 +92,7 @@ class Adapter(torch.nn.Module):
             self.lora_magnitude_vector = torch.nn.Parameter(torch.zeros(*experts, out, **settings))
         self._mark(len(experts))
         linear.add_module(CHILD, self)
-        linear.register_forward_hook(self._add)
+        linear.register_forward_hook(self._add, prepend=True)  # before what the model does with logits
 
     def _mark(self, dim: int) -> None:
         """Says to megatron-core how each parameter is cut, and which gradients it must add up over the tp ranks."""
@@ -123,10 +124,13 @@ class Adapter(torch.nn.Module):
         counts = inputs[1] if self.weight.dim() == 3 else None
         first = output[0] if isinstance(output, tuple) else output
         added = self._change(inputs[0], counts)
+        is_gathered = first.shape[-1] > added.shape[-1]  # the output layer's, where whole logits are asked for
+        added = self.spread.gathered(added) if is_gathered else added
         if self.lora_magnitude_vector is None:
             first = first + added
         else:
             scale = self._scale()
+            scale = self.spread.gathered(scale) if is_gathered else scale
             scale = scale if counts is None else by_token(scale, counts)
             bias = None if counts is not None or linear.skip_bias_add else linear.bias
             first = scale * (first + added) if bias is None else scale * (first - bias + added) + bias

@@ -47,6 +47,10 @@ def attach(chunks: Sequence[Any], family: Family, native: Mapping[str, object], 
         owners = [(live, unwrap(chunks[live.chunk]).get_submodule(live.local.rpartition(".")[0])) for live in lives]
         linears = [(live, module, spread) for live, module in owners if (spread := spread_of(module)) is not None]
         targets = [rules.target(live.name, dims) for live, _, _ in linears]
+    if any(agreement.gather(bool(owners) and not linears)):
+        raise ConfigError(
+            "adapters know the linears of backend=torch and local, and this model has none of them; set backend=torch."
+        )
     names = {name for live, _, _ in linears for name in _modules(rules, live, dims)}
     _check_named(lora, {name for rank_names in agreement.gather(names) for name in rank_names})
     for chunk in chunks:
@@ -60,6 +64,13 @@ def attach(chunks: Sequence[Any], family: Family, native: Mapping[str, object], 
         adapter.begin()
     for chunk in chunks:
         chunk.stored = partial(stored, chunk)
+        if chunk.pre_process and chunk.config.recompute_granularity is not None:
+            chunk.embedding.register_forward_hook(_require_gradient)
+
+
+def _require_gradient(embedding: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A layer that is computed again in the backward pass has gradients only where its input asks for one."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def _modules(rules: AdapterMap, live: Live, dims: Dims) -> list[str]:

@@ -53,6 +53,10 @@ class Spread:
             out = mappings.reduce_from_tensor_model_parallel_region(hidden, group=self.group)
         return out  # type: ignore[no-any-return]
 
+    def gathered(self, output: Tensor) -> Tensor:
+        """All ranks' rows of an output, [.., rows here]."""
+        return mappings.gather_from_tensor_model_parallel_region(output, group=self.group)  # type: ignore[no-any-return]
+
 
 def spread_of(module: torch.nn.Module) -> Spread | None:
     """How the linear `module` is spread; None for what is no linear that can have an adapter. Needs process groups."""

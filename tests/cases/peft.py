@@ -35,13 +35,15 @@ SHAPE = {
 }  # fmt: skip
 
 
-def config(run_dir: str, source: str, *, steps: int, peft: dict[str, Any], **checkpoint: Any) -> schema.Config:
+def config(
+    run_dir: str, source: str, *, steps: int, peft: dict[str, Any], provider: dict[str, Any] | None = None, **checkpoint: Any
+) -> schema.Config:
     topology = groups.current()
     assert topology is not None
     sizes = {name: getattr(topology, name) for name in ("tp", "pp", "vpp", "ep", "dp")}
     return schema.typed(
         {
-            "model": {"name": "tiny", "path": source, "dtype": "float32"},
+            "model": {"name": "tiny", "path": source, "dtype": "float32", "provider": provider or {}},
             "parallel": {**sizes, "sequence_parallel": topology.tp > 1 and topology.pp > 1},
             "recipe": {"steps": steps, "global_batch_size": 8, "micro_batch_size": 2, "seq_length": SEQUENCE},
             "checkpoint": {"save_at_end": False, "hf": True, **checkpoint},

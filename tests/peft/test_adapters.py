@@ -77,6 +77,15 @@ def test_every_layout_has_the_same_curve(
     assert far(result["adapters"], expected["adapters"]) < 1e-4
 
 
+def test_layers_that_are_computed_again_learn_the_same(
+    ranks: RankServer, source: Path, runs: dict[str, Any], tmp_path: Path
+) -> None:
+    """The first layer's input has no gradient of its own where the embedding is frozen."""
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    result = train(ranks, SINGLE, source, tmp_path, KINDS["lora"], steps=3, provider=recompute)[0]
+    assert result["losses"] == pytest.approx(runs[f"lora{STEPS}"]["losses"][:3], abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_with_adapters_has_the_same_curve(ranks: RankServer, source: Path, runs: dict[str, Any], kind: str) -> None:
     """Begun with the folder that a run of no steps wrote: the same data, optimizer and first values."""
@@ -115,6 +124,20 @@ def test_the_folder_says_what_the_model_says(ranks: RankServer, source: Path, ru
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "megabridge.json",
     }  # fmt: skip
+
+
+def test_the_output_layer_where_it_is_named(ranks: RankServer, tmp_path: Path) -> None:
+    """An untied one, whose vocabulary tensor parallelism pads; both kinds of adapters."""
+    source = tmp_path / "source"
+    ranks.run("tests.cases.peft:make", kwargs={"folder": str(source), "tie_word_embeddings": False})
+    for kind in ("lora", "dora"):
+        peft = {"name": kind, "target_modules": ["lm_head", "o_proj"]}
+        alone = train(ranks, SINGLE, source, tmp_path / kind, peft, steps=4)[0]
+        cut = train(ranks, Topology(tp=2), source, tmp_path / f"{kind}2", peft, steps=4)[0]
+        assert cut["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+        assert cut["adapters"]["base_model.model.lm_head.lora_B.weight"].shape == (61, 4)
+        kwargs = {"base": str(source), "adapter": str(tmp_path / f"{kind}2" / "adapter"), "tokens": prompt()}
+        assert torch.allclose(ranks.run("tests.cases.peft_reference:logits", kwargs=kwargs)[0], cut["logits"], atol=1e-4)
 
 
 def test_names_and_settings_are_those_of_peft(source: Path, runs: dict[str, Any]) -> None:
