@@ -19,6 +19,7 @@ from megabridge.platform import groups
 from megabridge.training import Trainer, assemble, build_optimizer
 from megabridge.training.stopping import Stopped
 from megabridge.workbench import trial
+from recipes import convert as convert_recipe
 from tests.cases import tiny
 from tests.cases.convert import provide
 from tests.cases.models import llama_config, prompt, reference_logits, write_model
@@ -44,7 +45,7 @@ def config(
     return schema.typed(
         {
             "model": {"name": "tiny", "path": source, "dtype": "float32", "provider": provider or {}},
-            "parallel": {**sizes, "sequence_parallel": topology.tp > 1 and topology.pp > 1},
+            "parallel": {**sizes, "sequence_parallel": topology.tp > 1 and (topology.pp > 1 or topology.ep > 1)},
             "recipe": {"steps": steps, "global_batch_size": 8, "micro_batch_size": 2, "seq_length": SEQUENCE},
             "checkpoint": {"save_at_end": False, "hf": True, **checkpoint},
             "optimizer": {"lr": 5e-3, "clip_grad": 1.0, "weight_decay": 0.01},
@@ -170,3 +171,10 @@ def _family(source: Path, out: Path, sequence_parallel: bool, use_dora: bool) ->
         "scale": float(logits.abs().max()),
         "tensors": sorted(bridge.adapter_plan(model).tensors),
     }
+
+
+def convert(run_dir: str, source: str, native: str, peft: dict[str, Any]) -> None:
+    """recipe=convert conversion.mode=export of a native checkpoint of adapters."""
+    given = config(run_dir, source, steps=0, peft=peft, resume=native)
+    given.conversion.mode = "export"
+    convert_recipe.main(given)

@@ -207,6 +207,16 @@ def test_a_native_checkpoint_in_one_call(ranks: RankServer, source: Path, tmp_pa
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes() == saved.read_bytes()
     merged = [load_file(folder / "merged" / "model.safetensors") for folder in (tmp_path / "out", tmp_path / "run")]
     assert far(*merged) < 1e-6
+    native = str(tmp_path / "run" / "checkpoints" / "step_3" / "native")
+    for merge, name in ((False, "adapter/adapter_model.safetensors"), (True, "hf/model.safetensors")):
+        kwargs = {
+            "run_dir": str(tmp_path / name[:2]),
+            "source": str(source),
+            "native": native,
+            "peft": {**KINDS["dora"], "merge": merge},
+        }
+        ranks.run("tests.cases.peft:convert", topology=Topology(pp=2), kwargs=kwargs)
+        assert far(load_file(tmp_path / name[:2] / name), merged[1] if merge else load_file(saved)) < 1e-6
 
 
 def test_what_is_refused(ranks: RankServer, source: Path, runs: dict[str, Any], tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megabridge.families import all_families
 from megabridge.topology import Topology
+from megabridge.workbench import battery
 from tests.cases.families import MIXTURES
 from tests.ranks import RankServer
 
@@ -67,7 +70,7 @@ def test_alone(alone: dict[bool, dict[str, Any]]) -> None:
         "down_proj",
     }
     experts = [name for name in alone[False]["MixtralForCausalLM"]["tensors"] if ".experts.7." in name]
-    assert len(experts) == 4 * 3 * 2, "four layers, three linears, A and B"
+    assert len(experts) == battery.LAYERS * 3 * 2, "three linears of each layer, A and B"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,3 +81,23 @@ def test_layouts_agree(case: str, sources: Path, alone: dict[bool, dict[str, Any
         assert found[name]["tensors"] == alone[use_dora][name]["tensors"]
         assert found[name]["losses"] == pytest.approx(alone[use_dora][name]["losses"], abs=1e-4), name
         assert found[name]["norms"][0] == pytest.approx(alone[use_dora][name]["norms"][0], rel=1e-5), name
+
+
+def test_experts_are_saved_and_resumed(sources: Path, ranks: RankServer, tmp_path: Path) -> None:
+    """Bit for bit under expert parallelism, and under another layout."""
+    source, peft = str(sources / "MixtralForCausalLM"), {"name": "lora"}
+
+    def train(topology: Topology, folder: str, **kwargs: Any) -> dict[str, Any]:
+        given = {"run_dir": str(tmp_path / folder), "source": source, "peft": peft, "steps": 4, **kwargs}
+        result: dict[str, Any] = ranks.run("tests.cases.peft:train", topology=topology, kwargs=given)[0]
+        return result
+
+    spread = Topology(ep=2, dp=2)
+    whole = train(spread, "whole")
+    train(spread, "halves", stop_after=2)
+    shutil.copytree(tmp_path / "halves", tmp_path / "other")
+    second = train(spread, "halves", resume="auto")
+    other = train(Topology(tp=2, ep=2, etp=1), "other", resume="auto")
+    assert second["losses"] == whole["losses"][2:]
+    assert all(torch.equal(second["adapters"][name], tensor) for name, tensor in whole["adapters"].items())
+    assert other["losses"] == pytest.approx(whole["losses"][2:], abs=1e-4)
