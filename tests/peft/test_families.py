@@ -17,12 +17,14 @@ from tests.cases.families import MIXTURES
 from tests.ranks import RankServer
 
 DENSE = sorted(all_families().keys() - set(MIXTURES))
+# One of each arrangement of linears: one tensor for several, transposed or not, one for each, in groups or not, gated or not.
+KINDS = ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "Phi3ForCausalLM", "GlmForCausalLM", "Gemma2ForCausalLM", "NemotronForCausalLM"]
 # One of each arrangement of experts: gated, shared beside routed with latent attention, biased 3-D ones (which have no adapters).
 SOME = ["DeepseekV2ForCausalLM", "MixtralForCausalLM", "GptOssForCausalLM"]
 BIASED = "GptOssForCausalLM"  # megatron-core has no expert tensor parallelism for experts with biases
 CASES: dict[str, tuple[Topology, list[str], bool]] = {
-    "dense-tp2": (Topology(tp=2), DENSE, False),
-    "dora-tp2": (Topology(tp=2), ["GPT2LMHeadModel", "Phi3ForCausalLM", "StableLmForCausalLM"], True),
+    "dense-tp2": (Topology(tp=2), KINDS, False),
+    "dora-tp2": (Topology(tp=2), ["GPT2LMHeadModel", "Phi3ForCausalLM"], True),
     "etp2ep2": (Topology(tp=2, ep=2, etp=2, dp=2), [name for name in SOME if name != BIASED], False),
     "tp2ep2": (Topology(tp=2, ep=2, etp=1), SOME, False),
     "dora-etp2ep2": (Topology(tp=2, ep=2, etp=2, dp=2), ["MixtralForCausalLM"], True),
