@@ -31,6 +31,8 @@ _SHARDING: Final = {
     "chained_optim_avoid_prefix": True,
 }
 
+_NOTHING: Final = "nothing"
+
 
 def parts(optimizer: Any) -> list[Any]:
     """The optimizers inside of megatron-core's chain that own parameters on this rank."""
@@ -39,8 +41,14 @@ def parts(optimizer: Any) -> list[Any]:
 
 
 def seed(optimizer: Any) -> None:
-    """Gives torch's AdamW the state it would make at its first step, where it has none yet: zeros, and step 0."""
+    """Gives torch's AdamW the state it would make at its first step, where it has none yet: zeros, and step 0.
+
+    One that updates nothing on this rank (a stage without adapters) gets an entry of no parameter: megatron-core reads the step from
+    some entry's.
+    """
     for part in parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW) and not any(group["params"] for group in part.optimizer.param_groups):
+            part.optimizer.state.setdefault(_NOTHING, {"step": torch.zeros(())})
         for group, parameter in _adam_parameters(part):
             if part.optimizer.state[parameter]:
                 continue
@@ -100,7 +108,7 @@ def _restore_part(part: Any, state: dict[str, Any], common_values: Mapping[str, 
     if "grad_scaler" in common_values and not isinstance(part, FP32Optimizer):
         state["grad_scaler"] = common_values["grad_scaler"]
     if isinstance(part, DistributedOptimizer):
-        tensors = state.pop("param_state")
+        tensors = state.pop("param_state", {})  # a stage without adapters has none
         state.pop("param_state_sharding_type")
         for group in state["optimizer"]["param_groups"]:
             group["step"] = step

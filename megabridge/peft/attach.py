@@ -47,7 +47,7 @@ def attach(chunks: Sequence[Any], family: Family, native: Mapping[str, object], 
         owners = [(live, unwrap(chunks[live.chunk]).get_submodule(live.local.rpartition(".")[0])) for live in lives]
         linears = [(live, module, spread) for live, module in owners if (spread := spread_of(module)) is not None]
         targets = [rules.target(live.name, dims) for live, _, _ in linears]
-    if any(agreement.gather(bool(owners) and not linears)):
+    if not any(agreement.gather(bool(linears))):
         raise ConfigError(
             "adapters know the linears of backend=torch and local, and this model has none of them; set backend=torch."
         )

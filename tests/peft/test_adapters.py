@@ -86,6 +86,16 @@ def test_layers_that_are_computed_again_learn_the_same(
     assert result["losses"] == pytest.approx(runs[f"lora{STEPS}"]["losses"][:3], abs=1e-6)
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_stage_may_have_no_adapter(ranks: RankServer, source: Path, tmp_path: Path, layer: int) -> None:
+    peft = {"name": "lora", "target_modules": [f"layers.{layer}.mlp.*"]}
+    alone = train(ranks, SINGLE, source, tmp_path / "alone", peft, steps=4)[0]
+    first = train(ranks, Topology(pp=2), source, tmp_path / "stages", peft, steps=4, stop_after=2)[0]
+    second = train(ranks, Topology(pp=2), source, tmp_path / "stages", peft, steps=4, resume="auto")[0]
+    assert first["losses"] + second["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert far(second["adapters"], alone["adapters"]) < 1e-4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_with_adapters_has_the_same_curve(ranks: RankServer, source: Path, runs: dict[str, Any], kind: str) -> None:
     """Begun with the folder that a run of no steps wrote: the same data, optimizer and first values."""
