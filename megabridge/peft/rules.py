@@ -52,7 +52,7 @@ class AdapterMap(WeightMap):
             found is None
             or found.is_tied_copy
             or not all(name.endswith(".weight") for name in found.hf)
-            or _depth(found.layout) < 0
+            or not _is_of_matrices(found.layout)
         ):
             return ()
         return tuple(name.removesuffix(".weight") for name in found.hf)
@@ -92,14 +92,11 @@ class AdapterMap(WeightMap):
         return {}
 
 
-def _depth(layout: Layout) -> int:
-    """How many dimensions a native weight of this layout has beyond [out, in]; -1 where it can't be adapted."""
-    if isinstance(layout, Rows):
-        inner = _depth(layout.inner)
-        return inner + 1 if inner >= 0 else -1
-    if isinstance(layout, Transpose):
-        return _depth(layout.inner)
-    return 0 if isinstance(layout, Same | Fuse | Joined | Interleave) else -1
+def _is_of_matrices(layout: Layout) -> bool:
+    """Whether the tensors are matrices, [out, in] or transposed: one of all experts has three dimensions, and no adapter in PEFT."""
+    if isinstance(layout, Rows | Transpose):
+        return _is_of_matrices(layout.inner)
+    return isinstance(layout, Same | Fuse | Joined | Interleave)
 
 
 def _is_transposed(layout: Layout) -> bool:

@@ -41,7 +41,7 @@ def config(
 ) -> schema.Config:
     topology = groups.current()
     assert topology is not None
-    sizes = {name: getattr(topology, name) for name in ("tp", "pp", "vpp", "ep", "dp")}
+    sizes = {name: getattr(topology, name) for name in ("tp", "pp", "vpp", "ep", "etp", "dp")}
     return schema.typed(
         {
             "model": {"name": "tiny", "path": source, "dtype": "float32", "provider": provider or {}},
