@@ -48,7 +48,7 @@ def seed(optimizer: Any) -> None:
     """
     for part in parts(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW) and not any(group["params"] for group in part.optimizer.param_groups):
-            part.optimizer.state.setdefault(_NOTHING, {"step": torch.zeros(())})
+            part.optimizer.state[_NOTHING] = {"step": torch.zeros(())}
         for group, parameter in _adam_parameters(part):
             if part.optimizer.state[parameter]:
                 continue

@@ -130,6 +130,7 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             sinks, is_cut = layer.self_attention.core_attention.softmax_offset, self.pg_collection.tp.size() > 1
             tensor_parallel.set_tensor_model_parallel_attributes(sinks, is_cut, 0, 1)
 
+    @override
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a native checkpoint has of this chunk, by local name (see `stored`)."""
         return super().sharded_state_dict(*args, **kwargs) if self.stored is None else self.stored()

@@ -93,7 +93,7 @@ class AdapterMap(WeightMap):
 
 
 def _is_of_matrices(layout: Layout) -> bool:
-    """Whether the tensors are matrices, [out, in] or transposed: one of all experts has three dimensions, and no adapter in PEFT."""
+    """Whether the tensors are matrices, [out, in] or transposed. One of all experts has three dimensions."""
     if isinstance(layout, Rows | Transpose):
         return _is_of_matrices(layout.inner)
     return isinstance(layout, Same | Fuse | Joined | Interleave)
