@@ -43,12 +43,13 @@ def parts(optimizer: Any) -> list[Any]:
 def seed(optimizer: Any) -> None:
     """Gives torch's AdamW the state it would make at its first step, where it has none yet: zeros, and step 0.
 
-    One that updates nothing on this rank (a stage without adapters) gets an entry of no parameter: megatron-core reads the step from
-    some entry's.
+    One that updates nothing on this rank (a stage without adapters) gets an entry of no parameter: megatron-core reads the step
+    from any.
     """
     for part in parts(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW) and not any(group["params"] for group in part.optimizer.param_groups):
-            part.optimizer.state[_NOTHING] = {"step": torch.zeros(())}
+            state: dict[Any, Any] = part.optimizer.state
+            state[_NOTHING] = {"step": torch.zeros(())}
         for group, parameter in _adam_parameters(part):
             if part.optimizer.state[parameter]:
                 continue
