@@ -6,6 +6,7 @@ model are collective: every rank calls them.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +16,55 @@ from megabridge import agreement, hub, one_call
 from megabridge.checkpoint import assets, native
 from megabridge.conversion.report import Report
 from megabridge.errors import ConfigError
+from megabridge.hf_adapters import HFAdapters, Peft
 from megabridge.hf_model import dtype_named
-from megabridge.hf_weights import HFWeights, Model, WeightDtype
+from megabridge.hf_weights import Model, WeightDtype
+from megabridge.peft import folder as peft_folder
 from megabridge.provider import ModelProvider
 
 
-class AutoBridge(HFWeights):
-    """A Hugging Face model (see `HFModel`) and its ways into Megatron-Core and back (see also `HFWeights`)."""
+class AutoBridge(HFAdapters):
+    """A Hugging Face model (see `HFModel`) and its ways into Megatron-Core and back (see also `HFWeights` and `HFAdapters`)."""
 
     # ------------------------------------------------------------------ into Megatron
 
-    def to_megatron_provider(self, load_weights: bool = True, hf_path: str | Path | None = None, *,
-                             revision: str | None = None) -> ModelProvider:  # fmt: skip
-        """A provider of this model. With `load_weights`, providing it also fills it from `hf_path` or the bridge's own source."""
+    def to_megatron_provider(self, load_weights: bool = True, hf_path: str | Path | None = None, *, revision: str | None = None,
+                             peft: Peft | None = None) -> ModelProvider:  # fmt: skip
+        """A provider of this model. With `load_weights`, providing it also fills it from `hf_path` or the bridge's own source.
+
+        `peft` freezes it and adds adapters: new ones by their settings, or those of a PEFT folder (see `HFAdapters`).
+        """
         provider = self.provider()
-        if not load_weights:
-            if hf_path is not None:
-                raise ConfigError(f"hf_path={str(hf_path)!r} has no meaning with load_weights=False; leave one of them out.")
-            return provider
-        if hf_path is None and self.location is None:
+        if not load_weights and hf_path is not None:
+            raise ConfigError(f"hf_path={str(hf_path)!r} has no meaning with load_weights=False; leave one of them out.")
+        if load_weights and hf_path is None and self.location is None:
             raise ConfigError(
                 "a bridge made from a config has no weights; call to_megatron_provider(load_weights=False), give hf_path, or use "
                 "load_megatron_model for a native checkpoint."
             )
 
-        def load(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-            self.load_hf_weights(chunks, hf_path, revision=revision)
-            return chunks
-
-        provider.perform_initialization = False  # every element is filled by the import
-        provider.register_pre_wrap_hook(load)
+        if load_weights:
+            provider.perform_initialization = False  # every element is filled by the import
+            provider.register_pre_wrap_hook(partial(self._loaded, hf_path=hf_path, revision=revision))
+        if peft is not None:
+            provider.backend = "torch"  # adapters know its linears, and not Transformer Engine's
+            provider.register_pre_wrap_hook(partial(self.adapt, peft=peft))
         return provider
 
+    def _loaded(self, chunks: list[torch.nn.Module], hf_path: str | Path | None = None,
+                revision: str | None = None) -> list[torch.nn.Module]:  # fmt: skip
+        self.load_hf_weights(chunks, hf_path, revision=revision)
+        return chunks
+
     def to_megatron_model(self, load_weights: bool = True, hf_path: str | Path | None = None, *, revision: str | None = None,
-                          wrap_with_ddp: bool = False, **settings: Any) -> list[torch.nn.Module]:  # fmt: skip
+                          wrap_with_ddp: bool = False, peft: Peft | None = None,
+                          **settings: Any) -> list[torch.nn.Module]:  # fmt: skip
         """The model itself, without data-parallel wrapping unless `wrap_with_ddp`.
 
         `settings` are the provider's, such as tensor_model_parallel_size=2, or sizes by their short names (tp, pp, vpp, cp, ep,
         etp). Without any size the layout is that of the process groups that run, else a single process.
         """
-        provider = self.to_megatron_provider(load_weights, hf_path, revision=revision)
+        provider = self.to_megatron_provider(load_weights, hf_path, revision=revision, peft=peft)
         one_call.arrange(provider, settings)
         return provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
 
@@ -96,9 +106,11 @@ class AutoBridge(HFWeights):
         """The model of a native checkpoint: of its folder, a step's or a run's. Written under any layout. Collective.
 
         `dtype` is the parameters', by default the checkpoint's; `settings` are to_megatron_model's (tp, pp, ...). An export with
-        this bridge afterwards has what the checkpoint keeps of its source.
+        this bridge afterwards has what the checkpoint keeps of its source. A checkpoint of adapters has these alone: the rest is
+        this bridge's own source.
         """
         provider, folder = self._native_provider(path, dtype, settings)
+        self._hook_adapters(provider, folder, load_weights=True)
         chunks = provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp, init="empty")
         self.load_native_weights(chunks, folder)
         return chunks
@@ -120,6 +132,23 @@ class AutoBridge(HFWeights):
             provider.params_dtype = dtype_named(dtype) or native.stored(folder).dtype
             one_call.arrange(provider, settings)
         return provider, folder
+
+    def _hook_adapters(self, provider: ModelProvider, folder: Path, *, load_weights: bool) -> bool:
+        """Has `provider` give its model the adapters of a native checkpoint, if any, and this bridge's weights.
+
+        Returns whether the checkpoint holds adapters. Every rank calls it.
+        """
+        with agreement.together("opening a native checkpoint"):
+            peft = peft_folder.read_config(folder / native.ASSETS) if (folder / native.ASSETS / assets.ADAPTER).is_file() else None
+            if peft is not None and load_weights and self.location is None:
+                raise ConfigError(f"{folder} holds adapters alone; use a bridge from_hf_pretrained of the model that they are for.")
+        if peft is None:
+            return False
+        if load_weights:
+            provider.register_pre_wrap_hook(self._loaded)
+        provider.backend = "torch" if provider.backend == "auto" else provider.backend
+        provider.register_pre_wrap_hook(partial(self.add_adapters, peft=peft))
+        return True
 
     @classmethod
     def import_ckpt(cls, hf_model_id: str | Path, megatron_path: str | Path, *, revision: str | None = None,
@@ -155,10 +184,10 @@ class AutoBridge(HFWeights):
 
         Config, tokenizer and templates are those that the checkpoint carries, else the bridge's. `weight_dtype` is by default the
         checkpoint's, and each tensor's source dtype for a checkpoint that was converted and never trained. `quantization` is that
-        of `save_hf_pretrained`.
+        of `save_hf_pretrained`. Adapters are merged into this bridge's weights; `export_adapter_ckpt` exports them alone.
         """
         provider, folder = self._native_provider(megatron_path, None, settings)
-        carries = (folder / native.ASSETS).is_dir()
+        carries = (folder / native.ASSETS).is_dir() and not self._hook_adapters(provider, folder, load_weights=True)
         own = AutoBridge.from_auto_config(folder, trust_remote_code=self.trust_remote_code) if carries else self
         own.token = self.token
         with one_call.borrowed_groups(provider):
@@ -178,3 +207,16 @@ class AutoBridge(HFWeights):
                 allow_nonfinite=allow_nonfinite,
                 quantization=quantization,
             )
+
+    def export_adapter_ckpt(self, megatron_path: str | Path, output_path: str | Path, show_progress: bool = True, *,
+                            weight_dtype: torch.dtype | str | None = None, allow_nonfinite: bool = False,
+                            **settings: Any) -> Report:  # fmt: skip
+        """A native checkpoint of adapters as a PEFT folder; the model's own weights aren't read. As `export_ckpt` otherwise."""
+        provider, folder = self._native_provider(megatron_path, None, settings)
+        if not self._hook_adapters(provider, folder, load_weights=False):
+            raise ConfigError(f"{folder} holds a whole model; use export_ckpt.")
+        with one_call.borrowed_groups(provider):
+            output = one_call.target(output_path, replace=True)
+            chunks = one_call.provide_unfilled(provider, output.parent, self.device_map)
+            self.load_native_weights(chunks, folder)
+            return self.save_hf_adapter(chunks, output, show_progress, weight_dtype=weight_dtype, allow_nonfinite=allow_nonfinite)

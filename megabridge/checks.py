@@ -173,6 +173,18 @@ def check_model(config: Config) -> None:
         raise ConfigError("model.load_weights=true needs model.path=<folder or hub id>; set it, or load_weights=false.")
 
 
+def check_peft(config: Config) -> None:
+    """Raises ConfigError for settings of adapters that the run doesn't have."""
+    peft = config.peft
+    problems = []
+    if peft.name == "none" and (peft.path is not None or peft.merge):
+        problems.append("peft.path and peft.merge have no meaning with peft=none; choose peft=lora or peft=dora, or leave them out")
+    if peft.name != "none" and config.optimizer.freeze:
+        problems.append(f"optimizer.freeze has no meaning with peft={peft.name}, which trains its adapters alone; take it away")
+    if problems:
+        raise ConfigError(listed(problems))
+
+
 def check_named(config: Config) -> None:
     """Raises ConfigError when recipe.target or family is not module:name of a module that exists. Imports its package only."""
     named = [("recipe.target", "function", "recipes.finetune:main", config.recipe.target)]

@@ -157,6 +157,28 @@ class RecipeConfig:
 
 
 @dataclass
+class PeftConfig:
+    name: str = choice("none", "lora", "dora")
+    """none: all parameters are trained. lora, dora: adapters beside frozen linears; saves hold the adapters alone."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Ends of HF module names that get an adapter (q_proj, layers.3.mlp.up_proj, * as wildcard), or all-linear."""
+    exclude_modules: list[str] = field(default_factory=list)
+    """Ends of HF module names that get none."""
+    r: int = 16
+    """Rank of each adapter."""
+    lora_alpha: float = 32.0
+    """An adapter's output is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's input that is dropped in training."""
+    use_rslora: bool = False
+    """Whether it is multiplied by lora_alpha / sqrt(r) instead."""
+    path: str | None = None
+    """A PEFT folder with these settings that the adapters begin with. Null: they begin without effect."""
+    merge: bool = False
+    """Whether a save publishes the whole model with the adapters merged. False: a PEFT folder with the adapters alone."""
+
+
+@dataclass
 class OptimizerConfig:
     name: str = choice("adam", "sgd")
     """Adam is AdamW: decay is decoupled."""
@@ -281,6 +303,8 @@ class Config:
     """What recipe=prepare_data makes of what."""
     bench: BenchConfig = field(default_factory=BenchConfig)
     """What recipe=bench measures."""
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    """Which parameters are trained: all, or adapters."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

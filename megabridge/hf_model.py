@@ -18,6 +18,8 @@ from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.families import all_families, family_for
 from megabridge.families.quantization import KEY
 from megabridge.families.registry import architecture_of
+from megabridge.peft import LoRA
+from megabridge.peft import folder as peft_folder
 from megabridge.provider import ModelProvider
 from megabridge.provider_rules import DTYPES
 
@@ -31,6 +33,7 @@ class HFModel:
     `config` is the content of config.json as published; `folder` holds it, with tokenizer and templates, or is None for one
     made from a config object; `location` is where the weights are, if anywhere; `record` tells of the weights that were imported,
     here or before the native checkpoint that was loaded, and `carried` are those that no parameter took and an export has again.
+    `peft` says which adapters the model was given, if any.
     """
 
     def __init__(self, config: dict[str, Any], *, folder: Path | None, location: str | None = None, revision: str | None = None,
@@ -49,6 +52,7 @@ class HFModel:
         self.dtype = dtype or _dtype_of(config)
         self.record: SourceRecord | None = None
         self.carried: dict[str, TensorInfo] = {}
+        self.peft: LoRA | None = None
 
     @classmethod
     def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None,
@@ -174,6 +178,8 @@ class HFModel:
             self.record.write(folder)
         if self.carried:
             carried.write(folder, self.carried)
+        if self.peft is not None:
+            peft_folder.write_config(folder, self.peft, base=self.location, revision=self.revision)
 
     def _write(self, folder: Path, config: dict[str, Any], dtype: str | None) -> None:
         assets.write_config(folder, config, source=self.folder, dtype=dtype)

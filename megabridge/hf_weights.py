@@ -29,6 +29,7 @@ from megabridge.conversion.tasks import Box, ConversionTask
 from megabridge.errors import ConfigError, MappingError, listed
 from megabridge.hf_model import HFModel, dtype_named
 from megabridge.loggers.bars import bytes_bar
+from megabridge.peft.merge import with_merged
 
 Model = Sequence[torch.nn.Module]
 WeightDtype = torch.dtype | Literal["source"] | str | None
@@ -49,6 +50,11 @@ class HFWeights(HFModel):
             self._plan = (key, make_plan(self.family, self.native, lives))
         assert self._plan is not None
         return self._plan[1]
+
+    def outgoing(self, model: Model, *, merge: bool) -> Plan:
+        """The plan of what leaves the model: with `merge`, its weights with their adapters added. Collective."""
+        plan = self.plan(model)
+        return with_merged(plan, model) if merge else plan
 
     # ------------------------------------------------------------------ from files
 
@@ -105,7 +111,8 @@ class HFWeights(HFModel):
     def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, *,
                            source_path: str | Path | None = None, strict: bool = True, weight_dtype: WeightDtype = None,
                            max_shard_size: str | int = "5GB", verify: bool = True, allow_nonfinite: bool = False,
-                           writer: str = "shared", quantization: str | None = None) -> Report:  # fmt: skip
+                           writer: str = "shared", quantization: str | None = None,
+                           merge_adapter_weights: bool = True) -> Report:  # fmt: skip
         """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
 
         `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. Tensors of
@@ -115,7 +122,8 @@ class HFWeights(HFModel):
         import with strict=False, `strict` refuses to publish a model that lacks what the source had (MappingError).
         `writer="gather"` has rank 0 write everything, for ranks that share no file system. `quantization="fp8_block"` writes the
         linears in layers as block-scaled FP8, with `weight_dtype` for the rest: as the source's config has it where that was such
-        FP8, else in blocks of 128 x 128.
+        FP8, else in blocks of 128 x 128. The weights of an adapted model have their adapters added, unless
+        `merge_adapter_weights` is False: then they are the frozen ones.
         """
         write = self.write_hf_assets
         if source_path is not None:
@@ -124,17 +132,19 @@ class HFWeights(HFModel):
                 self.check_same(other.config, f"source_path={str(source_path)!r}")
             write = other.write_hf_assets
         options = {"max_shard_size": max_shard_size, "verify": verify, "allow_nonfinite": allow_nonfinite, "writer": writer}
-        return self._export(model, Path(path), write, strict, weight_dtype, quantization, show_progress, options)
+        plan = self.outgoing(model, merge=merge_adapter_weights)
+        return self._export(plan, Path(path), write, strict, weight_dtype, quantization, show_progress, options)
 
     def save_hf_weights(self, model: Model, path: str | Path, show_progress: bool = True, *,
                         strict: bool = True, weight_dtype: WeightDtype = None, max_shard_size: str | int = "5GB",
                         verify: bool = True, allow_nonfinite: bool = False, writer: str = "shared",
-                        quantization: str | None = None) -> Report:  # fmt: skip
+                        quantization: str | None = None, merge_adapter_weights: bool = True) -> Report:  # fmt: skip
         """The same with weights only. Collective."""
         options = {"max_shard_size": max_shard_size, "verify": verify, "allow_nonfinite": allow_nonfinite, "writer": writer}
-        return self._export(model, Path(path), lambda *_: None, strict, weight_dtype, quantization, show_progress, options)
+        plan = self.outgoing(model, merge=merge_adapter_weights)
+        return self._export(plan, Path(path), lambda *_: None, strict, weight_dtype, quantization, show_progress, options)
 
-    def _export(self, model: Model, path: Path, write: Callable[[Path, str | None, dict[str, Any] | None], None], strict: bool,
+    def _export(self, plan: Plan, path: Path, write: Callable[[Path, str | None, dict[str, Any] | None], None], strict: bool,
                 weight_dtype: WeightDtype, quantization: str | None, show_progress: bool,
                 options: dict[str, Any]) -> Report:  # fmt: skip
         if strict and self.record is not None and self.record.left_out:
@@ -142,7 +152,7 @@ class HFWeights(HFModel):
                 "the import was not strict, so the export would differ from its source; pass strict=False to publish it all the "
                 "same:\n  " + listed(list(self.record.left_out))
             )
-        plan = with_carried(self.plan(model), self.carried, path.absolute().parent)
+        plan = with_carried(plan, self.carried, path.absolute().parent)
         aliases = self._aliases(plan)
         dtypes = self._dtypes(plan, weight_dtype)
         used = {spec.dtype for spec in export_specs(plan, dtypes, aliases).values()}
@@ -177,30 +187,33 @@ class HFWeights(HFModel):
     # ------------------------------------------------------------------ to other programs, without files
 
     def export_hf_weights(self, model: Model, cpu: bool = False, show_progress: bool = True,
-                          conversion_tasks: Sequence[ConversionTask] | None = None, *,
+                          conversion_tasks: Sequence[ConversionTask] | None = None, merge_adapter_weights: bool = True, *,
                           weight_dtype: WeightDtype = None, bucket_bytes: int = BUCKET_BYTES,
                           consumers: Collection[int] | None = None) -> Generator[tuple[str, torch.Tensor]]:  # fmt: skip
         """(name, whole tensor) of every Hugging Face tensor, names and order as in an export; each owns its storage.
 
         Collective: every rank calls it and uses the iterator up, or closes it; only ranks in `consumers` (None: all) get
         tensors, the others' iterators are empty. `cpu` brings them to the host. `conversion_tasks`, from `get_conversion_tasks`,
-        says which tensors, in which order. Memory beside the model: two buckets of `bucket_bytes` and one tensor. Raises the same
-        MegabridgeError on every rank; also where another rank closed the iterator before the end. Hold it in
-        `contextlib.closing` where an exception may keep it alive.
+        says which tensors, in which order. Adapters are added unless `merge_adapter_weights` is False. Memory beside the model: two
+        buckets of `bucket_bytes` and one tensor. Raises the same MegabridgeError on every rank; also where another rank closed the
+        iterator before the end. Hold it in `contextlib.closing` where an exception may keep it alive.
         """
-        stream = self._stream(model, conversion_tasks, weight_dtype, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers)
+        plan = self.outgoing(model, merge=merge_adapter_weights)
+        stream = self._stream(plan, conversion_tasks, weight_dtype, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers)
         return stream.tensors(show_progress=show_progress)
 
     def export_hf_buckets(self, model: Model, *, cpu: bool = False, conversion_tasks: Sequence[ConversionTask] | None = None,
-                          weight_dtype: WeightDtype = None, bucket_bytes: int = BUCKET_BYTES,
+                          merge_adapter_weights: bool = True, weight_dtype: WeightDtype = None, bucket_bytes: int = BUCKET_BYTES,
                           consumers: Collection[int] | None = None) -> Generator[tuple[torch.Tensor, Entries]]:  # fmt: skip
         """(flat bytes, entries) of the same tensors, valid until the next step; `entry.view(flat)` is a tensor. Collective."""
-        return self._stream(model, conversion_tasks, weight_dtype, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers).flat()
+        plan = self.outgoing(model, merge=merge_adapter_weights)
+        return self._stream(plan, conversion_tasks, weight_dtype, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers).flat()
 
     def export_hf_shards(self, model: Model, *, replicas: bool = False) -> Iterator[tuple[str, Box, torch.Tensor]]:
         """(name, box, view of a parameter) of what this rank gives to an export, or holds with `replicas`. Nothing is exchanged.
 
-        Over all ranks the boxes tile every tensor once; `box.view(whole).copy_(local)` puts a part in its place.
+        Over all ranks the boxes tile every tensor once; `box.view(whole).copy_(local)` puts a part in its place. Adapters are left
+        out.
         """
         return tasks.shards(self.family, self.native, model, replicas=replicas)
 
@@ -218,9 +231,8 @@ class HFWeights(HFModel):
             dtypes = {name: info.dtype for name, info in infos.items()}
         return tasks.make_tasks(plan, model, export_specs(plan, dtypes, aliases))
 
-    def _stream(self, model: Model, chosen: Sequence[ConversionTask] | None, weight_dtype: WeightDtype, *, cpu: bool,
+    def _stream(self, plan: Plan, chosen: Sequence[ConversionTask] | None, weight_dtype: WeightDtype, *, cpu: bool,
                 bucket_bytes: int, consumers: Collection[int] | None) -> Stream:  # fmt: skip
-        plan = self.plan(model)
         with agreement.together("starting the stream"):
             dtypes = self._dtypes(plan, weight_dtype)
             specs = export_specs(plan, dtypes, self._aliases(plan)) if chosen is None else tasks.task_specs(plan, chosen, dtypes)

@@ -8,11 +8,15 @@ folder (conversion.folder) against its manifest, and against conversion.source w
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from megabridge import AutoBridge, agreement
 from megabridge.checkpoint import native, source
 from megabridge.config import Config
 from megabridge.conversion import verify as verify_folder
+from megabridge.conversion.report import Report
 from megabridge.errors import CheckpointError, ConfigError
 from megabridge.loggers import Reporter
 from megabridge.training import assemble
@@ -25,7 +29,8 @@ def main(config: Config) -> None:
         verify(config)
         return
     output = Path(conversion.output) if conversion.output else Path(config.run_dir)
-    config.model.load_weights = conversion.mode != "export"
+    has_adapters = config.peft.name != "none"
+    config.model.load_weights = conversion.mode != "export" or has_adapters  # a native checkpoint of adapters has nothing else
     bridge = assemble.bridge(config)
     provider = assemble.provider(config, bridge)
     chunks = provider.provide_distributed_model(
@@ -43,20 +48,32 @@ def main(config: Config) -> None:
             native.save(output / "native", chunks, progress=native.Progress(), write_assets=bridge.write_assets)
             report.say(f"native checkpoint: {output / 'native'}")
         else:
-            exported = bridge.save_hf_pretrained(
-                chunks,
-                output / "hf",
-                weight_dtype=conversion.export_dtype or ("source" if is_as_imported(config, bridge) else None),
-                strict=conversion.strict,
-                quantization=conversion.export_quantization,
-                max_shard_size=conversion.max_shard_size,
-                writer=conversion.writer,
-                verify=conversion.verify,
-                allow_nonfinite=conversion.allow_nonfinite,
-            )
+            target = output / ("adapter" if has_adapters and not config.peft.merge else "hf")
+            exported = export(config, bridge, chunks, target)
             report.log(0, {f"export/{name}": value for name, value in exported.metrics().items()})
             report.say(f"export: {exported}")
-            report.say(f"Hugging Face folder: {output / 'hf'}")
+            report.say(f"Hugging Face folder: {target}")
+
+
+def export(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module], target: Path) -> Report:
+    """Writes the whole model, or the PEFT folder of its adapters where peft.merge is false. Every rank calls it."""
+    conversion = config.conversion
+    rules: dict[str, Any] = {
+        "weight_dtype": conversion.export_dtype or ("source" if is_as_imported(config, bridge) else None),
+        "writer": conversion.writer,
+        "verify": conversion.verify,
+        "allow_nonfinite": conversion.allow_nonfinite,
+    }
+    if config.peft.name != "none" and not config.peft.merge:
+        return bridge.save_hf_adapter(chunks, target, **rules | {"weight_dtype": conversion.export_dtype})
+    return bridge.save_hf_pretrained(
+        chunks,
+        target,
+        strict=conversion.strict,
+        quantization=conversion.export_quantization,
+        max_shard_size=conversion.max_shard_size,
+        **rules,
+    )
 
 
 def verify(config: Config) -> None:

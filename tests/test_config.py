@@ -86,7 +86,7 @@ def test_every_yaml_composes_and_names_what_exists(group: str, choice: str) -> N
 def test_the_groups_of_the_product_exist() -> None:
     assert MODELS.keys() | {"auto"} <= {choice for group, choice in CHOICES if group == "model"}
     assert LAYOUTS.keys() | MIXTURE_LAYOUTS.keys() == {choice for group, choice in CHOICES if group == "parallel"}
-    groups = "model parallel conversion checkpoint recipe bench data optimizer scheduler backend callbacks logger experiment"
+    groups = "model parallel conversion checkpoint recipe bench data peft optimizer scheduler backend callbacks logger experiment"
     assert {group for group, _ in CHOICES} == set(groups.split())
 
 
@@ -206,6 +206,7 @@ def test_shape_of_a_local_folder_is_read_from_its_config(tmp_path: Path) -> None
         ("family=nowhere.at_all:FAMILY", r"family='nowhere\.at_all:FAMILY': there is no module"),
         ("recipe=check model.path=null", "has neither"),
         ("model=auto", "has neither model.path nor a shape"),
+        ("peft.path=somewhere", "no meaning with peft=none"),
         ("model.path=null", "load_weights=true needs model.path"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, override
+from typing import TYPE_CHECKING, Any, Final, override
 
 from megabridge.callbacks.parity import compare_logits
 from megabridge.errors import ConfigError
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from megabridge.training.loop import Trainer
 
 FOLDER: Final = "hf"
+ADAPTER_FOLDER: Final = "adapter"
 
 
 class HFExport(Callback):
-    """Writes checkpoints/step_N/hf on every save, unless checkpoint.hf is false.
+    """Writes checkpoints/step_N/hf on every save, unless checkpoint.hf is false; of adapters alone a PEFT folder, step_N/adapter.
 
     Logs the export's report as `export/*` and the logits' comparison as `parity/*`. The rules are those of the group
     `conversion`: export_dtype, export_quantization, max_shard_size, writer, verify, allow_nonfinite, logits_tokens.
@@ -32,21 +33,29 @@ class HFExport(Callback):
         if not trainer.config.checkpoint.hf or trainer.bridge is None:
             return
         conversion = trainer.config.conversion
-        target = folder / FOLDER
-        report = trainer.bridge.save_hf_pretrained(
-            trainer.chunks,
-            target,
-            weight_dtype=conversion.export_dtype,
-            quantization=conversion.export_quantization,
-            max_shard_size=conversion.max_shard_size,
-            writer=conversion.writer,
-            verify=conversion.verify,
-            allow_nonfinite=conversion.allow_nonfinite,
-            strict=conversion.strict,
-        )
+        rules: dict[str, Any] = {
+            "weight_dtype": conversion.export_dtype,
+            "writer": conversion.writer,
+            "verify": conversion.verify,
+            "allow_nonfinite": conversion.allow_nonfinite,
+        }
+        peft = trainer.config.peft
+        if peft.name != "none" and not peft.merge:
+            report = trainer.bridge.save_hf_adapter(trainer.chunks, folder / ADAPTER_FOLDER, **rules)
+            line = f"adapters of step {step} in {folder / ADAPTER_FOLDER}: {report}"
+        else:
+            target = folder / FOLDER
+            report = trainer.bridge.save_hf_pretrained(
+                trainer.chunks,
+                target,
+                quantization=conversion.export_quantization,
+                max_shard_size=conversion.max_shard_size,
+                strict=conversion.strict,
+                **rules,
+            )
+            trainer.exports.append(target)
+            line = f"export of step {step}: {report}" + compare_logits(trainer, target, prefix="parity")
         trainer.log({f"export/{name}": value for name, value in report.metrics().items()})
-        trainer.exports.append(target)
-        line = f"export of step {step}: {report}" + compare_logits(trainer, target, prefix="parity")
         trainer.say(line)
         trainer.summary.append(line)
 

@@ -12,6 +12,8 @@ from megabridge.checkpoint.safetensors import parse_json
 from megabridge.errors import CheckpointError
 
 CONFIG: Final = "config.json"
+ADAPTER: Final = "adapter_config.json"
+"""PEFT's, of a folder with adapters alone."""
 # Name patterns of files that belong to a model. Code (*.py) and weights are never among them.
 PATTERNS: Final = (
     "generation_config.json",

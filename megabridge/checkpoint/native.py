@@ -309,8 +309,10 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 def _fill(chunks: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
     for index, chunk in enumerate(unwrap_model(list(chunks))):
-        wrong = chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=False)
-        names = [name for name in (*wrong.missing_keys, *wrong.unexpected_keys) if not name.endswith("_extra_state")]
+        read = loaded.get("model" if len(chunks) == 1 else f"model{index}", {})  # nothing for a stage without adapters
+        wrong = chunk.load_state_dict(read, strict=False)
+        missing = wrong.missing_keys if chunk.stored is None else ()  # adapters alone are read; the rest came with the model
+        names = [name for name in (*missing, *wrong.unexpected_keys) if not name.endswith("_extra_state")]
         if names:
             raise CheckpointError(f"parameters that the checkpoint and the model don't share:\n  {listed(names)}")
 

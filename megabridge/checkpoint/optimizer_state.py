@@ -10,8 +10,9 @@ by offsets that count this padding. Where a bucket ends off a multiple of 128 x 
 the last pipeline stage have a bucket of their own), all that follows is shifted: wrong state, no error. So the offsets are counted
 anew while the state is taken.
 
-Where parameters are frozen, (5) a rank may have none to train, and (1) asserts again; and (6) layers are rows of one tensor in a
-checkpoint, whose rows of frozen layers would have no state. So each layer's state is then a tensor of its own.
+Where parameters are frozen, or only adapters are trained, (5) a rank may have none to train, and (1) asserts again; and (6) layers
+are rows of one tensor in a checkpoint, whose rows of frozen layers would have no state. So each layer's state is then a tensor of
+its own.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ def export_weights(
     dtypes: Dtypes = None,
     aliases: frozenset[str] = frozenset(),
     max_shard_size: str | int = "5GB",
+    only: str | None = None,
     verify: bool = True,
     allow_nonfinite: bool = False,
     writer: str = "shared",
@@ -69,8 +70,8 @@ def export_weights(
     everything, and its file system alone counts.
 
     Everything is written into a hidden folder beside `path`, read back and compared, made durable, and renamed last;
-    `write_assets(folder)` adds config and tokenizer on rank 0. An earlier export at `path` is replaced. What a killed export left
-    in the hidden folder is used again where it is right. With a `quantization`, of fp8, linears are quantised.
+    `write_assets(folder)` adds config and tokenizer on rank 0. `only` is the name of the one file of all weights. An earlier export
+    at `path` is replaced. What a killed export left is used again where it is right. With a `quantization`, linears are of FP8.
 
     Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was at `path` stays. NaN and
     infinite values are refused unless `allow_nonfinite`.
@@ -80,7 +81,7 @@ def export_weights(
     begin = time.perf_counter()
     partial = folders.partial_of(path := Path(os.path.realpath(path)))
     encoder = agree(plan, specs := export_specs(plan, dtypes, aliases), quantization, everything=writer == "gather")
-    shards = plan_shards(partial, encoder.specs(specs), max_shard_size)
+    shards = plan_shards(partial, encoder.specs(specs), max_shard_size, only=only)
     infos = {name: info for shard in shards for name, info in shard.tensors.items()}
     writers = {name: [0] for name in infos} if writer == "gather" else _writers(plan, infos, encoder)
     with _claimed(path, is_shared=writer == "shared"):
@@ -93,8 +94,7 @@ def export_weights(
             ):
                 written = _write(chain(boxes, _scales(infos, writers, encoder)), infos, writers, kept, encoder, progress)
             everyones = agreement.gather(written)
-            if not allow_nonfinite:
-                _refuse_nonfinite(everyones)
+            _refuse_nonfinite([] if allow_nonfinite else everyones)
             seconds = time.perf_counter() - begin
             found, verify_seconds = _verify(plan, partial, shards, encoder, writer) if verify else (Difference((), 0.0, 0), 0.0)
             begin = time.perf_counter()

@@ -121,7 +121,14 @@ def other_files(folder: Path) -> list[str]:
 
 def may_hold(name: str) -> bool:
     """Whether an export's folder may hold an entry of this name: weights, their index, the manifest, what belongs to a model."""
-    patterns = ("*.safetensors", INDEX, MANIFEST, assets.CONFIG, *(pattern.partition("/")[0] for pattern in assets.PATTERNS))
+    patterns = (
+        "*.safetensors",
+        INDEX,
+        MANIFEST,
+        assets.CONFIG,
+        assets.ADAPTER,
+        *(pattern.partition("/")[0] for pattern in assets.PATTERNS),
+    )
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -26,6 +26,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 # What SequentialMLP and TEGroupedMLP call one expert's parameter, below `experts.`.
 _ONE_EXPERT: Final = (re.compile(r"local_experts\.(\d+)\.(.+)"), re.compile(r"(?=.*\.(?:weight|bias)(\d+)$)(.+?)\d+$"))
 
+ADAPTER: Final = ".adapter."
+"""In the name of every parameter that an adapter adds to a linear (megabridge.peft)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -71,8 +74,8 @@ def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
     return chunk
 
 
-def survey(chunks: Sequence[torch.nn.Module]) -> tuple[Live, ...]:
-    """The parameters of this rank's model chunks, and the routers' correction biases, in module order.
+def survey(chunks: Sequence[torch.nn.Module], *, adapters: bool = False) -> tuple[Live, ...]:
+    """The parameters of this rank's model chunks, and the routers' correction biases, in module order; or those of adapters.
 
     Every rank may call it; nothing is exchanged.
     """
@@ -83,6 +86,8 @@ def survey(chunks: Sequence[torch.nn.Module]) -> tuple[Live, ...]:
         layers = {name: module.layer_number - 1 for name, module in modules.items() if isinstance(module, TransformerLayer)}
         experts = {f"{name}.experts.": module for name, module in modules.items() if isinstance(module, BaseMoELayer)}
         for local, parameter in _tensors(model):
+            if (ADAPTER in local) != adapters:
+                continue
             prefix = next((prefix for prefix in experts if local.startswith(prefix)), None)
             name = canonical(local, layers)
             if prefix is None:

@@ -52,8 +52,15 @@ def parse_size(text: str | int) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def plan_shards(folder: Path, specs: Mapping[str, Spec], max_shard_size: str | int = "5GB") -> list[Shard]:
-    """Files in `folder` for tensors in the given order: a new file starts when the next tensor would not fit."""
+def plan_shards(
+    folder: Path, specs: Mapping[str, Spec], max_shard_size: str | int = "5GB", *, only: str | None = None
+) -> list[Shard]:
+    """Files in `folder` for tensors in the given order: a new file starts when the next tensor would not fit.
+
+    `only` is the name of the one file where all must be in one, whatever its size.
+    """
+    if only is not None:
+        return [_shard(folder, only, specs)]
     limit = parse_size(max_shard_size)
     groups: list[list[str]] = [[]]
     filled = 0

@@ -26,6 +26,7 @@ def resolve(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], config.Conf
     checks.check_choices(typed)
     checks.check_targets(typed)
     checks.check_model(typed)
+    checks.check_peft(typed)
     checks.check_named(typed)
     checks.check_training(typed)
     return values, typed

@@ -45,6 +45,11 @@ class StackedLinear(torch.nn.Module):
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_cut, cut, stride)
             parameter.allreduce = reduces_with_dense  # type: ignore[attr-defined]  # False: over the experts' replicas
 
+    @override
+    def forward(self, tokens: Tensor, counts: list[int]) -> Tensor:
+        """tokens [n, in], `counts` of them for each expert in turn, to [n, out], without the bias."""
+        return products(self.weight, tokens, counts)
+
 
 class GroupedExperts(MegatronModule):  # type: ignore[misc]
     """The experts of a MoELayer. Builds with the arguments of megatron-core's ExpertsBuilder.
@@ -88,22 +93,14 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         counts = tokens_per_expert.tolist()
         hidden = self._activated(self._linear(self.linear_fc1, tokens, counts))
         hidden = (hidden * probs[:, None]).to(tokens.dtype)
-        out = self._products(self.linear_fc2.weight, hidden, counts)
+        out = self.linear_fc2(hidden, counts)
         if self.linear_fc2.bias is not None:
-            out = out + (_by_token(self.linear_fc2.bias, counts) * probs[:, None]).to(out.dtype)
+            out = out + (by_token(self.linear_fc2.bias, counts) * probs[:, None]).to(out.dtype)
         return out, None
 
     def _linear(self, linear: StackedLinear, tokens: Tensor, counts: list[int]) -> Tensor:
-        out = self._products(linear.weight, tokens, counts)
-        return out if linear.bias is None else out + _by_token(linear.bias, counts)
-
-    def _products(self, weight: Tensor, tokens: Tensor, counts: list[int]) -> Tensor:
-        if _can_group(tokens, weight):
-            ends = torch.tensor(counts, device=tokens.device).cumsum(0, dtype=torch.int32)
-            return F.grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
-        # unbind: indexing would make a gradient of all experts for each of them
-        parts = zip(weight.unbind(), torch.split(tokens, counts), strict=True)
-        return torch.cat([F.linear(part, expert) for expert, part in parts])
+        out: Tensor = linear(tokens, counts)
+        return out if linear.bias is None else out + by_token(linear.bias, counts)
 
     def _activated(self, x: Tensor) -> Tensor:
         config = self.config
@@ -154,7 +151,17 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         return ShardedTensorFactory(key, parameter, build, merge, replica)
 
 
-def _by_token(bias: Tensor, counts: list[int]) -> Tensor:
+def products(weight: Tensor, tokens: Tensor, counts: list[int]) -> Tensor:
+    """tokens [n, in], `counts` of them for each row of weight [experts, out, in], to [n, out]."""
+    if _can_group(tokens, weight):
+        ends = torch.tensor(counts, device=tokens.device).cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
+    # unbind: indexing would make a gradient of all experts for each of them
+    parts = zip(weight.unbind(), torch.split(tokens, counts), strict=True)
+    return torch.cat([F.linear(part, expert) for expert, part in parts])
+
+
+def by_token(bias: Tensor, counts: list[int]) -> Tensor:
     """[n, width]: each token's expert's bias."""
     return torch.cat([row.expand(count, -1) for row, count in zip(bias.unbind(), counts, strict=True)])
 

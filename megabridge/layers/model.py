@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, override
 
 import torch
@@ -29,6 +29,9 @@ class CausalLM(GPTModel):  # type: ignore[misc]
     the lowest finite value: no probability and no gradient. Their rows in embedding and output layer are zero.
     With `packed_seq_params`, a Packed, b is 1 and s all the tokens of its documents.
     """
+
+    stored: Callable[[], dict[str, Any]] | None = None
+    """Gives what a native checkpoint has of the chunk, where that isn't all of it: its adapters."""
 
     def __init__(
         self,
@@ -126,6 +129,11 @@ class CausalLM(GPTModel):  # type: ignore[misc]
         for layer in self._layers():
             sinks, is_cut = layer.self_attention.core_attention.softmax_offset, self.pg_collection.tp.size() > 1
             tensor_parallel.set_tensor_model_parallel_attributes(sinks, is_cut, 0, 1)
+
+    @override
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a native checkpoint has of this chunk, by local name (see `stored`)."""
+        return super().sharded_state_dict(*args, **kwargs) if self.stored is None else self.stored()
 
     def real_columns(self, width: int) -> int:
         """How many of `width` vocabulary entries here are real; `width` is this rank's shard, or the whole."""

@@ -215,6 +215,22 @@ class Interleave:
         return [Piece(0, (Axis(0, 0, ours, theirs), *rest)) for ours, theirs in runs]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Some parts of `inner`; no tensor feeds the native elements of the others."""
+
+    inner: Layout
+    parts: tuple[int, ...]
+
+    def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
+        shapes = self.inner.part_shapes(native, dims)
+        return [shapes[part] for part in self.parts]
+
+    def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
+        places = {part: place for place, part in enumerate(self.parts)}
+        return [replace(p, part=places[p.part]) for p in self.inner.pieces(native, dims) if p.part in places]
+
+
 def _check_count(count: int | str, native: Shape, dims: Dims) -> None:
     if native[0] != dims.size(count):
         raise MappingError(f"{count}={dims.size(count)} must be the {native[0]} rows of the native parameter.")

@@ -13,10 +13,11 @@ from megabridge import one_call, targets
 from megabridge.agreement import on_rank_zero
 from megabridge.bridge import AutoBridge
 from megabridge.checkpoint import assets, source
-from megabridge.config import Config
+from megabridge.config import Config, PeftConfig
 from megabridge.data import DataModule
 from megabridge.data import bytes as byte_tokenizer
 from megabridge.loggers import Logger
+from megabridge.peft import LoRA
 from megabridge.provider import ModelProvider
 from megabridge.training import freezing
 from megabridge.training.hooks import Callback
@@ -55,6 +56,8 @@ def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
         made.pipeline_model_parallel_layout = parallel.layout
     made.params_dtype = config.model.dtype
     made.backend = config.backend.name
+    if config.peft.name != "none" and made.backend == "auto":
+        made.backend = "torch"  # adapters know its linears, and not Transformer Engine's
     made.deterministic_mode = config.deterministic
     made.calculate_per_token_loss = True
     for name, value in config.model.provider.items():
@@ -64,6 +67,8 @@ def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
         made.register_pre_wrap_hook(partial(_import, config, bridge))
     if config.optimizer.freeze:
         made.register_pre_wrap_hook(partial(freezing.freeze, bridge=bridge, patterns=config.optimizer.freeze))
+    if config.peft.name != "none":
+        made.register_pre_wrap_hook(partial(_adapt, config, bridge))
     return made
 
 
@@ -86,6 +91,26 @@ def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -
         reader=conversion.reader,  # type: ignore[arg-type]  # one of its choices
         dedupe=conversion.dedupe,
     )
+    return chunks
+
+
+def lora(peft: PeftConfig) -> LoRA:
+    """The adapters of the group `peft`. Raises ConfigError."""
+    return LoRA(
+        target_modules=tuple(peft.target_modules),
+        exclude_modules=tuple(peft.exclude_modules),
+        r=peft.r,
+        lora_alpha=peft.lora_alpha,
+        lora_dropout=peft.lora_dropout,
+        use_rslora=peft.use_rslora,
+        use_dora=peft.name == "dora",
+    )
+
+
+def _adapt(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    chunks = bridge.add_adapters(chunks, lora(config.peft), seed=config.seed)
+    if config.peft.path is not None:
+        bridge.load_hf_adapter(chunks, config.peft.path, verify=config.conversion.verify)
     return chunks
 
 

@@ -29,7 +29,7 @@ def settings(config: Config) -> dict[str, Any]:
         "model.hf": _text(config.model.hf),
         "parallel": "".join(f"{name}{size}" for name, size in native.layout().items() if size > 1) or "single",
     }
-    for group in ("optimizer", "scheduler"):
+    for group in ("optimizer", "scheduler", "peft"):
         fields = dataclasses.asdict(getattr(config, group))
         values |= {f"{group}.{name}": value for name, value in fields.items()}
     return values

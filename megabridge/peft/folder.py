@@ -1,0 +1,129 @@
+"""An adapter's folder as PEFT has it: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from megabridge.checkpoint.assets import ADAPTER as CONFIG
+from megabridge.checkpoint.safetensors import TensorInfo, parse_json, read_header
+from megabridge.errors import CheckpointError, ConfigError, listed
+from megabridge.peft.lora import ALL_LINEAR, LoRA
+from megabridge.peft.rules import ENDINGS, PREFIX
+
+WEIGHTS: Final = "adapter_model.safetensors"
+# Keys of an adapter_config.json that change what is computed, with the values under which it is what `LoRA` says.
+_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "arrow_config": (None,),
+    "megatron_config": (None,),
+}
+
+
+def write_config(folder: Path, lora: LoRA, *, base: str | None, revision: str | None = None, is_transposed: bool = False) -> None:
+    """Writes adapter_config.json; `base` is the model's folder or hub id, `is_transposed` says that its linears are [in, out].
+
+    One rank calls it.
+    """
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "target_modules": ALL_LINEAR if lora.takes_all else sorted(lora.target_modules),
+        "exclude_modules": sorted(lora.exclude_modules) or None,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha if lora.lora_alpha % 1 else int(lora.lora_alpha),
+        "lora_dropout": lora.lora_dropout,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "fan_in_fan_out": is_transposed,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def explicit(lora: LoRA, adapted: Collection[str], others: Collection[str]) -> LoRA:
+    """The same adapters with names that PEFT finds them by: the linears' last names, or, where modules in `others` have these, all.
+
+    `adapted` are the Hugging Face modules with an adapter, `others` those without one.
+    """
+    last = {name.rpartition(".")[2] for name in adapted}
+    is_enough = not any(name.rpartition(".")[2] in last for name in others)
+    return replace(lora, target_modules=tuple(sorted(last if is_enough else adapted)), exclude_modules=())
+
+
+def read_config(folder: Path) -> LoRA:
+    """The settings in `folder`. Raises CheckpointError, and ConfigError for what adapters here don't do."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} must hold {CONFIG}; name the folder of an adapter that PEFT or megabridge saved.")
+    content = parse_json(path.read_bytes(), str(path))
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must be a JSON object, not {type(content).__name__}; fetch it again.")
+    problems = [
+        f"{key}={content[key]!r}, not {allowed[0]!r}"
+        for key, allowed in _NEUTRAL.items()
+        if key in content and content[key] not in allowed
+    ]
+    if problems:
+        raise ConfigError(f"{path} asks for what adapters here don't do; train without it:\n  " + listed(problems))
+    try:
+        return LoRA(
+            target_modules=_names(content.get("target_modules"), (ALL_LINEAR,)),
+            exclude_modules=_names(content.get("exclude_modules"), ()),
+            r=int(content["r"]),
+            lora_alpha=float(content["lora_alpha"]),
+            lora_dropout=float(content.get("lora_dropout", 0.0)),
+            use_rslora=bool(content.get("use_rslora", False)),
+            use_dora=bool(content.get("use_dora", False)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} must say r and lora_alpha as numbers ({error!r}); fetch it again.") from None
+
+
+def _names(value: Any, otherwise: tuple[str, ...]) -> tuple[str, ...]:
+    """Module names; PEFT's other forms (a regular expression, nothing) stand for what the tensors say."""
+    return tuple(map(str, value)) if isinstance(value, list) and value else otherwise
+
+
+def find_weights(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of `folder`. Raises CheckpointError where there are no safetensors: pickled ones are never read."""
+    if not (folder / WEIGHTS).is_file():
+        others = sorted(path.name for path in folder.glob("adapter_model*"))
+        found = f"it has {', '.join(others)}; save it again with safe_serialization=True" if others else "it has no weights"
+        raise CheckpointError(f"{folder} must hold {WEIGHTS}; {found}.")
+    return read_header(folder / WEIGHTS)
+
+
+def modules_of(names: Collection[str]) -> list[str]:
+    """The Hugging Face modules that the tensors `names` of a file adapt. Raises CheckpointError for other tensors."""
+    found: dict[str, None] = {}
+    strange = []
+    for name in names:
+        ending = next((ending for ending in ENDINGS.values() if name.startswith(PREFIX) and name.endswith(ending)), None)
+        if ending is None:
+            strange.append(name)
+        else:
+            found[name.removeprefix(PREFIX).removesuffix(ending)] = None
+    if strange:
+        raise CheckpointError(
+            "an adapter's tensors must be lora_A, lora_B and lora_magnitude_vector of linears:\n  " + listed(strange)
+        )
+    return list(found)
