@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.loggers import jsonl
+from megabridge import metrics
 from megabridge.topology import Topology
 from tests.cases.models import TINY
 from tests.ranks import RankServer
@@ -47,7 +47,7 @@ def test_what_a_run_logs(ranks: RankServer, tmp_path: Path, topology: Topology) 
     config["callbacks"] = {"profile": {"_target_": "megabridge.callbacks.profile.Profile", "first": 2, "steps": 2}}
     config["checkpoint"] = {"save_at_end": False}
     ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": "pretrain", "values": config})
-    rows = list(jsonl.read(tmp_path))
+    rows = list(metrics.read(tmp_path))
     steps = [row for row in rows if "train/loss" in row]
     assert len(steps) == 4
     for row in steps:
