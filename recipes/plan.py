@@ -1,14 +1,15 @@
 """Plans a layout without running it: recipe=plan parallel=tp8pp2, in one process, from the config alone.
 
-Proves that the ranks' boxes make up every Hugging Face tensor exactly once, and says what each rank holds, reads and writes.
+Proves that the ranks' boxes make up every Hugging Face tensor exactly once, and says what each rank holds, reads and
+writes, and how much memory training with the config's recipe is expected to need.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from megabridge import config as schema
@@ -16,7 +17,9 @@ from megabridge.bridge import AutoBridge
 from megabridge.config import Config
 from megabridge.conversion.world import Share, WorldPlan, plan_world
 from megabridge.loggers import Reporter
-from megabridge.training import assemble
+from megabridge.training import assemble, memory
+from megabridge.training.memory import Expected
+from megabridge.training.throughput import GIB
 
 
 def main(config: Config) -> None:
@@ -36,8 +39,11 @@ def main(config: Config) -> None:
         )
         for line in table(world, shares):
             report.say(line)
+        expected = memory.expect(config, bridge, provider)
+        for line in memory_table(expected, config):
+            report.say(line)
         file = Path(config.run_dir) / "plan.json"
-        file.write_text(json.dumps(content(world, shares), indent=2) + "\n")
+        file.write_text(json.dumps(content(world, shares, expected), indent=2) + "\n")
         report.say(f"every rank: {file}")
 
 
@@ -60,18 +66,31 @@ def table(world: WorldPlan, shares: dict[int, Share]) -> list[str]:
     return lines
 
 
+def memory_table(expected: Sequence[Expected], config: Config) -> list[str]:
+    """A line per pipeline stage: what training is expected to need on each of its devices."""
+    recipe = config.recipe
+    columns = [each.name for each in fields(Expected)] + ["total"]
+    lines = [f"expected memory of a device in GiB, micro_batch_size {recipe.micro_batch_size}, seq_length {recipe.seq_length}"]
+    lines.append(" ".join(f"{column:>12}" for column in ("stage", *columns)))
+    for stage, one in enumerate(expected):
+        cells = (str(stage), *(f"{getattr(one, column) / GIB:.2f}" for column in columns))
+        lines.append(" ".join(f"{cell:>12}" for cell in cells))
+    return lines
+
+
 def _span(values: Iterable[float]) -> str:
     found = list(values)
     low, high = (f"{value:.0f}" if isinstance(value, int) else f"{value:.1f}" for value in (min(found), max(found)))
     return low if low == high else f"{low} to {high}"
 
 
-def content(world: WorldPlan, shares: dict[int, Share]) -> dict[str, object]:
+def content(world: WorldPlan, shares: dict[int, Share], expected: Sequence[Expected]) -> dict[str, object]:
     """What plan.json holds: sizes in bytes, shares by rank for the ranks that write."""
     return {
         "parallel": str(world.topology),
         "world_size": world.topology.world_size,
         "tensors": len(world.tensors),
         "bytes": world.bytes,
+        "memory": [asdict(one) for one in expected],
         "ranks": {str(rank): asdict(share) for rank, share in shares.items()},
     }

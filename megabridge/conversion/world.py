@@ -6,6 +6,7 @@ where a rank sits in the stage is arithmetic.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -128,14 +129,23 @@ def _expert_record_at(record: Record, place: Coordinate, ep: int) -> Record:
     return Record(name, record.shape, record.dtype, cuts, is_writer, is_expert=True)
 
 
-def _stage(provider: ModelProvider, topology: Topology, pp: int) -> tuple[Record, ...]:
-    """The records of the first rank of a stage, from chunks without memory."""
+@contextlib.contextmanager
+def imagined_stage(provider: ModelProvider, topology: Topology, pp: int) -> Iterator[list[torch.nn.Module]]:
+    """The bare chunks, without memory, of the first rank of a stage, among groups in which this process believes to be that rank.
+
+    Raises ConfigError when this process has groups.
+    """
     widths = range(1, topology.dp + 1)
     dp = next(dp for dp in widths if topology.tp * topology.cp * dp % (topology.expert_tp * topology.ep) == 0)
     narrow = replace(topology, dp=dp)  # replicas only cost time
     with groups.imagined(narrow, narrow.rank(pp=pp)):
         numbers: list[int | None] = list(range(topology.vpp)) if topology.vpp > 1 else [None]
-        chunks: list[torch.nn.Module] = [provider.provide(vp_stage=number, init="meta") for number in numbers]
+        yield [provider.provide(vp_stage=number, init="meta") for number in numbers]
+
+
+def _stage(provider: ModelProvider, topology: Topology, pp: int) -> tuple[Record, ...]:
+    """The records of the first rank of a stage, from chunks without memory."""
+    with imagined_stage(provider, topology, pp) as chunks:
         if provider.config.bf16 or provider.config.fp16:
             chunks = [in_half_precision(provider.config, chunk) for chunk in chunks]
         return tuple(live.record for live in survey(chunks))

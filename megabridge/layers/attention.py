@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megabridge.errors import ConfigError
-from megabridge.layers import flex
+from megabridge.layers import flex, outline
 from megabridge.layers.norm import LayerNorm, RMSNorm
 from megabridge.layers.packed import Packed
 from megabridge.layers.parameters import empty
@@ -94,6 +94,8 @@ class TorchAttention(torch.nn.Module):
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
         query, key = self._normed(query, key, None)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if query.is_meta:
+            return outline.attention(query, key, value)
         dropout = self.dropout if self.training else 0.0
         window = self.window if self.window is not None and self.window < key.shape[2] else None
         is_written_out = self.style.attention_softcap is not None or self.softmax_offset is not None

@@ -135,6 +135,17 @@ class CausalLM(GPTModel):  # type: ignore[misc]
         """What a native checkpoint has of this chunk, by local name (see `stored`)."""
         return super().sharded_state_dict(*args, **kwargs) if self.stored is None else self.stored()
 
+    def keep_recomputation_alive(self) -> None:
+        """Lets the embedding's output ask for a gradient where activations are recomputed and the embedding is frozen.
+
+        A recomputed block is one autograd function; it has a backward only where a tensor that it is given asks for a gradient, and
+        the first block is given nothing but the embedding's output: its own trained weights would get none.
+        """
+        if not self.pre_process or self.config.recompute_granularity is None:
+            return
+        if not any(parameter.requires_grad for parameter in self.embedding.parameters()):
+            self.embedding.register_forward_hook(_ask_for_gradient)
+
     def real_columns(self, width: int) -> int:
         """How many of `width` vocabulary entries here are real; `width` is this rank's shard, or the whole."""
         first = 0 if width == self.vocab_size else self.pg_collection.tp.rank() * width
@@ -174,3 +185,8 @@ class CausalLM(GPTModel):  # type: ignore[misc]
         if real < logits.shape[-1]:
             logits[..., real:] = torch.finfo(logits.dtype).min  # not -inf: p * log p of a padded column would be NaN
         return logits, bias
+
+
+def _ask_for_gradient(module: torch.nn.Module, arguments: Any, output: Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_(True)

@@ -20,7 +20,7 @@ from megabridge.errors import ConfigError, listed
 from megabridge.families import Family
 from megabridge.mapping import Dims
 from megabridge.peft.adapter import Adapter, Rows
-from megabridge.peft.linears import spread_of
+from megabridge.peft.linears import Spread, spread_of
 from megabridge.peft.lora import LoRA, ends, is_named
 from megabridge.peft.rules import AdapterMap, Target
 from megabridge.peft.state import stored
@@ -39,38 +39,46 @@ def attach(chunks: Sequence[Any], family: Family, native: Mapping[str, object], 
     on every rank when a pattern names no linear.
     """
     dims, rules = Dims.of(native), AdapterMap(family.weights, lora)
-    expansion = Expansion(family, dims)
-    lives = [live for live in survey(chunks) if live.local.endswith(".weight")]
     with agreement.together("adapting the model"):
         if survey(chunks, adapters=True):
             raise ConfigError("the model has adapters already; merge them into an export, and adapt that.")
-        owners = [(live, unwrap(chunks[live.chunk]).get_submodule(live.local.rpartition(".")[0])) for live in lives]
-        linears = [(live, module, spread) for live, module in owners if (spread := spread_of(module)) is not None]
-        targets = [rules.target(live.name, dims) for live, _, _ in linears]
+        linears = [live for live, _, _ in _linears(chunks)]
+        for live in linears:
+            rules.target(live.name, dims)  # whose rules hold before anything is changed
     if not any(agreement.gather(bool(linears))):
         raise ConfigError(
             "adapters know the linears of backend=torch and local, and this model has none of them; set backend=torch."
         )
-    names = {name for live, _, _ in linears for name in _modules(rules, live, dims)}
+    names = {name for live in linears for name in _modules(rules, live, dims)}
     _check_named(lora, {name for rank_names in agreement.gather(names) for name in rank_names})
-    for chunk in chunks:
-        _freeze(chunk)
-    made = []
-    for (live, module, spread), target in zip(linears, targets, strict=True):
-        if target is not None:
-            made.append(Adapter(module, spread, rows_of(expansion.entry(live.record), live, target), lora))
+    made = put(chunks, family, native, lora)
     _initialize(chunks, adapted(family, lora), dims, seed)
     for adapter in made:
         adapter.begin()
+
+
+def put(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lora: LoRA) -> list[Adapter]:
+    """Freezes the bare chunks and gives them the adapters, whose values are zero. Nothing is exchanged, nothing is checked."""
+    dims, rules = Dims.of(native), AdapterMap(family.weights, lora)
+    expansion = Expansion(family, dims)
+    linears = _linears(chunks)
+    for chunk in chunks:
+        _freeze(chunk)
+    made = []
+    for live, module, spread in linears:
+        if (target := rules.target(live.name, dims)) is not None:
+            made.append(Adapter(module, spread, rows_of(expansion.entry(live.record), live, target), lora))
     for chunk in chunks:
         chunk.stored = partial(stored, chunk)
-        if chunk.pre_process and chunk.config.recompute_granularity is not None:
-            chunk.embedding.register_forward_hook(_require_gradient)
+        chunk.keep_recomputation_alive()
+    return made
 
 
-def _require_gradient(embedding: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """A layer that is computed again in the backward pass has gradients only where its input asks for one."""
-    return output.requires_grad_() if torch.is_grad_enabled() else output
+def _linears(chunks: Sequence[Any]) -> list[tuple[Live, Any, Spread]]:
+    """Weight, module and place of every linear that can be adapted, in module order."""
+    lives = [live for live in survey(chunks) if live.local.endswith(".weight")]
+    owners = [(live, unwrap(chunks[live.chunk]).get_submodule(live.local.rpartition(".")[0])) for live in lives]
+    return [(live, module, spread) for live, module in owners if (spread := spread_of(module)) is not None]
 
 
 def _modules(rules: AdapterMap, live: Live, dims: Dims) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from megabridge.agreement import gather
 from megabridge.conversion.native import unwrap
-from megabridge.conversion.plan import Item
+from megabridge.conversion.plan import Entry, Item
 from megabridge.errors import ConfigError, listed
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def freeze(chunks: Chunks, *, bridge: AutoBridge, patterns: Sequence[str]) -> Ch
     items = bridge.plan(chunks).items
     frozen, problems = [], []
     for item in items:
-        names = _frozen_part(item, patterns)
+        names = frozen_part(item, patterns)
         if len(names) == len(item.hf):
             frozen.append(item)
         elif names:
@@ -50,7 +50,8 @@ def freeze(chunks: Chunks, *, bridge: AutoBridge, patterns: Sequence[str]) -> Ch
         if isinstance(item.live.parameter, torch.nn.Parameter):  # not a router's correction bias, which no gradient moves
             item.live.parameter.requires_grad_(False)
     for chunk in chunks:
-        _keep_recomputation_alive(unwrap(chunk))
+        model: Any = unwrap(chunk)
+        model.keep_recomputation_alive()
     return chunks
 
 
@@ -60,8 +61,8 @@ def frozen_names(items: Iterable[Item]) -> set[str]:
     return set().union(*gather(here))
 
 
-def _frozen_part(item: Item, patterns: Sequence[str]) -> list[str]:
-    """Those of the item's tensors that are to be frozen: the last pattern that fits decides."""
+def frozen_part(item: Entry, patterns: Sequence[str]) -> list[str]:
+    """Those of the parameter's tensors that are to be frozen: the last pattern that fits decides."""
     is_frozen = dict.fromkeys(item.hf, False)
     for pattern in patterns:
         fits_all = _fits(pattern, [item.record.name])
@@ -73,20 +74,3 @@ def _frozen_part(item: Item, patterns: Sequence[str]) -> list[str]:
 
 def _fits(pattern: str, names: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern.removeprefix("!")) for name in names)
-
-
-def _keep_recomputation_alive(model: Any) -> None:
-    """Lets the embedding's output ask for a gradient where activations are recomputed and the embedding is frozen.
-
-    A recomputed block is one autograd function; it has a backward only where a tensor that it is given asks for a gradient, and
-    the first block is given nothing but the embedding's output: its own trained weights would get none.
-    """
-    if not model.pre_process or model.config.recompute_granularity is None:
-        return
-    if not any(parameter.requires_grad for parameter in model.embedding.parameters()):
-        model.embedding.register_forward_hook(_ask_for_gradient)
-
-
-def _ask_for_gradient(module: torch.nn.Module, arguments: Any, output: torch.Tensor) -> None:
-    if torch.is_grad_enabled():
-        output.requires_grad_(True)

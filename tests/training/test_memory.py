@@ -1,0 +1,63 @@
+"""The memory that recipe=plan expects against what ranks hold in truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabridge.topology import Topology
+from tests.cases.models import TINY
+from tests.ranks import RankServer
+from tests.recipes.test_recipes import values
+
+SHAPE = {**TINY, "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
+MIXTURE = {
+    **SHAPE, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+CASES: dict[str, tuple[Topology, dict[str, Any]]] = {
+    "single": (Topology(), {}),
+    "bf16": (Topology(), {"dtype": "bfloat16"}),
+    "recomputed": (Topology(), {"provider": FULL}),
+    "mlp-recomputed": (Topology(), {"provider": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}}),
+    "tp2": (Topology(tp=2), {}),
+    "tp2-sequence": (Topology(tp=2), {"sequence": True}),
+    "dp2": (Topology(dp=2), {"dtype": "bfloat16"}),
+    "pp2": (Topology(pp=2), {"micro_batches": 4}),
+    "pp2vpp2": (Topology(pp=2, vpp=2), {"micro_batches": 4}),
+    "pp2-recomputed": (Topology(pp=2), {"provider": FULL}),
+    "lora": (Topology(), {"peft": "lora"}),
+    "frozen": (Topology(pp=2), {"freeze": ["*", "!*layers.3*"]}),
+    "experts": (Topology(), {"hf": MIXTURE}),
+    "ep2": (Topology(ep=2, dp=2), {"hf": MIXTURE, "dtype": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_expected_memory_is_held(ranks: RankServer, tmp_path: Path, case: str) -> None:
+    topology, settings = CASES[case]
+    model = {
+        "hf": settings.get("hf", SHAPE),
+        "load_weights": False,
+        "dtype": settings.get("dtype", "float32"),
+        "provider": settings.get("provider", {}),
+    }
+    rows = settings.get("micro_batches", 2) * topology.dp
+    recipe = {"seq_length": 128, "micro_batch_size": 1, "global_batch_size": rows}
+    config = values(tmp_path, None, topology, model=model, recipe=recipe)
+    config["parallel"] |= {"dp": topology.dp, "ep": topology.ep}
+    config["parallel"]["sequence_parallel"] = settings.get("sequence", False)
+    config["peft"] = {"name": settings.get("peft", "none")}
+    config["optimizer"] = {"freeze": settings.get("freeze", [])}
+    (expected,) = ranks.run("tests.cases.expected_memory:expected", world_size=1, kwargs={"values": config})
+    held = ranks.run("tests.cases.expected_memory:held", topology=topology, kwargs={"values": config})
+    for rank, found in enumerate(held):
+        stage = expected[topology.coordinate(rank).pp]
+        assert found["parameters"] == stage["parameters"]
+        # Buffers are padded to multiples of 128 x dp elements, each of a few.
+        assert found["gradients"] == pytest.approx(stage["gradients"], abs=4 * 128 * 8)
+        assert found["optimizer"] == pytest.approx(stage["optimizer"], abs=12 * 128 * 8)
+        # Experts get unequal numbers of tokens, and the CPU's attention keeps no more than CUDA's.
+        assert found["activations"] == pytest.approx(stage["activations"], rel=0.15 if "hf" in settings else 0.02), case
