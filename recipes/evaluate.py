@@ -11,6 +11,7 @@ from megabridge import evaluation
 from megabridge.checkpoint import source
 from megabridge.config import Config
 from megabridge.errors import ConfigError, listed
+from megabridge.evaluation import harness
 from megabridge.loggers import Reporter
 from megabridge.training import assemble
 
@@ -25,7 +26,7 @@ def main(config: Config) -> None:
     if problems:
         raise ConfigError(listed(problems))
     folder = source.resolve(str(model.path), revision=model.revision)
-    if problems := evaluation.problems(folder, tasks):
+    if problems := evaluation.problems(folder, tasks) + harness.problems(tasks):
         raise ConfigError(listed(problems))
     with Reporter(config, assemble.loggers(config)) as report:
         results = evaluation.evaluate(folder, tasks, batch_size=options["batch_size"], device=device)
