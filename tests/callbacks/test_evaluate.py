@@ -33,7 +33,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def config(run_dir: Path, source: Path, topology: Topology, tasks: Any = None, between: Any = None, **groups: Any) -> dict[str, Any]:
+def config(
+    run_dir: Path, source: Path, topology: Topology, tasks: Any = None, between: Any = None, **groups: Any
+) -> dict[str, Any]:
     """A deterministic run that saves steps 2 and 4; evaluated where there are `tasks`."""
     settings = groups.pop("evaluate", {})
     groups = {"checkpoint": {"save_every": 2, **groups.pop("checkpoint", {})}, "deterministic": True, **groups}
@@ -149,7 +151,11 @@ def test_what_cannot_work_is_refused_on_every_rank_before_the_first_step(ranks: 
 
 
 def test_merged_adapters_are_evaluated(ranks: RankServer, tmp_path: Path, source: Path, tasks: dict[str, Any]) -> None:
-    train(ranks, Topology(dp=2), config(tmp_path, source, Topology(dp=2), tasks, peft={"name": "lora", "merge": True}, evaluate={"every": 2}))
+    train(
+        ranks,
+        Topology(dp=2),
+        config(tmp_path, source, Topology(dp=2), tasks, peft={"name": "lora", "merge": True}, evaluate={"every": 2}),
+    )
     assert [step for step, _ in evaluated(tmp_path)] == [4]
 
 
@@ -200,7 +206,9 @@ def test_the_harness_runs_beside_the_training(ranks: RankServer, tmp_path: Path,
         'target_delimiter: ""\nmetric_list: [{metric: acc}]\n'
     )
     own = {"kind": "lm_eval", "tasks": ["own"], "include_path": str(folder)}
-    given = config(tmp_path / "run", source, Topology(dp=2), {"own": own, "quiz": tasks["quiz"]}, evaluate={"every": None, "on_error": "fail"})
+    given = config(
+        tmp_path / "run", source, Topology(dp=2), {"own": own, "quiz": tasks["quiz"]}, evaluate={"every": None, "on_error": "fail"}
+    )
     train(ranks, Topology(dp=2), given)
     (row,) = [row for row in read(tmp_path / "run") if "evaluation/own/own/acc" in row]
     assert row["evaluation/own/own/acc"] == row["evaluation/quiz/acc"]

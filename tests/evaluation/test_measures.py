@@ -118,7 +118,9 @@ def test_multiple_choice_by_hand(folder: Path, quiz: Path) -> None:
     for row in QUESTIONS:
         scores: dict[str, list[float]] = {name: [] for name in right}
         for choice in row["choices"]:  # type: ignore[attr-defined]
-            total = log_likelihoods(model, [continuation(tokenizer, str(row["prompt"]), " " + choice, longest=999)], batch_size=1)[0]
+            total = log_likelihoods(model, [continuation(tokenizer, str(row["prompt"]), " " + choice, longest=999)], batch_size=1)[
+                0
+            ]
             for name, length in {"acc": 1, "acc_norm": len(choice), "acc_bytes": len(choice.encode())}.items():
                 scores[name].append(total / length)
         for name in right:
