@@ -29,6 +29,7 @@ EXTRAS: Final[Mapping[str, Extra]] = {
         Extra("transformer_engine", "backend=te", "pip install --no-build-isolation 'transformer_engine[pytorch]'"),
         Extra("gguf", "unpacking the quickstart model", "pip install gguf"),
         Extra("accelerate", "reading quantised weights with transformers", "pip install accelerate"),
+        Extra("lm_eval", "an evaluation of kind lm_eval", "pip install 'megabridge[eval]'"),
         Extra("wandb", "logger=wandb", "pip install wandb"),
         Extra("rich", "progress bars", "pip install rich"),
     )

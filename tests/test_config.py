@@ -71,7 +71,11 @@ def defines(module: str, name: str) -> bool:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_yaml_composes_and_names_what_exists(group: str, choice: str) -> None:
-    more = ["model.path=somewhere/else"] if choice in ("auto", "check", "compare", "draft") and group in ("model", "recipe") else []
+    more = (
+        ["model.path=somewhere/else"]
+        if choice in ("auto", "check", "compare", "draft", "evaluate") and group in ("model", "recipe")
+        else []
+    )
     more += {"indexed": ["data.paths=[corpus]"], "chat": ["data.path=chats.jsonl"], "streaming": ["data.path=some/set"]}.get(
         choice, []
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, override
+from typing import TYPE_CHECKING, Final, override
 
-import torch
-
-from megabridge import agreement
+from megabridge import agreement, evaluation
 from megabridge.checkpoint import source
 from megabridge.conversion.parity import is_readable
 from megabridge.training.hooks import Callback
@@ -46,22 +44,7 @@ class Answer(Callback):
 
 def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> str:
     """The greedy answer of the model in `folder` to `prompt`, asked through its chat template where it has one."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import, and needed here only
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     if not is_readable(folder):
         return "(not asked: for quantised weights transformers needs the package accelerate; pip install accelerate)"
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    with torch.no_grad():
-        tokens = model.generate(
-            **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
-        )
-    text: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    (text,) = evaluation.generate(*evaluation.load(folder, "cpu"), [prompt], max_new_tokens=max_new_tokens)
     return " ".join(text.split())

@@ -29,6 +29,7 @@ def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor, *, dty
 def load_hf(folder: Path, dtype: str) -> Any:
     """transformers' model of a folder on the CPU, in evaluation mode, with plain attention: its other kernels drop softcaps.
 
+    `dtype` is float32, ..., or auto for that of the folder.
     Raises ConfigError where transformers lacks the package that it wants for quantised weights.
     """
     if not is_readable(folder):
@@ -37,7 +38,7 @@ def load_hf(folder: Path, dtype: str) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    kind = getattr(torch, dtype)
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="eager", trust_remote_code=False).eval()
 
 

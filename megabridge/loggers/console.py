@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, override
 
@@ -37,7 +37,10 @@ _HIDDEN: Final = (
     "import/",
     "export/",
     "parity/",
+    "evaluation/",
 )
+_ROWS: Final = 2
+"""Rows of a table that are printed; files have all."""
 
 stdout: Final = RichConsole(highlight=False, soft_wrap=True)
 """The console that bars and lines share, so that neither overwrites the other."""
@@ -61,6 +64,13 @@ class Console(Logger):
         parts = [_written(name, value) for name, value in metrics.items() if not name.startswith(_HIDDEN)]
         if parts:
             self.say(f"step {step}/{self._steps}  {'  '.join(parts)}")
+
+    @override
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+        for row in rows[:_ROWS]:
+            self.say(f"{name}  " + "  ".join(f"{column}: {' '.join(text.split())}" for column, text in row.items()))
+        if len(rows) > _ROWS:
+            self.say(f"{name}  ... and {len(rows) - _ROWS} more")
 
     @override
     def say(self, line: str) -> None:

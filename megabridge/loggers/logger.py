@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megabridge.config import Config
@@ -16,6 +16,9 @@ class Logger:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers of one moment, named like train/loss; `step` is the number of optimizer steps taken."""
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+        """Texts of one moment, e.g. generations: at least one row, and all have the same columns."""
 
     def say(self, line: str) -> None:
         """A line for people."""

@@ -33,6 +33,11 @@ class Reporter:
         for logger in self._loggers:
             logger.log(step, metrics)
 
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+        """Gives rows of texts of one moment to every logger."""
+        for logger in self._loggers:
+            logger.table(step, name, rows)
+
     def say(self, line: str) -> None:
         """Gives a line for people to every logger."""
         for logger in self._loggers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import netrc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast, override
 
@@ -59,6 +59,11 @@ class WandB(Logger):
             self._safely(lambda: self._run.log({"step": step, **metrics}))
 
     @override
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+        if self._run is not None:
+            self._safely(lambda: self._log_table(step, name, rows))
+
+    @override
     def finish(self) -> None:
         if self._run is not None:
             self._safely(self._close)
@@ -91,6 +96,12 @@ class WandB(Logger):
                 init_timeout=_INIT_TIMEOUT, silent=True, console="off", disable_git=True, disable_code=True, save_code=False
             ),
         )
+
+    def _log_table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+        import wandb
+
+        data = [[str(step), *row.values()] for row in rows]
+        self._run.log({"step": step, name: wandb.Table(columns=["step", *rows[0]], data=data)})
 
     def _close(self) -> None:
         import wandb

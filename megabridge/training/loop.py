@@ -82,6 +82,8 @@ class Trainer:
         self._micro_batches = batches.micro_batches(config)
         self._clock = Clock(config, self.chunks)
         self._stop_flag = SharedFlag()
+        self.stop = StopSignal()
+        """Whether a signal has asked this rank to stop, while `fit` runs: long work beside the loop looks at it."""
         self._routers = RouterStatistics(self.chunks)
         prepare(self.chunks, optimizer)
         self._gathering = Gathering(self.chunks)
@@ -95,6 +97,10 @@ class Trainer:
         """Gives `metrics` to every logger, at the current step."""
         self.report.log(self.step, metrics)
 
+    def table(self, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+        """Gives rows of texts to every logger, at the current step."""
+        self.report.table(self.step, name, rows)
+
     def say(self, line: str) -> None:
         """Gives a line for people to every logger."""
         self.report.say(line)
@@ -106,7 +112,7 @@ class Trainer:
         passed over), and Stopped (exit code 75) after the save that SIGTERM or SIGUSR1 asked for.
         """
         try:
-            with StopSignal() as stop:
+            with self.stop as stop:
                 return self._fit(stop)
         except Exception as error:
             self._call("on_error", error)

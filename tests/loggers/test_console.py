@@ -21,3 +21,11 @@ def test_one_line_a_step_without_control_characters(capsys: pytest.CaptureFixtur
     assert lines[1].endswith("step 3/9  loss 1.2346  lr 1.00e-05  mine/[bold] 2")
     assert lines[2].endswith("[red]as it is[/red] " + "x" * 200)
     assert len(lines) == 3 and "\x1b" not in "".join(lines)
+
+
+def test_a_few_rows_of_a_table_on_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().table(3, "generations", [{"prompt": "a\nb", "text": "c"}] * 5)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("] ")[2] for line in lines] == ["generations  prompt: a b  text: c"] * 2 + [
+        "generations  ... and 3 more"
+    ]

@@ -27,3 +27,14 @@ def test_a_resumed_run_goes_on_after_a_torn_line(tmp_path: Path) -> None:
     logger.log(3, {"a": 4.0})
     logger.finish()
     assert [(row["step"], row["a"]) for row in read(tmp_path)] == [(1, 2), (3, 4.0)]
+
+
+def test_a_table_has_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "generations.jsonl").write_text('{"step": 1, "te')
+    logger = JsonLines()
+    logger.start(tmp_path, Config())
+    logger.table(2, "generations", [{"text": "one\ntwo"}, {"text": "\u2028"}])
+    logger.finish()
+    lines = (tmp_path / "generations.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in lines[1:-1]] == [{"step": 2, "text": "one\ntwo"}, {"step": 2, "text": "\u2028"}]
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,17 @@ def test_offline_run_leaves_its_metrics_in_the_run_directory(tmp_path: Path) -> 
     logger.start(run_dir, Config(model=ModelConfig(name="tiny")))
     logger.log(1, {"train/loss": 2.0})
     logger.log(1, {"validation/loss": 3.0})
+    logger.table(1, "generations", [{"prompt": "hello", "text": "world"}])
     logger.finish()
     (written,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     content = written.read_bytes()
     assert b"train/loss" in content and b"validation/loss" in content
     assert not list(tmp_path.glob("wandb"))
+    (table,) = run_dir.glob("wandb/offline-run-*/files/media/table/generations*.table.json")
+    assert json.loads(table.read_text()) == {
+        "columns": ["step", "prompt", "text"],
+        "data": [["1", "hello", "world"]],
+    }
 
 
 def test_mode_follows_the_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,64 @@
+"""The process that evaluates: `python -m megabridge.evaluation`, started by megabridge.evaluation.process, never by hand.
+
+The first line of standard input is the request; its end means that whoever asked is gone, and this process ends too. The
+outcome is one JSON object on standard output: that of the tasks, the problems of a check, or an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from megabridge.errors import MegabridgeError
+
+
+def main() -> None:
+    # The one who asked decides about signals to a whole job.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    outcome_file = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is not the outcome
+    try:
+        outcome = _outcome(request)
+    except MegabridgeError as error:
+        outcome = {"error": str(error)}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        outcome = {"error": f"{type(error).__name__}: {error}"}
+    json.dump(outcome, outcome_file)
+    outcome_file.flush()
+
+
+def _outcome(request: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from megabridge import evaluation
+    from megabridge.evaluation import harness
+
+    torch.set_num_threads(request["threads"])
+    tasks, problems = evaluation.parsed(request["tasks"], where="tasks", seq_length=1)
+    if not problems and request["check"]:
+        problems = harness.problems(tasks)
+    if problems or request["check"]:
+        return {"problems": problems}
+    device = evaluation.device_name(request["device"])
+    results = evaluation.evaluate(Path(request["folder"]), tasks, batch_size=request["batch_size"], device=device)
+    return dataclasses.asdict(results)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

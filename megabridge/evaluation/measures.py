@@ -1,0 +1,81 @@
+"""The built-in tasks on a loaded model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megabridge.evaluation import rows, scoring
+from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity
+
+
+def perplexity(task: Perplexity, model: Any, tokenizer: Any, *, batch_size: int) -> dict[str, float]:
+    """nats_per_token, its exponential perplexity, bits_per_byte of the UTF-8 text, and over how many tokens and bytes."""
+    assert task.seq_length is not None  # tasks.parsed has set it
+    stride = task.stride or max(1, task.seq_length // 2)
+    texts = rows.documents(task.path, task.column)
+    pieces = [piece for text in texts for piece in scoring.windows(scoring.document(tokenizer, text), task.seq_length, stride)]
+    nats = -sum(scoring.log_likelihoods(model, pieces, batch_size=batch_size))
+    tokens, size = sum(piece.scored for piece in pieces), sum(len(text.encode()) for text in texts)
+    mean = nats / tokens
+    return {
+        "nats_per_token": mean,
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "bits_per_byte": nats / math.log(2) / size,
+        "tokens": float(tokens),
+        "bytes": float(size),
+    }
+
+
+def multiple_choice(task: MultipleChoice, model: Any, tokenizer: Any, *, batch_size: int, longest: int) -> dict[str, float]:
+    """Shares of questions whose right choice is the likeliest: by its whole likelihood (acc), per character (acc_norm) and per
+    byte (acc_bytes), as lm-evaluation-harness counts; the first of equals wins. acc_stderr is the mean's standard error."""
+    asked = rows.questions(task.path)
+    pieces = [
+        scoring.continuation(tokenizer, question.prompt, task.delimiter + choice, longest=longest)
+        for question in asked
+        for choice in question.choices
+    ]
+    found = iter(scoring.log_likelihoods(model, pieces, batch_size=batch_size))
+    right = {"acc": 0, "acc_norm": 0, "acc_bytes": 0}
+    for question in asked:
+        likelihoods = [next(found) for _ in question.choices]
+        sizes = {
+            "acc": [1] * len(likelihoods),
+            "acc_norm": [len(choice) for choice in question.choices],
+            "acc_bytes": [len(choice.encode()) for choice in question.choices],
+        }
+        for name, lengths in sizes.items():
+            scores = [likelihood / length for likelihood, length in zip(likelihoods, lengths, strict=True)]
+            right[name] += scores.index(max(scores)) == question.answer
+    count = len(asked)
+    metrics = {name: number / count for name, number in right.items()}
+    if count > 1:
+        metrics["acc_stderr"] = math.sqrt(metrics["acc"] * (1 - metrics["acc"]) / (count - 1))
+    return metrics | {"questions": float(count)}
+
+
+def generations(task: Generations, model: Any, tokenizer: Any) -> list[dict[str, str]]:
+    """A row {prompt, text} for each prompt."""
+    prompts = [*task.prompts, *(rows.prompts(task.path) if task.path is not None else ())]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=task.max_new_tokens)
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+    """The greedy answer to each prompt, asked through the chat template where the tokenizer has one; without special tokens."""
+    texts = []
+    for prompt in prompts:
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        else:
+            inputs = tokenizer(prompt, return_tensors="pt")
+        filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        with torch.no_grad():
+            tokens = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=filler)
+        texts.append(str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
+    return texts

@@ -1,0 +1,116 @@
+"""All tasks on one folder, in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from megabridge.checkpoint import assets, folders
+from megabridge.conversion.parity import load_hf
+from megabridge.data.text import load_tokenizer
+from megabridge.errors import ConfigError
+from megabridge.evaluation import harness, measures, scoring
+from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity, Task, specs
+
+_POSITIONS: Final = ("max_position_embeddings", "n_positions")
+"""What configs call the longest sequence that a model is for."""
+_LONGEST: Final = 2048
+"""Tokens of a sequence where neither config nor tokenizer says how many a model takes, as in lm-evaluation-harness."""
+
+
+@dataclass
+class Results:
+    """What an evaluation found."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """By task and metric: held_out/perplexity."""
+    generations: list[dict[str, str]] = field(default_factory=list)
+    """Rows of {task, prompt, text}."""
+
+    def line(self) -> str:
+        """The metrics for people. Sizes of the sets and standard errors are left to the files."""
+        shown = {
+            name: value
+            for name, value in self.metrics.items()
+            if not name.endswith(("/tokens", "/bytes", "/questions", "/nats_per_token")) and "_stderr" not in name
+        }
+        texts = [f"{len(self.generations)} texts"] if self.generations else []
+        return ", ".join([f"{name} {value:.4g}" for name, value in shown.items()] + texts)
+
+
+def load(folder: Path, device: str) -> tuple[Any, Any]:
+    """transformers' model of a folder, in its own precision, and its tokenizer. No code of the folder is run."""
+    return load_hf(folder, "auto").to(device), load_tokenizer(folder)
+
+
+def evaluate(folder: Path, tasks: Mapping[str, Task], *, batch_size: int, device: str = "cpu") -> Results:
+    """Raises ConfigError for a folder or a task that can't be evaluated. Changes torch's random state: see harness."""
+    model, tokenizer = load(folder, device)
+    results = Results()
+    for name, task in tasks.items():
+        if isinstance(task, Generations):
+            results.generations += [{"task": name, **row} for row in measures.generations(task, model, tokenizer)]
+            continue
+        if isinstance(task, Perplexity):
+            found = measures.perplexity(task, model, tokenizer, batch_size=batch_size)
+        elif isinstance(task, MultipleChoice):
+            limit = longest(folder, tokenizer)
+            found = measures.multiple_choice(task, model, tokenizer, batch_size=batch_size, longest=limit)
+        else:
+            found = harness.evaluate(task, model, tokenizer, batch_size=batch_size)
+        results.metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
+    return results
+
+
+def problems(folder: Path, tasks: Mapping[str, Task]) -> list[str]:
+    """A line for everything about the tasks that a folder with this one's config and tokenizer can't be asked."""
+    if not any(folder.glob("tokenizer*")):
+        return [f"{folder} must hold a tokenizer to be evaluated with; set model.tokenizer, or name another model"]
+    tokenizer = load_tokenizer(folder)
+    most, found = longest(folder, tokenizer), []
+    for name, task in tasks.items():
+        if isinstance(task, Perplexity) and (task.seq_length or 0) > most:
+            found.append(f"{name}: seq_length={task.seq_length} must be at most {most}, the longest sequence of the model")
+    if any(isinstance(task, Perplexity | MultipleChoice) for task in tasks.values()):
+        try:
+            scoring.prefix(tokenizer)
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def write(file: Path, folder: Path, tasks: Mapping[str, Task], results: Results) -> None:
+    """Writes what was found, and by what, as JSON; `file` appears whole. A figure that JSON has no number for is null."""
+    figures = {name: value if math.isfinite(value) else None for name, value in results.metrics.items()}
+    content = {"folder": str(folder), "tasks": specs(tasks), "metrics": figures, "generations": results.generations}
+    partial = folders.partial_of(file)
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    folders.fsync(partial)
+    partial.rename(file)
+    folders.fsync(file.parent)
+
+
+def longest(folder: Path, tokenizer: Any) -> int:
+    """Tokens that the model takes at once: as its config says, else its tokenizer."""
+    config = assets.read_config(folder)
+    for key in _POSITIONS:
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**9 else _LONGEST
+
+
+def device_name(device: str) -> str:
+    """A device of torch's for auto, cpu or cuda[:n]. Raises ConfigError for another name, or for CUDA where there is none."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not device.startswith("cuda"):
+        raise ConfigError(f"device={device!r} must be auto, cpu, cuda or cuda:<n>.")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r} needs a CUDA device, and there is none; use cpu or auto.")
+    return device
