@@ -29,9 +29,11 @@ class PydocTopics(DataModule):
         validation_share: float = 0.1,
         overlong: Overlong = "truncate",
         pad_to: int | None = None,
+        answers_only: bool = True,
         template_arguments: Mapping[str, object] | None = None,
     ) -> None:
-        """`overlong` says whether a topic that is too long is cut or left out; `pad_to`: see `Batching`."""
+        """`overlong` says whether a topic that is too long is cut or left out; `pad_to`: see `Batching`; `answers_only=False`:
+        the question and the template are learned too."""
         if not 0 < validation_share < 1:
             raise ConfigError(f"data.validation_share={validation_share} must be between 0 and 1, e.g. 0.1.")
         if overlong not in OVERLONG:
@@ -42,6 +44,7 @@ class PydocTopics(DataModule):
         self._validation_share = validation_share
         self._overlong = overlong
         self._pad_to = pad_to
+        self._answers_only = answers_only
         self._template_arguments = template_arguments
 
     @override
@@ -60,7 +63,8 @@ class PydocTopics(DataModule):
 
     def _sample(self, encoder: ChatEncoder, topic: str, text: str, characters: int) -> Sample:
         question = {"role": "user", "content": self._prompt.replace("{topic}", topic)}
-        return encoder.encode([question, {"role": "assistant", "content": text.strip()[:characters].rstrip()}])
+        sample = encoder.encode([question, {"role": "assistant", "content": text.strip()[:characters].rstrip()}])
+        return sample if self._answers_only else Sample(sample.tokens, [True] * len(sample.tokens))
 
     @override
     def train_batches(self, consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:

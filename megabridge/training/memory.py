@@ -131,7 +131,7 @@ def _under_way(config: Config, topology: Topology, pp: int, kept: Sequence[int])
 
 @dataclass(frozen=True)
 class _Trace:
-    """Bytes that autograd keeps of a micro-batch in one chunk, beside parameters: of all, after the last layer, and of one layer."""
+    """Bytes beside parameters that autograd keeps of a micro-batch in a chunk: of all, after the last layer, and of one layer."""
 
     kept: int
     head: int

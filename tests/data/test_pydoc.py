@@ -78,3 +78,9 @@ def test_wrong_arguments_are_refused() -> None:
         PydocTopics(validation_share=1.0)
     with pytest.raises(ConfigError, match=r"must contain \{topic\}"):
         PydocTopics(prompt="Explain.")
+
+
+def test_the_question_is_learned_too_where_it_should_be(folder: Path) -> None:
+    answers, everything = (made(folder, seq_length=512, answers_only=only) for only in (True, False))
+    for some, whole in zip(answers.train.samples, everything.train.samples, strict=True):
+        assert list(some.tokens) == list(whole.tokens) and all(whole.mask) and not all(some.mask)

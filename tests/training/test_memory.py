@@ -21,7 +21,6 @@ CASES: dict[str, tuple[Topology, dict[str, Any]]] = {
     "single": (Topology(), {}),
     "bf16": (Topology(), {"dtype": "bfloat16"}),
     "recomputed": (Topology(), {"provider": FULL}),
-    "mlp-recomputed": (Topology(), {"provider": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}}),
     "tp2": (Topology(tp=2), {}),
     "tp2-sequence": (Topology(tp=2), {"sequence": True}),
     "dp2": (Topology(dp=2), {"dtype": "bfloat16"}),
