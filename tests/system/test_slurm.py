@@ -1,4 +1,4 @@
-"""hydra/launcher=slurm on a real SLURM: a sweep with a failing point, a time limit, a detach, a dry run."""
+"""hydra/launcher=slurm on a real SLURM: a sweep with a failing point, a time limit, a preemption, a detach, a dry run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -79,43 +79,67 @@ def test_three_points_of_which_one_fails(tmp_path: Path, environ: dict[str, str]
     assert shown.stdout == ""
 
 
-def test_a_run_hit_by_its_time_limit_goes_on_with_equal_bits(tmp_path: Path, environ: dict[str, str]) -> None:
-    """The signal finds it before its third step, at the latest; saved, queued again, and ended as if nothing had been."""
-    plain = run(*TRAIN, "run_dir=plain", cwd=tmp_path, environ=environ)
+def results(run_dir: Path) -> dict[tuple[int, str], object]:
+    """What a run of TRAIN computed, without the validation that only a resumed one has: losses, norms, and the exported file."""
+    names = {"train/loss", "train/grad_norm", "validation/loss"}
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    values: dict[tuple[int, str], object]
+    values = {(row["step"], name): value for row in rows for name, value in row.items() if name in names}
+    return values | {(0, "file"): (run_dir / "checkpoints" / "step_5" / "hf" / "model.safetensors").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, environ: dict[str, str]) -> dict[tuple[int, str], object]:
+    """The results of TRAIN outside the queue."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    plain = run(*TRAIN, "run_dir=plain", cwd=folder, environ=environ)
     assert plain.returncode == 0, plain.stdout + plain.stderr
+    return results(folder / "plain")
+
+
+@pytest.mark.parametrize("cause", ["time limit", "preemption"])
+def test_a_run_that_is_stopped_goes_on_with_equal_bits(
+    cause: str, tmp_path: Path, environ: dict[str, str], uninterrupted: dict[tuple[int, str], object]
+) -> None:
+    """The signal finds it before its third step, at the latest; saved, queued again, and ended as if nothing had been."""
     # The signal comes up to a minute before the time that was asked for, which is a minute after the start.
-    limit = ("hydra.launcher.time=6", "hydra.launcher.signal_seconds=300")
+    limit = ("hydra.launcher.time=6", "hydra.launcher.signal_seconds=300") if cause == "time limit" else ()
     with (tmp_path / "said").open("w") as said:
         command = [sys.executable, "-m", "megabridge.run", *SWEEP, *TRAIN, *limit]
         attached = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=said, stderr=said)
-        _hasten(attached, environ)
+        if cause == "preemption":
+            _until(attached, lambda: _queue(environ, "%T") == ["RUNNING"])
+            urgent = ["sbatch", "--partition=urgent", "--exclusive", "--time=5", "--output=/dev/null", "--wrap=sleep 1"]
+            subprocess.run(urgent, cwd=tmp_path, env=environ, check=True)
+        _until(attached, lambda: _hasten(environ))
     output = (tmp_path / "sweep" / "slurm" / "0" / "output.log").read_text()
     assert attached.returncode == 0, (tmp_path / "said").read_text() + output
     assert re.search(r"stopped by a signal after step [1-3], saved", output) and "resumed from" in output
-    names = {"train/loss", "train/grad_norm", "validation/loss"}
-    results = []
-    for folder in (tmp_path / "plain", tmp_path / "sweep" / "0"):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        values = {(row["step"], name): value for row in rows for name, value in row.items() if name in names}
-        values |= {(0, "file"): (folder / "checkpoints" / "step_5" / "hf" / "model.safetensors").read_bytes()}
-        results.append(values)
-    later = set(results[1]) - set(results[0])  # validated once more where it was resumed
-    assert all(name == "validation/loss" for _, name in later)
-    assert {key: results[1][key] for key in results[0]} == results[0]
+    stopped = results(tmp_path / "sweep" / "0")
+    assert all(name == "validation/loss" for _, name in set(stopped) - set(uninterrupted))
+    assert {key: stopped[key] for key in uninterrupted} == uninterrupted
 
 
-def _hasten(attached: subprocess.Popen[bytes], environ: dict[str, str]) -> None:
-    """Waits; SLURM lets a requeued job wait two minutes, and as short a second attempt as the first might be stopped once more."""
+def _queue(environ: dict[str, str], what: str) -> list[str]:
+    return subprocess.run(["squeue", "--noheader", f"--format={what}"], env=environ, capture_output=True, text=True).stdout.split()
+
+
+def _until(attached: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    """Waits for the condition, or until the command has ended."""
     until = time.monotonic() + 1500
-    while attached.poll() is None:
-        assert time.monotonic() < until
+    while attached.poll() is None and not condition():
+        if time.monotonic() > until:
+            attached.terminate()
+            pytest.fail("the time was up")
         time.sleep(1)
-        shown = subprocess.run(
-            ["squeue", "--noheader", "--format=%A %r"], env=environ, capture_output=True, text=True
-        ).stdout.split()
-        if shown[1:] == ["BeginTime"]:
-            change = ["scontrol", "update", f"JobId={shown[0]}", "TimeLimit=60", "StartTime=now"]
-            subprocess.run(change, env=environ, check=True)
+
+
+def _hasten(environ: dict[str, str]) -> bool:
+    """SLURM lets a requeued job wait two minutes, and as short a second attempt as the first might be stopped once more."""
+    shown = _queue(environ, "%A %r")
+    if shown[1:] == ["BeginTime"]:
+        subprocess.run(["scontrol", "update", f"JobId={shown[0]}", "TimeLimit=60", "StartTime=now"], env=environ, check=True)
+    return False
 
 
 def test_a_detached_sweep_is_collected(tmp_path: Path, environ: dict[str, str]) -> None:
