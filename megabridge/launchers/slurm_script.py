@@ -45,14 +45,14 @@ def script(settings: SlurmSettings, shape: Shape, numbers: Sequence[int], *, que
     header = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in _options(settings, shape, numbers, queue, cwd))]
     body = [
         "# Each rank leaves its outcome in the point's folder; a run that was stopped after a save is queued again.",
-        "set -uo pipefail",
+        "set -eo pipefail",
         f"point={shlex.quote(str(queue))}/$SLURM_ARRAY_TASK_ID",
+        f'rm -f "$point"/rank-*.json "$point"/{spec.STOPPED}',
         *(f"module load {shlex.quote(name)}" for name in settings.modules),
         *(f"export {name}={shlex.quote(value)}" for name, value in _environment(settings).items()),
         *settings.setup,
-        f'rm -f "$point"/rank-*.json "$point"/{spec.STOPPED}',
-        f'{shlex.join(_srun(settings, shape))} {shlex.join([python, "-m", "megabridge.launchers.rank"])} "$point"',
-        "status=$?",
+        "status=0",
+        f'{shlex.join(_srun(settings, shape))} {shlex.join([python, "-m", "megabridge.launchers.rank"])} "$point" || status=$?',
     ]
     if settings.requeue:
         body += [f'[ ! -e "$point/{spec.STOPPED}" ] || scontrol requeue "$SLURM_JOB_ID"']

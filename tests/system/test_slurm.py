@@ -62,6 +62,7 @@ def test_three_points_of_which_one_fails(tmp_path: Path, environ: dict[str, str]
     assert "megabridge: point 2 (parallel=tp2) failed: rank 1: the answer must be 42; use 42." in done.stderr
     assert "megabridge: point 3 (parallel=tp3) is refused: parallel.tp=3 must divide" in done.stderr
     assert "2 of 4 points are not done: 1 failed, 1 refused." in done.stderr and "Traceback" not in done.stderr
+    assert "Error executing job" not in said
     assert re.search(r"point 1 \(parallel=dp2\): running on \S+ \(job \d+_1\)", done.stdout)
     rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
     assert [(row["point"], row["parallel"], row["state"], row["objective"]) for row in rows] == [
@@ -118,6 +119,8 @@ def test_a_run_that_is_stopped_goes_on_with_equal_bits(
     stopped = results(tmp_path / "sweep" / "0")
     assert all(name == "validation/loss" for _, name in set(stopped) - set(uninterrupted))
     assert {key: stopped[key] for key in uninterrupted} == uninterrupted
+    (row,) = csv.DictReader((tmp_path / "sweep" / "sweep.csv").open())
+    assert float(row["memory_gib"]) > 0.1 and float(row["tokens_per_second"]) > 0 and row["mfu"] == "", "a CPU has no known peak"
 
 
 def _queue(environ: dict[str, str], what: str) -> list[str]:
