@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ from megabridge.errors import ConfigError
 from megabridge.launchers import slurm, spec
 from megabridge.launchers.report import Failure
 from megabridge.launchers.settings import SlurmSettings
-from megabridge.launchers.slurm_script import Shape, hidden_environment, ranges, script
+from megabridge.launchers.slurm_script import HELD, Shape, hidden_environment, ranges, script
 from megabridge.launchers.sweep import Point
 
 
@@ -93,7 +94,7 @@ def test_every_setting_is_in_the_script_and_no_secret(tmp_path: Path) -> None:
         "export HF_HUB_OFFLINE=1",
         "ulimit -l unlimited",
         "srun --ntasks=16 --ntasks-per-node=8 --kill-on-bad-exit=1 --cpus-per-task=12 '--container-image=/images/one two.sqsh' "
-        '--container-mounts=/data:/data,/home --mpi=none /opt/python -m megabridge.launchers.rank "$point" || status=$?',
+        "--container-mounts=/data:/data,/home --mpi=none /opt/python -ISc " + shlex.quote(HELD) + ' "$point" || status=$?',
     ):
         assert line in text.splitlines()
     assert "hunter2" not in text and hidden_environment(settings) == {"HF_TOKEN": "hunter2"}

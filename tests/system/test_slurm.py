@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -109,7 +110,8 @@ def test_a_run_that_is_stopped_goes_on_with_equal_bits(
         command = [sys.executable, "-m", "megabridge.run", *SWEEP, *TRAIN, *limit]
         attached = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=said, stderr=said)
         if cause == "preemption":
-            _until(attached, lambda: _queue(environ, "%T") == ["RUNNING"])
+            # As early as can be: the ranks' processes are there and import.
+            _until(attached, lambda: _started(tmp_path / "sweep" / "slurm" / "0") == 2)
             urgent = ["sbatch", "--partition=urgent", "--exclusive", "--time=5", "--output=/dev/null", "--wrap=sleep 1"]
             subprocess.run(urgent, cwd=tmp_path, env=environ, check=True)
         _until(attached, lambda: _hasten(environ))
@@ -123,6 +125,15 @@ def test_a_run_that_is_stopped_goes_on_with_equal_bits(
     assert float(row["memory_gib"]) > 0.1 and float(row["tokens_per_second"]) > 0 and row["mfu"] == "", "a CPU has no known peak"
 
 
+def _started(folder: Path) -> int:
+    """How many tasks of the point run."""
+    count = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            count += f"-m\0megabridge.launchers.rank\0{folder}\0".encode() in (process / "cmdline").read_bytes()
+    return count
+
+
 def _queue(environ: dict[str, str], what: str) -> list[str]:
     return subprocess.run(["squeue", "--noheader", f"--format={what}"], env=environ, capture_output=True, text=True).stdout.split()
 
@@ -134,7 +145,7 @@ def _until(attached: subprocess.Popen[bytes], condition: Callable[[], bool]) -> 
         if time.monotonic() > until:
             attached.terminate()
             pytest.fail("the time was up")
-        time.sleep(1)
+        time.sleep(0.2)
 
 
 def _hasten(environ: dict[str, str]) -> bool:
