@@ -33,7 +33,7 @@ exit 1
 endef
 export find_python
 
-.PHONY: help venv run test test-slurm test-gpu test-memory test-plans lowest lint format lock wheel clean
+.PHONY: help venv run test test-system test-gpu test-memory test-plans lowest lint format lock wheel clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -44,7 +44,7 @@ run: venv  ## The main job: fine-tune SmolLM2-135M-Instruct on this machine and 
 test: venv  ## All tests
 	@$(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest $(ARGS)
 
-test-slurm: venv  ## Tests on a real SLURM and on two hosts (network namespaces); installs Debian's packages where it may
+test-system: venv  ## Tests on a real SLURM and on two hosts (network namespaces); installs Debian's packages where it may
 	@.ci/system-packages
 	@$(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest -rs tests/system $(ARGS)
 

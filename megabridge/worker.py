@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -57,6 +58,8 @@ _IMPORTED_LATE: Final = (
 """What torch, megatron-core and transformers import only when a run needs it: seconds for each rank, if left to them."""
 _LOST: Final = ("gloo/transport/", "Timed out waiting", "wait timeout")
 """In what torch's gloo backend says when another rank is gone or silent."""
+_SETTLE: Final = 1.0
+"""Seconds in which a rank that lost others lets the rank that was the cause speak first."""
 _stores: Final[list[PrefixStore]] = []
 """Kept for the life of the process: rank 0's serves the others, who may still read when it goes on."""
 
@@ -82,6 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = run_rank(values)
     except Exception as error:
         outcome = _failure(error)
+        if given.outcome is None and isinstance(error, LostRanksError):
+            # torchrun and srun end this rank when another tells its own failure; of those that only lost others, one speaks.
+            time.sleep(_SETTLE if os.environ.get("LOCAL_RANK") == "0" else 3 * _SETTLE)
     return _finish(outcome, given.outcome)
 
 

@@ -1,4 +1,4 @@
-"""What srun starts once for each rank of a queued point: `python -m megabridge.launchers.rank FOLDER`. No torch.
+"""What srun starts once for each rank of a queued point, by way of slurm_script.HELD, which says the folder. No torch.
 
 It starts the rank as a child and stays beside it: so it can say why a rank died that could not say so itself, and it
 turns the queue's signals into a stop that is waited for. A SIGUSR1 or SIGTERM (time limit, preemption) reaches the rank
@@ -37,6 +37,7 @@ def main() -> int:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, receive)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:
         values, platform = spec.read(folder, os.environ)
     except KeyError as error:

@@ -16,6 +16,12 @@ from megabridge.launchers.settings import SlurmSettings
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """What keeps ranks from asking a hub that was asked on the submitting host."""
 
+HELD: Final = (
+    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1)); "
+    "os.execv(sys.executable, [sys.executable, '-m', 'megabridge.launchers.rank', sys.argv[1]])"
+)
+"""Starts megabridge.launchers.rank with the queue's signals blocked: one that comes while it is imported waits for it."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -45,14 +51,14 @@ def script(settings: SlurmSettings, shape: Shape, numbers: Sequence[int], *, que
     header = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in _options(settings, shape, numbers, queue, cwd))]
     body = [
         "# Each rank leaves its outcome in the point's folder; a run that was stopped after a save is queued again.",
-        "set -uo pipefail",
+        "set -eo pipefail",
         f"point={shlex.quote(str(queue))}/$SLURM_ARRAY_TASK_ID",
+        f'rm -f "$point"/rank-*.json "$point"/{spec.STOPPED}',
         *(f"module load {shlex.quote(name)}" for name in settings.modules),
         *(f"export {name}={shlex.quote(value)}" for name, value in _environment(settings).items()),
         *settings.setup,
-        f'rm -f "$point"/rank-*.json "$point"/{spec.STOPPED}',
-        f'{shlex.join(_srun(settings, shape))} {shlex.join([python, "-m", "megabridge.launchers.rank"])} "$point"',
-        "status=$?",
+        "status=0",
+        f'{shlex.join(_srun(settings, shape))} {shlex.join([python, "-ISc", HELD])} "$point" || status=$?',
     ]
     if settings.requeue:
         body += [f'[ ! -e "$point/{spec.STOPPED}" ] || scontrol requeue "$SLURM_JOB_ID"']

@@ -114,6 +114,18 @@ class SweepFailure(MegabridgeError):
         self.status = failed[0] if failed else CONFIG_ERROR
 
 
+class _Failed(JobReturn):
+    """A point that is not done. Asked for its value, Hydra's own would print the overrides of one point after all was said."""
+
+    @property
+    def return_value(self) -> Any:
+        raise self._return_value
+
+    @return_value.setter
+    def return_value(self, value: SweepFailure) -> None:
+        self._return_value = value
+
+
 def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], first: int, runner: Runner) -> list[JobReturn]:
     """Runs a batch of points and writes the sweep's results; what a Hydra launcher returns to its sweeper.
 
@@ -188,10 +200,10 @@ def _check(job: Job, runner: Runner) -> None:
 
 
 def _returned(job: Job, points: Sequence[Point]) -> JobReturn:
-    returned = JobReturn(
+    failed = job.point.state in (FAILED, REFUSED)
+    returned = (_Failed if failed else JobReturn)(
         overrides=job.point.overrides, cfg=job.cfg, working_dir=job.point.run_dir, task_name=os.environ.get("HYDRA_JOB_NAME", "run")
     )
-    failed = job.point.state in (FAILED, REFUSED)
     returned.status = JobStatus.FAILED if failed else JobStatus.COMPLETED
     returned.return_value = SweepFailure(points) if failed else job.point.objective
     return returned

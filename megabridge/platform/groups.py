@@ -32,6 +32,7 @@ DEFAULT_TIMEOUT: Final = 600.0
 @dataclass
 class _Started:
     topology: Topology | None = None
+    timeout: float = DEFAULT_TIMEOUT
 
 
 _started = _Started()
@@ -54,8 +55,9 @@ def start(
     """Starts torch's process group (gloo on a CPU, nccl on CUDA) and megatron-core's groups. Every rank calls it.
 
     `rank` and `world_size` default to the environment's RANK and WORLD_SIZE (torchrun, `ranks.fork_ranks`), or to a
-    single process. A process group that exists already is used as it is. Raises ConfigError when the number of
-    processes is not `topology.world_size`, or when MEGABRIDGE_PLATFORM=cuda finds no CUDA device.
+    single process. A process group that exists already is used as it is. A collective of any of these groups waits at most
+    `timeout` seconds for the other ranks. Raises ConfigError when the number of processes is not `topology.world_size`, or
+    when MEGABRIDGE_PLATFORM=cuda finds no CUDA device.
     """
     if _started.topology is not None:
         raise ConfigError(f"groups of {_started.topology} exist already; call groups.stop() before groups.start().")
@@ -65,6 +67,7 @@ def start(
         _check_world(topology, world_size)
         _start_torch(rank, world_size, init_method, timeout)
     _check_world(topology, dist.get_world_size())
+    _started.timeout = timeout
     _start_megatron(topology)
     _seed(seed)
 
@@ -77,6 +80,7 @@ def _start_megatron(topology: Topology, **options: bool) -> None:
         context_parallel_size=topology.cp,
         expert_model_parallel_size=topology.ep,
         expert_tensor_parallel_size=topology.expert_tp,
+        distributed_timeout_minutes=_started.timeout / 60,  # each group has its own; half an hour, unless told
         **options,
     )
     _started.topology = topology
@@ -136,7 +140,7 @@ def change(topology: Topology, *, seed: int = DEFAULT_SEED) -> None:
     for group in own:
         if group is not None and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
-    start(topology, seed=seed)
+    start(topology, seed=seed, timeout=_started.timeout)
 
 
 def _groups_of(topology: Topology) -> Topology:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ from megabridge.errors import ConfigError
 from megabridge.launchers import slurm, spec
 from megabridge.launchers.report import Failure
 from megabridge.launchers.settings import SlurmSettings
-from megabridge.launchers.slurm_script import Shape, hidden_environment, ranges, script
+from megabridge.launchers.slurm_script import HELD, Shape, hidden_environment, ranges, script
 from megabridge.launchers.sweep import Point
 
 
@@ -93,13 +94,25 @@ def test_every_setting_is_in_the_script_and_no_secret(tmp_path: Path) -> None:
         "export HF_HUB_OFFLINE=1",
         "ulimit -l unlimited",
         "srun --ntasks=16 --ntasks-per-node=8 --kill-on-bad-exit=1 --cpus-per-task=12 '--container-image=/images/one two.sqsh' "
-        '--container-mounts=/data:/data,/home --mpi=none /opt/python -m megabridge.launchers.rank "$point"',
+        "--container-mounts=/data:/data,/home --mpi=none /opt/python -ISc " + shlex.quote(HELD) + ' "$point" || status=$?',
     ):
         assert line in text.splitlines()
     assert "hunter2" not in text and hidden_environment(settings) == {"HF_TOKEN": "hunter2"}
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert "scontrol" not in script(SlurmSettings(requeue=False), Shape(1, 1, 0), [0], queue=tmp_path, python="p", cwd=tmp_path)
     assert "--gpus-per-node=8" in script(SlurmSettings(), Shape(1, 8, 8), [0], queue=tmp_path, python="p", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("line", "status"), [("true", 7), ("no_such_module load cuda", 127), ('echo "$NEVER_SET"', 7)])
+def test_what_comes_before_the_ranks_must_work(tmp_path: Path, line: str, status: int) -> None:
+    """A failing line of setup or module load ends the job before its ranks start; else its status is that of srun."""
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\necho ranks start\nexit 7\n")
+    srun.chmod(0o755)
+    text = script(SlurmSettings(setup=[line]), Shape(1, 1, 0), [0], queue=tmp_path, python="python", cwd=tmp_path)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "0"}
+    done = subprocess.run(["bash", "-c", text], env=environ, capture_output=True, text=True)
+    assert (done.returncode, "ranks start" in done.stdout) == (status, status == 7), done.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

@@ -109,3 +109,28 @@ def test_under_torchrun_the_environment_is_used(tmp_path: Path) -> None:
         timeout=240,
     )
     assert sorted(done.stdout.split("\n")) == ["", "rank 0 of 2", "rank 1 of 2"], done.stderr
+
+
+def test_every_group_waits_as_long_as_it_was_told() -> None:
+    """Also megatron-core's, which wait half an hour otherwise; and those of the layout that comes after.
+
+    megatron-core 0.18 hands its timeout to all but one group, over which no training or save of ours communicates.
+    """
+    code = """
+import torch
+from megatron.core import parallel_state
+from megabridge.platform import groups
+from megabridge.topology import Topology
+
+def waits():
+    known = [group for group in parallel_state._global_process_group_list if group is not None]
+    known = [group for group in known if group.group_desc != "EXPERT_DATA_PARALLEL_GROUP_GLOO"]
+    return len(known) > 5, {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in known}
+
+groups.start(Topology(), timeout=7.0)
+print(waits())
+groups.change(Topology())
+print(waits())
+"""
+    done = python(code)
+    assert done.stdout.splitlines() == ["(True, {7.0})"] * 2, done.stdout + done.stderr

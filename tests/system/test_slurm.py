@@ -1,7 +1,8 @@
-"""hydra/launcher=slurm on a real SLURM: a sweep with a failing point, a time limit, a detach, a dry run."""
+"""hydra/launcher=slurm on a real SLURM: a sweep with a failing point, a time limit, a preemption, a detach, a dry run."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -9,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def test_three_points_of_which_one_fails(tmp_path: Path, environ: dict[str, str]
     assert "megabridge: point 2 (parallel=tp2) failed: rank 1: the answer must be 42; use 42." in done.stderr
     assert "megabridge: point 3 (parallel=tp3) is refused: parallel.tp=3 must divide" in done.stderr
     assert "2 of 4 points are not done: 1 failed, 1 refused." in done.stderr and "Traceback" not in done.stderr
+    assert "Error executing job" not in said
     assert re.search(r"point 1 \(parallel=dp2\): running on \S+ \(job \d+_1\)", done.stdout)
     rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
     assert [(row["point"], row["parallel"], row["state"], row["objective"]) for row in rows] == [
@@ -79,43 +81,79 @@ def test_three_points_of_which_one_fails(tmp_path: Path, environ: dict[str, str]
     assert shown.stdout == ""
 
 
-def test_a_run_hit_by_its_time_limit_goes_on_with_equal_bits(tmp_path: Path, environ: dict[str, str]) -> None:
-    """The signal finds it before its third step, at the latest; saved, queued again, and ended as if nothing had been."""
-    plain = run(*TRAIN, "run_dir=plain", cwd=tmp_path, environ=environ)
+def results(run_dir: Path) -> dict[tuple[int, str], object]:
+    """What a run of TRAIN computed, without the validation that only a resumed one has: losses, norms, and the exported file."""
+    names = {"train/loss", "train/grad_norm", "validation/loss"}
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    values: dict[tuple[int, str], object]
+    values = {(row["step"], name): value for row in rows for name, value in row.items() if name in names}
+    return values | {(0, "file"): (run_dir / "checkpoints" / "step_5" / "hf" / "model.safetensors").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, environ: dict[str, str]) -> dict[tuple[int, str], object]:
+    """The results of TRAIN outside the queue."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    plain = run(*TRAIN, "run_dir=plain", cwd=folder, environ=environ)
     assert plain.returncode == 0, plain.stdout + plain.stderr
+    return results(folder / "plain")
+
+
+@pytest.mark.parametrize("cause", ["time limit", "preemption"])
+def test_a_run_that_is_stopped_goes_on_with_equal_bits(
+    cause: str, tmp_path: Path, environ: dict[str, str], uninterrupted: dict[tuple[int, str], object]
+) -> None:
+    """The signal finds it before its third step, at the latest; saved, queued again, and ended as if nothing had been."""
     # The signal comes up to a minute before the time that was asked for, which is a minute after the start.
-    limit = ("hydra.launcher.time=6", "hydra.launcher.signal_seconds=300")
+    limit = ("hydra.launcher.time=6", "hydra.launcher.signal_seconds=300") if cause == "time limit" else ()
     with (tmp_path / "said").open("w") as said:
         command = [sys.executable, "-m", "megabridge.run", *SWEEP, *TRAIN, *limit]
         attached = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=said, stderr=said)
-        _hasten(attached, environ)
+        if cause == "preemption":
+            # As early as can be: the ranks' processes are there and import.
+            _until(attached, lambda: _started(tmp_path / "sweep" / "slurm" / "0") == 2)
+            urgent = ["sbatch", "--partition=urgent", "--exclusive", "--time=5", "--output=/dev/null", "--wrap=sleep 1"]
+            subprocess.run(urgent, cwd=tmp_path, env=environ, check=True)
+        _until(attached, lambda: _hasten(environ))
     output = (tmp_path / "sweep" / "slurm" / "0" / "output.log").read_text()
     assert attached.returncode == 0, (tmp_path / "said").read_text() + output
     assert re.search(r"stopped by a signal after step [1-3], saved", output) and "resumed from" in output
-    names = {"train/loss", "train/grad_norm", "validation/loss"}
-    results = []
-    for folder in (tmp_path / "plain", tmp_path / "sweep" / "0"):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        values = {(row["step"], name): value for row in rows for name, value in row.items() if name in names}
-        values |= {(0, "file"): (folder / "checkpoints" / "step_5" / "hf" / "model.safetensors").read_bytes()}
-        results.append(values)
-    later = set(results[1]) - set(results[0])  # validated once more where it was resumed
-    assert all(name == "validation/loss" for _, name in later)
-    assert {key: results[1][key] for key in results[0]} == results[0]
+    stopped = results(tmp_path / "sweep" / "0")
+    assert all(name == "validation/loss" for _, name in set(stopped) - set(uninterrupted))
+    assert {key: stopped[key] for key in uninterrupted} == uninterrupted
+    (row,) = csv.DictReader((tmp_path / "sweep" / "sweep.csv").open())
+    assert float(row["memory_gib"]) > 0.1 and float(row["tokens_per_second"]) > 0 and row["mfu"] == "", "a CPU has no known peak"
 
 
-def _hasten(attached: subprocess.Popen[bytes], environ: dict[str, str]) -> None:
-    """Waits; SLURM lets a requeued job wait two minutes, and as short a second attempt as the first might be stopped once more."""
+def _started(folder: Path) -> int:
+    """How many tasks of the point run."""
+    count = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            count += f"-m\0megabridge.launchers.rank\0{folder}\0".encode() in (process / "cmdline").read_bytes()
+    return count
+
+
+def _queue(environ: dict[str, str], what: str) -> list[str]:
+    return subprocess.run(["squeue", "--noheader", f"--format={what}"], env=environ, capture_output=True, text=True).stdout.split()
+
+
+def _until(attached: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    """Waits for the condition, or until the command has ended."""
     until = time.monotonic() + 1500
-    while attached.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(1)
-        shown = subprocess.run(
-            ["squeue", "--noheader", "--format=%A %r"], env=environ, capture_output=True, text=True
-        ).stdout.split()
-        if shown[1:] == ["BeginTime"]:
-            change = ["scontrol", "update", f"JobId={shown[0]}", "TimeLimit=60", "StartTime=now"]
-            subprocess.run(change, env=environ, check=True)
+    while attached.poll() is None and not condition():
+        if time.monotonic() > until:
+            attached.terminate()
+            pytest.fail("the time was up")
+        time.sleep(0.2)
+
+
+def _hasten(environ: dict[str, str]) -> bool:
+    """SLURM lets a requeued job wait two minutes, and as short a second attempt as the first might be stopped once more."""
+    shown = _queue(environ, "%A %r")
+    if shown[1:] == ["BeginTime"]:
+        subprocess.run(["scontrol", "update", f"JobId={shown[0]}", "TimeLimit=60", "StartTime=now"], env=environ, check=True)
+    return False
 
 
 def test_a_detached_sweep_is_collected(tmp_path: Path, environ: dict[str, str]) -> None:
