@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, override
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -20,14 +21,14 @@ class OnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None:
             kwargs["device"] = "meta"
-        if func is torch.rms_norm:
+        if func is F.rms_norm:
             x: Tensor = _Norm.apply(args[0])
             return x
         return func(*args, **kwargs)
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps what torch's kernel for RMSNorm keeps, which meta tensors have in parts: its input, and a factor per row in fp32."""
+    """Keeps what torch's RMSNorm on CUDA keeps, which other devices compute in parts: its input, and a factor per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Expected:
     activations: int
     """Kept for the backward passes that are under way at the same time, and with recomputation one layer's in whole."""
     loss: int
-    """What the gradient of a micro-batch's logits needs beside them."""
+    """What the loss of a micro-batch needs while it is computed."""
 
     @property
     def total(self) -> int:
@@ -78,8 +78,9 @@ def _stage(config: Config, bridge: AutoBridge, provider: ModelProvider, topology
         loss = 0
         if chunks[-1].post_process:
             rows = config.recipe.micro_batch_size * config.recipe.seq_length // topology.cp
-            gradient = rows * provider.padded_vocab_size // topology.tp * provider.config.params_dtype.itemsize
-            loss = max(0, head + gradient - max(head, largest))
+            # megatron-core's cross-entropy has them in fp32 twice, and one becomes the softmax that it keeps (cross_entropy.py).
+            passing = rows * provider.padded_vocab_size // topology.tp * (FP32 + provider.config.params_dtype.itemsize % FP32)
+            loss = max(0, head + passing - max(head, largest))
         width = provider.config.params_dtype.itemsize
         return Expected(
             parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()) * width,

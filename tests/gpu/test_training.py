@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,3 +76,79 @@ def test_adam_is_one_kernel_and_memory_is_the_devices(single: None, tmp_path: Pa
         assert not isinstance(part.optimizer, torch.optim.AdamW) or part.optimizer.param_groups[0]["fused"]
     rates = trainer._clock.rates(trainer.step)
     assert 0 < rates["train/memory_gib"] < torch.cuda.get_device_properties(0).total_memory / 2**30
+
+
+COMMAND = (
+    "model=tiny_llama platform=cuda logger=local recipe.steps=6 recipe.seq_length=64 optimizer.lr=5e-3 conversion.logits_tokens=16"
+)
+
+
+def rows(run_dir: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What a run of the command logs."""
+    from megabridge import metrics
+
+    command = [sys.executable, "-m", "megabridge.run", *COMMAND.split(), f"run_dir={run_dir}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return list(metrics.read(run_dir))
+
+
+def test_adapters_learn_are_merged_and_evaluated(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Every statement is checked before it runs. " * 20)
+    tasks = "{text:{kind:perplexity,path:" + str(text) + "}}"
+    evaluate = ["callbacks=evaluate", f"callbacks.evaluate.tasks={tasks}", "callbacks.evaluate.on_error=fail"]
+    found = rows(tmp_path / "run", "peft=lora", "peft.merge=true", *evaluate)
+    losses = [row["validation/loss"] for row in found if "validation/loss" in row]
+    assert losses[-1] < losses[0]
+    assert any(name.startswith("evaluation/text/") for row in found for name in row)
+    (folder,) = (tmp_path / "run/checkpoints").glob("step_*/hf")
+    assert (folder / "model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_resume_with_the_same_bits(tmp_path: Path, kind: str) -> None:
+    def losses(run_dir: Path, *arguments: str) -> list[float]:
+        given = [f"peft={kind}", "model.dtype=bfloat16", "deterministic=true", *arguments]
+        return [row["train/loss"] for row in rows(run_dir, *given) if "train/loss" in row]
+
+    whole = losses(tmp_path / "whole", "checkpoint.save_every=3")
+    shutil.rmtree(tmp_path / "whole/checkpoints/step_6")
+    again = losses(tmp_path / "whole", "checkpoint.resume=auto")
+    assert whole[3:6] == again[-3:] and len(whole) == 6
+
+
+def test_float16_finds_its_scale(tmp_path: Path) -> None:
+    found = rows(
+        tmp_path / "run", "model.dtype=float16", "optimizer.initial_loss_scale=1e9", "optimizer.hysteresis=1", "recipe.steps=40"
+    )
+    scales = [row["train/loss_scale"] for row in found if "train/loss_scale" in row]
+    assert scales[-1] < 1e9 and found[-1] is not None
+    losses = [row["validation/loss"] for row in found if "validation/loss" in row]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("choice", ["", "peft=lora", "+model.provider.recompute_granularity=full"])
+def test_memory_is_near_what_is_expected(tmp_path: Path, choice: str) -> None:
+    """Within a fiftieth: kernels need some while they run, and the allocator rounds."""
+    shape = [
+        "model=llama32_1b",
+        "model.hf.num_hidden_layers=4",
+        "model.load_weights=false",
+        "model.path=null",
+        "model.tokenizer=bytes",
+    ]
+    batch = ["data=random_tokens", "recipe.seq_length=2048", "recipe.micro_batch_size=2", "recipe.global_batch_size=4"]
+    more = (
+        [] if "recompute" not in choice else ["+model.provider.recompute_method=uniform", "+model.provider.recompute_num_layers=1"]
+    )
+    given = [*shape, *batch, *([choice] if choice else []), *more]
+    plan = tmp_path / "plan"
+    rows(plan, "recipe=plan", *given)
+    expected = sum(json.loads((plan / "plan.json").read_text())["memory"][0].values()) / 2**30
+    run = rows(
+        tmp_path / "run", *given, "callbacks=none", "checkpoint.save_at_end=false", "recipe.eval_at_start=false", "backend=torch"
+    )
+    held = max(row["train/memory_gib"] for row in run if "train/memory_gib" in row)
+    print(f"{choice or 'all parameters'}: {held:.2f} GiB held, {expected:.2f} expected")
+    assert held == pytest.approx(expected, rel=0.02)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"name": "dora"},
     "some": {"name": "lora", "target_modules": ["q_proj", "v_proj", "gate_proj", "layers.1.mlp.down_proj"], "use_rslora": True},
 }
-needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="the package peft isn't installed: pip install megabridge[peft]")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +102,6 @@ def test_transformers_with_adapters_has_the_same_curve(ranks: RankServer, source
     assert runs[f"{kind}{STEPS}"]["losses"] == pytest.approx(losses, abs=1e-3)
 
 
-@needs_peft
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_has_the_same_logits_merge_and_curve(ranks: RankServer, source: Path, runs: dict[str, Any], kind: str) -> None:
     trained, begun = (source.parent / f"{kind}{steps}" for steps in (STEPS, 0))

