@@ -175,7 +175,8 @@ def _pass(config: Config, chunk: Any, topology: Topology) -> None:
         dtype = chunk.config.params_dtype
         chunk.set_input_tensor(torch.empty(rows, micro, chunk.config.hidden_size, dtype=dtype, device="meta", requires_grad=True))
     settings: Mapping[str, Any] = {"loss_mask": tokens.float()} if chunk.config.mtp_num_layers else {}
-    with OnMeta():
+    # On a CUDA host megatron-core compiles some functions, which meta tensors make no sense of.
+    with OnMeta(), torch.compiler.set_stance("force_eager"):
         wrapped(tokens, tokens, None, labels=tokens, **settings)
 
 
