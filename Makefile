@@ -33,7 +33,7 @@ exit 1
 endef
 export find_python
 
-.PHONY: help venv run test test-system test-gpu test-memory test-plans lowest lint format lock wheel clean
+.PHONY: help venv run test test-system test-gpu test-memory test-curves test-plans lowest lint format lock wheel clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -50,6 +50,9 @@ test-system: venv  ## Tests on a real SLURM and on two hosts (network namespaces
 
 test-memory: venv  ## Converts a 3 GB model in 1.5 GB of memory; takes 12 GB of disk
 	@MEGABRIDGE_MEMORY_GB=3 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/test_memory.py $(ARGS)
+
+test-curves: venv  ## The real model on real text: the same losses under every layout, with all parameters and with LoRA
+	@MEGABRIDGE_CURVES=1 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/training/test_smollm2.py $(ARGS)
 
 test-plans: venv  ## Plans the largest published models for hundreds and thousands of ranks
 	@MEGABRIDGE_PLANS=1 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/conversion/test_plans.py $(ARGS)

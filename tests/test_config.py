@@ -79,6 +79,8 @@ def test_every_yaml_composes_and_names_what_exists(group: str, choice: str) -> N
     more += {"indexed": ["data.paths=[corpus]"], "chat": ["data.path=chats.jsonl"], "streaming": ["data.path=some/set"]}.get(
         choice, []
     )
+    if group == "experiment" and "override /data: chat" in (CONF / "experiment" / f"{choice}.yaml").read_text():
+        more += ["data.path=chats.jsonl"]
     run = typed(*(["experiment=" + choice] if group == "experiment" else [f"{group}={choice}"]), *more)
     for node in (run.data, *run.callbacks.values(), *run.logger.values()):
         module, _, name = node["_target_"].rpartition(".")

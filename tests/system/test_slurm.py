@@ -152,6 +152,7 @@ def _hasten(environ: dict[str, str]) -> bool:
     """SLURM lets a requeued job wait two minutes, and as short a second attempt as the first might be stopped once more."""
     shown = _queue(environ, "%A %r")
     if shown[1:] == ["BeginTime"]:
+        time.sleep(3)  # sooner, slurmd may take the new attempt's credential for the old one's, which it has just revoked
         subprocess.run(["scontrol", "update", f"JobId={shown[0]}", "TimeLimit=60", "StartTime=now"], env=environ, check=True)
     return False
 
