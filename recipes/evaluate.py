@@ -30,8 +30,8 @@ def main(config: Config) -> None:
         raise ConfigError(listed(problems))
     with Reporter(config, assemble.loggers(config)) as report:
         results = evaluation.evaluate(folder, tasks, batch_size=options["batch_size"], device=device)
-        evaluation.write(Path(config.run_dir) / "evaluation.json", folder, tasks, results)
+        evaluation.write(Path(config.run_dir) / evaluation.FILE, folder, tasks, results)
         report.log(0, {f"evaluation/{name}": value for name, value in results.metrics.items()})
         if results.generations:
-            report.table(0, "generations", results.generations)
+            report.table(0, evaluation.TABLE, results.generations)
         report.say(f"evaluation of {folder}: {results.line()}")

@@ -61,6 +61,9 @@ def test_expected_memory_is_what_is_said(ranks: RankServer, composed: Mapping[st
         assert match is not None
         said[name] = match.groups()
     assert found == said
+    table = (ROOT / "docs" / "training.md").read_text()
+    rows = {name: f"`{name}`, {count} GPU{'s' if count != '1' else ''} | {memory} |" for name, (memory, count) in found.items()}
+    assert not [row for row in rows.values() if row not in table]
 
 
 @pytest.mark.parametrize("name", ON_CPU)
@@ -69,6 +72,5 @@ def test_those_for_a_cpu_run_in_tiny_form(tmp_path: Path, name: str) -> None:
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    published = [file.parent.name for file in (tmp_path / "run" / "checkpoints").glob("step_*/*/manifest.json")]
-    published = published or [file.parent.name for file in (tmp_path / "run" / "checkpoints").glob("step_*/*/*.safetensors")]
+    published = [file.parent.name for file in (tmp_path / "run" / "checkpoints").glob("step_*/*/*.safetensors")]
     assert set(published) == {"adapter" if name == "smollm2_lora" else "hf"}

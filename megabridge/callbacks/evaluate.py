@@ -21,8 +21,6 @@ from megabridge.training.hooks import Callback
 if TYPE_CHECKING:
     from megabridge.training.loop import Trainer
 
-FILE: Final = "evaluation.json"
-TABLE: Final = "generations"
 ON_ERROR: Final = ("warn", "fail")
 _TURN: Final = 5.0
 """Most seconds that ranks wait for each other at once: an evaluation may take longer than a collective is allowed to."""
@@ -96,7 +94,7 @@ class Evaluate(Callback):
         """Whether the step was evaluated with these tasks, or published nothing. On rank 0."""
         if not (step / FOLDER).is_dir():
             return True
-        file = step / FILE
+        file = step / evaluation.FILE
         return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["tasks"] == evaluation.specs(self.tasks)
 
     def _evaluate(self, trainer: Trainer, step: Path) -> None:
@@ -115,7 +113,7 @@ class Evaluate(Callback):
 
         failure = on_rank_zero("starting an evaluation", begin)
         outcome: tuple[evaluation.Results | None, str | None] | None = (None, failure) if failure else None
-        turn = min(_TURN, trainer.config.timeout / 4)
+        turn = _turn(trainer)
         while outcome is None:
             outcome = on_rank_zero("evaluating", lambda: self._turn(trainer, running[0], turn, time.monotonic() - started))
         results, failure = outcome
@@ -150,11 +148,11 @@ class Evaluate(Callback):
             return None, str(error)
 
     def _report(self, trainer: Trainer, step: Path, results: evaluation.Results, seconds: float) -> None:
-        on_rank_zero("writing an evaluation", lambda: evaluation.write(step / FILE, step / FOLDER, self.tasks, results))
+        on_rank_zero("writing an evaluation", lambda: evaluation.write(step / evaluation.FILE, step / FOLDER, self.tasks, results))
         figures = {f"evaluation/{name}": value for name, value in results.metrics.items()}
         trainer.log(figures | {"evaluation/seconds": seconds})
         if results.generations:
-            trainer.table(TABLE, results.generations)
+            trainer.table(evaluation.TABLE, results.generations)
         self._last = f"evaluation of step {trainer.step}: {results.line()}"
         trainer.say(self._last)
 
@@ -197,6 +195,12 @@ class Evaluate(Callback):
             return []
         checks: list[Process] = []
         on_rank_zero("starting a check", lambda: checks.append(Process(trainer.run_dir, self.tasks, check=True)))
-        while not on_rank_zero("looking up tasks of lm-evaluation-harness", lambda: checks[0].wait(_TURN)):
+        turn = _turn(trainer)
+        while not on_rank_zero("looking up tasks of lm-evaluation-harness", lambda: checks[0].wait(turn)):
             pass
         return on_rank_zero("looking up tasks of lm-evaluation-harness", lambda: checks[0].problems())
+
+
+def _turn(trainer: Trainer) -> float:
+    """Seconds that ranks wait for rank 0 at once."""
+    return min(_TURN, trainer.config.timeout / 4)

@@ -37,9 +37,13 @@ DTYPE_KEYS: Final = ("dtype", "torch_dtype")
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json. Raises CheckpointError."""
-    path = folder / CONFIG
+    return read_object(folder / CONFIG, otherwise="name a folder with a Hugging Face model")
+
+
+def read_object(path: Path, *, otherwise: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError, with what to do `otherwise` where there is no such file."""
     if not path.is_file():
-        raise CheckpointError(f"{folder} must hold {CONFIG}; name a folder with a Hugging Face model.")
+        raise CheckpointError(f"{path.parent} must hold {path.name}; {otherwise}.")
     content = parse_json(path.read_bytes(), str(path))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must be a JSON object, not {type(content).__name__}; fetch it again.")

@@ -18,6 +18,9 @@ from megabridge.errors import ConfigError
 from megabridge.evaluation import harness, measures, scoring
 from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity, Task, specs
 
+FILE: Final = "evaluation.json"
+TABLE: Final = "generations"
+"""What loggers call the table of texts."""
 _POSITIONS: Final = ("max_position_embeddings", "n_positions")
 """What configs call the longest sequence that a model is for."""
 _LONGEST: Final = 2048

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from megabridge.checkpoint import assets
 from megabridge.checkpoint.assets import ADAPTER as CONFIG
-from megabridge.checkpoint.safetensors import TensorInfo, parse_json, read_header
+from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.peft.lora import ALL_LINEAR, LoRA
 from megabridge.peft.rules import ENDINGS, PREFIX
@@ -72,11 +73,7 @@ def explicit(lora: LoRA, adapted: Collection[str], others: Collection[str]) -> L
 def read_config(folder: Path) -> LoRA:
     """The settings in `folder`. Raises CheckpointError, and ConfigError for what adapters here don't do."""
     path = folder / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{folder} must hold {CONFIG}; name the folder of an adapter that PEFT or megabridge saved.")
-    content = parse_json(path.read_bytes(), str(path))
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must be a JSON object, not {type(content).__name__}; fetch it again.")
+    content = assets.read_object(path, otherwise="name the folder of an adapter that PEFT or megabridge saved")
     problems = [
         f"{key}={content[key]!r}, not {allowed[0]!r}"
         for key, allowed in _NEUTRAL.items()

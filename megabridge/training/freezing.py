@@ -46,13 +46,18 @@ def freeze(chunks: Chunks, *, bridge: AutoBridge, patterns: Sequence[str]) -> Ch
         found.append("nothing is left to train; take a pattern away, or add one that begins with !")
     if found:
         raise ConfigError(f"optimizer.freeze={list(patterns)}: " + listed(found))
-    for item in frozen:
-        if isinstance(item.live.parameter, torch.nn.Parameter):  # not a router's correction bias, which no gradient moves
-            item.live.parameter.requires_grad_(False)
+    hold(chunks, [item.live.parameter for item in frozen])
+    return chunks
+
+
+def hold(chunks: Iterable[Any], parameters: Iterable[torch.Tensor]) -> None:
+    """Takes `requires_grad` from the parameters of these chunks. Nothing is exchanged."""
+    for parameter in parameters:
+        if isinstance(parameter, torch.nn.Parameter):  # not a router's correction bias, which no gradient moves
+            parameter.requires_grad_(False)
     for chunk in chunks:
         model: Any = unwrap(chunk)
         model.keep_recomputation_alive()
-    return chunks
 
 
 def frozen_names(items: Iterable[Item]) -> set[str]:

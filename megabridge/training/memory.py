@@ -97,12 +97,8 @@ def _freeze(config: Config, bridge: AutoBridge, chunks: Sequence[Any]) -> None:
         attach.put(chunks, bridge.family, bridge.native, assemble.lora(config.peft))
     elif config.optimizer.freeze:
         expansion = Expansion(bridge.family, Dims.of(bridge.native))
-        for live in survey(chunks):
-            entry = expansion.entry(live.record)
-            if freezing.frozen_part(entry, config.optimizer.freeze):
-                live.parameter.requires_grad_(False)
-        for chunk in chunks:
-            chunk.keep_recomputation_alive()
+        entries = [(live, expansion.entry(live.record)) for live in survey(chunks)]
+        freezing.hold(chunks, [live.parameter for live, entry in entries if freezing.frozen_part(entry, config.optimizer.freeze)])
 
 
 def _state(parameter: Tensor, config: Config, topology: Topology, width: int) -> int:
