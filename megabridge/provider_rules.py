@@ -86,7 +86,6 @@ def our_defaults() -> dict[str, object]:
         "attention_dropout": 0.0,
         "add_bias_linear": None,  # follows from add_mlp_bias
         "bias_dropout_fusion": on_cuda,  # fused by torch.compile, which a CPU run does without (platform/cpu.py)
-        "cross_entropy_loss_fusion": on_cuda,
         "deallocate_pipeline_outputs": True,
         "cuda_graph_modules": [],  # TransformerConfig's own default is deprecated, and warns
         "moe_router_load_balancing_type": "none",  # transformers adds its loss on request only

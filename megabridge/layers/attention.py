@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megabridge.errors import ConfigError
-from megabridge.layers import flex, outline
+from megabridge.layers import flex, fused, outline
 from megabridge.layers.norm import LayerNorm, RMSNorm
 from megabridge.layers.packed import Packed
 from megabridge.layers.parameters import empty
@@ -235,12 +235,37 @@ def _temperature(beta: float, original: int, first: int, query: Tensor, position
     return factor[:, None, None, None].to(query.dtype)
 
 
-class TwoRopeAttention(SelfAttention):  # type: ignore[misc]
-    """Self-attention that takes the angles of its kind of layer out of the model's two (see LocalAndGlobal)."""
+class TorchSelfAttention(SelfAttention):  # type: ignore[misc]
+    """megatron-core's self-attention, with queries and keys turned in one kernel, as soon as they are made.
+
+    Where a model has two rotary embeddings, it takes the angles of its kind of layer (see LocalAndGlobal).
+    """
+
+    _angles: Tensor | None = None
+    """Of the forward pass that is under way."""
 
     @override
     def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
-        if rotary_pos_emb is not None:
+        if rotary_pos_emb is not None and rotary_pos_emb.dim() == 5:
             windowed = is_layer_window_attention(self.config.window_size, self.config.window_attn_skip_freq, self.layer_number)
             rotary_pos_emb = rotary_pos_emb[int(windowed)]
-        return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        if kwargs.get("inference_context") is not None:  # keys have been turned that are kept there
+            return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        has_rope = not (self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1])
+        self._angles = rotary_pos_emb if has_rope else None
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self._angles = None
+
+    @override
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Queries [s, b, heads, d], keys and values [s, b, kv_heads, d] of this rank, and an output gate if there is one."""
+        query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        if self._angles is None:
+            return query, key, *others
+        cosine, sine = (
+            (turn(self._angles) * self._yarn_concentration_factor).to(query.dtype) for turn in (torch.cos, torch.sin)
+        )
+        query, key = (fused.rotate(tensor, cosine, sine, interleaved=self.config.rotary_interleaved) for tensor in (query, key))
+        return query, key, *others

@@ -12,6 +12,7 @@ import megabridge.platform as platform
 from megabridge.errors import ConfigError
 from megabridge.layers import latent
 from megabridge.layers.attention import TorchAttention
+from megabridge.layers.loss import cross_entropy
 from megabridge.layers.packed import Packed, for_attention
 from megabridge.layers.rotary import HFRotaryEmbedding, LocalAndGlobal
 from megabridge.style import Style
@@ -92,6 +93,13 @@ class CausalLM(GPTModel):  # type: ignore[misc]
             cores = [layer.self_attention.core_attention for layer in self._layers()]
             kwargs["packed_seq_params"] = for_attention(packed_seq_params, cores, TorchAttention)
         return super().forward(*args, **kwargs)
+
+    @override
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses [b, s] of `logits` [s, b, vocabulary shard], which the backward pass overwrites, for `labels` [b, s]."""
+        if self.config.cross_entropy_loss_fusion and self.config.cross_entropy_fusion_impl != "native":
+            return super().compute_language_model_loss(labels, logits)  # type: ignore[no-any-return]
+        return cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp).transpose(0, 1).contiguous()
 
     @override
     def _preprocess(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Norms that allow sequence parallelism: RMSNorm and LayerNorm, zero-centred or not, and those of queries and keys.
 
 RMSNorm takes its statistics in fp32 and casts the result back before the weight is applied, as transformers' LlamaRMSNorm does;
-a zero-centred one multiplies by 1 + weight in fp32 and casts last, as GemmaRMSNorm does. bf16 values are equal bit for bit.
+a zero-centred one multiplies by 1 + weight in fp32 and casts last, as GemmaRMSNorm does. On a CPU bf16 values are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megabridge.layers import fused, outline
 from megabridge.layers.parameters import empty
 
 from megatron.core import parallel_state
@@ -40,10 +41,9 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] to the same shape and dtype."""
-        if self.zero_centred:
-            return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
-        # Without a weight torch's kernel computes in fp32 and casts its result to x's dtype.
-        return self.weight * F.rms_norm(x, self.weight.shape, None, self.eps)
+        if x.is_meta:
+            return outline.norm(x, self.weight)
+        return fused.rms_norm(x, self.weight, self.eps, zero_centred=self.zero_centred)
 
 
 class LayerNorm(torch.nn.Module):

@@ -22,18 +22,23 @@ class OnMeta(TorchFunctionMode):
         if kwargs.get("device") is not None:
             kwargs["device"] = "meta"
         if func is F.rms_norm:
-            x: Tensor = _Norm.apply(args[0])
-            return x
+            return norm(args[0])
         return func(*args, **kwargs)
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps what torch's RMSNorm on CUDA keeps, which other devices compute in parts: its input, and a factor per row."""
+    """Keeps what an RMSNorm in one kernel keeps: its input, and a factor per row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
         return torch.empty_like(x)
+
+
+def norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """[.., width] to the same."""
+    out: Tensor = _Norm.apply(x, weight)
+    return out
 
 
 class _Attention(torch.autograd.Function):

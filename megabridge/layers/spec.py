@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from megabridge import targets
 from megabridge.errors import ConfigError
-from megabridge.layers.attention import TorchAttention, TwoRopeAttention
+from megabridge.layers.attention import TorchAttention, TorchSelfAttention
 from megabridge.layers.experts import GroupedExperts
 from megabridge.layers.latent import latent_attention
 from megabridge.layers.norm import HeadsNorm, LayerNorm, RMSNorm
@@ -31,7 +31,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -152,7 +152,7 @@ def _torch_layer_spec(config: Any, style: Style, experts: int | None) -> Any:
 
 def _attention(backend: TorchSpecProvider, config: Any) -> Any:
     return ModuleSpec(
-        module=SelfAttention if backend.style.local_rope is None else TwoRopeAttention,
+        module=TorchSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
