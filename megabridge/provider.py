@@ -13,6 +13,7 @@ import megabridge.platform as platform
 from megabridge import provider_rules as rules
 from megabridge import targets
 from megabridge.errors import ConfigError, listed
+from megabridge.layers import weight_gradients
 from megabridge.layers.model import CausalLM
 from megabridge.layers.spec import final_norm, layer_spec, mtp_spec
 from megabridge.layers.split import by_stage
@@ -271,6 +272,8 @@ class ModelProvider:
             chunks = [in_half_precision(config, chunk) for chunk in chunks]
         if wrap_with_ddp:
             chunks = _data_parallel(chunks, config, ddp_config or {})
+            if self._given.get("gradient_accumulation_fusion", rules.default("gradient_accumulation_fusion")):
+                weight_gradients.add_in_place(chunks)
         elif ddp_config:
             raise ConfigError("ddp_config has no meaning with wrap_with_ddp=False; leave it out.")
         for hook in self._post_wrap_hooks:

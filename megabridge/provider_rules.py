@@ -87,6 +87,7 @@ def our_defaults() -> dict[str, object]:
         "add_bias_linear": None,  # follows from add_mlp_bias
         "bias_dropout_fusion": on_cuda,  # fused by torch.compile, which a CPU run does without (platform/cpu.py)
         "deallocate_pipeline_outputs": True,
+        "gradient_accumulation_fusion": on_cuda,
         "cuda_graph_modules": [],  # TransformerConfig's own default is deprecated, and warns
         "moe_router_load_balancing_type": "none",  # transformers adds its loss on request only
         "moe_router_bias_update_rate": 0.0,  # a correction bias moves on request only
@@ -344,6 +345,7 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
         "activation_func": activation,
         "add_bias_linear": bool(get("add_mlp_bias")),
         "qk_layernorm": bool(get("qk_layernorm") or get("qk_norm")),
+        "gradient_accumulation_fusion": False,  # turned on where there is a buffer to add to (layers/weight_gradients.py)
     }
     settings.setdefault("pipeline_dtype", dtype)
     if settings["moe_token_dispatcher_type"] is None:

@@ -46,20 +46,20 @@ class _CrossEntropy(torch.autograd.Function):
             both = torch.stack([total, wanted])
             dist.all_reduce(both, group=group)
             total, wanted = both.unbind()
-        ctx.save_for_backward(rows, columns, largest, total)
-        ctx.shape = logits.shape
+        ctx.save_for_backward(logits, columns, largest, total)
         return torch.log(total) - wanted
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Of a logit: (its share of the softmax, less 1 for the label) times the gradient of the row's loss."""
-        rows, columns, largest, total = ctx.saved_tensors
+        logits, columns, largest, total = ctx.saved_tensors
+        rows = logits.reshape(-1, logits.shape[-1])
         factor = gradient.float() / total
         of_label = torch.exp(_of_columns(rows, columns) - largest) * factor - gradient.where(columns >= 0, 0.0)
         for piece, *row in _pieces(rows, largest, factor):
             fused.exponentiate_(piece, *row)
         rows.scatter_(1, columns.clamp(min=0)[:, None], of_label.to(rows.dtype)[:, None])
-        return rows.view(ctx.shape), None, None
+        return rows.view_as(logits), None, None
 
 
 def _of_columns(rows: Tensor, columns: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ def run(
         "step": trainer.step,
         "batches": trainer.data.seen,
         "said": recorder.said,
+        "added_in_place": any(vars(p).get("grad_added_to_main_grad") for chunk in trainer.chunks for p in chunk.parameters()),
     }
 
 

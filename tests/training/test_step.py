@@ -48,6 +48,28 @@ def test_loss_and_gradient_depend_on_the_batch_only(
     assert result["norms"] == pytest.approx(single["norms"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("topology", "options"),
+    [
+        (Topology(), {}),
+        (Topology(dp=2), {"overlap": True}),
+        (Topology(tp=2), {"sequence_parallel": True}),
+        (Topology(pp=2, vpp=2), {"share_embeddings_and_output_weights": False}),
+    ],
+    ids=str,
+)
+def test_weight_gradients_may_be_added_in_place(
+    ranks: RankServer, tmp_path: Path, topology: Topology, options: dict[str, Any]
+) -> None:
+    norms = []
+    for in_place in (False, True):
+        more = {"gradient_accumulation_fusion": in_place, **options}
+        found = trained(ranks, topology, tmp_path / str(in_place), steps=3, micro_batch_size=2, options=more)
+        norms.append(found["norms"])
+        assert found["added_in_place"] == in_place
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # may be summed in another order
+
+
 def test_loss_is_the_mean_over_unmasked_tokens(ranks: RankServer) -> None:
     results = ranks.run("tests.cases.training:loss_by_hand", topology=Topology(dp=2))
     for trained_loss, by_hand in results:
