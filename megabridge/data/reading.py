@@ -17,7 +17,7 @@ from megabridge.data.rows import BadRow, Tally
 from megabridge.data.sources import Found
 from megabridge.errors import ConfigError
 
-BLOCK: Final = 64
+BLOCK: Final = 256
 """Rows that a rank tokenises, one after the other, before it meets the others."""
 SECONDS: Final = 30.0
 """Between lines that say how far it is."""
