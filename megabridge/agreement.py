@@ -1,17 +1,24 @@
 """Agreement between ranks: a failure on one rank is the same error on every rank, at once.
 
-The only collectives that carry Python objects. Without a process group there is one rank, and nothing is exchanged.
+The only collectives that carry Python objects, or bytes of any kind. Without a process group there is one rank, and nothing is
+exchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
+import torch
 import torch.distributed as dist
 
+import megabridge.platform as platform
 from megabridge import errors
 from megabridge.errors import MegabridgeError
+
+PIECE: Final = 64 << 20
+"""Bytes of one message of `gather_bytes`: what it needs on a device."""
 
 
 def rank() -> int:
@@ -29,6 +36,21 @@ def gather[T](value: T) -> list[T]:
     out: list[T | None] = [None] * world_size()
     dist.all_gather_object(out, value)
     return out  # type: ignore[return-value]
+
+
+def gather_bytes(content: bytearray) -> Iterator[bytearray]:
+    """Every rank's `content`, one after the other in rank order, on every rank. Collective: every rank iterates to the end.
+
+    No more than one other rank's content is held at a time, besides what the caller keeps.
+    """
+    for source, size in enumerate(gather(len(content))):
+        whole = content if source == rank() else bytearray(size)
+        for begin in range(0, size if world_size() > 1 else 0, PIECE):
+            piece = torch.frombuffer(whole, dtype=torch.uint8, count=min(PIECE, size - begin), offset=begin)
+            sent = piece.to(platform.device())
+            dist.broadcast(sent, src=source)
+            piece.copy_(sent)
+        yield whole
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +23,8 @@ FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """The fields of each schema."""
 SCHEMAS: Final = ("auto", *FIELDS)
+DIGEST: Final = 16
+"""Bytes of a row's digest."""
 _SYSTEM: Final = ("system", "developer")
 # What may stand before a message of each role; None is the beginning, system messages not counted.
 _BEFORE: Final[Mapping[str, tuple[str | None, ...]]] = {
@@ -58,8 +61,9 @@ class Examples:
 
     @property
     def pad_token(self) -> int:
-        """The id that fills up rows."""
-        return (self._chat or self.text).pad_token
+        """The id that fills up rows. After the first row."""
+        is_chat = self.schema == "messages" or (self.schema == "prompt_completion" and self._prompt_as_chat)
+        return (self.chat if is_chat else self.text).pad_token
 
     @property
     def text(self) -> TextEncoder:
@@ -89,10 +93,16 @@ class Examples:
             return self._conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
         return self.text.pair(prompt, completion)
 
+    def settle(self, row: Mapping[str, Any] | BadRow) -> None:
+        """Takes the schema from a row that another rank encodes, where none before it had one."""
+        if self.schema == "auto" and not isinstance(row, BadRow):
+            with suppress(BadRow):
+                self.schema = self._recognised(row)
+
     def digest(self, row: Mapping[str, Any]) -> bytes:
-        """What the row says, in 16 bytes; the same for the same content, wherever it stands."""
+        """What the row says, in DIGEST bytes; the same for the same content, wherever it stands."""
         content = json.dumps(self._values(row), sort_keys=True, default=str)
-        return hashlib.sha256(content.encode()).digest()[:16]
+        return hashlib.sha256(content.encode()).digest()[:DIGEST]
 
     def _recognised(self, row: Mapping[str, Any]) -> str:
         for schema, fields in FIELDS.items():

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import override
 
 from megabridge.data import sources
-from megabridge.data.batches import OVERLONG, Batching, Overlong, Sample, fit_one
+from megabridge.data.batches import OVERLONG, Batching, Overlong, Sample
 from megabridge.data.examples import Examples
 from megabridge.data.module import Batch, DataModule
-from megabridge.data.rows import BadRow, Tally, check_share
+from megabridge.data.reading import Read, read
+from megabridge.data.rows import check_share
 from megabridge.errors import ConfigError, listed
-
-
-@dataclass
-class _Read:
-    """What became of the rows of one source."""
-
-    samples: list[Sample] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
-    truncated: int = 0
 
 
 class Finetuning(DataModule):
@@ -92,35 +81,22 @@ class Finetuning(DataModule):
         sizes = (seq_length, micro_batch_size, global_batch_size, examples.pad_token)
         self.batching = Batching(*sizes, **self._filling)  # type: ignore[arg-type]  # each has its own type
 
-    def _read(self, examples: Examples, seq_length: int, source: Mapping[str, str | None]) -> _Read:
-        """Reads and tokenises all rows; raises ConfigError where too many are bad."""
-        read, path = _Read(), str(source["path"])
-        settings = {key: value for key, value in source.items() if key != "path"}
-        for where, row in sources.rows(path, **settings):
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                sample = examples.encode(row)
-                kept = fit_one(sample, seq_length=seq_length, overlong=self._overlong)
-            except BadRow as bad:
-                read.tally.leave_out(where, bad)
-                continue
-            read.tally.good += 1
-            read.truncated += len(kept.tokens) < len(sample.tokens)
-            # A tenth of the memory of a list.
-            read.samples.append(Sample(array("i", kept.tokens), bytes(kept.mask)))
-            read.digests.append(examples.digest(row))
-        read.tally.judge(self._max_bad_share, f"data.path={path}")
-        return read
+    def _read(self, examples: Examples, seq_length: int, source: Mapping[str, str | None]) -> Read:
+        """Reads and tokenises all rows, with the other ranks; raises ConfigError where too many are bad."""
+        what = f"data.path={source['path']}"
+        rows = sources.rows(**source)  # type: ignore[arg-type]  # a path is never None
+        found = read(rows, examples, seq_length=seq_length, overlong=self._overlong, what=what)
+        found.tally.judge(self._max_bad_share, what)
+        return found
 
-    def _held_out(self, read: _Read) -> tuple[list[Sample], list[Sample]]:
+    def _held_out(self, found: Read) -> tuple[list[Sample], list[Sample]]:
         """(train, validation): the share whose digests are lowest is held out, duplicates together."""
-        ranked = sorted(set(read.digests))
+        ranked = sorted(set(found.digests))
         count = round(len(ranked) * self._share)
         if self._share and len(ranked) > 1:
             count = max(1, count)
         held_out = set(ranked[:count])
-        pairs = list(zip(read.samples, read.digests, strict=True))
+        pairs = list(zip(found.samples, found.digests, strict=True))
         train = [sample for sample, digest in pairs if digest not in held_out]
         return train, [sample for sample, digest in pairs if digest in held_out]
 
@@ -139,7 +115,7 @@ class Finetuning(DataModule):
             tokens = sum(len(sample.tokens) for sample in samples)
             rows = f" in {len(self.batching.rows(samples, self._seed))} packed rows" if self.batching.packing else ""
             parts.append(f"{name} {len(samples)} samples, {tokens} tokens{rows}")
-        for read in self._reads.values():
-            parts += [f"{read.truncated} truncated"] if read.truncated else []
-            parts += [read.tally.describe()] if read.tally.bad else []
+        for found in self._reads.values():
+            parts += [f"{found.truncated} truncated"] if found.truncated else []
+            parts += [found.tally.describe()] if found.tally.bad else []
         return "; ".join(parts)

@@ -27,7 +27,8 @@ class DataModule(ABC):
 
     @abstractmethod
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
-        """Loads and tokenises with the tokenizer in `tokenizer_folder`. Called once, before any batch. Raises ConfigError."""
+        """Loads and tokenises with the tokenizer in `tokenizer_folder`. Every rank calls it, once, before any batch; it may be
+        collective (`reading.read` is). Raises ConfigError."""
 
     @abstractmethod
     def train_batches(self, consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:

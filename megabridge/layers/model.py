@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import megabridge.platform as platform
-from megabridge.errors import ConfigError
 from megabridge.layers import latent
 from megabridge.layers.attention import TorchAttention
 from megabridge.layers.loss import cross_entropy
@@ -85,11 +84,6 @@ class CausalLM(GPTModel):  # type: ignore[misc]
     @override
     def forward(self, *args: Any, packed_seq_params: Packed | None = None, **kwargs: Any) -> Any:
         if packed_seq_params is not None:
-            if ahead := self.config.mtp_num_layers:
-                raise ConfigError(
-                    f"model.provider.mtp_num_layers={ahead} would predict past the ends of packed documents; set "
-                    "data.packing=false, or leave it null."
-                )
             cores = [layer.self_attention.core_attention for layer in self._layers()]
             kwargs["packed_seq_params"] = for_attention(packed_seq_params, cores, TorchAttention)
         return super().forward(*args, **kwargs)

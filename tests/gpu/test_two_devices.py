@@ -103,6 +103,16 @@ def test_losses_resuming_and_bytes(layout: str, tmp_path: Path, alone: dict[tupl
     assert names and all((tmp_path / "out/hf" / name).read_bytes() == (one.source / name).read_bytes() for name in names)
 
 
+def test_rows_that_two_ranks_tokenise_together(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes" * (n % 9 + 1)}] for n in range(300)]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    given = *DENSE, "data=chat", f"data.path={file}", "recipe.steps=4", "checkpoint.save_at_end=false"
+    single = losses(tmp_path / "single", *given)
+    assert len(single) == 4
+    assert losses(tmp_path / "two", *given, "parallel.dp=2") == pytest.approx(single, abs=1e-4)
+
+
 @pytest.mark.parametrize("parallel", ["tp", "pp", "dp"])
 def test_a_killed_rank_ends_the_other(tmp_path: Path, parallel: str) -> None:
     endless = [*DENSE, f"parallel.{parallel}=2", "recipe.steps=100000", "checkpoint.save_at_end=false", "recipe.log_every=5"]

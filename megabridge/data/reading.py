@@ -1,0 +1,115 @@
+"""All rows of a source as samples. The ranks tokenise them together: each takes blocks of rows, and every rank gets all of them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Final
+
+from megabridge.agreement import gather, gather_bytes, rank, together, world_size
+from megabridge.data.batches import Overlong, Sample, fit_one
+from megabridge.data.examples import DIGEST, Examples
+from megabridge.data.rows import BadRow, Tally
+from megabridge.data.sources import Found
+from megabridge.errors import ConfigError
+
+BLOCK: Final = 256
+"""Rows that a rank tokenises, one after the other, before it meets the others."""
+SECONDS: Final = 30.0
+"""Between lines that say how far it is."""
+
+
+@dataclass
+class Read:
+    """What became of rows, in their order."""
+
+    samples: list[Sample] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    """Of each sample."""
+    tally: Tally = field(default_factory=Tally)
+    truncated: int = 0
+
+    def take(self, found: Found, examples: Examples, *, seq_length: int, overlong: Overlong) -> None:
+        """Tokenises one row, or counts it as bad."""
+        where, row = found
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            sample = examples.encode(row)
+            kept = fit_one(sample, seq_length=seq_length, overlong=overlong)
+        except BadRow as bad:
+            self.tally.leave_out(where, bad)
+            return
+        self.tally.good += 1
+        self.truncated += len(kept.tokens) < len(sample.tokens)
+        # A tenth of the memory of a list.
+        self.samples.append(Sample(array("i", kept.tokens), bytes(kept.mask)))
+        self.digests.append(examples.digest(row))
+
+    def content(self) -> bytearray:
+        """The samples' lengths (int32); then of each its digest, its tokens (int32) and its mask (a byte a token)."""
+        lengths = array("i", [len(sample.mask) for sample in self.samples])
+        pieces: list[Any] = [lengths]
+        for digest, sample in zip(self.digests, self.samples, strict=True):
+            pieces += [digest, sample.tokens, sample.mask]
+        return bytearray().join(pieces)
+
+    def add(self, content: bytearray, tally: Tally, truncated: int) -> None:
+        """Takes over rows that come after these: the `content`, `tally` and `truncated` of theirs."""
+        self.tally.add(tally)
+        self.truncated += truncated
+        lengths, rest = _ints(memoryview(content), tally.good)
+        for length in lengths:
+            self.digests.append(bytes(rest[:DIGEST]))
+            tokens, rest = _ints(rest[DIGEST:], length)
+            self.samples.append(Sample(tokens, bytes(rest[:length])))
+            rest = rest[length:]
+
+
+def _ints(content: memoryview, count: int) -> tuple[array[int], memoryview]:
+    """(the first `count` int32, what follows)."""
+    ints = array("i")
+    end = ints.itemsize * count
+    ints.frombytes(content[:end])
+    return ints, content[end:]
+
+
+def read(rows: Iterable[Found], examples: Examples, *, seq_length: int, overlong: Overlong, what: str) -> Read:
+    """All of `rows`, tokenised by `examples` and cut or left out by `fit_one`; the same on every rank, whatever their number.
+
+    Collective. Every rank reads all rows, which costs little beside tokenising them. Whatever fails on one rank fails on all of
+    them, before the next blocks. Raises ConfigError where ranks find different numbers of rows; `what` is the source in errors.
+    """
+    whole, remaining, own, stride = Read(), iter(rows), rank(), BLOCK * world_size()
+    told, begun, before = time.monotonic(), time.monotonic(), 0
+    while True:
+        part, seen = Read(), 0
+        with together(f"reading {what}"):
+            for found in islice(remaining, stride):
+                if seen // BLOCK == own:
+                    part.take(found, examples, seq_length=seq_length, overlong=overlong)
+                else:
+                    examples.settle(found[1])
+                seen += 1
+        parts = gather((seen, part.tally, part.truncated))
+        _check([count for count, _, _ in parts], before, stride, what)
+        for content, (_, tally, truncated) in zip(gather_bytes(part.content()), parts, strict=True):
+            whole.add(content, tally, truncated)
+        before += seen
+        if seen < stride:
+            return whole
+        if own == 0 and time.monotonic() - told >= SECONDS:
+            told = time.monotonic()
+            print(f"{what}: {before} rows tokenised in {told - begun:.0f} s", file=sys.stderr, flush=True)
+
+
+def _check(counts: Sequence[int], before: int, stride: int, what: str) -> None:
+    """Raises ConfigError unless all ranks found as many rows; `counts` come after `before`, and go on where they are `stride`."""
+    for number, count in enumerate(counts):
+        if count != counts[0]:
+            first, other = (f"{before + found}{' or more' if found == stride else ''}" for found in (counts[0], count))
+            raise ConfigError(f"{what} has {first} rows on rank 0 but {other} on rank {number}; give every host the same files.")
