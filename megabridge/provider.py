@@ -217,24 +217,26 @@ class ModelProvider:
 
         Both follow from the rank's place in the pipeline when None. Needs finalize() and process groups. `init` is
         random (config.init_method), empty (uninitialised memory, for weights that are loaded next) or meta (no memory,
-        for plans).
+        for plans; the layers of backend=torch in place of Transformer Engine's, which need a device).
         """
-        config = self.config
+        config, backend = self.config, self.resolved_backend
         if init == "meta":  # a config of its own: the other chunks share one, which a trainer sets functions on
             config = copy.copy(config)
             config.init_model_with_meta_device = config.use_cpu_initialization = True  # torch.device() decides
+            if backend == "te":
+                backend, config.fp8, config.fp4 = "torch", None, None
         if pre_process is None:
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         if post_process is None:
             post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        specs = self._layer_specs(config, parallel_state.get_pipeline_model_parallel_rank(), vp_stage or 0)
+        specs = self._layer_specs(config, backend, parallel_state.get_pipeline_model_parallel_rank(), vp_stage or 0)
         on_cpu = config.use_cpu_initialization  # on a CUDA host: the model is converted, not run
         device = torch.device("meta" if init == "meta" else "cpu") if on_cpu else platform.device()
         with device, _initialization(config, enabled=init == "random"):
             return CausalLM(
                 config,
-                TransformerBlockSubmodules(specs, final_norm(self.resolved_backend, config, self.style)),
-                mtp_block_spec=self._mtp_spec(config, vp_stage),
+                TransformerBlockSubmodules(specs, final_norm(backend, config, self.style)),
+                mtp_block_spec=self._mtp_spec(config, backend, vp_stage),
                 vocab_size=self.vocab_size,
                 padded_vocab_size=self.padded_vocab_size,
                 max_sequence_length=self.seq_length,
@@ -280,14 +282,14 @@ class ModelProvider:
             chunks = _checked(hook(chunks), hook)
         return chunks
 
-    def _mtp_spec(self, config: Any, vp_stage: int | None) -> Any:
+    def _mtp_spec(self, config: Any, backend: str, vp_stage: int | None) -> Any:
         """The spec of the multi-token-prediction layers of this chunk, which are like the last layer; None where it has none."""
         if not config.mtp_num_layers:
             return None
-        last = self._layer_spec(config, config.num_layers - 1)
-        return mtp_spec(self.resolved_backend, config, self.style, last, vp_stage)
+        last = self._layer_spec(config, backend, config.num_layers - 1)
+        return mtp_spec(backend, config, self.style, last, vp_stage)
 
-    def _layer_specs(self, config: Any, stage: int, chunk: int) -> list[Any]:
+    def _layer_specs(self, config: Any, backend: str, stage: int, chunk: int) -> list[Any]:
         """The specs of the layers of one chunk of a stage."""
         split = self.split
         first = sum(sum(stages[number] for stages in split) for number in range(chunk)) + sum(
@@ -295,13 +297,13 @@ class ModelProvider:
         )
         layers = range(first, first + split[stage][chunk])
         kinds = {rules.has_experts(config, layer): layer for layer in layers}
-        specs = {mixed: self._layer_spec(config, layer) for mixed, layer in kinds.items()}
+        specs = {mixed: self._layer_spec(config, backend, layer) for mixed, layer in kinds.items()}
         return [specs[rules.has_experts(config, layer)] for layer in layers]
 
-    def _layer_spec(self, config: Any, layer: int) -> Any:
+    def _layer_spec(self, config: Any, backend: str, layer: int) -> Any:
         given = self.transformer_layer_spec
         if given is None:
-            return layer_spec(self.resolved_backend, config, self.style, has_experts=rules.has_experts(config, layer))
+            return layer_spec(backend, config, self.style, has_experts=rules.has_experts(config, layer))
         if isinstance(given, str):
             given = targets.named(given, where="transformer_layer_spec")
         return given if isinstance(given, ModuleSpec) else given(config)

@@ -1,7 +1,7 @@
 """Element-wise work that is one kernel on CUDA, where torch compiles it; elsewhere the same functions run as they stand.
 
-Casts round where they are written, as uncompiled: values in bf16 don't depend on what is compiled. The passes backward are written out,
-so that what is kept for them is the same everywhere.
+Casts round where they are written, as uncompiled: values in bf16 don't depend on what is compiled. The passes backward are written
+out, so that what is kept for them is the same everywhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cross-entropy of logits whose columns, the vocabulary, are cut over the tensor-parallel ranks.
 
-Nothing of the logits' size is made beside them: sums are taken in fp32 as they are read, and the backward pass writes their gradient
-over them.
+Nothing of the logits' size is made beside them: sums are taken in fp32 as they are read, and the backward pass writes their
+gradient over them.
 """
 
 from __future__ import annotations
@@ -70,4 +70,4 @@ def _of_columns(rows: Tensor, columns: Tensor) -> Tensor:
 def _pieces(rows: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """`rows` [n, V] and what goes with each, [n], in pieces of whole rows; on CUDA at once."""
     count = max(1, rows.shape[0] if rows.is_cuda else _PIECE // rows.shape[1])
-    return zip(*(tensor.split(count) for tensor in (rows, *more)), strict=True)
+    return zip(*(torch.split(tensor, count) for tensor in (rows, *more)), strict=True)

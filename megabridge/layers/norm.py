@@ -1,7 +1,7 @@
 """Norms that allow sequence parallelism: RMSNorm and LayerNorm, zero-centred or not, and those of queries and keys.
 
 RMSNorm takes its statistics in fp32 and casts the result back before the weight is applied, as transformers' LlamaRMSNorm does;
-a zero-centred one multiplies by 1 + weight in fp32 and casts last, as GemmaRMSNorm does. On a CPU bf16 values are equal bit for bit.
+a zero-centred one multiplies by 1 + weight in fp32 and casts last, as GemmaRMSNorm does. On a CPU the values are equal bit for bit.
 """
 
 from __future__ import annotations

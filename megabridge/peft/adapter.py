@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -21,52 +21,24 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 
 @dataclass(frozen=True)
 class Rows:
-    """The local rows of a native weight that each adapted linear has: `counts` of `order`, one linear after another.
+    """Which rows of a native weight here each adapted linear has: `owned` [rows, linears], of ones and zeros."""
 
-    `restore` puts rows in that order, then those without an adapter, back into the native one. Both are None where it is the same.
-    """
-
-    counts: tuple[int, ...]
-    order: Tensor | None
-    restore: Tensor | None
-    total: int
+    owned: Tensor
 
     @classmethod
     def of(cls, part_of_row: Tensor, parts: tuple[int, ...]) -> Self:
         """`part_of_row` [rows] says which part feeds a row (-1: none), `parts` which parts have an adapter."""
-        groups = [(part_of_row == part).nonzero()[:, 0] for part in parts]
-        order = torch.cat(groups)
-        rest = torch.ones_like(part_of_row, dtype=torch.bool)
-        rest[order] = False
-        full = torch.cat([order, rest.nonzero()[:, 0]])
-        counts = tuple(len(group) for group in groups)
-        if torch.equal(full, torch.arange(len(full))):
-            return cls(counts, None, None, len(full))
-        return cls(counts, order, full.argsort(), len(full))
-
-    def on(self, device: torch.device) -> Self:
-        """The same on `device`, where rows are picked in every step."""
-        if self.order is None or self.restore is None:
-            return self
-        return replace(self, order=self.order.to(device), restore=self.restore.to(device))
+        return cls((part_of_row[:, None] == torch.tensor(parts)).float())
 
     @property
-    def chosen(self) -> int:
-        return sum(self.counts)
+    def linears(self) -> int:
+        return self.owned.shape[1]
 
-    def picked(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """[.., rows, r] by linear, each [.., its rows, r]."""
-        picked = rows[..., : self.chosen, :] if self.order is None else rows.index_select(-2, self.order)
-        return torch.split(picked, list(self.counts), dim=-2)
-
-    def restored(self, pieces: list[Tensor], dim: int) -> Tensor:
-        """The linears' rows along `dim` in the native order, zero where there is no adapter."""
-        out = torch.cat(pieces, dim)
-        if self.chosen < self.total:
-            shape = list(out.shape)
-            shape[dim] = self.total - self.chosen
-            out = torch.cat([out, out.new_zeros(shape)], dim)
-        return out if self.restore is None else out.index_select(dim, self.restore)
+    def spread(self, rows: Tensor) -> Tensor:
+        """[.., rows, r] to [.., rows, linears x r]: each row in its linear's columns, which meet what its A gives; else zero."""
+        if self.linears == 1:
+            return rows * self.owned
+        return (rows[..., None, :] * self.owned[:, :, None]).flatten(-2)
 
 
 class Adapter(torch.nn.Module):
@@ -81,11 +53,12 @@ class Adapter(torch.nn.Module):
     def __init__(self, linear: Any, spread: Spread, rows: Rows, lora: LoRA) -> None:
         super().__init__()
         weight: Tensor = linear.weight
-        self.spread, self.rows, self.lora = spread, rows.on(weight.device), lora
+        self.spread, self.lora = spread, lora
+        self.rows = Rows(rows.owned.to(weight.device, weight.dtype))
         self._weight = [weight]  # in a list: it is no parameter of ours
         *experts, out, width = weight.shape
         settings: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-        self.lora_A = torch.nn.Parameter(torch.zeros(*experts, len(rows.counts) * lora.r, width, **settings))
+        self.lora_A = torch.nn.Parameter(torch.zeros(*experts, rows.linears * lora.r, width, **settings))
         self.lora_B = torch.nn.Parameter(torch.zeros(*experts, out, lora.r, **settings))
         self.lora_magnitude_vector = None
         if lora.use_dora:
@@ -141,8 +114,7 @@ class Adapter(torch.nn.Module):
         a = self.spread.parameter("lora_A", self.lora_A)
         b = self.spread.parameter("lora_B", self.lora_B)
         hidden = self.spread.between(_linear(a, self._dropped(tokens), counts))
-        pieces = zip(torch.split(hidden, self.lora.r, dim=-1), self.rows.picked(b), strict=True)
-        return self.rows.restored([_linear(rows, part, counts) for part, rows in pieces], -1) * self.lora.scaling
+        return _linear(self.rows.spread(b), hidden * self.lora.scaling, counts)
 
     def _dropped(self, tokens: Tensor) -> Tensor:
         if not (self.training and self.lora.lora_dropout):
@@ -162,8 +134,7 @@ class Adapter(torch.nn.Module):
         norms = self.norms()
         lengths = self.spread.parameter("lora_magnitude_vector", self.lora_magnitude_vector)
         scale = lengths / torch.where(norms == 0, 1, norms)
-        is_fed = self.rows.restored([scale.new_ones(count) for count in self.rows.counts], 0) > 0
-        return torch.where(is_fed, scale, 1)
+        return torch.where(self.rows.owned.any(1), scale, 1)
 
     # ------------------------------------------------------------------ on the weight
 
@@ -171,9 +142,7 @@ class Adapter(torch.nn.Module):
     def change(self) -> Tensor:
         """scaling x B A, shaped as the weight here, in fp32 at least."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        parts = torch.split(self.lora_A.to(dtype), self.lora.r, dim=-2)
-        pieces = [rows @ part for part, rows in zip(parts, self.rows.picked(self.lora_B.to(dtype)), strict=True)]
-        return self.rows.restored(pieces, -2) * self.lora.scaling
+        return self.rows.spread(self.lora_B).to(dtype) @ self.lora_A.to(dtype) * self.lora.scaling
 
     @torch.no_grad()
     def norms(self) -> Tensor:

@@ -45,12 +45,12 @@ class Expected:
     optimizer: int
     activations: int
     """Kept for the backward passes that are under way at the same time, and with recomputation one layer's in whole."""
-    loss: int
-    """What the loss of a micro-batch needs while it is computed."""
+    output: int
+    """The gradient of the output layer's weight, the largest: made when all activations are still kept."""
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.loss
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.output
 
 
 def expect(config: Config, bridge: AutoBridge, provider: ModelProvider) -> list[Expected]:
@@ -72,22 +72,20 @@ def _stage(config: Config, bridge: AutoBridge, provider: ModelProvider, topology
             for chunk in chunks:
                 chunk.config.recompute_granularity = None
             passes = [_trace(config, chunk, topology) for chunk in chunks]
-            # A layer is computed again, from its input that is kept, when the loss's part is done with.
+            # A layer is computed again, from its input that is kept, when the logits are done with.
             head, largest = passes[-1].head, max(one.largest_layer for one in passes) - _stream(config, provider, topology)
             activations += max(0, largest - head)
-        loss = 0
-        if chunks[-1].post_process:
-            rows = config.recipe.micro_batch_size * config.recipe.seq_length // topology.cp
-            # megatron-core's cross-entropy has them in fp32 twice, and one becomes the softmax that it keeps (cross_entropy.py).
-            passing = rows * provider.padded_vocab_size // topology.tp * (FP32 + provider.config.params_dtype.itemsize % FP32)
-            loss = max(0, head + passing - max(head, largest))
         width = provider.config.params_dtype.itemsize
+        output = 0
+        if chunks[-1].post_process:
+            weight = chunks[-1].shared_embedding_or_output_weight()
+            output = max(0, head + weight.numel() * width * weight.requires_grad - max(head, largest))
         return Expected(
             parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()) * width,
             gradients=sum(parameter.numel() for parameter in trained) * FP32,
             optimizer=sum(_state(parameter, config, topology, width) for parameter in trained),
             activations=activations,
-            loss=loss,
+            output=output,
         )
 
 
