@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,18 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megabridge.families import all_families
 from megabridge.topology import Topology
 from megabridge.workbench import battery
+from tests.cases import models, tiny
 from tests.cases.families import MIXTURES
 from tests.ranks import RankServer
 
 DENSE = sorted(all_families().keys() - set(MIXTURES))
 # One of each arrangement of linears: one tensor for several, transposed or not, one for each, in groups or not, gated or not.
 KINDS = ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "Phi3ForCausalLM", "GlmForCausalLM", "Gemma2ForCausalLM", "NemotronForCausalLM"]
-# One of each arrangement of experts: gated, shared beside routed with latent attention, biased 3-D ones (which have no adapters).
-SOME = ["DeepseekV2ForCausalLM", "MixtralForCausalLM", "GptOssForCausalLM"]
+# Experts that are one 3-D parameter of a layer: in turn and biased, which PEFT takes the other way round, of another name in files.
+STACKED = ["GptOssForCausalLM", "Llama4ForCausalLM", "GraniteMoeForCausalLM"]
+# One of each arrangement of experts: gated, shared beside routed with latent attention, and those.
+SOME = ["DeepseekV2ForCausalLM", "MixtralForCausalLM", *STACKED]
 BIASED = "GptOssForCausalLM"  # megatron-core has no expert tensor parallelism for experts with biases
 CASES: dict[str, tuple[Topology, list[str], bool]] = {
     "dense-tp2": (Topology(tp=2), KINDS, False),
@@ -71,6 +76,9 @@ def test_alone(alone: dict[bool, dict[str, Any]]) -> None:
         "kv_a_proj_with_mqa",
         "down_proj",
     }
+    for architecture in STACKED:
+        ends = {name.partition("experts.")[2] for name in alone[False][architecture]["tensors"] if "experts." in name}
+        assert ends == {f"{nested}lora_{side}.weight" for nested in ("", "base_layer.") for side in "AB"}
     experts = [name for name in alone[False]["MixtralForCausalLM"]["tensors"] if ".experts.7." in name]
     assert len(experts) == battery.LAYERS * 3 * 2, "three linears of each layer, A and B"
 
@@ -85,9 +93,58 @@ def test_layouts_agree(case: str, sources: Path, alone: dict[bool, dict[str, Any
         assert found[name]["norms"][0] == pytest.approx(alone[use_dora][name]["norms"][0], rel=1e-5), name
 
 
-def test_experts_are_saved_and_resumed(sources: Path, ranks: RankServer, tmp_path: Path) -> None:
+def test_peft_has_the_same_logits_and_merge_of_stacked_experts(sources: Path, alone: dict[bool, Any], ranks: RankServer) -> None:
+    """Of what test_alone trained; the bounds are those of linears: fp32 logits, and weights of one sum."""
+    kwargs = {"root": str(sources), "out": str(sources / f"out-{Topology()}-False"), "names": STACKED}
+    found = ranks.run("tests.cases.peft_reference:stacked", kwargs=kwargs, timeout=900)[0]
+    for name in STACKED:
+        assert torch.allclose(found[name]["logits"], alone[False][name]["logits"], atol=1e-4), name
+        assert found[name]["far"] <= 1e-6, name
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_peft_trains_stacked_experts_alike(name: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
+    """From the first values that a run of no steps wrote, A and B where PEFT has them."""
+    peft = {"name": "lora", "target_parameters": ["experts.*"]}
+    given = {"source": str(sources / name), "peft": peft, "provider": {"moe_aux_loss_coeff": 0.0}}
+    for steps in (0, 5):
+        ours = ranks.run("tests.cases.peft:train", kwargs={**given, "run_dir": str(tmp_path / str(steps)), "steps": steps})[0]
+    kwargs = {"base": str(sources / name), "adapter": str(tmp_path / "0" / "adapter"), "steps": 5, "with_peft": True}
+    losses = ranks.run("tests.cases.peft_reference:train", kwargs=kwargs)[0]
+    assert ours["losses"] == pytest.approx(losses, abs=1e-3)
+    assert losses[-1] < losses[0] - 0.1
+
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "both": {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "experts.down_proj"]},
+    "first": {"target_modules": [], "target_parameters": ["gate_up_proj"]},
+    "second": {"target_modules": ["o_proj"], "target_parameters": ["experts.down_proj"], "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("name", STACKED)
+def test_adapters_of_stacked_experts_come_from_peft(
+    name: str, targets: str, sources: Path, ranks: RankServer, tmp_path: Path
+) -> None:
+    tokens = models.prompt(tiny.VOCABULARY, length=tiny.SEQUENCE)
+    kwargs = {"base": str(sources / name), "folder": str(tmp_path / "theirs"), "tokens": tokens, "r": 3, "lora_alpha": 5}
+    expected = ranks.run("tests.cases.peft_reference:begin", kwargs={**kwargs, **TARGETS[targets]})[0]
+    for topology in (Topology(), Topology(tp=2, ep=2, etp=1)):
+        out = tmp_path / str(topology)
+        kwargs = {"source": str(sources / name), "adapter": str(tmp_path / "theirs"), "out": str(out)}
+        logits = ranks.run("tests.cases.peft:again", topology=topology, kwargs=kwargs)[0]
+        assert torch.allclose(logits, expected, atol=1e-4)
+        theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "theirs", out))
+        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in theirs)
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["target_parameters"] == sorted(end.split(".")[-1] for end in TARGETS[targets]["target_parameters"])
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Llama4ForCausalLM"])
+def test_experts_are_saved_and_resumed(name: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
     """Bit for bit under expert parallelism, and under another layout."""
-    source, peft = str(sources / "MixtralForCausalLM"), {"name": "lora"}
+    source, peft = str(sources / name), {"name": "lora", "target_parameters": ["experts.*"] if name in STACKED else []}
 
     def train(topology: Topology, folder: str, **kwargs: Any) -> dict[str, Any]:
         given = {"run_dir": str(tmp_path / folder), "source": source, "peft": peft, "steps": 4, **kwargs}
