@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 
+from megabridge.errors import ConfigError
 from megabridge.families import all_families
+from megabridge.mapping import Dims
+from megabridge.peft import LoRA
+from megabridge.peft.rules import AdapterMap
 from megabridge.topology import Topology
 from megabridge.workbench import battery
 from tests.cases import models, tiny
@@ -24,6 +31,8 @@ DENSE = sorted(all_families().keys() - set(MIXTURES))
 KINDS = ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "Phi3ForCausalLM", "GlmForCausalLM", "Gemma2ForCausalLM", "NemotronForCausalLM"]
 # Experts that are one 3-D parameter of a layer: in turn and biased, which PEFT takes the other way round, of another name in files.
 STACKED = ["GptOssForCausalLM", "Llama4ForCausalLM", "GraniteMoeForCausalLM"]
+# transformers before 5.13 has other names for Granite's.
+IN_PEFT = STACKED if Version(version("transformers")) >= Version("5.13") else STACKED[:2]
 # One of each arrangement of experts: gated, shared beside routed with latent attention, and those.
 SOME = ["DeepseekV2ForCausalLM", "MixtralForCausalLM", *STACKED]
 BIASED = "GptOssForCausalLM"  # megatron-core has no expert tensor parallelism for experts with biases
@@ -95,14 +104,14 @@ def test_layouts_agree(case: str, sources: Path, alone: dict[bool, dict[str, Any
 
 def test_peft_has_the_same_logits_and_merge_of_stacked_experts(sources: Path, alone: dict[bool, Any], ranks: RankServer) -> None:
     """Of what test_alone trained; the bounds are those of linears: fp32 logits, and weights of one sum."""
-    kwargs = {"root": str(sources), "out": str(sources / f"out-{Topology()}-False"), "names": STACKED}
+    kwargs = {"root": str(sources), "out": str(sources / f"out-{Topology()}-False"), "names": IN_PEFT}
     found = ranks.run("tests.cases.peft_reference:stacked", kwargs=kwargs, timeout=900)[0]
-    for name in STACKED:
+    for name in IN_PEFT:
         assert torch.allclose(found[name]["logits"], alone[False][name]["logits"], atol=1e-4), name
         assert found[name]["far"] <= 1e-6, name
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", IN_PEFT)
 def test_peft_trains_stacked_experts_alike(name: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
     """From the first values that a run of no steps wrote, A and B where PEFT has them."""
     peft = {"name": "lora", "target_parameters": ["experts.*"]}
@@ -115,21 +124,25 @@ def test_peft_trains_stacked_experts_alike(name: str, sources: Path, ranks: Rank
     assert losses[-1] < losses[0] - 0.1
 
 
+MODULES = {"GptOssForCausalLM": "mlp", "Llama4ForCausalLM": "feed_forward", "GraniteMoeForCausalLM": "block_sparse_moe"}
 TARGETS: dict[str, dict[str, Any]] = {
     "both": {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "experts.down_proj"]},
     "first": {"target_modules": [], "target_parameters": ["gate_up_proj"]},
     "second": {"target_modules": ["o_proj"], "target_parameters": ["experts.down_proj"], "use_rslora": True},
+    "layer": {"target_modules": ["q_proj"], "target_parameters": ["layers.1.{}.experts.down_proj"]},
 }
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", IN_PEFT)
 def test_adapters_of_stacked_experts_come_from_peft(
     name: str, targets: str, sources: Path, ranks: RankServer, tmp_path: Path
 ) -> None:
     tokens = models.prompt(tiny.VOCABULARY, length=tiny.SEQUENCE)
+    parameters = [end.format(MODULES[name]) for end in TARGETS[targets]["target_parameters"]]
     kwargs = {"base": str(sources / name), "folder": str(tmp_path / "theirs"), "tokens": tokens, "r": 3, "lora_alpha": 5}
-    expected = ranks.run("tests.cases.peft_reference:begin", kwargs={**kwargs, **TARGETS[targets]})[0]
+    kwargs |= {**TARGETS[targets], "target_parameters": parameters}
+    expected = ranks.run("tests.cases.peft_reference:begin", kwargs=kwargs)[0]
     for topology in (Topology(), Topology(tp=2, ep=2, etp=1)):
         out = tmp_path / str(topology)
         kwargs = {"source": str(sources / name), "adapter": str(tmp_path / "theirs"), "out": str(out)}
@@ -138,7 +151,30 @@ def test_adapters_of_stacked_experts_come_from_peft(
         theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "theirs", out))
         assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in theirs)
         config = json.loads((out / "adapter_config.json").read_text())
-        assert config["target_parameters"] == sorted(end.split(".")[-1] for end in TARGETS[targets]["target_parameters"])
+        ends = [f"model.{end}" if targets == "layer" else end.split(".")[-1] for end in parameters]
+        assert config["target_parameters"] == sorted(ends)
+
+
+def test_what_is_refused_of_stacked_experts(sources: Path, ranks: RankServer, tmp_path: Path) -> None:
+    both = ("experts.gate_up_proj", "experts.down_proj")
+    cases: list[tuple[str, str, dict[str, Any], str]] = [
+        ("GptOssForCausalLM", "lora", {"target_parameters": both, "use_dora": True}, "use_dora must be false"),
+        ("GptOssForCausalLM", "lora", {"target_parameters": both, "lora_dropout": 0.1}, "lora_dropout=0.1 must be 0"),
+        ("GptOssForCausalLM", "lora", {"target_modules": ("gate_up_proj",)}, "linear's name; name it in target_parameters"),
+        ("GptOssForCausalLM", "lora", {"target_parameters": ("gate_up_proj_bias",)}, "(down_proj, gate_up_proj):"),
+        ("MixtralForCausalLM", "new", {"path": str(tmp_path)}, "3-D parameter of a layer (this model has none)"),
+    ]
+    tokens = models.prompt(tiny.VOCABULARY, length=tiny.SEQUENCE)
+    kwargs = {"base": str(sources / "MixtralForCausalLM"), "folder": str(tmp_path), "tokens": tokens}
+    kwargs |= {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}  # transformers' model has such
+    ranks.run("tests.cases.peft_reference:begin", kwargs=kwargs)
+    for name, kind, given, message in cases:
+        (said,) = ranks.run("tests.cases.peft:refusals", kwargs={"source": str(sources / name), "calls": [(kind, given)]})[0]
+        assert said.startswith("ConfigError: ") and message in said, said
+    silent = replace(all_families()["GptOssForCausalLM"], parameters=None)
+    dims = Dims.of(silent.native(dict(silent.tiny)))
+    with pytest.raises(ConfigError, match="must say how PEFT sees"):
+        AdapterMap(silent, LoRA(target_parameters=both)).target("decoder.layers.0.mlp.experts.linear_fc2.weight", dims)
 
 
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Llama4ForCausalLM"])
