@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Topology, list[str], bool]] = {
     "etp2ep2": (Topology(tp=2, ep=2, etp=2, dp=2), [name for name in SOME if name != BIASED], False),
     "tp2ep2": (Topology(tp=2, ep=2, etp=1), SOME, False),
     "dora-etp2ep2": (Topology(tp=2, ep=2, etp=2, dp=2), ["MixtralForCausalLM"], True),
-    "pp2ep2": (Topology(pp=2, ep=2, dp=2), ["MixtralForCausalLM"], False),
+    "pp2ep2": (Topology(pp=2, ep=2, dp=2), ["MixtralForCausalLM", "GptOssForCausalLM"], False),
 }
 
 
@@ -196,3 +196,16 @@ def test_experts_are_saved_and_resumed(name: str, sources: Path, ranks: RankServ
     assert second["losses"] == whole["losses"][2:]
     assert all(torch.equal(second["adapters"][name], tensor) for name, tensor in whole["adapters"].items())
     assert other["losses"] == pytest.approx(whole["losses"][2:], abs=1e-4)
+
+
+def test_a_native_checkpoint_of_stacked_experts_alone(sources: Path, ranks: RankServer, tmp_path: Path) -> None:
+    """Which linears have none is kept too."""
+    source, peft = str(sources / "GptOssForCausalLM"), {"name": "lora", "target_modules": [], "target_parameters": ["experts.*"]}
+    kwargs = {"run_dir": str(tmp_path / "run"), "source": source, "peft": peft, "steps": 2, "save_at_end": True}
+    trained = ranks.run("tests.cases.peft:train", kwargs=kwargs)[0]
+    kwargs = {"source": source, "native": str(tmp_path / "run"), "out": str(tmp_path / "out")}
+    logits = ranks.run("tests.cases.peft:from_native", topology=Topology(pp=2), kwargs=kwargs)[0]
+    assert torch.allclose(logits, trained["logits"], atol=1e-4)
+    saved = tmp_path / "run" / "checkpoints" / "step_2" / "adapter"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / "adapter" / name).read_bytes() == (saved / name).read_bytes()
