@@ -164,6 +164,9 @@ class PeftConfig:
     """Ends of HF module names that get an adapter (q_proj, layers.3.mlp.up_proj, * as wildcard), or all-linear."""
     exclude_modules: list[str] = field(default_factory=list)
     """Ends of HF module names that get none."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Ends of names of experts' weights that are one 3-D parameter of a layer and get an adapter (experts.down_proj, * as
+    wildcard), as transformers' model names them."""
     r: int = 16
     """Rank of each adapter."""
     lora_alpha: float = 32.0

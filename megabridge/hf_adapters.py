@@ -19,12 +19,11 @@ from megabridge.errors import ConfigError
 from megabridge.hf_model import dtype_named
 from megabridge.hf_weights import HFWeights, Model
 from megabridge.loggers.bars import bytes_bar
-from megabridge.mapping import Dims
 from megabridge.peft import LoRA
 from megabridge.peft import folder as peft_folder
 from megabridge.peft.attach import adapted, attach
 from megabridge.peft.merge import adapters
-from megabridge.peft.rules import AdapterMap
+from megabridge.peft.rules import AdapterMap, Target
 
 Peft = LoRA | str | Path
 
@@ -74,7 +73,9 @@ class HFAdapters(HFWeights):
             found, infos = peft_folder.read_config(folder), peft_folder.find_weights(folder)
             modules = peft_folder.modules_of(infos)
         if not any(agreement.gather(bool(survey(model, adapters=True)))):
-            self.add_adapters(model, replace(found, target_modules=tuple(modules), exclude_modules=()))
+            rules = AdapterMap(self.family, found)
+            linears = tuple(name for name in modules if not (found.target_parameters and rules.is_wrapper(name)))
+            self.add_adapters(model, replace(found, target_modules=linears, exclude_modules=()))
         peft = self._peft_of(model)
         different = [
             f"{name}={theirs!r}, here {ours!r}"
@@ -97,11 +98,9 @@ class HFAdapters(HFWeights):
         The folder appears by one rename, after every tensor was read back and compared; the rest is save_hf_pretrained's.
         """
         plan = self.adapter_plan(model)
-        names = set(peft_folder.modules_of(plan.tensors))
-        others = {name.removesuffix(".weight") for name in self.plan(model).tensors} - names
-        named = peft_folder.explicit(self._peft_of(model), names, others)
+        targets, named = self._named(model, plan)
         base = base_model_name_or_path or self.location
-        is_transposed = self._is_transposed(plan)
+        is_transposed = any(target.is_transposed for target in targets)
 
         def write(folder: Path) -> None:
             peft_folder.write_config(folder, named, base=base, revision=self.revision, is_transposed=is_transposed)
@@ -119,12 +118,19 @@ class HFAdapters(HFWeights):
                 progress=progress,
             )
 
-    def _is_transposed(self, plan: Plan) -> bool:
-        """Whether the adapted weights are [in, out] in Hugging Face's files."""
-        rules, dims = plan.family.weights, Dims.of(self.native)
+    def _named(self, model: Model, plan: Plan) -> tuple[list[Target], LoRA]:
+        """What the adapter plan's tensors adapt, and the model's settings with names that say so to PEFT. Collective."""
+        rules, base = plan.family.weights, self.plan(model)
         assert isinstance(rules, AdapterMap)
-        weights = {source.native.partition(ADAPTER)[0] + ".weight" for boxes in plan.sources.values() for source in boxes}
-        return any(target.is_transposed for weight in weights if (target := rules.target(weight, dims)) is not None)
+        weights = {record.name.partition(ADAPTER)[0] + ".weight" for held in plan.records for record in held}
+        targets = [target for weight in sorted(weights) if (target := rules.target(weight, plan.dims)) is not None]
+        adapted = {target.parameter for target in targets} | set(peft_folder.modules_of(plan.tensors))
+        linears = {name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")}
+        natives = {record.name for held in base.records for record in held if record.name.endswith(".weight")}
+        parameters = {name for native in natives if (name := rules.parameter(native, plan.dims)) is not None}
+        return targets, peft_folder.explicit(
+            self._peft_of(model), {name: name in adapted for name in linears}, {name: name in adapted for name in parameters}
+        )
 
     def export_adapter_weights(self, model: Model, cpu: bool = True, show_progress: bool = True, *,
                                weight_dtype: torch.dtype | str | None = None,

@@ -14,13 +14,33 @@ from megabridge.mapping import Dims, WeightMap
 
 
 @dataclass(frozen=True)
+class Parameters:
+    """What PEFT goes by where one 3-D tensor holds all experts of a layer, which is a parameter of transformers' model.
+
+    `is_transposed` is what transformers' class of the experts says of itself; `names` are pairs of a name's end in files and in the
+    model where they differ.
+    """
+
+    is_transposed: bool
+    names: tuple[tuple[str, str], ...] = ()
+
+    def name(self, tensor: str) -> str:
+        """The parameter's name in transformers' model of the file's `tensor`."""
+        for end, other in self.names:
+            if tensor.endswith(end):
+                return tensor.removesuffix(end) + other
+        return tensor
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
     `architecture` is the Hugging Face class name and `model_type` its config's; `tiny` is a small config.json that still
     exercises every rule; `ignored` are name patterns of tensors that files may hold and that no parameter needs; `carried` those
     of multi-token-prediction layers, which come back with an export of a model that was built without them (`{after}` is such a
-    layer's number in the files); `other_names` are class names of the architecture's own that its published config.json gives.
+    layer's number in the files); `other_names` are class names of the architecture's own that its published config.json gives;
+    `parameters` is needed for adapters of experts that are one 3-D tensor.
     """
 
     architecture: str
@@ -31,6 +51,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     other_names: tuple[str, ...] = ()
+    parameters: Parameters | None = None
 
     def native(self, hf: Json) -> dict[str, Any]:
         """The native config of a config.json. Raises one ConfigError with every key that can't be represented."""

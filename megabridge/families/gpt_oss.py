@@ -1,6 +1,6 @@
 """GptOssForCausalLM: gpt-oss 20B and 120B (transformers models/gpt_oss): attention sinks, experts with biases."""
 
-from megabridge.families.family import Family
+from megabridge.families.family import Family, Parameters
 from megabridge.families.fields import Field, Fixed, Only
 from megabridge.families.mixtures import EXPERTS, mixture, router, stacked_experts
 from megabridge.families.parts import LAYER, UNTIED, attention, embeddings, pre_norms, rms, sizes
@@ -41,6 +41,7 @@ FAMILY = Family(
         weight("mlp.experts.linear_fc1.bias",      "mlp.experts.gate_up_proj_bias", layout=Stack(EXPERTS, Interleave())),
         weight("mlp.experts.linear_fc2.bias",      "mlp.experts.down_proj_bias",    layout=Stack(EXPERTS)),
     )),
+    parameters=Parameters(is_transposed=True),
     tiny={
         "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "num_local_experts": 8, "num_experts_per_tok": 2,

@@ -1,6 +1,6 @@
 """GraniteMoeForCausalLM: Granite 3 with experts (transformers models/granitemoe): the dense one's factors, stacked experts."""
 
-from megabridge.families.family import Family
+from megabridge.families.family import Family, Parameters
 from megabridge.families.fields import Fixed
 from megabridge.families.granite import FACTORS
 from megabridge.families.mixtures import EXPERTS, mixture, router
@@ -27,6 +27,9 @@ FAMILY = Family(
         *LAYER, pre_norms(), attention(), router("block_sparse_moe.router.layer"),
         weight("mlp.experts.linear_fc1.weight",    "block_sparse_moe.input_linear.weight",  layout=Stack(EXPERTS)),
         weight("mlp.experts.linear_fc2.weight",    "block_sparse_moe.output_linear.weight", layout=Stack(EXPERTS)),
+    )),
+    parameters=Parameters(is_transposed=False, names=(
+        ("input_linear.weight", "experts.gate_up_proj"), ("output_linear.weight", "experts.down_proj"),
     )),
     tiny={
         "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,

@@ -6,7 +6,7 @@ Layers with a rotary embedding see chunks of the sequence; those without see all
 from dataclasses import dataclass
 from typing import Any
 
-from megabridge.families.family import Family
+from megabridge.families.family import Family, Parameters
 from megabridge.families.fields import Choice, Field, Fixed, Follows, Json
 from megabridge.families.mixtures import mixture, router, shared_expert, stacked_experts
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
@@ -79,6 +79,7 @@ FAMILY = Family(
         router("feed_forward.router"), stacked_experts(Transpose(), Transpose(), "feed_forward.experts"),
         shared_expert("feed_forward.shared_expert"),
     )),
+    parameters=Parameters(is_transposed=False),  # the class doesn't say that it is
     tiny={
         "hidden_size": 64, "intermediate_size": 32, "intermediate_size_mlp": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "num_local_experts": 8,

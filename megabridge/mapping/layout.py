@@ -161,11 +161,7 @@ class Rows:
         _check_count(self.count, native, dims)
         inner, parts = self.inner.pieces(native[1:], dims), len(self.inner.part_shapes(native[1:], dims))
         below = [(piece.part, tuple(_below(axis, hf=0) for axis in piece.axes)) for piece in inner]
-        return [
-            Piece(row * parts + part, (Axis(0, None, Run.span(row, 1), Run.span(0, 1)), *axes))
-            for row in range(native[0])
-            for part, axes in below
-        ]
+        return [Piece(row * parts + part, (_one(row), *axes)) for row in range(native[0]) for part, axes in below]
 
 
 @dataclass(frozen=True)
@@ -183,6 +179,64 @@ class Stack:
         _check_count(self.count, native, dims)
         inner = self.inner.pieces(native[1:], dims)
         return [Piece(p.part, (_whole(0, native[0]), *(_below(axis, hf=1) for axis in p.axes))) for p in inner]
+
+
+@dataclass(frozen=True)
+class Below:
+    """Each tensor of `inner` once for every row of the parameter, of which there are `count`, one below another: an adapter's A of
+    all experts in one."""
+
+    count: int | str
+    inner: Layout = Same()
+
+    def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
+        _check_count(self.count, native, dims)
+        return [(native[0] * shape[0], *shape[1:]) for shape in self.inner.part_shapes(native[1:], dims)]
+
+    def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
+        _check_count(self.count, native, dims)
+        shapes = self.inner.part_shapes(native[1:], dims)
+
+        def moved(axis: Axis, by: int) -> Axis:
+            below = _below(axis, hf=0)
+            return replace(below, hf=replace(below.hf, start=below.hf.start + by)) if axis.hf_dim == 0 else below
+
+        return [
+            Piece(p.part, (_one(row), *(moved(axis, row * shapes[p.part][0]) for axis in p.axes)))
+            for row in range(native[0])
+            for p in self.inner.pieces(native[1:], dims)
+        ]
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Like Below, but the tensor's last dimension takes an index of each row in turn: an adapter's B of all experts in one.
+
+    `inner` has this dimension as the parameter has it.
+    """
+
+    count: int | str
+    inner: Layout = Same()
+
+    def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
+        _check_count(self.count, native, dims)
+        return [(*shape[:-1], shape[-1] * native[0]) for shape in self.inner.part_shapes(native[1:], dims)]
+
+    def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
+        _check_count(self.count, native, dims)
+        shapes = self.inner.part_shapes(native[1:], dims)
+
+        def spread(axis: Axis, row: int, last: int) -> Axis:
+            if axis.hf_dim != last:
+                return _below(axis, hf=0)
+            ours, theirs = Run(axis.native.start, axis.size, 1, 1), Run(row, axis.size, 1, native[0])
+            return replace(_below(axis, hf=0), native=ours, hf=theirs)
+
+        return [
+            Piece(p.part, (_one(row), *(spread(axis, row, len(shapes[p.part]) - 1) for axis in p.axes)))
+            for row in range(native[0])
+            for p in self.inner.pieces(native[1:], dims)
+        ]
 
 
 @dataclass(frozen=True)
@@ -234,6 +288,11 @@ class Chosen:
 def _check_count(count: int | str, native: Shape, dims: Dims) -> None:
     if native[0] != dims.size(count):
         raise MappingError(f"{count}={dims.size(count)} must be the {native[0]} rows of the native parameter.")
+
+
+def _one(row: int) -> Axis:
+    """One row of the parameter; the tensor lacks the dimension."""
+    return Axis(0, None, Run.span(row, 1), Run.span(0, 1))
 
 
 def _below(axis: Axis, *, hf: int) -> Axis:

@@ -101,14 +101,15 @@ def _halves(axis: Axis) -> list[Axis]:
 
 
 def woven(transfers: Sequence[Transfer]) -> list[tuple[Transfer, ...]]:
-    """The transfers, those together that take turns along the last dimension of a tensor and leave no gap: gate and up by column.
+    """The transfers, those together that take turns along the last dimension of a tensor, side by side: gate and up by column, or
+    the columns of a rank's experts.
 
     Short blocks only: long ones are as well moved by themselves.
     """
     groups: dict[Any, list[Transfer]] = {}
     for number, transfer in enumerate(transfers):
         *outer, last = [axis.hf for axis in transfer.axes]
-        takes_turns = not last.is_consecutive and last.block <= SHORT and all(run.is_consecutive for run in outer)
+        takes_turns = not last.is_consecutive and last.block <= SHORT
         key = (transfer.part, *outer, last.count, last.block, last.stride, last.start // last.stride) if takes_turns else number
         groups.setdefault(key, []).append(transfer)
     out: list[tuple[Transfer, ...]] = []
@@ -116,8 +117,7 @@ def woven(transfers: Sequence[Transfer]) -> list[tuple[Transfer, ...]]:
         group.sort(key=lambda transfer: transfer.axes[-1].hf.start)
         runs = [transfer.axes[-1].hf for transfer in group]
         is_closed = all(after.start == before.start + before.block for before, after in pairwise(runs))
-        full = is_closed and len(group) > 1 and len(group) * runs[0].block == runs[0].stride
-        out += [tuple(group)] if full else [(transfer,) for transfer in group]
+        out += [tuple(group)] if is_closed else [(transfer,) for transfer in group]
     return out
 
 
@@ -127,7 +127,10 @@ def together(group: Sequence[Transfer]) -> Transfer:
     if len(group) == 1:
         return first
     last = first.axes[-1]
-    return replace(first, axes=(*first.axes[:-1], replace(last, hf=Run.span(last.hf.start, last.hf.size * len(group)))))
+    turns = replace(last.hf, block=last.hf.block * len(group))
+    if turns.is_consecutive:
+        turns = Run.span(turns.start, turns.size)
+    return replace(first, axes=(*first.axes[:-1], replace(last, hf=turns)))
 
 
 def whole(shape: Shape) -> Transfer:

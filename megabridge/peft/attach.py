@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,44 +22,91 @@ from megabridge.mapping import Dims
 from megabridge.peft.adapter import Adapter, Rows
 from megabridge.peft.linears import Spread, spread_of
 from megabridge.peft.lora import LoRA, ends, is_named
-from megabridge.peft.rules import AdapterMap, Target
+from megabridge.peft.rules import ENDINGS, AdapterMap, Target
 from megabridge.peft.state import stored
 
 
 def adapted(family: Family, lora: LoRA) -> Family:
     """The family whose tensors are the adapters that `lora` gives to a model of `family`."""
-    return replace(family, weights=AdapterMap(family.weights, lora), ignored=(), carried=())
+    return replace(family, weights=AdapterMap(family, lora), ignored=(), carried=())
 
 
 def attach(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lora: LoRA, *, seed: int) -> None:
-    """Gives every targeted linear of this rank's bare chunks an adapter, and freezes all other parameters. Every rank calls it.
+    """Gives every targeted weight of this rank's bare chunks an adapter, and freezes all other parameters. Every rank calls it.
 
-    `native` is the model's native config. B is zero, A as PEFT begins it (uniform up to 1 / sqrt(in)), from `seed` and the linear's
-    name, whatever the layout. With DoRA the weights must be loaded before: the lengths begin as theirs. Raises the same ConfigError
-    on every rank when a pattern names no linear.
+    `native` is the model's native config. PEFT's B is zero, its A as PEFT begins it (uniform up to 1 / sqrt(in)), from `seed` and
+    its name, whatever the layout. With DoRA the weights must be loaded before: the lengths begin as theirs. Raises the same
+    ConfigError on every rank when a pattern fits nothing.
     """
-    dims, rules = Dims.of(native), AdapterMap(family.weights, lora)
     with agreement.together("adapting the model"):
         if survey(chunks, adapters=True):
             raise ConfigError("the model has adapters already; merge them into an export, and adapt that.")
-        linears = [live for live, _, _ in _linears(chunks)]
-        for live in linears:
-            rules.target(live.name, dims)  # whose rules hold before anything is changed
-    if not any(agreement.gather(bool(linears))):
-        raise ConfigError(
-            "adapters know the linears of backend=torch and local, and this model has none of them; set backend=torch."
-        )
-    names = {name for live in linears for name in _modules(rules, live, dims)}
-    _check_named(lora, {name for rank_names in agreement.gather(names) for name in rank_names})
+        here = names(chunks, family, native, lora)  # whose rules hold before anything is changed
+    check(lora, agreement.gather(here))
     made = put(chunks, family, native, lora)
-    _initialize(chunks, adapted(family, lora), dims, seed)
+    _initialize(chunks, adapted(family, lora), Dims.of(native), seed)
     for adapter in made:
         adapter.begin()
 
 
+@dataclass(frozen=True)
+class Names:
+    """What a rank's weights that may have adapters are called in transformers' model."""
+
+    linears: frozenset[str]
+    parameters: frozenset[str]
+
+
+def names(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lora: LoRA) -> Names:
+    """Those of bare chunks, of all experts. Nothing is exchanged. Raises ConfigError where `lora` can't be for one of them."""
+    dims, rules = Dims.of(native), AdapterMap(family, lora)
+    weights = [live.name for live, _, _ in _linears(chunks)]
+    for weight in weights:
+        rules.target(weight, dims)
+    linears = (name for weight in weights for name in _modules(rules, weight, dims))
+    return Names(frozenset(linears), frozenset(filter(None, (rules.parameter(weight, dims) for weight in weights))))
+
+
+def check(lora: LoRA, everywhere: Iterable[Names]) -> None:
+    """Raises ConfigError for patterns that fit nothing of a whole model, whose parts have the names `everywhere`."""
+    found = list(everywhere)
+    linears, parameters = {name for one in found for name in one.linears}, {name for one in found for name in one.parameters}
+    if not linears | parameters:
+        raise ConfigError(
+            "adapters know the linears of backend=torch and local, and this model has none of them; set backend=torch."
+        )
+    problems = []
+    modules = (*(() if lora.takes_all else lora.target_modules), *lora.exclude_modules)
+    if wrong := _fitting_none(modules, linears):
+        lines = listed([_described(one, "linear", parameters, "target_parameters") for one in wrong])
+        problems.append(f"target_modules and exclude_modules must name linears of this model ({_last(linears)}):\n  {lines}")
+    if wrong := _fitting_none(lora.target_parameters, parameters):
+        lines = listed([_described(one, "parameter", linears, "target_modules") for one in wrong])
+        known = _last(parameters) or "this model has none"
+        problems.append(f"target_parameters must name experts' weights that are one 3-D parameter of a layer ({known}):\n  {lines}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if lora.target_modules and not any(lora.is_target(name) for name in linears):
+        raise ConfigError(f"exclude_modules={list(lora.exclude_modules)} leaves no linear of {_last(linears)}; name fewer.")
+
+
+def _fitting_none(patterns: Iterable[str], names: Collection[str]) -> list[str]:
+    known = {end for name in names for end in ends(name)}
+    return [one for one in patterns if one not in known and not ("*" in one and any(is_named(name, (one,)) for name in names))]
+
+
+def _described(pattern: str, kind: str, others: Collection[str], key: str) -> str:
+    line = f"{pattern!r} is the end of no {kind}'s name"
+    return line if _fitting_none((pattern,), others) else f"{line}; name it in {key}"
+
+
+def _last(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+
 def put(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lora: LoRA) -> list[Adapter]:
     """Freezes the bare chunks and gives them the adapters, whose values are zero. Nothing is exchanged, nothing is checked."""
-    dims, rules = Dims.of(native), AdapterMap(family.weights, lora)
+    dims, rules = Dims.of(native), AdapterMap(family, lora)
     expansion = Expansion(family, dims)
     linears = _linears(chunks)
     for chunk in chunks:
@@ -81,24 +128,11 @@ def _linears(chunks: Sequence[Any]) -> list[tuple[Live, Any, Spread]]:
     return [(live, module, spread) for live, module in owners if (spread := spread_of(module)) is not None]
 
 
-def _modules(rules: AdapterMap, live: Live, dims: Dims) -> list[str]:
+def _modules(rules: AdapterMap, weight: str, dims: Dims) -> list[str]:
     """The Hugging Face linears behind a weight, those of all experts."""
     experts = range(dims.num_moe_experts or 1)
-    templates = rules.linears(live.name, dims)
+    templates = rules.linears(weight, dims)
     return [name.format(row=row) for name in templates for row in (experts if "{row}" in name else (0,))]
-
-
-def _check_named(lora: LoRA, names: Collection[str]) -> None:
-    """Raises ConfigError for patterns that fit none of the linears `names`."""
-    known = {end for name in names for end in ends(name)}
-    patterns = (*(() if lora.takes_all else lora.target_modules), *lora.exclude_modules)
-    wrong = [one for one in patterns if one not in known and not ("*" in one and any(is_named(name, (one,)) for name in names))]
-    found = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-    if wrong:
-        lines = listed([f"{one!r} is the end of no linear's name" for one in wrong])
-        raise ConfigError(f"target_modules and exclude_modules must name linears of this model ({found}):\n  {lines}")
-    if not any(lora.is_target(name) for name in names):
-        raise ConfigError(f"exclude_modules={list(lora.exclude_modules)} leaves no linear of {found}; name fewer.")
 
 
 def _freeze(chunk: torch.nn.Module) -> None:
@@ -126,11 +160,13 @@ def rows_of(entry: Entry, live: Live, target: Target) -> Rows:
 def _initialize(chunks: Sequence[Any], family: Family, dims: Dims, seed: int) -> None:
     expansion = Expansion(family, dims)
     for live in survey(chunks, adapters=True):
-        if not live.local.endswith(".lora_A") or live.parameter.is_meta:
-            continue
         entry = expansion.entry(live.record)
+        if live.parameter.is_meta or not entry.hf[0].endswith(ENDINGS["lora_A"]):
+            continue
+        last, whole = -1, torch.empty(0)
         for transfer in entry.transfers:
-            whole = _first_values(entry.hf[transfer.part], transfer.hf_shape, seed)
+            if transfer.part != last:
+                last, whole = transfer.part, _first_values(entry.hf[transfer.part], transfer.hf_shape, seed)
             native_box(live.parameter, transfer).copy_(view(whole, transfer.hf_view()))
 
 

@@ -29,7 +29,6 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "use_bdlora": (None, False),
     "alora_invocation_tokens": (None,),
     "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
     "arrow_config": (None,),
     "megatron_config": (None,),
 }
@@ -47,6 +46,7 @@ def write_config(folder: Path, lora: LoRA, *, base: str | None, revision: str | 
         "revision": revision,
         "target_modules": ALL_LINEAR if lora.takes_all else sorted(lora.target_modules),
         "exclude_modules": sorted(lora.exclude_modules) or None,
+        "target_parameters": sorted(lora.target_parameters) or None,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha if lora.lora_alpha % 1 else int(lora.lora_alpha),
         "lora_dropout": lora.lora_dropout,
@@ -60,14 +60,17 @@ def write_config(folder: Path, lora: LoRA, *, base: str | None, revision: str | 
     (folder / CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def explicit(lora: LoRA, adapted: Collection[str], others: Collection[str]) -> LoRA:
-    """The same adapters with names that PEFT finds them by: the linears' last names, or, where modules in `others` have these, all.
+def explicit(lora: LoRA, linears: Mapping[str, bool], parameters: Mapping[str, bool]) -> LoRA:
+    """The same adapters with names that PEFT finds them by. Both say of names in transformers' model which have an adapter."""
+    return replace(lora, target_modules=_ends(linears), exclude_modules=(), target_parameters=_ends(parameters))
 
-    `adapted` are the Hugging Face modules with an adapter, `others` those without one.
-    """
-    last = {name.rpartition(".")[2] for name in adapted}
-    is_enough = not any(name.rpartition(".")[2] in last for name in others)
-    return replace(lora, target_modules=tuple(sorted(last if is_enough else adapted)), exclude_modules=())
+
+def _ends(names: Mapping[str, bool]) -> tuple[str, ...]:
+    """The last names of those that count, or, where others have these too, the whole names."""
+    chosen = [name for name, is_adapted in names.items() if is_adapted]
+    last = {name.rpartition(".")[2] for name in chosen}
+    is_enough = not any(name.rpartition(".")[2] in last for name, is_adapted in names.items() if not is_adapted)
+    return tuple(sorted(last if is_enough else chosen))
 
 
 def read_config(folder: Path) -> LoRA:
@@ -81,10 +84,12 @@ def read_config(folder: Path) -> LoRA:
     ]
     if problems:
         raise ConfigError(f"{path} asks for what adapters here don't do; train without it:\n  " + listed(problems))
+    parameters = _names(content.get("target_parameters"), ())
     try:
         return LoRA(
-            target_modules=_names(content.get("target_modules"), (ALL_LINEAR,)),
+            target_modules=_names(content.get("target_modules"), () if parameters else (ALL_LINEAR,)),
             exclude_modules=_names(content.get("exclude_modules"), ()),
+            target_parameters=parameters,
             r=int(content["r"]),
             lora_alpha=float(content["lora_alpha"]),
             lora_dropout=float(content.get("lora_dropout", 0.0)),
@@ -96,7 +101,9 @@ def read_config(folder: Path) -> LoRA:
 
 
 def _names(value: Any, otherwise: tuple[str, ...]) -> tuple[str, ...]:
-    """Module names; PEFT's other forms (a regular expression, nothing) stand for what the tensors say."""
+    """The names of a list; PEFT's other forms (a regular expression, nothing) stand for what the tensors say."""
+    if value == ALL_LINEAR:
+        return (ALL_LINEAR,)
     return tuple(map(str, value)) if isinstance(value, list) and value else otherwise
 
 

@@ -18,12 +18,15 @@ class LoRA:
     """A linear W gets the output scaling x B A x beside W x, with A [r, in] and B [out, r]; B begins as zeros.
 
     `target_modules` are ends of Hugging Face module names (q_proj, layers.3.mlp.up_proj), with * as wildcard, or all-linear: every
-    linear but the output layer; of these, `exclude_modules` get none. With `use_dora` each row of the sum of weights is scaled to
-    a trained length besides (arXiv 2402.09353). Raises ConfigError with everything that can't be.
+    linear but the output layer; of these, `exclude_modules` get none. `target_parameters` are ends of the names of experts' weights
+    that are one 3-D parameter of a layer in transformers' model (experts.gate_up_proj): each expert gets its own A and B. With
+    `use_dora` each row of the sum of weights is scaled to a trained length besides (arXiv 2402.09353). Raises ConfigError with
+    everything that can't be.
     """
 
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     exclude_modules: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
     r: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -38,8 +41,14 @@ class LoRA:
             problems.append(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
         if self.use_dora and self.lora_dropout:
             problems.append(f"lora_dropout={self.lora_dropout} must be 0 with use_dora; set it so, or use LoRA")
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             problems.append(f"target_modules must name linears, or {ALL_LINEAR}")
+        if self.target_parameters and self.use_dora:
+            problems.append("use_dora must be false with target_parameters, which PEFT has no DoRA for; use LoRA, or linears alone")
+        if self.target_parameters and self.lora_dropout:
+            problems.append(
+                f"lora_dropout={self.lora_dropout} must be 0 with target_parameters, which PEFT has none for; set it so"
+            )
         if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
             problems.append(f"target_modules={list(self.target_modules)} must be {ALL_LINEAR} alone, or names")
         if problems:

@@ -6,14 +6,32 @@ order. So B's layout is the weight's, and A's is one block for each linear.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Final, override
 
 from megabridge.conversion.native import ADAPTER
 from megabridge.errors import ConfigError
-from megabridge.mapping import Chosen, Dims, Fuse, Interleave, Joined, Layout, Resolved, Rows, Same, Transpose, WeightMap
-from megabridge.peft.lora import LoRA
+from megabridge.families import Family
+from megabridge.mapping import (
+    Below,
+    Chosen,
+    Dims,
+    Fuse,
+    Interleave,
+    InTurn,
+    Joined,
+    Layout,
+    Resolved,
+    Rows,
+    Same,
+    Stack,
+    Transpose,
+    WeightMap,
+)
+from megabridge.peft.lora import LoRA, is_named
 
 CHILD: Final = ADAPTER.strip(".")
 """What an adapted module's child is called."""
@@ -22,26 +40,31 @@ PREFIX: Final = "base_model.model."
 ENDINGS: Final = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitude_vector": ".lora_magnitude_vector"}
 """The native parameters of an adapter, and how a Hugging Face module's name goes on in the file."""
 _OUTPUT: Final = "output_layer"
+_BOTH: Final = ("linear_fc1", "linear_fc2")  # in the order of transformers' classes
+_PLACEHOLDER: Final = re.compile(r"\{\w+\}")
 
 
 @dataclass(frozen=True)
 class Target:
-    """The linears behind a native weight. `modules` are those with an adapter, `parts` their places among all `count` that the
-    weight is made of; names may have `{row}`, the number of an expert."""
+    """What is adapted of a native weight: the linears at `parts` among all `count` that it is made of, or the one 3-D `parameter`
+    of all experts. `tensors` and `layouts` are by native parameter of the adapter; names may have `{row}`, the number of an expert.
+    """
 
-    modules: tuple[str, ...]
     parts: tuple[int, ...]
     count: int
     is_transposed: bool
+    tensors: Mapping[str, tuple[str, ...]]
     layouts: dict[str, Layout]
+    parameter: str | None = None
 
 
 class AdapterMap(WeightMap):
-    """The rules of the adapters that `lora` gives to a model of the rules `base`."""
+    """The rules of the adapters that `lora` gives to a model of `family`."""
 
-    def __init__(self, base: WeightMap, lora: LoRA) -> None:
+    def __init__(self, family: Family, lora: LoRA) -> None:
         super().__init__()
-        self.base = base
+        self.family = family
+        self.base = family.weights
         self.lora = lora
         self._layouts: dict[tuple[Layout, tuple[int, ...]], dict[str, Layout]] = {}  # plans know a layout by its identity
 
@@ -57,20 +80,74 @@ class AdapterMap(WeightMap):
             return ()
         return tuple(name.removesuffix(".weight") for name in found.hf)
 
+    def parameter(self, native: str, dims: Dims) -> str | None:
+        """The 3-D parameter of transformers' model that the weight `native` is, of all experts; None where there is no such.
+
+        Raises ConfigError where `lora` asks for parameters, and the family doesn't say what PEFT needs to know of them.
+        """
+        found = self.base.resolve(native, dims)
+        if found is None or not isinstance(found.layout, Stack):
+            return None
+        if self.family.parameters is None and self.lora.target_parameters:
+            raise ConfigError(
+                f"the family of {self.family.architecture} must say how PEFT sees {found.hf[0]} to give it an adapter; set "
+                "Family(parameters=...), or leave target_parameters out."
+            )
+        return found.hf[0] if self.family.parameters is None else self.family.parameters.name(found.hf[0])
+
     def target(self, native: str, dims: Dims) -> Target | None:
         """What is adapted of the weight `native`; None for nothing. Raises ConfigError for some experts without the others."""
+        found, parameter = self.base.resolve(native, dims), self.parameter(native, dims)
+        if parameter is not None:
+            return self._stacked(native, parameter, dims) if is_named(parameter, self.lora.target_parameters) else None
         modules = self.linears(native, dims)
         parts = tuple(part for part, module in enumerate(modules) if self._is_target(native, module, dims))
         if not parts:
             return None
-        found = self.base.resolve(native, dims)
         assert found is not None
         key = (found.layout, parts)
         if key not in self._layouts:
             a, b = _layouts(found.layout, parts, len(modules))
             self._layouts[key] = {"lora_A": a, "lora_B": b, "lora_magnitude_vector": b}
-        chosen = tuple(modules[part] for part in parts)
-        return Target(chosen, parts, len(modules), _is_transposed(found.layout), self._layouts[key])
+        tensors = {kind: tuple(PREFIX + modules[part] + ending for part in parts) for kind, ending in ENDINGS.items()}
+        return Target(parts, len(modules), _is_transposed(found.layout), tensors, self._layouts[key])
+
+    def _stacked(self, native: str, parameter: str, dims: Dims) -> Target:
+        """PEFT has the A of all experts one below another, and in B their columns take turns.
+
+        Its A is what meets the parameter's last dimension, or the one before where the class says `is_transposed`. Llama 4's says
+        nothing though its weights are [in, out]: there A is what is B here, and the other way round.
+        """
+        found = self.base.resolve(native, dims)
+        assert found is not None and isinstance(found.layout, Stack) and self.family.parameters is not None
+        count, inner = found.layout.count, found.layout.inner
+        is_exchanged = isinstance(inner, Transpose) and not self.family.parameters.is_transposed
+        key = (found.layout, (0,))
+        if key not in self._layouts:
+            b = inner.inner if isinstance(inner, Transpose) else inner
+            a, b = (InTurn(count, Transpose()), Below(count, Transpose(b))) if is_exchanged else (Below(count), InTurn(count, b))
+            self._layouts[key] = {"lora_A": a, "lora_B": b}
+        module = self._wrapper(native, parameter, dims)
+        theirs = {"lora_A": "lora_B", "lora_B": "lora_A"} if is_exchanged else {"lora_A": "lora_A", "lora_B": "lora_B"}
+        tensors = {ours: (PREFIX + module + ENDINGS[name],) for ours, name in theirs.items()}
+        return Target((0,), 1, False, tensors, self._layouts[key], parameter)
+
+    def _wrapper(self, native: str, parameter: str, dims: Dims) -> str:
+        """Where two parameters of a module have adapters, PEFT's wrapper of the second one has that of the first inside."""
+        module = parameter.rpartition(".")[0]
+        second = self.parameter(native.replace(*_BOTH), dims) if _BOTH[0] in native else None
+        return f"{module}.base_layer" if second is not None and is_named(second, self.lora.target_parameters) else module
+
+    def is_wrapper(self, module: str) -> bool:
+        """Whether PEFT's wrapper of a 3-D parameter of this family is called `module`."""
+        parameters = self.family.parameters
+        names = [
+            parameters.name(rule.hf[0])
+            for rule in self.base.rules
+            if parameters is not None and isinstance(rule.layout, Stack) and rule.native[0].endswith(".weight")
+        ]
+        patterns = {_PLACEHOLDER.sub("*", name.rpartition(".")[0]) for name in names}
+        return any(fnmatchcase(module.removesuffix(".base_layer"), pattern) for pattern in patterns)
 
     def _is_target(self, native: str, module: str, dims: Dims) -> bool:
         names = [module.format(row=row) for row in range(dims.size("num_moe_experts"))] if "{row}" in module else [module]
@@ -83,9 +160,7 @@ class AdapterMap(WeightMap):
     def resolve(self, native: str, dims: Dims) -> Resolved | None:
         head, _, kind = native.rpartition(ADAPTER)
         target = self.target(f"{head}.weight", dims) if head and kind in ENDINGS else None
-        if target is None:
-            return None
-        return Resolved(tuple(PREFIX + name + ENDINGS[kind] for name in target.modules), target.layouts[kind], False)
+        return None if target is None else Resolved(target.tensors[kind], target.layouts[kind], False)
 
     @override
     def aliases(self, dims: Dims, tensors: Collection[str]) -> dict[str, str]:
@@ -93,7 +168,7 @@ class AdapterMap(WeightMap):
 
 
 def _is_of_matrices(layout: Layout) -> bool:
-    """Whether the tensors are matrices, [out, in] or transposed. One of all experts has three dimensions."""
+    """Whether the tensors are matrices, [out, in] or transposed: a linear's."""
     if isinstance(layout, Rows | Transpose):
         return _is_of_matrices(layout.inner)
     return isinstance(layout, Same | Fuse | Joined | Interleave)

@@ -99,6 +99,7 @@ def lora(peft: PeftConfig) -> LoRA:
     return LoRA(
         target_modules=tuple(peft.target_modules),
         exclude_modules=tuple(peft.exclude_modules),
+        target_parameters=tuple(peft.target_parameters),
         r=peft.r,
         lora_alpha=peft.lora_alpha,
         lora_dropout=peft.lora_dropout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -27,27 +28,49 @@ def freeze(chunks: Chunks, *, bridge: AutoBridge, patterns: Sequence[str]) -> Ch
     (Megatron fuses q, k and v into one), or where nothing is left to train.
     """
     items = bridge.plan(chunks).items
-    frozen, problems = [], []
-    for item in items:
-        names = frozen_part(item, patterns)
-        if len(names) == len(item.hf):
-            frozen.append(item)
-        elif names:
-            others = [name for name in item.hf if name not in names]
-            problems.append(
-                f"{item.record.name} is one parameter of {names[0]} and {others[0]}, so both are frozen or neither; name both"
-            )
-    used = {pattern for pattern in patterns for item in items if _fits(pattern, [item.record.name, *item.hf])}
-    everywhere = gather((used, problems, len(frozen) < len(items)))
-    unused = set(patterns).difference(*(names for names, _, _ in everywhere))
-    found = sorted({problem for _, more, _ in everywhere for problem in more})
-    found += [f"{pattern!r} fits no Hugging Face and no native name; look them up with recipe=plan" for pattern in sorted(unused)]
-    if not found and not any(left for _, _, left in everywhere):
-        found.append("nothing is left to train; take a pattern away, or add one that begins with !")
-    if found:
-        raise ConfigError(f"optimizer.freeze={list(patterns)}: " + listed(found))
-    hold(chunks, [item.live.parameter for item in frozen])
+    frozen, here = choose(items, patterns)
+    check(patterns, gather(here))
+    hold(chunks, [item.live.parameter for item in items if item.record.name in frozen])
     return chunks
+
+
+@dataclass(frozen=True)
+class Found:
+    """What patterns mean for a part of a model: those that fit something, what can't be, and whether anything is trained."""
+
+    used: frozenset[str]
+    problems: tuple[str, ...]
+    has_trained: bool
+
+
+def choose(entries: Sequence[Entry], patterns: Sequence[str]) -> tuple[set[str], Found]:
+    """The native names of the parameters that `patterns` freeze, and what `check` takes. Nothing is exchanged."""
+    frozen, problems = set(), []
+    for entry in entries:
+        names = frozen_part(entry, patterns)
+        if len(names) == len(entry.hf):
+            frozen.add(entry.record.name)
+        elif names:
+            others = [name for name in entry.hf if name not in names]
+            problems.append(
+                f"{entry.record.name} is one parameter of {names[0]} and {others[0]}, so both are frozen or neither; name both"
+            )
+    used = {pattern for pattern in patterns for entry in entries if _fits(pattern, [entry.record.name, *entry.hf])}
+    return frozen, Found(frozenset(used), tuple(problems), len(frozen) < len(entries))
+
+
+def check(patterns: Sequence[str], everywhere: Iterable[Found]) -> None:
+    """Raises ConfigError for `patterns` that can't be meant for a whole model, of whose parts `everywhere` is what was found."""
+    parts = list(everywhere)
+    unused = set(patterns).difference(*(part.used for part in parts))
+    problems = sorted({problem for part in parts for problem in part.problems})
+    problems += [
+        f"{pattern!r} fits no Hugging Face and no native name; look them up with recipe=plan" for pattern in sorted(unused)
+    ]
+    if not problems and not any(part.has_trained for part in parts):
+        problems.append("nothing is left to train; take a pattern away, or add one that begins with !")
+    if problems:
+        raise ConfigError(f"optimizer.freeze={list(patterns)}: " + listed(problems))
 
 
 def hold(chunks: Iterable[Any], parameters: Iterable[torch.Tensor]) -> None:
@@ -66,12 +89,12 @@ def frozen_names(items: Iterable[Item]) -> set[str]:
     return set().union(*gather(here))
 
 
-def frozen_part(item: Entry, patterns: Sequence[str]) -> list[str]:
+def frozen_part(entry: Entry, patterns: Sequence[str]) -> list[str]:
     """Those of the parameter's tensors that are to be frozen: the last pattern that fits decides."""
-    is_frozen = dict.fromkeys(item.hf, False)
+    is_frozen = dict.fromkeys(entry.hf, False)
     for pattern in patterns:
-        fits_all = _fits(pattern, [item.record.name])
-        for name in item.hf:
+        fits_all = _fits(pattern, [entry.record.name])
+        for name in entry.hf:
             if fits_all or _fits(pattern, [name]):
                 is_frozen[name] = not pattern.startswith("!")
     return [name for name, frozen in is_frozen.items() if frozen]

@@ -20,7 +20,7 @@ from megabridge import config as schema
 from megabridge.bridge import AutoBridge
 from megabridge.config import Config
 from megabridge.conversion.native import survey
-from megabridge.conversion.plan import Expansion
+from megabridge.conversion.plan import Entry, Expansion
 from megabridge.conversion.world import imagined_stage
 from megabridge.layers.outline import EvenDispatcher, OnMeta
 from megabridge.mapping import Dims
@@ -54,9 +54,33 @@ class Expected:
 
 
 def expect(config: Config, bridge: AutoBridge, provider: ModelProvider) -> list[Expected]:
-    """By pipeline stage, for the finalized provider of `config`, with backend=torch's layers. In a process without groups."""
+    """By pipeline stage, for the finalized provider of `config`, with backend=torch's layers. In a process without groups.
+
+    Raises ConfigError, as a run would, for names to train or freeze that fit nothing of the model.
+    """
     topology = schema.topology(config.parallel)
+    _check_names(config, bridge, provider, topology)
     return [_stage(config, bridge, provider, topology, pp) for pp in range(topology.pp)]
+
+
+def _check_names(config: Config, bridge: AutoBridge, provider: ModelProvider, topology: Topology) -> None:
+    adapters: list[attach.Names] = []
+    frozen: list[freezing.Found] = []
+    for pp in range(topology.pp if config.peft.name != "none" or config.optimizer.freeze else 0):
+        with imagined_stage(provider, topology, pp) as chunks:
+            if config.peft.name != "none":
+                adapters.append(attach.names(chunks, bridge.family, bridge.native, assemble.lora(config.peft)))
+            else:
+                frozen.append(freezing.choose(_entries(bridge, chunks), config.optimizer.freeze)[1])
+    if adapters:
+        attach.check(assemble.lora(config.peft), adapters)
+    if frozen:
+        freezing.check(config.optimizer.freeze, frozen)
+
+
+def _entries(bridge: AutoBridge, chunks: Sequence[Any]) -> list[Entry]:
+    expansion = Expansion(bridge.family, Dims.of(bridge.native))
+    return [expansion.entry(live.record) for live in survey(chunks)]
 
 
 def _stage(config: Config, bridge: AutoBridge, provider: ModelProvider, topology: Topology, pp: int) -> Expected:
@@ -94,9 +118,8 @@ def _freeze(config: Config, bridge: AutoBridge, chunks: Sequence[Any]) -> None:
     if config.peft.name != "none":
         attach.put(chunks, bridge.family, bridge.native, assemble.lora(config.peft))
     elif config.optimizer.freeze:
-        expansion = Expansion(bridge.family, Dims.of(bridge.native))
-        entries = [(live, expansion.entry(live.record)) for live in survey(chunks)]
-        freezing.hold(chunks, [live.parameter for live, entry in entries if freezing.frozen_part(entry, config.optimizer.freeze)])
+        frozen, _ = freezing.choose(_entries(bridge, chunks), config.optimizer.freeze)
+        freezing.hold(chunks, [live.parameter for live in survey(chunks) if live.name in frozen])
 
 
 def _state(parameter: Tensor, config: Config, topology: Topology, width: int) -> int:

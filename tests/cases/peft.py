@@ -148,7 +148,8 @@ def families(root: str, out: str, names: list[str], *, use_dora: bool = False) -
 
 def _family(source: Path, out: Path, sequence_parallel: bool, use_dora: bool) -> dict[str, Any]:
     bridge = AutoBridge.from_hf_pretrained(source)
-    lora = LoRA(r=3, lora_alpha=6, use_dora=use_dora)
+    parameters = () if bridge.family.parameters is None else ("experts.gate_up_proj", "experts.down_proj")
+    lora = LoRA(r=3, lora_alpha=6, use_dora=use_dora, target_parameters=parameters)
     settings: dict[str, Any] = {"sequence_parallel": sequence_parallel}
     model = provide(bridge, wrap_with_ddp=True, peft=lora, **settings)
     optimizer = get_megatron_optimizer(MegatronOptimizer(optimizer="adam", lr=2e-2, use_distributed_optimizer=True), model)
@@ -169,6 +170,7 @@ def _family(source: Path, out: Path, sequence_parallel: bool, use_dora: bool) ->
         "again": float((gather_logits(again, tokens) - logits).abs().max()),
         "merged": float((reference_logits(out / "merged", tokens) - logits).abs().max()) if agreement.rank() == 0 else 0.0,
         "scale": float(logits.abs().max()),
+        "logits": logits,
         "tensors": sorted(bridge.adapter_plan(model).tensors),
     }
 

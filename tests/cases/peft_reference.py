@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from megabridge.workbench import trial
 from tests.cases import tiny
 
 PREFIX = "base_model.model."
@@ -107,3 +108,32 @@ def by_peft(base: str, adapter: str, tokens: Tensor, steps: int) -> dict[str, An
         out = peft_model(base, adapter)(tokens).logits
     state = peft_model(base, adapter).merge_and_unload().state_dict()
     return {"logits": out, "merged": state, "losses": train(base, adapter, steps, with_peft=True)}
+
+
+def stacked(root: str, out: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Of each model's adapters in `out`: PEFT's logits, and how far the merged folder there is from PEFT's own merge."""
+    from transformers import AutoModelForCausalLM
+
+    found = {}
+    for name in names:
+        base, folder = Path(root) / name, Path(out) / name
+        with torch.no_grad():
+            seen = peft_model(str(base), str(folder / "adapter"))(trial.read_reference(base).prompt).logits
+        theirs = peft_model(str(base), str(folder / "adapter")).merge_and_unload().state_dict()
+        ours = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).state_dict()
+        assert ours.keys() == theirs.keys()
+        found[name] = {"logits": seen, "far": max(float((ours[key] - theirs[key]).abs().max()) for key in ours)}
+    return found
+
+
+def begin(base: str, folder: str, tokens: Tensor, **settings: Any) -> Tensor:
+    """Writes adapters of random values that PEFT made; returns the logits with them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    made = get_peft_model(model, LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings)).eval()
+    made.save_pretrained(folder)
+    with torch.no_grad():
+        return made(tokens).logits

@@ -6,7 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabridge.errors import MappingError
-from megabridge.mapping import Axis, Cut, Dims, Fuse, Interleave, Run, Same, Stack, Transpose, together, transfers, woven
+from megabridge.mapping import (
+    Axis,
+    Below,
+    Cut,
+    Dims,
+    Fuse,
+    Interleave,
+    InTurn,
+    Layout,
+    Run,
+    Same,
+    Stack,
+    Transpose,
+    together,
+    transfers,
+    woven,
+)
 from megabridge.mapping.boxes import clip
 
 
@@ -48,7 +64,7 @@ def held(whole: np.ndarray, cut: Cut) -> np.ndarray:
     return np.concatenate([np.split(section, cut.size, axis=cut.dim)[cut.index] for section in sections], axis=cut.dim)
 
 
-def filled(layout: Fuse | Same, parts: list[np.ndarray], whole: np.ndarray, sizes: Dims, cut: Cut | None) -> np.ndarray:
+def filled(layout: Layout, parts: list[np.ndarray], whole: np.ndarray, sizes: Dims, cut: Cut | None) -> np.ndarray:
     """A share put together from transfers, through the same views that reading uses."""
     local = held(whole, cut) if cut else whole
     out = np.full(local.shape, -1)
@@ -140,3 +156,38 @@ def test_gate_and_up_by_column_are_one_box_of_whole_rows() -> None:
     assert [part.rows() for part in halves] == [(12, [12 * row]) for row in range(16, 32)]
     assert [len(one) for one in woven(moves[:1])] == [1]  # a gap
     assert all(len(one) == 1 for one in woven(transfers(layout, (4, 12, 8), sizes, (Cut(1, 1, 2, 0),))))
+
+
+EXPERTS, ROWS, RANK = 4, 12, 3
+PILED = np.arange(EXPERTS * RANK * ROWS).reshape(EXPERTS * RANK, ROWS)
+SHARED = np.arange(EXPERTS * RANK * ROWS).reshape(ROWS, RANK * EXPERTS)
+BY_EXPERT = SHARED.reshape(ROWS, RANK, EXPERTS).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "cut", [None, *(Cut(dim, 1, size, index) for dim, size in ((0, 2), (0, 4), (1, 3)) for index in range(size))]
+)
+@pytest.mark.parametrize(
+    ("layout", "tensor", "whole"),
+    [
+        (Below(EXPERTS), PILED, PILED.reshape(EXPERTS, RANK, ROWS)),
+        (Below(EXPERTS, Transpose()), PILED, PILED.reshape(EXPERTS, RANK, ROWS).transpose(0, 2, 1)),
+        (InTurn(EXPERTS), SHARED, BY_EXPERT),
+        (InTurn(EXPERTS, Transpose()), SHARED, BY_EXPERT.transpose(0, 2, 1)),
+        (InTurn(EXPERTS, Interleave()), SHARED, np.concatenate([BY_EXPERT[:, ::2], BY_EXPERT[:, 1::2]], 1)),
+    ],
+)
+def test_adapters_of_all_experts_in_one(layout: Layout, tensor: np.ndarray, whole: np.ndarray, cut: Cut | None) -> None:
+    assert np.array_equal(filled(layout, [tensor], whole, dims(1, 1), cut), held(whole, cut) if cut else whole)
+
+
+@pytest.mark.parametrize(("size", "stretch"), [(1, RANK * EXPERTS), (2, EXPERTS // 2)])
+def test_columns_of_a_ranks_experts_are_one_box(size: int, stretch: int) -> None:
+    shape, cut = (EXPERTS, ROWS, RANK), Cut(0, 1, size, size - 1)
+    moves = transfers(InTurn(EXPERTS, Interleave()), shape, dims(1, 1), (cut,))
+    groups = woven(moves)
+    assert sorted(map(len, groups)) == [EXPERTS // size] * 2, "even and odd rows"
+    boxes = [together(group) for group in groups]
+    assert {box.rows()[0] for box in boxes} == {stretch}
+    alone = [start for move in moves for start in move.rows()[1]]
+    assert sorted(start + i for box in boxes for start in box.rows()[1] for i in range(stretch)) == sorted(alone)

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 
+from megabridge.families import all_families
 from megabridge.topology import Topology
 from tests.cases.models import TINY
-from tests.ranks import RankServer
+from tests.ranks import RankError, RankServer
 from tests.recipes.test_recipes import values
 
 SHAPE = {**TINY, "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
 MIXTURE = {
     **SHAPE, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
+STACKED = {**all_families()["GraniteMoeForCausalLM"].tiny, "architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 CASES: dict[str, tuple[Topology, dict[str, Any]]] = {
     "single": (Topology(), {}),
@@ -27,7 +29,9 @@ CASES: dict[str, tuple[Topology, dict[str, Any]]] = {
     "pp2": (Topology(pp=2), {"micro_batches": 4}),
     "pp2vpp2": (Topology(pp=2, vpp=2), {"micro_batches": 4}),
     "pp2-recomputed": (Topology(pp=2), {"provider": FULL}),
-    "lora": (Topology(), {"peft": "lora"}),
+    "lora": (Topology(), {"peft": {"name": "lora"}}),
+    "lora-stage": (Topology(pp=2), {"peft": {"name": "lora", "target_modules": ["layers.3.mlp.up_proj"]}}),
+    "lora-stacked": (Topology(ep=2, dp=2), {"hf": STACKED, "peft": {"name": "lora", "target_parameters": ["experts.*"]}}),
     "frozen": (Topology(pp=2), {"freeze": ["*", "!*layers.3*"]}),
     "experts": (Topology(), {"hf": MIXTURE}),
     "ep2": (Topology(ep=2, dp=2), {"hf": MIXTURE, "dtype": "bfloat16"}),
@@ -48,7 +52,7 @@ def test_expected_memory_is_held(ranks: RankServer, tmp_path: Path, case: str) -
     config = values(tmp_path, None, topology, model=model, recipe=recipe)
     config["parallel"] |= {"dp": topology.dp, "ep": topology.ep}
     config["parallel"]["sequence_parallel"] = settings.get("sequence", False)
-    config["peft"] = {"name": settings.get("peft", "none")}
+    config["peft"] = settings.get("peft", {"name": "none"})
     config["optimizer"] = {"freeze": settings.get("freeze", [])}
     (expected,) = ranks.run("tests.cases.expected_memory:expected", world_size=1, kwargs={"values": config})
     held = ranks.run("tests.cases.expected_memory:held", topology=topology, kwargs={"values": config})
@@ -62,3 +66,30 @@ def test_expected_memory_is_held(ranks: RankServer, tmp_path: Path, case: str) -
             continue  # on a CPU torch's RMSNorm keeps a copy in fp32 of its input, on CUDA the input
         # Experts get unequal numbers of tokens, and the CPU's attention keeps no more than CUDA's.
         assert found["activations"] == pytest.approx(stage["activations"], rel=0.15 if "hf" in settings else 0.02), case
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "linears": ({"peft": {"name": "lora", "target_modules": ["q_prj", "up_proj"]}}, "'q_prj' is the end of no linear's name"),
+    "excluded": ({"peft": {"name": "lora", "exclude_modules": ["embed"]}}, "'embed' is the end of no linear's name"),
+    "parameters": (
+        {"peft": {"name": "lora", "target_parameters": ["experts.down_proj", "up_proj"]}},
+        "this model has none):\n  'experts.down_proj' is the end of no parameter's name\n  "
+        "'up_proj' is the end of no parameter's name; name it in target_modules",
+    ),
+    "frozen": ({"optimizer": {"freeze": ["*norm*", "*.attn.*"]}}, "'*.attn.*' fits no Hugging Face and no native name"),
+    "fused": ({"optimizer": {"freeze": ["*gate_proj*"]}}, "linear_fc1.weight is one parameter of"),
+    "all": ({"optimizer": {"freeze": ["*"]}}, "nothing is left to train"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_plan_refuses_the_names_that_a_run_refuses(ranks: RankServer, tmp_path: Path, case: str) -> None:
+    settings, message = REFUSED[case]
+    topology = Topology(pp=2)
+    config = values(tmp_path, None, topology, model={"hf": SHAPE, "load_weights": False}) | settings
+    said = []
+    for target, where in (("expected", {"world_size": 1}), ("held", {"topology": topology})):
+        with pytest.raises(RankError) as error:
+            ranks.run(f"tests.cases.expected_memory:{target}", kwargs={"values": config}, **where)  # type: ignore[arg-type]
+        said.append(error.value.failure["error"])
+    assert said[0] == said[1] and message in said[0]
