@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megabridge.platform as platform
 from megabridge.agreement import gather, on_rank_zero, together
-from megabridge.checkpoint import folders, optimizer_state, reader
+from megabridge.checkpoint import folders, fp8, optimizer_state, reader
 from megabridge.errors import CheckpointError, listed
 from megabridge.platform import quiet
 
@@ -45,6 +45,7 @@ from megatron.core.utils import unwrap_model
 ASSETS: Final = "assets"
 FORMAT: Final = 1
 _RNG: Final = "rng_state"
+_FP8: Final = "fp8_scales"
 _COMMON: Final = "megabridge"
 
 # A synchronous save goes through the same function, so the advice to use another package for asynchronous ones comes up.
@@ -144,7 +145,10 @@ def save(
             state["optimizer"] = optimizer_state.sharded(optimizer, state, loading=False)
         if scheduler is not None:
             common["scheduler_steps"] = scheduler.num_steps
-        state[_RNG] = _rng_object(_rng_state())
+        state[_RNG] = _own(_RNG, _rng_state())
+        scales = fp8.scales(chunks)
+        if any(gather(bool(scales))):
+            common["fp8"], state[_FP8] = True, _own(_FP8, scales)
         state[_COMMON] = common
         needed = sum(gather(_bytes(state)))
         on_rank_zero("looking for space for a checkpoint", lambda: folders.check_space(partial, needed))
@@ -175,9 +179,9 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
     """Reads `folder`, written under any layout, into the model, the optimizer and the scheduler, bit for bit.
 
     Hyperparameters (learning rate, decay, betas) stay those of the running optimizer; only its state is read. The random
-    state is restored where the layout is the same. A folder that was converted and never trained gives its weights only:
-    the run begins with them at step 0. Raises CheckpointError on every rank, and before anything is changed
-    where the folder is incomplete, damaged or of another model.
+    state and FP8's scales are restored where the layout is the same. A folder that was converted and never trained gives
+    its weights only: the run begins with them at step 0. Raises CheckpointError on every rank, and before anything is
+    changed where the folder is incomplete, damaged or of another model.
     """
     with together("opening a checkpoint"):
         source = reader.open_folder(folder)
@@ -193,7 +197,9 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
         state["optimizer"] = optimizer_state.sharded(optimizer, state, loading=True)
     same_layout = common["layout"] == layout()
     if same_layout:
-        state[_RNG] = _rng_object(None)
+        state[_RNG] = _own(_RNG, None)
+        if common.get("fp8"):
+            state[_FP8] = _own(_FP8, None)
     _check_names(source, state, ignored=() if optimizer is not None else ("optimizer.",))
     with together("reading a checkpoint"):
         loaded = source.read(state)
@@ -205,6 +211,7 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
         scheduler.step(common.get("scheduler_steps", common["step"]))
     if same_layout:
         _set_rng_state(loaded[_RNG])
+        fp8.restore(chunks, loaded.get(_FP8, {}))
     return replace(_progress(common), same_layout=same_layout)
 
 
@@ -279,7 +286,7 @@ def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     state = {}
     for index, chunk in enumerate(unwrap_model(list(chunks))):
         tensors = chunk.sharded_state_dict()
-        # Transformer Engine's extra state is a pickle of its own, empty unless FP8 scales with history are used.
+        # Transformer Engine's extra state is a pickle of its own, of what fp8.py stores.
         kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("_extra_state")}
         state["model" if len(chunks) == 1 else f"model{index}"] = kept
     return state
@@ -331,9 +338,10 @@ def _check_names(source: reader.Source, state: Mapping[str, Any], *, ignored: tu
         )
 
 
-def _rng_object(state: Any) -> Any:
+def _own(key: str, state: Any) -> Any:
+    """What each rank has for itself."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return ShardedObject(_RNG, state, (world,), (rank,), replica_id=0)
+    return ShardedObject(key, state, (world,), (rank,), replica_id=0)
 
 
 def _rng_state() -> dict[str, Any]:

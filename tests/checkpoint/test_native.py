@@ -179,3 +179,12 @@ def test_fault_08_a_second_run_is_refused(tmp_path: Path) -> None:
         folders.lock(tmp_path)
     first.close()
     folders.lock(tmp_path).close()
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(tp=2), Topology(pp=2, vpp=2)], ids=str)
+def test_scales_of_fp8_are_each_ranks_own(ranks: RankServer, tmp_path: Path, topology: Topology) -> None:
+    case, chunks = "tests.cases.fp8:through_a_checkpoint", ["0", "1"][: topology.vpp]
+    found = ranks.run(case, topology=topology, kwargs={"folder": str(tmp_path / "stepped"), "stepped": True})
+    assert found == [(True, chunks)] * topology.world_size
+    found = ranks.run(case, topology=topology, kwargs={"folder": str(tmp_path / "new"), "stepped": False})
+    assert found == [(True, [])] * topology.world_size

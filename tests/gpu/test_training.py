@@ -161,7 +161,7 @@ def test_float16_finds_its_scale(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("choice", ["", "peft=lora", "+model.provider.recompute_granularity=full"])
 def test_memory_is_near_what_is_expected(tmp_path: Path, choice: str) -> None:
-    """Within a fiftieth: kernels need some while they run, and the allocator rounds."""
+    """Within an eighth of a GiB: kernels need some while they run (cuBLAS 64 MiB for its products), and the allocator rounds."""
     shape = [
         "model=llama32_1b",
         "model.hf.num_hidden_layers=4",
@@ -182,4 +182,4 @@ def test_memory_is_near_what_is_expected(tmp_path: Path, choice: str) -> None:
     )
     held = max(row["train/memory_gib"] for row in run if "train/memory_gib" in row)
     print(f"{choice or 'all parameters'}: {held:.2f} GiB held, {expected:.2f} expected")
-    assert held == pytest.approx(expected, rel=0.02)
+    assert held == pytest.approx(expected, abs=0.125)
