@@ -1,6 +1,7 @@
 """Agreement between ranks: a failure on one rank is the same error on every rank, at once.
 
-The only collectives that carry Python objects. Without a process group there is one rank, and nothing is exchanged.
+The only collectives that carry Python objects. Without a process group there is one rank, and nothing is exchanged. Where all goes
+well, ranks agree by one number: texts travel only when a rank failed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
 from megabridge import errors
@@ -31,6 +33,23 @@ def gather[T](value: T) -> list[T]:
     return out  # type: ignore[return-value]
 
 
+def carrier(home: torch.device) -> torch.device:
+    """The device of tensors that the default group can move; `home` where there is one rank."""
+    if world_size() == 1:
+        return home
+    is_nccl = "cuda:nccl" in dist.get_backend_config()
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
+def _any(flag: bool) -> bool:
+    """Whether `flag` holds on any rank. Collective."""
+    if world_size() == 1:
+        return flag
+    worst = torch.tensor(int(flag), device=carrier(torch.device("cpu")))
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return bool(worst)
+
+
 @contextmanager
 def together(what: str) -> Iterator[None]:
     """Runs a block on every rank and ends it for all alike. Collective.
@@ -43,6 +62,8 @@ def together(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         own = error
+    if not _any(own is not None):
+        return
     failures = gather(None if own is None else (type(own).__name__, str(own)))
     if own is not None:
         raise own
@@ -59,5 +80,7 @@ def on_rank_zero[T](what: str, work: Callable[[], T]) -> T:
     with together(what):
         if rank() == 0:
             result = work()
-    answer: T = gather(result)[0]  # type: ignore[assignment]
-    return answer
+    answer: list[T | None] = [result]
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]  # type: ignore[return-value]
