@@ -33,7 +33,7 @@ exit 1
 endef
 export find_python
 
-.PHONY: help venv run test test-system test-gpu test-memory test-curves test-plans lowest lint format lock wheel clean
+.PHONY: help venv run test test-system test-gpu test-memory test-curves test-plans test-shapes lowest lint format lock wheel clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -56,6 +56,9 @@ test-curves: venv  ## The real model on real text: the same losses under every l
 
 test-plans: venv  ## Plans the largest published models for hundreds and thousands of ranks
 	@MEGABRIDGE_PLANS=1 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/conversion/test_plans.py $(ARGS)
+
+test-shapes: venv  ## Round trips of 54 random shapes under every layout; make test draws 18
+	@MEGABRIDGE_SHAPES=54 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/conversion/test_round_trip.py $(ARGS)
 
 test-gpu: venv  ## Tests that need one CUDA device
 	@MEGABRIDGE_PLATFORM=cuda $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest -rs tests/gpu $(ARGS)

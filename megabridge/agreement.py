@@ -1,7 +1,7 @@
 """Agreement between ranks: a failure on one rank is the same error on every rank, at once.
 
 The only collectives that carry Python objects, or bytes of any kind. Without a process group there is one rank, and nothing is
-exchanged.
+exchanged. Where all goes well, ranks agree by one number: texts travel only when a rank failed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
-import megabridge.platform as platform
 from megabridge import errors
 from megabridge.errors import MegabridgeError
 
@@ -47,10 +46,27 @@ def gather_bytes(content: bytearray) -> Iterator[bytearray]:
         whole = content if source == rank() else bytearray(size)
         for begin in range(0, size if world_size() > 1 else 0, PIECE):
             piece = torch.frombuffer(whole, dtype=torch.uint8, count=min(PIECE, size - begin), offset=begin)
-            sent = piece.to(platform.device())
+            sent = piece.to(carrier(piece.device))
             dist.broadcast(sent, src=source)
             piece.copy_(sent)
         yield whole
+
+
+def carrier(home: torch.device) -> torch.device:
+    """The device of tensors that the default group can move; `home` where there is one rank."""
+    if world_size() == 1:
+        return home
+    is_nccl = "cuda:nccl" in dist.get_backend_config()
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
+def _any(flag: bool) -> bool:
+    """Whether `flag` holds on any rank. Collective."""
+    if world_size() == 1:
+        return flag
+    worst = torch.tensor(int(flag), device=carrier(torch.device("cpu")))
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return bool(worst)
 
 
 @contextmanager
@@ -65,6 +81,8 @@ def together(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         own = error
+    if not _any(own is not None):
+        return
     failures = gather(None if own is None else (type(own).__name__, str(own)))
     if own is not None:
         raise own
@@ -81,5 +99,7 @@ def on_rank_zero[T](what: str, work: Callable[[], T]) -> T:
     with together(what):
         if rank() == 0:
             result = work()
-    answer: T = gather(result)[0]  # type: ignore[assignment]
-    return answer
+    answer: list[T | None] = [result]
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]  # type: ignore[return-value]

@@ -22,7 +22,6 @@ from megabridge.checkpoint.hf import native_box
 from megabridge.checkpoint.quantised import SCALE_OF
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion.plan import Plan, Spec
-from megabridge.conversion.stream import carrier
 from megabridge.errors import ConfigError, listed
 from megabridge.families.quantization import Quantization, quantization_of
 from megabridge.mapping import Transfer, natural
@@ -178,7 +177,7 @@ def _most(flat: torch.Tensor, plan: Plan) -> torch.Tensor:
     """The largest of every rank's entries. Collective."""
     if agreement.world_size() == 1:
         return flat
-    moved = flat.to(carrier(plan.items[0].live.data.device if plan.items else torch.device("cpu")))
+    moved = flat.to(agreement.carrier(plan.items[0].live.data.device if plan.items else torch.device("cpu")))
     dist.all_reduce(moved, op=dist.ReduceOp.MAX)
     return moved.cpu()
 

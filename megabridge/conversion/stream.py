@@ -58,7 +58,7 @@ class Stream:
         self._delivered = 0  # tensors that the caller was given
         self._parameters = {item.record.name: item.live for item in plan.items}
         self._home = plan.items[0].live.data.device if plan.items else torch.device("cpu")
-        self._carrier = carrier(self._home)  # where the wire lies
+        self._carrier = agreement.carrier(self._home)  # where the wire lies
         self._to_host = cpu and self._home.type != "cpu"
         self._buffers: dict[str, torch.Tensor] = {}
         self._sections: list[Section] = []  # of the bucket that is on the wire
@@ -240,14 +240,6 @@ def _primed[T](generator: Generator[T]) -> Generator[T]:
     """A generator past its first, empty step: closing or dropping it runs its `finally` even when nothing was taken from it."""
     next(generator)
     return generator
-
-
-def carrier(home: torch.device) -> torch.device:
-    """The device of tensors that the default group can move."""
-    if agreement.world_size() == 1:
-        return home
-    is_nccl = "cuda:nccl" in dist.get_backend_config()
-    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 
 
 def _agreed(specs: Mapping[str, Spec], bucket_bytes: int, consumers: Collection[int] | None, world: int) -> frozenset[int]:

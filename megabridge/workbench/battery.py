@@ -154,17 +154,19 @@ def _check_gradients(chunks: Chunks, plan: Plan, where: str, folder: Path, refer
 
 
 def _micro_batches(rows: Tensor) -> list[Batch]:
-    """This data-parallel rank's rows, one a micro-batch."""
+    """This data-parallel rank's rows, in as few micro-batches as add up gradients and fill a pipeline twice."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    positions = torch.arange(rows.shape[1] - 1)[None]
+    own = rows[rank::size]
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    count = next((count for count in range(2 * stages, len(own), stages) if len(own) % count == 0), len(own))
     return [
         {
-            "tokens": row[None, :-1].contiguous(),
-            "labels": row[None, 1:].contiguous(),
-            "position_ids": positions,
-            "loss_mask": torch.ones(1, rows.shape[1] - 1),
+            "tokens": part[:, :-1].contiguous(),
+            "labels": part[:, 1:].contiguous(),
+            "position_ids": torch.arange(part.shape[1] - 1).expand(len(part), -1),
+            "loss_mask": torch.ones(len(part), part.shape[1] - 1),
         }
-        for row in rows[rank::size]
+        for part in own.chunk(count)
     ]
 
 

@@ -48,24 +48,24 @@ def _train(shape: dict[str, Any], settings: dict[str, Any], steps: int) -> dict[
     return result
 
 
-def _forward_backward(chunks: list[Any], batch: torch.Tensor) -> float:
-    """The mean loss of the global batch; micro-batches of one sequence. Equal on all ranks."""
+def _forward_backward(chunks: list[Any], batch: torch.Tensor, *, micro: int = 1) -> float:
+    """The mean loss of the global batch; micro-batches of `micro` sequences. Equal on all ranks."""
     dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     own = batch[dp_rank::dp]
-    positions = torch.arange(LENGTH)[None]
+    positions = torch.arange(LENGTH).expand(micro, -1)
 
     def step(iterator: Iterator[torch.Tensor], chunk: Any) -> Any:
-        rows = next(iterator)[None]
+        rows = next(iterator)
         losses = chunk(rows[:, :-1], positions, None, labels=rows[:, 1:])
         return losses, lambda output: (output.mean(), {"loss": output.detach().mean()})
 
     losses = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=[iter(own) for _ in chunks] if len(chunks) > 1 else iter(own),
+        data_iterator=[iter(own.split(micro)) for _ in chunks] if len(chunks) > 1 else iter(own.split(micro)),
         model=chunks,
-        num_microbatches=len(own),
+        num_microbatches=len(own) // micro,
         seq_length=LENGTH,
-        micro_batch_size=1,
+        micro_batch_size=micro,
         forward_only=False,
     )
     mean = torch.stack([loss["loss"] for loss in losses]).mean() if losses else torch.zeros(())
