@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent
 
@@ -16,7 +18,8 @@ from tests.test_documentation import COMMANDS, ENVIRONMENT, PYTHON, ROOT, blocks
 
 PAGE = ROOT / "docs" / "adding-a-family.md"
 BLOCKS = blocks(PAGE)
-OWN = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python -m megabridge.run")]
+PROGRAM = "python -m megabridge.run "
+OWN = [line for block in BLOCKS for line in block.splitlines() if line.startswith(PROGRAM)]
 PUBLISHED = {
     "architectures": ["CwmForCausalLM"], "model_type": "cwm", "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96,
     "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "hidden_act": "silu",
@@ -56,23 +59,37 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_pages_commands_and_a_draft_that_passes_unchanged(work: Path) -> None:
+def test_the_pages_commands_and_a_draft_that_passes_unchanged(work: Path, tmp_path: Path) -> None:
     assert len(OWN) == 5 and set(OWN) <= set(COMMANDS)
-    for line in OWN:
-        output = run(line.removeprefix("python -m megabridge.run "), work)
-        if "recipe=draft" in line:
-            assert "TODO" not in output and "next: PYTHONPATH=" in output
+    (draft,) = [line for line in OWN if "recipe=draft" in line]
+    with ThreadPoolExecutor(2) as pool:  # each command in a folder of its own, where nothing waits for another
+        drafted = pool.submit(check_draft, draft, shutil.copytree(work, tmp_path / "draft"))
+        broken = pool.submit(check_broken, shutil.copytree(work, tmp_path / "broken"))
+        folders = {line: shutil.copytree(work, tmp_path / str(number)) for number, line in enumerate(OWN) if line != draft}
+        printed = {line: pool.submit(run, line.removeprefix(PROGRAM), folder) for line, folder in folders.items()}
+    drafted.result()
+    broken.result()
+    for line, output in printed.items():
+        text = output.result()
         if "parallel.dp=2" in line:
-            rows = {text.split("] ")[1].split("  ")[0] for text in output.splitlines() if "] " in text}
+            rows = {row.split("] ")[1].split("  ")[0] for row in text.splitlines() if "] " in row}
             assert {"tiny config", "dp2", "tp2", "tp2sp", "pp2", "pp2vpp2", "model", "model, dp2", "model, pp2"} <= rows
         if "recipe=compare" in line:
-            assert "no module differs" in output and "not compared" not in output
-    run("recipe=check model.path=path/to/cwm family=drafted:FAMILY", work)
-    broken = (work / "my_family.py").read_text().replace("layer % 4 != 0", "layer % 4 == 0").replace("GATED_SILU,", "", 1)
-    (work / "broken.py").write_text(
+            assert "no module differs" in text and "not compared" not in text
+
+
+def check_draft(line: str, folder: Path) -> None:
+    output = run(line.removeprefix(PROGRAM), folder)
+    assert "TODO" not in output and "next: PYTHONPATH=" in output
+    run("recipe=check model.path=path/to/cwm family=drafted:FAMILY", folder)
+
+
+def check_broken(folder: Path) -> None:
+    broken = (folder / "my_family.py").read_text().replace("layer % 4 != 0", "layer % 4 == 0").replace("GATED_SILU,", "", 1)
+    (folder / "broken.py").write_text(
         broken.replace("*GATED_SILU", 'Fixed("gated_linear_unit", False)').replace("Field\n", "Field, Fixed\n")
     )
-    output = run("recipe=check family=broken:FAMILY", work, fails=True)
+    output = run("recipe=check family=broken:FAMILY", folder, fails=True)
     assert "checks of CwmForCausalLM failed" in output and "single, bijection: " in output
 
 
@@ -97,11 +114,16 @@ def test_a_family_of_an_installed_package(tmp_path: Path) -> None:
         (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "site" / name).write_text(text)
     site = str(tmp_path / "site")
-    output = run("hydra.searchpath=[pkg://outside.conf] model=outside_tiny recipe=check parallel=tp2", tmp_path, path=site)
-    assert "tp2sp" in output and "pp2vpp2" in output
-    run("recipe=check family=outside.family:BY_SPEC parallel=pp2", tmp_path, path=site)
-    output = run("recipe=compare family=outside.family:PLAIN", tmp_path, path=site, fails=True)
-    assert "first difference in transformer.h.1.attn: what it computes before transformer.h.1.attn.c_proj" in output
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        own = "hydra.searchpath=[pkg://outside.conf] model=outside_tiny recipe=check parallel=tp2"
+        checked = pool.submit(run, own, tmp_path / "a", path=site)
+        by_spec = pool.submit(run, "recipe=check family=outside.family:BY_SPEC parallel=pp2", tmp_path / "b", path=site)
+        plain = pool.submit(run, "recipe=compare family=outside.family:PLAIN", tmp_path / "c", path=site, fails=True)
+    assert "tp2sp" in checked.result() and "pp2vpp2" in checked.result()
+    by_spec.result()
+    assert "first difference in transformer.h.1.attn: what it computes before transformer.h.1.attn.c_proj" in plain.result()
 
 
 FAMILIES = """\
