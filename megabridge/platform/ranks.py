@@ -31,6 +31,7 @@ from megabridge.errors import ConfigError, MegabridgeError
 
 _PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
 _GRACE: Final = 2.0  # seconds between SIGTERM and SIGKILL
+_MOMENT: Final = 0.1  # seconds in which a rank that was killed is gone, after its connections
 _TEXT_LIMIT: Final = 7_000  # characters of error and of traceback: a pipe holds 64 KiB, so reporting never blocks
 
 
@@ -152,21 +153,32 @@ class _Group:
                 if left is not None and left <= 0:
                     running = [rank.rank for rank in self.ranks if rank.exit_code is None]
                     return FirstFailure(-1, -signal.SIGKILL, f"the time was up; ranks {running} still ran.", "", False)
-                ended: list[_Rank] = [key.data for key, _ in selector.select(left)]
-                for rank in ended:
-                    selector.unregister(rank.pidfd)
-                    rank.exit_code = _reap(rank.pid)
-                if any(rank.exit_code for rank in ended):
-                    return self._first_failure()
+                if any(rank.exit_code for rank in self._ended(selector, left)):
+                    return self._first_failure(selector)
         return None
 
-    def _first_failure(self) -> FirstFailure:
-        """Of the failures known by now the first one: a rank reports before its connections close and others fail."""
+    def _ended(self, selector: selectors.BaseSelector, seconds: float | None) -> list[_Rank]:
+        ended: list[_Rank] = [key.data for key, _ in selector.select(seconds)]
+        for rank in ended:
+            selector.unregister(rank.pidfd)
+            rank.exit_code = _reap(rank.pid)
+        return ended
+
+    def _causes(self) -> list[_Rank]:
+        """Those that ended without a report. A rank that lost its peers may abort; one that was killed, or crashed, is a cause."""
         for rank in self.ranks:
-            rank.report = _drained(rank.pipe)
+            rank.report += _drained(rank.pipe)
+        return [rank for rank in self.ranks if rank.exit_code and rank.exit_code != -signal.SIGABRT and not rank.report]
+
+    def _first_failure(self, selector: selectors.BaseSelector) -> FirstFailure:
+        """The first one: a rank reports before its connections close and others fail.
+
+        A killed rank's connections close a little before its end can be seen, so that another's report of that may come first.
+        """
+        until = time.monotonic() + _MOMENT
+        while not (causes := self._causes()) and selector.get_map() and (left := until - time.monotonic()) > 0:
+            self._ended(selector, left)
         silent = [rank for rank in self.ranks if rank.exit_code and not rank.report]
-        # A rank that lost its peers may abort; one that was killed, or crashed, is a cause.
-        causes = [rank for rank in silent if rank.exit_code != -signal.SIGABRT]
         if causes or not any(rank.report for rank in self.ranks):
             rank = (causes or silent)[0]
             assert rank.exit_code is not None
