@@ -186,20 +186,24 @@ def too_large_a_file(source: str, out: str) -> tuple[str, list[str]]:
     return raised, sorted(path.name for path in Path(out).parent.iterdir())
 
 
-def dying_export(source: str, out: str, rank: int, after: int) -> None:
-    """An export in which `rank` is killed after it wrote `after` boxes."""
+def dying_export(source: str, out: str, there: str, rank: int, after: int) -> None:
+    """An export of two ranks in which `rank` is killed when both wrote `after` boxes; the other makes the file `there` then."""
     bridge = AutoBridge.from_hf_pretrained(source)
     model = provide(bridge)
-    if torch.distributed.get_rank() == rank:
-        write, written = Writer._write, []
+    is_killed = torch.distributed.get_rank() == rank
+    write, written = Writer._write, []
 
-        def last(self: Writer, *arguments: Any) -> None:
-            write(self, *arguments)
-            written.append(1)
-            if len(written) == after:
+    def last(self: Writer, *arguments: Any) -> None:
+        write(self, *arguments)
+        written.append(1)
+        if len(written) == after and not is_killed:
+            Path(there).touch()
+        while len(written) == after and is_killed:
+            if Path(there).exists():
                 os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
 
-        Writer._write = last  # type: ignore[method-assign]
+    Writer._write = last  # type: ignore[method-assign]
     bridge.save_hf_pretrained(model, out, show_progress=False)
 
 

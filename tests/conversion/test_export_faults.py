@@ -176,13 +176,17 @@ def test_fault_01_to_04_a_native_save(watched: RankServer, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_fault_06_a_rank_that_dies_in_an_export(ranks: RankServer, source: Path, tmp_path: Path, rank: int) -> None:
+def test_fault_06_a_rank_that_dies_in_an_export(
+    ranks: RankServer, source: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, rank: int
+) -> None:
     """All end at once, the rank is named, and the next export resumes what was written."""
+    there = tmp_path_factory.mktemp("there") / "written"
     shutil.copytree(source, tmp_path / "out")
     before = payload(tmp_path / "out")
     begin = time.monotonic()
     with pytest.raises(RankError) as caught:
-        run(ranks, "dying_export", source=source, out=tmp_path / "out", rank=rank, after=20, topology=Topology(tp=2), timeout=60)
+        dying = {"source": source, "out": tmp_path / "out", "there": there, "rank": rank, "after": 20}
+        run(ranks, "dying_export", **dying, topology=Topology(tp=2), timeout=60)
     assert caught.value.failure["rank"] == rank and caught.value.failure["exit_code"] == -signal.SIGKILL
     assert time.monotonic() - begin < 30
     assert payload(tmp_path / "out") == before and (tmp_path / ".out.partial").is_dir()
