@@ -157,7 +157,7 @@ def _family(source: Path, out: Path, sequence_parallel: bool, use_dora: bool) ->
     for _ in range(3):
         for chunk in model:
             chunk.zero_grad_buffer()
-        losses.append(_forward_backward(model, batches(0, bridge.config["vocab_size"]), micro=4))
+        losses.append(_forward_backward(model, batches(0, bridge.config["vocab_size"])))
         norms.append(float(optimizer.step()[1]))
     tokens = trial.read_reference(source).prompt
     logits = gather_logits(model, tokens)
