@@ -274,6 +274,7 @@ class ModelProvider:
             chunks = [in_half_precision(config, chunk) for chunk in chunks]
         if wrap_with_ddp:
             chunks = _data_parallel(chunks, config, ddp_config or {})
+            # What was asked for: the config has it off, for chunks without a buffer.
             if self._given.get("gradient_accumulation_fusion", rules.default("gradient_accumulation_fusion")):
                 weight_gradients.add_in_place(chunks)
         elif ddp_config:

@@ -35,9 +35,9 @@ def scales(chunks: Sequence[torch.nn.Module]) -> Scales:
 @torch.no_grad()
 def restore(chunks: Sequence[torch.nn.Module], found: Mapping[str, Mapping[str, Any]]) -> None:
     """Gives them back, before the first step. Modules that the checkpoint doesn't know begin anew."""
-    for name, module in _modules(chunks):
-        if (config := get_model_config(chunks[0])).fp8 is None or name not in found:
-            continue
+    config = get_model_config(chunks[0])
+    known = [(name, module) for name, module in _modules(chunks) if name in found and config.fp8 is not None]
+    for name, module in known:
         meta = module.fp8_meta
         meta["num_gemms"] = found[name]["num_gemms"]
         meta["recipe"] = get_fp8_recipe(config)

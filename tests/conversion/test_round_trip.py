@@ -38,14 +38,14 @@ def payload(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 def test_random_configs_under_every_layout(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory, seeds: list[int]) -> None:
     root = tmp_path_factory.mktemp("models")
     configs = [llama_config(seed) for seed in seeds]
-    assert len({json.dumps(config) for config in configs}) >= 0.9 * COUNT, "the drawn shapes must differ"
-    ranks.run("tests.cases.convert:make_models", kwargs={"root": str(root), "seeds": seeds}, timeout=600)
+    assert len({json.dumps(config) for config in configs}) >= COUNT * 50 / 54, "the drawn shapes must differ"
+    ranks.run("tests.cases.convert:make_models", kwargs={"root": str(root), "seeds": seeds}, timeout=300)
     sources = [payload(root / str(number)) for number in range(COUNT)]
     first = root / str(LAYOUTS[0])
     for layout in LAYOUTS:
         out = root / str(layout)
         kwargs = {"root": str(root), "out": str(out), "seeds": seeds}
-        seen: list[list[dict[str, Any]]] = ranks.run("tests.cases.convert:round_trips", topology=layout, kwargs=kwargs, timeout=600)
+        seen: list[list[dict[str, Any]]] = ranks.run("tests.cases.convert:round_trips", topology=layout, kwargs=kwargs, timeout=300)
         for number in range(COUNT):
             where = f"{layout}, {configs[number]}"
             assert payload(out / str(number)) == sources[number], where

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -15,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from megabridge.extras import is_installed
+
 ON_GPU = torch.cuda.is_available() and os.environ["MEGABRIDGE_PLATFORM"] == "cuda"
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and make test-gpu")
-WITH_TE = pytest.mark.skipif(not importlib.util.find_spec("transformer_engine"), reason="needs Transformer Engine")
+WITH_TE = pytest.mark.skipif(not is_installed("transformer_engine"), reason="Transformer Engine is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_float16_finds_its_scale(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("choice", ["", "peft=lora", "+model.provider.recompute_granularity=full"])
 def test_memory_is_near_what_is_expected(tmp_path: Path, choice: str) -> None:
-    """Within an eighth of a GiB: kernels need some while they run, whatever the model's size, and the allocator rounds."""
+    """Within a fiftieth: kernels need some while they run, whatever the model's size, and the allocator rounds."""
     shape = [
         "model=llama32_1b",
         "model.hf.num_hidden_layers=4",
@@ -169,7 +170,7 @@ def test_memory_is_near_what_is_expected(tmp_path: Path, choice: str) -> None:
         "model.path=null",
         "model.tokenizer=bytes",
     ]
-    batch = ["data=random_tokens", "recipe.seq_length=2048", "recipe.micro_batch_size=2", "recipe.global_batch_size=4"]
+    batch = ["data=random_tokens", "recipe.seq_length=2048", "recipe.micro_batch_size=8", "recipe.global_batch_size=16"]
     more = (
         [] if "recompute" not in choice else ["+model.provider.recompute_method=uniform", "+model.provider.recompute_num_layers=1"]
     )
@@ -182,4 +183,4 @@ def test_memory_is_near_what_is_expected(tmp_path: Path, choice: str) -> None:
     )
     held = max(row["train/memory_gib"] for row in run if "train/memory_gib" in row)
     print(f"{choice or 'all parameters'}: {held:.2f} GiB held, {expected:.2f} expected")
-    assert held == pytest.approx(expected, abs=0.125)
+    assert held == pytest.approx(expected, rel=0.02)
