@@ -6,6 +6,7 @@ Transformer Engine stores them as a pickle, which it doesn't read again unless a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -47,6 +48,31 @@ def restore(chunks: Sequence[torch.nn.Module], found: Mapping[str, Mapping[str, 
                 current = getattr(meta[kind], part, None)
                 if current is not None and current.shape == found[name][f"{kind}.{part}"].shape:  # another history, or recipe
                     current.copy_(found[name][f"{kind}.{part}"])
+
+
+@contextmanager
+def preserved(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """A forward pass inside it that is no training step leaves no trace in the scales of the next one.
+
+    Transformer Engine's kernels write the largest values that they see into the history also where no gradient is asked for; what
+    was measured on validation data would decide how training data is rounded, and a resumed run would differ.
+    """
+    before = scales(chunks)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, module in _modules(chunks):
+                for kind in _KINDS:
+                    state = module.fp8_meta.get(kind)
+                    if getattr(state, "amax_history", None) is None:  # 16 bits, or a recipe that keeps no history
+                        continue
+                    if name in before:
+                        state.scale.copy_(before[name][f"{kind}.scale"])
+                        state.amax_history.copy_(before[name][f"{kind}.amax_history"])
+                    else:  # made by this pass
+                        state.scale.fill_(1)
+                        state.amax_history.zero_()
 
 
 def _modules(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Any]]:

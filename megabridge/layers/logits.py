@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import megabridge.platform as platform
+from megabridge.checkpoint import fp8
 from megabridge.errors import ConfigError
 
 from megatron.core import parallel_state, tensor_parallel
@@ -37,7 +38,8 @@ def gather_logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
     for chunk in chunks:
         chunk.eval()
     try:
-        parts = _forward(chunks, tokens, config)
+        with fp8.preserved(chunks):
+            parts = _forward(chunks, tokens, config)
     finally:
         for chunk, training in zip(chunks, trained, strict=True):
             chunk.train(training)

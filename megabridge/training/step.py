@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import megabridge.platform as platform
+from megabridge.checkpoint import fp8
 from megabridge.errors import ConfigError
 from megabridge.layers.packed import Packed, packed
 
@@ -147,7 +148,7 @@ def validate(chunks: Sequence[Any], batches: Sequence[Batch], *, micro_batch_siz
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    with torch.no_grad():
+    with torch.no_grad(), fp8.preserved(chunks):
         totals = forward_backward(chunks, filled, forward_only=True)
     for chunk, training in zip(chunks, modes, strict=True):
         chunk.train(training)

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megabridge.checkpoint import native
+from megabridge.layers.logits import gather_logits
+from megabridge.training.step import validate
 from tests.cases import tiny
 
 from megatron.core.utils import get_model_config, unwrap_model
@@ -59,3 +61,30 @@ def through_a_checkpoint(folder: str, *, stepped: bool) -> tuple[bool, list[str]
         pair for one, other in zip(old, new, strict=True) if filled for pair in zip(one.tensors(), other.tensors(), strict=True)
     ]
     return all(torch.equal(one, other) for one, other in pairs), filled
+
+
+def looked_at(stepped: bool) -> list[bool]:
+    """Whether scales are as before, or as new where no step was taken, after logits, and after a validation that wrote into them."""
+    chunks = tiny.model()
+    get_model_config(chunks[0]).fp8 = "hybrid"
+    linears = [Linear() for _ in chunks]
+    for number, (chunk, linear) in enumerate(zip(unwrap_model(chunks), linears, strict=True)):
+        chunk.decoder.layers[0].stands_for_linear = linear
+        if stepped:
+            linear.step(number)
+        chunk.register_forward_pre_hook(lambda *_, linear=linear: linear.step(99))
+    expected = [[t.clone() for t in linear.tensors()] if stepped else None for linear in linears]
+
+    def is_untouched() -> bool:
+        fresh = [torch.ones(6), torch.zeros(4, 6), torch.ones(4), torch.zeros(4, 4)]
+        pairs = zip(linears, expected, strict=True)
+        return all(
+            torch.equal(one, other) for linear, old in pairs for one, other in zip(linear.tensors(), old or fresh, strict=True)
+        )
+
+    gather_logits(chunks, torch.arange(4)[None])
+    after_logits = is_untouched()
+    data = tiny.Samples(1)
+    batches = data.validation_batches(dp_rank=0, dp_size=1)
+    validate(chunks, batches, micro_batch_size=1, seq_length=tiny.SEQUENCE)
+    return [after_logits, is_untouched()]

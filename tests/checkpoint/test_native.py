@@ -188,3 +188,10 @@ def test_scales_of_fp8_are_each_ranks_own(ranks: RankServer, tmp_path: Path, top
     assert found == [(True, chunks)] * topology.world_size
     found = ranks.run(case, topology=topology, kwargs={"folder": str(tmp_path / "new"), "stepped": False})
     assert found == [(True, [])] * topology.world_size
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(pp=2, vpp=2)], ids=str)
+def test_scales_of_fp8_keep_no_trace_of_evaluations(ranks: RankServer, topology: Topology) -> None:
+    for stepped in (True, False):
+        found = ranks.run("tests.cases.fp8:looked_at", topology=topology, kwargs={"stepped": stepped})
+        assert found == [[True, True]] * topology.world_size
