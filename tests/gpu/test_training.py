@@ -138,8 +138,11 @@ def test_fp8_resumes_with_the_same_bits(tmp_path: Path, recipe: str) -> None:
 
 @WITH_TE
 def test_fp8_learns_as_16_bits_do(tmp_path: Path) -> None:
-    """Within a fiftieth: values of 8 bits are off by up to a sixteenth each, at random."""
-    shape = ["model.dtype=bfloat16", "backend=te", "recipe.steps=60"]
+    """Within 2 in 1,000, at a rate where the course of training doesn't hang on its noise: 1 in 10,000 apart was seen on an H200.
+
+    At 5e-3, the rate of the other tests, another seed alone moves the loss by a tenth.
+    """
+    shape = ["model.dtype=bfloat16", "backend=te", "recipe.steps=60", "optimizer.lr=1e-3"]
     last = {}
     for recipe in ("none", "delayed", "tensorwise"):
         more = [] if recipe == "none" else ["+model.provider.fp8=hybrid", f"+model.provider.fp8_recipe={recipe}"]
@@ -147,7 +150,7 @@ def test_fp8_learns_as_16_bits_do(tmp_path: Path) -> None:
         assert found[-1] < found[0]
         last[recipe] = found[-1]
     print(last)
-    assert last["delayed"] == pytest.approx(last["none"], rel=0.02) == last["tensorwise"]
+    assert last["delayed"] == pytest.approx(last["none"], rel=2e-3) == last["tensorwise"]
 
 
 def test_float16_finds_its_scale(tmp_path: Path) -> None:
