@@ -11,6 +11,7 @@ from megabridge.families.mixtures import (
     experts,
     mixture,
     router,
+    routing_notes,
     shared_expert,
     sigmoid_router,
 )
@@ -26,13 +27,14 @@ FAMILY = Family(
         *latent_sizes(q_rank=768, kv_rank=512, nope=192, rope=64, value=256, positions=202752, heads=20, eps=1e-5),
         *mixture(experts="n_routed_experts", aux=None, defaults=(64, 4, 1536)),
         *sigmoid_router(scale=1.8),
-        LayerTypes(dense_first=1),
+        LayerTypes(dense_first=1, count="first_k_dense_replace"),
         MtpLayers(),
         SharedExperts(width=("moe_intermediate_size", 1536)),
         Only("rope_interleave",                    (True,)),
         *GATED_SILU,
         Rope(),
         UNTIED,
+        *routing_notes("sigmoid", "noaux_tc"),
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), latent_attention(), gated_mlp(), router(bias="mlp.gate.e_score_correction_bias"), experts(),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from megabridge.errors import ConfigError
-from megabridge.families.fields import INERT
+from megabridge.families.unread import is_harmless
 from megabridge.workbench.anatomy import Model, Shape, read_model
 from megabridge.workbench.recognise import Rows, recognise
 from megabridge.workbench.trial import quiet
@@ -130,7 +130,7 @@ def _tiny(config: Mapping[str, Any], model: Model, left_out: frozenset[str]) -> 
             out[key] = _each_kind(value, _TINY["num_layers"])
         elif key in _SMALL:
             out[key] = _SMALL[key]
-        elif key not in INERT or key == "initializer_range":
+        elif not is_harmless(key) or key == "initializer_range":
             out[key] = value
     return out
 

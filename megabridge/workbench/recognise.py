@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
-from megabridge.families.fields import INERT
+from megabridge.families.unread import is_harmless, says_something
 from megabridge.workbench import anatomy
 from megabridge.workbench.anatomy import EITHER, SIZES, Model
 
@@ -341,9 +341,5 @@ def _left_over(model: Model, rows: Rows, general: Collection[str]) -> None:
         where = "every layer" if count == model.layers else f"{count} of {model.layers} layers"
         rows.todo.append(f"no rule for the tensor {model.prefix}.{suffix} {list(shape)}, in {where}.")
     for key, value in model.config.items():
-        if key not in rows.read and key not in INERT and key not in general and _says_something(value):
+        if key not in rows.read and not is_harmless(key) and key not in general and says_something(value):
             rows.todo.append(f"no field reads the key {key!r}: {value!r}.")
-
-
-def _says_something(value: Any) -> bool:
-    return value is not None and value is not False and value != []
