@@ -9,6 +9,7 @@ from megabridge.families.family import Family
 from megabridge.families.fields import Choice, Field, Fixed, Repeats, Unread, given
 from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, biases, embeddings, gated_mlp, pre_norms, qk_norms, sizes
 from megabridge.families.positions import Rope, Windows, every
+from megabridge.families.ranges import STEP
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -42,7 +43,8 @@ COHERE2 = replace(
     model_type="cohere2",
     fields=(
         *SHARED,
-        Windows(every("sliding_window_pattern", 4), default=4096, nope_elsewhere=True, pattern_keys=("sliding_window_pattern",)),
+        Windows(every("sliding_window_pattern", 4), default=4096, nope_elsewhere="always",
+                pattern_keys=("sliding_window_pattern",), pattern=STEP),
         Rope(),
         Repeats("layer_switch",                    lambda hf: given(hf, "sliding_window_pattern", 4)),
         Repeats("order_of_interleaved_layers",     "local_attn_first"),

@@ -30,7 +30,7 @@ class MixtureRange:
 
     def write(self, native: Json) -> dict[str, Any]:
         pattern = native["moe_layer_freq"]
-        mixed = [layer for layer, flag in enumerate(pattern) if flag]
+        mixed = [layer for layer, flag in enumerate(pattern) if flag] or [len(pattern)]
         step = mixed[1] - mixed[0] if len(mixed) > 1 else 1
         out = {"moe_layer_start_index": mixed[0], "moe_layer_end_index": mixed[-1], "moe_layer_interval": step}
         if self.read({"num_hidden_layers": len(pattern), **out})["moe_layer_freq"] != pattern:

@@ -1,6 +1,6 @@
 """ExaoneMoeForCausalLM: K-EXAONE (transformers models/exaone_moe): layers without a window have no rotary embedding."""
 
-from megabridge.families.exaone4 import PATTERN, is_windowed
+from megabridge.families.exaone4 import WINDOWS
 from megabridge.families.family import Family
 from megabridge.families.fields import Fixed, Repeats
 from megabridge.families.mixtures import (
@@ -15,7 +15,7 @@ from megabridge.families.mixtures import (
     sigmoid_router,
 )
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, qk_norms, rms, sizes
-from megabridge.families.positions import Rope, Windows
+from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
 
 DENSE = LayerTypes(dense_first=1, count="first_k_dense_replace")
@@ -33,7 +33,7 @@ FAMILY = Family(
         DENSE,
         MtpLayers(),
         SharedExperts("num_shared_experts", width=("moe_intermediate_size", 1024)),
-        Windows(is_windowed, default=4096, nope_elsewhere=True, pattern_keys=("sliding_window_pattern",), pattern=PATTERN),
+        WINDOWS,
         Rope(),
         UNTIED,
         *routing_notes("sigmoid", "noaux_tc"),

@@ -1,7 +1,7 @@
 """Glm4MoeLiteForCausalLM: GLM 4.7 Flash (transformers models/glm4_moe_lite)."""
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Only
+from megabridge.families.fields import Only, Repeats
 from megabridge.families.latent import latent_attention, latent_sizes
 from megabridge.families.mixtures import (
     MTP_NAMES,
@@ -27,7 +27,7 @@ FAMILY = Family(
         *latent_sizes(q_rank=768, kv_rank=512, nope=192, rope=64, value=256, positions=202752, heads=20, eps=1e-5),
         *mixture(experts="n_routed_experts", aux=None, defaults=(64, 4, 1536)),
         *sigmoid_router(scale=1.8),
-        LayerTypes(dense_first=1, count="first_k_dense_replace"),
+        LayerTypes(dense_first=1),
         MtpLayers(),
         SharedExperts(width=("moe_intermediate_size", 1536)),
         Only("rope_interleave",                    (True,)),
@@ -35,6 +35,7 @@ FAMILY = Family(
         Rope(),
         UNTIED,
         *routing_notes("sigmoid", "noaux_tc"),
+        Repeats("first_k_dense_replace",           1),
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), latent_attention(), gated_mlp(), router(bias="mlp.gate.e_score_correction_bias"), experts(),

@@ -108,9 +108,11 @@ class Groups:
         return kinds if self.method is None else {**kinds, self.method: one_of("greedy", "group_limited_greedy")}
 
     def read(self, hf: Json) -> dict[str, Any]:
-        groups, best = hf.get("n_group", self.defaults[0]), hf.get("topk_group", self.defaults[1])
+        groups, best = given(hf, "n_group", self.defaults[0]), given(hf, "topk_group", self.defaults[1])
         if self.method is not None:
             groups, best = (groups, best) if hf.get(self.method) == "group_limited_greedy" else (None, None)
+        if (groups is None) != (best is None):
+            raise ConfigError(f"n_group={groups} and topk_group={best} must be numbers both, or neither; set the other.")
         topk = given(hf, *self.topk)
         is_megatrons = not groups or groups == 1 or (self.score == "top2" and best and topk == 2 * best)
         return {

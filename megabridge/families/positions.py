@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from megabridge.errors import ConfigError, listed
 from megabridge.families.fields import Json, listing
@@ -193,15 +193,15 @@ class Windows:
 
     `is_windowed(config, layer index)` says it where config.json has no layer_types; None: all layers, and the architecture has no
     such key. `switch` is a key that turns windows on. With `nope_elsewhere`, layers without a window have no rotary embedding,
-    where there are windows at all. `key` and `kind` are what config.json calls the size and such layers; `pattern_keys`
-    are those that `is_windowed` reads, which hold a `pattern`. Native: TransformerConfig's window_size, window_attn_skip_freq (1:
-    window) and no_rope_freq.
+    where config.json has a window, or, if it is "always", whether it has one or not. `key` and `kind` are what config.json calls
+    the size and such layers; `pattern_keys` are those that `is_windowed` reads, which hold a `pattern`. Native: TransformerConfig's
+    window_size, window_attn_skip_freq (1: window) and no_rope_freq.
     """
 
     is_windowed: Callable[[Json, int], bool] | None = None
     default: int | None = None
     switch: str | None = None
-    nope_elsewhere: bool = False
+    nope_elsewhere: Literal["with windows", "always"] | None = None
     pattern_keys: tuple[str, ...] = ()
     pattern: Kind = PERIOD
     key: str = "sliding_window"
@@ -237,14 +237,17 @@ class Windows:
         native: dict[str, Any] = {"window_size": None, "window_attn_skip_freq": None}
         if any(flags):
             native = {"window_size": (window - 1, 0), "window_attn_skip_freq": [int(flag) for flag in flags]}
-        if self.nope_elsewhere:
-            native["no_rope_freq"] = [int(not flag) for flag in flags] if window is not None and not all(flags) else None
+        if self.nope_elsewhere is not None:
+            is_nope = window is not None or self.nope_elsewhere == "always"
+            native["no_rope_freq"] = [int(not flag) for flag in flags] if is_nope and not all(flags) else None
         return native
 
     def write(self, native: Json) -> dict[str, Any]:
         size, layers = native["window_size"], native["num_layers"]
         flags = native["window_attn_skip_freq"] or [int(size is not None)] * layers
         out: dict[str, Any] = {self.key: None if size is None else size[0] + 1}
+        if size is None and self.nope_elsewhere == "with windows" and native["no_rope_freq"] is not None:
+            out[self.key] = self.default  # of no layer, but without it all would have a rotary embedding
         if self.is_windowed is not None:
             out["layer_types"] = [self.kind if flag else FULL for flag in flags]
         elif size is not None and not all(flags):

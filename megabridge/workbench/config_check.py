@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any, Final
 
 from megabridge.errors import MegabridgeError
@@ -16,10 +17,10 @@ from megabridge.workbench.trial import quiet
 _BOOKKEEPING: Final = ("rope_scaling",)
 
 
-def check_config(family: Family, hf: Json, where: str) -> Finding:
-    """Whether `hf` becomes native settings and comes back with every key's meaning. Needs no ranks."""
+def check_config(family: Family, hf: Json, where: str, *, ignore: Collection[str] = ()) -> Finding:
+    """Whether `hf` becomes native settings and comes back with every key's meaning, but for those to `ignore`. Needs no ranks."""
     try:
-        native = family.native(hf)
+        native = family.native(hf, ignore=ignore)
         back = family.hf(native)
         again = family.native(back)
     except MegabridgeError as error:
@@ -27,6 +28,7 @@ def check_config(family: Family, hf: Json, where: str) -> Finding:
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         return failed(where, "config", error)
     problems = [f"{name}={value!r} comes back as {again.get(name)!r}" for name, value in native.items() if again.get(name) != value]
+    hf = {key: value for key, value in hf.items() if key not in ignore}
     problems += [*_lost_keys(family, hf, back), *_other_defaults(family, hf, native)]
     return Finding(where, "config", f"{len(hf)} keys", tuple(problems))
 
