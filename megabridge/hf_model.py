@@ -166,7 +166,9 @@ class HFModel:
         """Raises ConfigError unless `config` describes the model of this bridge."""
         other = architecture_of(config)
         if other != self.family.architecture:
-            raise ConfigError(f"{what} is a {other}, this bridge converts {self.family.architecture}; give one of those.")
+            raise ConfigError(
+                f"{what} is a {shown(other)[1:-1]}, this bridge converts {self.family.architecture}; give one of those."
+            )
         theirs = self.family.native(config, ignore=self.ignore_keys)
         different = [
             f"{name}={theirs[name]!r}, here {value!r}"

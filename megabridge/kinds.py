@@ -105,7 +105,7 @@ def is_deep(value: object) -> bool:
     return True
 
 
-LAYERS: Final = whole(1, 1024)
+LAYERS: Final = whole(1, 16384)
 SIZE: Final = whole(1, 2**24)
 FLAG: Final = Kind("true or false", lambda value: type(value) is bool)
 OBJECT: Final = Kind("an object", lambda value: isinstance(value, Mapping) and all(type(key) is str for key in value))

@@ -20,7 +20,7 @@ class MixtureRange:
     """Mixtures are each n-th layer between two. Native: moe_layer_freq, 1 for a mixture."""
 
     def keys(self) -> Mapping[str, Kind]:
-        return {"moe_layer_start_index": COUNT, "moe_layer_end_index": whole(-1, 1024), "moe_layer_interval": STEP}
+        return {"moe_layer_start_index": COUNT, "moe_layer_end_index": whole(-1, 16384), "moe_layer_interval": STEP}
 
     def read(self, hf: Json) -> dict[str, Any]:
         layers, step = hf.get("num_hidden_layers", 0), hf.get("moe_layer_interval", 1)

@@ -13,7 +13,7 @@ from megabridge.families.mixtures import layers_named, mixture, router, shared_e
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
 from megabridge.families.positions import Rope, Windows
 from megabridge.families.ranges import COUNT, FACTOR, POSITIONS, STEP
-from megabridge.families.smollm3 import NoRope, rope_layers
+from megabridge.families.smollm3 import NoRope, has_rope
 from megabridge.kinds import FLAG, Kind, list_of
 from megabridge.mapping import Transpose, WeightMap, block
 
@@ -27,7 +27,7 @@ class MixtureLayers:
 
     def read(self, hf: Json) -> dict[str, Any]:
         layers, step, given = hf.get("num_hidden_layers", 0), hf.get("interleave_moe_layer_step", 1), layers_named(hf, "moe_layers")
-        mixed = range(step - 1, layers, step) if given is None else given
+        mixed = {*(range(step - 1, layers, step) if given is None else given)}
         return {"moe_layer_freq": [int(layer in mixed) for layer in range(layers)]}
 
     def write(self, native: Json) -> dict[str, Any]:
@@ -71,7 +71,7 @@ FAMILY = Family(
         Fixed("moe_apply_probs_on_input",          True),
         NoRope(),
         Temperature(),
-        Windows(lambda hf, layer: bool(rope_layers(hf)[layer]), default=8192, key="attention_chunk_size", kind="chunked_attention"),
+        Windows(has_rope, default=8192, key="attention_chunk_size", kind="chunked_attention"),
         Fixed("attention_chunks",                  True),
         Fixed("rotary_interleaved",                True),
         Rope(5e5),

@@ -153,14 +153,14 @@ class SparseStep:
 
     def read(self, hf: Json) -> dict[str, Any]:
         layers, step = hf.get("num_hidden_layers", 0), hf.get("decoder_sparse_step", 1)
-        dense = layers_named(hf, "mlp_only_layers") or []
+        dense = {*(layers_named(hf, "mlp_only_layers") or ())}
         return {"moe_layer_freq": [int((layer + 1) % step == 0 and layer not in dense) for layer in range(layers)]}
 
     def write(self, native: Json) -> dict[str, Any]:
         pattern = native["moe_layer_freq"]
-        for step in range(1, len(pattern) + 1):
-            if pattern == [int((layer + 1) % step == 0) for layer in range(len(pattern))]:
-                return {"decoder_sparse_step": step, "mlp_only_layers": []}
+        step = pattern.index(1) + 1 if 1 in pattern else 1
+        if pattern == [int((layer + 1) % step == 0) for layer in range(len(pattern))]:
+            return {"decoder_sparse_step": step, "mlp_only_layers": []}
         return {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer, mixed in enumerate(pattern) if not mixed]}
 
 

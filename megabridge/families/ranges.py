@@ -10,9 +10,9 @@ from typing import Final
 
 from megabridge.kinds import FLAG, LAYERS, SCALAR, SIZE, Kind, number, whole
 
-COUNT: Final = whole(0, 1024)
+COUNT: Final = whole(0, 16384)
 """Of layers, groups or experts that there may be none of."""
-STEP: Final = whole(1, 1024)
+STEP: Final = whole(1, 16384)
 POSITIONS: Final = whole(1, 2**31 - 1)
 EPSILON: Final = number(0, 1)
 SHARE: Final = number(1e-3, 1)

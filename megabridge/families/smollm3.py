@@ -22,18 +22,18 @@ class NoRope:
         return {"no_rope_layers": list_of(one_of(0, 1)).or_null(), "no_rope_layer_interval": STEP}
 
     def read(self, hf: Json) -> dict[str, Any]:
-        return {"no_rope_freq": [1 - flag for flag in rope_layers(hf)]}
+        return {"no_rope_freq": [int(not has_rope(hf, layer)) for layer in range(hf["num_hidden_layers"])]}
 
     def write(self, native: Json) -> dict[str, Any]:
         return {"no_rope_layers": [1 - flag for flag in native["no_rope_freq"]]}
 
 
-def rope_layers(hf: Json) -> list[int]:
-    """1 for each layer with a rotary embedding, 0 for each without. Raises ConfigError."""
-    given, interval, layers = hf.get("no_rope_layers"), hf.get("no_rope_layer_interval", 4), hf["num_hidden_layers"]
+def has_rope(hf: Json, layer: int) -> bool:
+    """Whether a layer has a rotary embedding. Raises ConfigError for a list that doesn't say it for each layer."""
+    given, layers = hf.get("no_rope_layers"), hf["num_hidden_layers"]
     if given and len(given) != layers:
         raise ConfigError(f"no_rope_layers must say 0 or 1 for each of {layers} layers, not for {len(given)}.")
-    return list(given or [int((layer + 1) % interval != 0) for layer in range(layers)])
+    return bool(given[layer] if given else (layer + 1) % hf.get("no_rope_layer_interval", 4))
 
 
 # fmt: off
@@ -46,7 +46,7 @@ FAMILY = Family(
         *GATED_SILU,
         *biases("attention_bias", "attention_bias", "mlp_bias"),
         NoRope(),
-        Windows(lambda hf, layer: not rope_layers(hf)[layer], switch="use_sliding_window"),
+        Windows(lambda hf, layer: not has_rope(hf, layer), switch="use_sliding_window"),
         Rope(theta=2e6),
         TIED,
         Unread("max_window_layers"),

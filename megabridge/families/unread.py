@@ -43,7 +43,7 @@ _HARMLESS: Final = frozenset(
     "_experts_implementation _experts_implementation_internal _flash_attn_2_enabled use_flash_attn use_flash_attention "
     "use_flash_attention_2 pretraining_tp ep_size "
     # heads for classification
-    "id2label label2id num_labels problem_type finetuning_task task_specific_params classifier_activation "
+    "id2label label2id num_labels _num_labels problem_type finetuning_task task_specific_params classifier_activation "
     # tokens and texts
     "tokenizer_class tokenizer_model_max_length model_max_length max_sequence_length prefix sep_token_ids unk_token_id "
     # generation: GenerationConfig's

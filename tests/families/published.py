@@ -13,7 +13,7 @@ _HUNYUAN: Final = {
 }  # fmt: skip
 EXTRAS: Final[dict[str, dict[str, Any]]] = {
     "LlamaForCausalLM": {
-        "is_llama_config": True, "pretraining_tp": 1, "_name_or_path": "x", "internal_version": "7b", "max_sequence_length": 2048,
+        "is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1, "_name_or_path": "x", "internal_version": "7b", "max_sequence_length": 2048,
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
     },
     "Cohere2ForCausalLM": {
@@ -39,7 +39,7 @@ EXTRAS: Final[dict[str, dict[str, Any]]] = {
     "GPT2LMHeadModel": {
         "n_ctx": 64, "summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None, "summary_first_dropout": 0.1,
         "summary_proj_to_labels": True, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-        "reorder_and_upcast_attn": False,
+        "reorder_and_upcast_attn": False, "output_past": True, "predict_special_tokens": True, "_num_labels": 1,
     },
     "GPTNeoXForCausalLM": {"rope_parameters": None, "rotary_pct": 0.5, "rotary_emb_base": 20000},
     "Gemma2ForCausalLM": {"hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 12, "cache_implementation": "hybrid"},

@@ -23,7 +23,7 @@ _DEEP: list[Any] = []
 for _ in range(2000):
     _DEEP = [_DEEP]
 ODD: Final[list[Any]] = [
-    None, True, False, 0, 1, -1, 3, 7, 64, 1024, 2**24, 10**30, -(2**63), 0.0, 0.5, -0.5, 1e-30, 1e300, float("nan"), float("inf"), 1e400,
+    None, True, False, 0, 1, -1, 3, 7, 64, 16384, 2**24, 10**30, -(2**63), 0.0, 0.5, -0.5, 1e-30, 1e300, float("nan"), float("inf"), 1e400,
     "", "x", "false", "128", "silu", "full_attention", "\ud800", [], [1], [0, 1], [-1] * 4, [10**30] * 4, [0.5], ["x"] * 4, [None] * 4,
     ["full_attention"] * 4, ["sliding_attention"] * 4, ["sparse"] * 4, [True] * 4, [[]], {}, {"a": 1}, {"rope_type": ["yarn"]},
     {"type": "linear", "rope_type": "yarn"}, {"rope_type": "linear", "factor": "2"}, {"full_attention": 5}, {"sliding_attention": None},
