@@ -13,7 +13,7 @@ from megabridge.workbench.anatomy import EITHER, SIZES, Model
 
 _ACTIVATIONS: Final = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh",
                        "gelu_new": "gelu_new", "relu": "relu", "relu2": "relu2"}  # fmt: skip
-_EPSILONS: Final = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps", "layernorm_epsilon")
+EPSILONS: Final = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps", "layernorm_epsilon")
 _ROPES: Final = ("rope_parameters", "rope_scaling", "rope_theta")
 # Keys whose meaning is the same in every architecture of transformers that has them.
 _COMPUTING: Final = {
@@ -214,7 +214,7 @@ def _qk_norms(model: Model, rows: Rows) -> None:
 
 
 def _norms(model: Model, rows: Rows, *, has_bias: bool) -> None:
-    key = next((key for key in _EPSILONS if model.get(key) is not None), None)
+    key = next((key for key in EPSILONS if model.get(key) is not None), None)
     default = None if key is None else model.defaults.get(key, model.get(key))
     if key == "rms_norm_eps" and not has_bias:
         rows.key("*rms()" if default == 1e-6 else f"*rms({default})", key)
