@@ -50,7 +50,7 @@ class HFModel:
         self.device_map = device_map
         self.allow_bin = allow_bin
         self.family = family_for(config)
-        self.ignore_keys = tuple(ignore_keys)
+        self.ignore_keys = ignore_keys
         self.native = self.family.native(config, ignore=self.ignore_keys)
         self.unread = self.family.unread(config)
         self.dtype = dtype or _dtype_of(config)

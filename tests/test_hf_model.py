@@ -84,7 +84,7 @@ def test_keys_to_ignore_hold_wherever_the_config_is_read(tmp_path: Path) -> None
     target.mkdir()
     bridge.write_hf_assets(target)
     assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
-    assert AutoBridge.from_hf_config(GATED, ignore_keys=keys).ignore_keys == ("attn_output_gate",)
+    assert AutoBridge.from_hf_config(GATED, ignore_keys=keys[0]).ignore_keys == keys[0], "one name is a collection too"
 
 
 def test_contradicting_names_of_the_architecture_are_refused() -> None:

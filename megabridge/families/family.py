@@ -114,6 +114,7 @@ class Family:
         return list(problems.values()), set(problems)
 
     def _refused(self, hf: Json, ignore: Collection[str]) -> list[str]:
+        ignore = {ignore} if isinstance(ignore, str) else set(ignore)
         if read := sorted(self.keys.intersection(ignore)):
             return [f"ignore_keys={', '.join(read)} must name keys that nothing reads; remove them from it."]
         return unread.refused(hf, [key for key in self.unread(hf) if key not in ignore], self.model_type)

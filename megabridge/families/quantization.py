@@ -73,7 +73,7 @@ def quantization_of(hf: Mapping[str, Any]) -> Quantization | None:
             "unquantised weights, or dequantise it with the tool that made it and save it in bfloat16."
         )
     problems = [f"{shown(key)[1:-1]}={shown(value)}" for key, value in said.items() if key not in known]
-    problems += [problem for key, kind in known.items() if (problem := kind.problem(said, key, KEY)) is not None]
+    problems += [problem.rstrip(".") for key, kind in known.items() if (problem := kind.problem(said, key, KEY)) is not None]
     if problems:
         raise ConfigError(
             f"{KEY} with quant_method={method!r} has settings that aren't supported, {listed(problems)}; use the model's "
