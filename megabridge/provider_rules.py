@@ -163,9 +163,7 @@ def problems_of(get: Callable[[str], Any]) -> list[str]:
 
 def _divisors(number: int, limit: int = 8) -> str:
     found = [str(size) for size in divisors(number)]
-    if len(found) > limit:
-        found = [*found[: limit - 1], "..."]
-    return ", ".join(found)
+    return ", ".join(found if len(found) <= limit else [*found[: limit - 1], "..."])
 
 
 def _head_problems(get: Callable[[str], Any]) -> list[str]:
@@ -316,11 +314,12 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
 
 
 def _rope_problems(get: Callable[[str], Any]) -> list[str]:
-    channels = get("kv_channels") or get("hidden_size") // get("num_attention_heads")
+    channels = get("kv_channels") or get("hidden_size") / get("num_attention_heads")
     width = get("qk_pos_emb_head_dim") if get("multi_latent_attention") else int(channels * get("rotary_percent"))
     ropes = [rope for rope in (get("rope"), get("local_rope")) if rope is not None]
     problems = [problem for rope in ropes for problem in rope_problems(rope)]
-    return problems or [problem for rope in ropes for problem in width_problems(rope, width)]
+    is_whole = channels == int(channels)  # else there is a problem with that
+    return problems or [problem for rope in ropes if is_whole for problem in width_problems(rope, width)]
 
 
 def _named_problems(get: Callable[[str], Any]) -> list[str]:
