@@ -6,6 +6,7 @@ model are collective: every rank calls them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ class AutoBridge(HFAdapters):
                     dtype: torch.dtype | str | None = None, torch_dtype: torch.dtype | str | None = None,
                     trust_remote_code: bool = False, device_map: str | None = None, token: str | None = None,
                     allow_bin: bool = False, allow_nonfinite: bool = False, show_progress: bool = True,
-                    **settings: Any) -> Report:  # fmt: skip
+                    ignore_keys: Collection[str] = (), **settings: Any) -> Report:  # fmt: skip
         """A Hugging Face model as a native checkpoint, with its config, tokenizer and templates.
 
         One process without any set-up is enough, whatever the model's size: parameters are kept in a file beside
@@ -165,7 +166,7 @@ class AutoBridge(HFAdapters):
         """
         bridge = cls.from_hf_pretrained(
             hf_model_id, revision=revision, dtype=dtype, torch_dtype=torch_dtype,
-            trust_remote_code=trust_remote_code, device_map=device_map, token=token, allow_bin=allow_bin,
+            trust_remote_code=trust_remote_code, device_map=device_map, token=token, allow_bin=allow_bin, ignore_keys=ignore_keys,
         )  # fmt: skip
         provider = bridge.provider()
         one_call.arrange(provider, settings)
@@ -188,7 +189,9 @@ class AutoBridge(HFAdapters):
         """
         provider, folder = self._native_provider(megatron_path, None, settings)
         carries = (folder / native.ASSETS).is_dir() and not self._hook_adapters(provider, folder, load_weights=True)
-        own = AutoBridge.from_auto_config(folder, trust_remote_code=self.trust_remote_code) if carries else self
+        own: AutoBridge = self
+        if carries:
+            own = AutoBridge.from_auto_config(folder, trust_remote_code=self.trust_remote_code, ignore_keys=self.ignore_keys)
         own.token = self.token
         with one_call.borrowed_groups(provider):
             output = one_call.target(hf_path, replace=True)

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
+from math import isqrt
 from pathlib import Path
 from typing import Any, Final
 
 from megabridge.config import Config, ModelConfig
 from megabridge.errors import ConfigError, listed
+from megabridge.kinds import LAYERS, SIZE, Kind
 from megabridge.topology import Topology
 
 EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -41,16 +43,16 @@ class Shape:
 
     @classmethod
     def of(cls, hf: Mapping[str, Any]) -> Shape:
-        """Reads an HF config.json's content; a key that is not a positive whole number counts as not said."""
+        """Reads an HF config.json's content; a key that is no possible size counts as not said: its family refuses it."""
 
-        def size(key: str) -> int | None:
+        def size(key: str, kind: Kind = SIZE) -> int | None:
             value = hf.get(key)
-            return value if type(value) is int and value > 0 else None
+            return value if kind.allows(value) else None
 
         heads, hidden = size("num_attention_heads"), size("hidden_size")
         head_dim = size("head_dim") or (hidden // heads if hidden and heads else None)
         return cls(
-            layers=size("num_hidden_layers"),
+            layers=size("num_hidden_layers", LAYERS),
             hidden=hidden,
             ffn=size("intermediate_size"),
             heads=heads,
@@ -243,8 +245,10 @@ def check_layout(config: Config, topology: Topology) -> None:
         raise ConfigError(listed(problems))
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def divisors(number: int) -> list[int]:
+    """The whole numbers that divide `number`, in their order."""
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def allowed_tp(shape: Shape) -> list[int]:
@@ -252,7 +256,7 @@ def allowed_tp(shape: Shape) -> list[int]:
     heads = shape.heads or 1
     kv_heads = shape.kv_heads or heads
     return [
-        tp for tp in _divisors(heads) if (kv_heads % tp == 0 or tp % kv_heads == 0) and (shape.ffn is None or shape.ffn % tp == 0)
+        tp for tp in divisors(heads) if (kv_heads % tp == 0 or tp % kv_heads == 0) and (shape.ffn is None or shape.ffn % tp == 0)
     ]
 
 
@@ -269,7 +273,7 @@ def _shape_problems(shape: Shape, topology: Topology, config: Config) -> Iterato
             f"but {config.model.name} has num_hidden_layers={shape.layers}; use fewer stages"
         )
     if shape.experts is not None and shape.experts % topology.ep:
-        sizes = ", ".join(map(str, _divisors(shape.experts)))
+        sizes = ", ".join(map(str, divisors(shape.experts)))
         yield f"parallel.ep={topology.ep} must divide the {shape.experts} experts of {config.model.name}; use one of {sizes}"
     if shape.experts is not None and tp > 1 and not config.parallel.sequence_parallel:
         yield f"parallel.tp={tp} needs parallel.sequence_parallel=true for {config.model.name}, which has experts; set it"

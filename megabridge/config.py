@@ -42,6 +42,8 @@ class ModelConfig:
     """Precision of the parameters and activations in training. The optimizer's copy is always float32."""
     hf: dict[str, Any] = field(default_factory=dict)
     """What the checkpoint's config.json says of its shape: layouts are checked against it before any download."""
+    ignore_keys: list[str] = field(default_factory=list)
+    """Keys of config.json that nothing reads and that would be refused, where the model computes the same without them."""
     tokenizer: str | None = None
     """A local folder, a hub id, or `bytes` for the byte-level one of megabridge.data.bytes. Null: the one of `path`."""
     provider: dict[str, Any] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -18,6 +18,7 @@ from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.families import all_families, family_for
 from megabridge.families.quantization import KEY
 from megabridge.families.registry import architecture_of
+from megabridge.kinds import shown
 from megabridge.peft import LoRA
 from megabridge.peft import folder as peft_folder
 from megabridge.provider import ModelProvider
@@ -33,12 +34,13 @@ class HFModel:
     `config` is the content of config.json as published; `folder` holds it, with tokenizer and templates, or is None for one
     made from a config object; `location` is where the weights are, if anywhere; `record` tells of the weights that were imported,
     here or before the native checkpoint that was loaded, and `carried` are those that no parameter took and an export has again.
-    `peft` says which adapters the model was given, if any.
+    `peft` says which adapters the model was given, if any. `ignore_keys` name keys of config.json that nothing reads and that may
+    say anything; `unread` are those and the others that nothing reads, which say nothing or what transformers takes for granted.
     """
 
     def __init__(self, config: dict[str, Any], *, folder: Path | None, location: str | None = None, revision: str | None = None,
                  token: str | None = None, trust_remote_code: bool = False, dtype: torch.dtype | None = None,
-                 device_map: str = "auto", allow_bin: bool = False) -> None:  # fmt: skip
+                 device_map: str = "auto", allow_bin: bool = False, ignore_keys: Collection[str] = ()) -> None:  # fmt: skip
         self.config = config
         self.folder = folder
         self.location = location
@@ -48,7 +50,9 @@ class HFModel:
         self.device_map = device_map
         self.allow_bin = allow_bin
         self.family = family_for(config)
-        self.native = self.family.native(config)
+        self.ignore_keys = ignore_keys
+        self.native = self.family.native(config, ignore=self.ignore_keys)
+        self.unread = self.family.unread(config)
         self.dtype = dtype or _dtype_of(config)
         self.record: SourceRecord | None = None
         self.carried: dict[str, TensorInfo] = {}
@@ -57,7 +61,8 @@ class HFModel:
     @classmethod
     def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None,
                            torch_dtype: torch.dtype | str | None = None, trust_remote_code: bool = False,
-                           device_map: str | None = None, token: str | None = None, allow_bin: bool = False) -> Self:  # fmt: skip
+                           device_map: str | None = None, token: str | None = None, allow_bin: bool = False,
+                           ignore_keys: Collection[str] = ()) -> Self:  # fmt: skip
         """A bridge to a local folder or a hub model. Only config and tokenizer are fetched now, the weights when they are loaded.
 
         `revision` is a branch, tag or commit of the hub's repository; config, tokenizer and weights come from one commit. `dtype`
@@ -65,6 +70,8 @@ class HFModel:
         device, or the CPU where there is none), "cpu" or "cuda[:n]". Families convert by name, so code of the model never runs
         here; with `trust_remote_code` its *.py files are kept with the tokenizer and come back with every export, else they are
         not even fetched. `allow_bin` lets the weights be torch's pickled files (tensors only) where there are no others.
+        `ignore_keys` name keys of config.json that nothing reads, and whose values would be refused: the model computes the same
+        without them.
         Raises CheckpointError for what can't be reached or read, ConfigError for an architecture or a setting that isn't
         supported.
         """
@@ -80,30 +87,35 @@ class HFModel:
             dtype=one_dtype(dtype, torch_dtype),
             device_map=device,
             allow_bin=allow_bin,
+            ignore_keys=ignore_keys,
         )
 
     @classmethod
-    def from_hf_config(cls, config: Any, *, dtype: torch.dtype | str | None = None) -> Self:
+    def from_hf_config(cls, config: Any, *, dtype: torch.dtype | str | None = None, ignore_keys: Collection[str] = ()) -> Self:
         """A bridge from a transformers config object or a dict of its content. It has no weights and no tokenizer."""
         content = content_of(config)
         content["architectures"] = content.get("architectures") or [architecture_of(content)]
-        return cls(content, folder=None, dtype=dtype_named(dtype))
+        return cls(content, folder=None, dtype=dtype_named(dtype), ignore_keys=ignore_keys)
 
     @classmethod
     def from_auto_config(cls, megatron_path: str | Path, hf_model_id: str | Path | None = None, trust_remote_code: bool = False, *,
-                         revision: str | None = None, token: str | None = None) -> Self:  # fmt: skip
+                         revision: str | None = None, token: str | None = None,
+                         ignore_keys: Collection[str] = ()) -> Self:  # fmt: skip
         """A bridge to a native checkpoint, from the config, tokenizer and chat template that it carries.
 
         `hf_model_id` (a folder or hub id, at `revision`) is where they come from instead; a checkpoint that was not written by
-        megabridge needs it. Raises CheckpointError where neither has a config, ConfigError where both do and they contradict.
+        megabridge needs it. `ignore_keys` are from_hf_pretrained's. Raises CheckpointError where neither has a config, ConfigError
+        where both do and they contradict.
         """
         own = native.locate(Path(megatron_path)) / native.ASSETS
         if hf_model_id is None:
             if not own.is_dir():
                 raise CheckpointError(f"{own.parent} carries no config; give hf_model_id, the model that it has the shape of.")
-            made = cls(assets.read_config(own), folder=own, trust_remote_code=trust_remote_code)
+            made = cls(assets.read_config(own), folder=own, trust_remote_code=trust_remote_code, ignore_keys=ignore_keys)
         else:
-            made = cls.from_hf_pretrained(hf_model_id, revision=revision, token=token, trust_remote_code=trust_remote_code)
+            made = cls.from_hf_pretrained(
+                hf_model_id, revision=revision, token=token, trust_remote_code=trust_remote_code, ignore_keys=ignore_keys
+            )
             if own.is_dir():
                 made.check_same(assets.read_config(own), str(own))
         made.remember(own)
@@ -120,29 +132,31 @@ class HFModel:
         return sorted(all_families())
 
     @staticmethod
-    def supports(config: Any) -> bool:
+    def supports(config: Any, *, ignore_keys: Collection[str] = ()) -> bool:
         """Whether a config (object or dict) converts: its architecture is known and every setting can be represented."""
-        content = content_of(config)
         try:
+            content = content_of(config)
             family = family_for(content)
-            ModelProvider(family.native(content), family_name=family.architecture).finalize()
+            ModelProvider(family.native(content, ignore=ignore_keys), family_name=family.architecture).finalize()
+            _dtype_of(content)
         except ConfigError:
             return False
         return True
 
     @classmethod
-    def can_handle(cls, path: str | Path, trust_remote_code: bool = False) -> bool:
+    def can_handle(cls, path: str | Path, trust_remote_code: bool = False, *, ignore_keys: Collection[str] = ()) -> bool:
         """Whether the model at `path` converts; only its config.json is fetched.
 
         Raises CheckpointError when it can't be reached or is broken. `trust_remote_code` changes nothing in the answer: a model
         that only its own code can describe has no family.
         """
         del trust_remote_code
-        return cls.supports(assets.read_config(source.resolve(str(path), config_only=True, tokenizer=False)))
+        content = assets.read_config(source.resolve(str(path), config_only=True, tokenizer=False))
+        return cls.supports(content, ignore_keys=ignore_keys)
 
     def provider(self) -> ModelProvider:
         """A provider of this model that loads no weights; its settings can still be changed."""
-        made = ModelProvider(self.native, family_name=self.family.architecture)
+        made = ModelProvider(self.native, family_name=self.family.architecture, unread=self.unread)
         if self.dtype is not None:
             made.params_dtype = self.dtype
         one_call.follow_device_map(made, self.device_map)
@@ -152,8 +166,10 @@ class HFModel:
         """Raises ConfigError unless `config` describes the model of this bridge."""
         other = architecture_of(config)
         if other != self.family.architecture:
-            raise ConfigError(f"{what} is a {other}, this bridge converts {self.family.architecture}; give one of those.")
-        theirs = self.family.native(config)
+            raise ConfigError(
+                f"{what} is a {shown(other)[1:-1]}, this bridge converts {self.family.architecture}; give one of those."
+            )
+        theirs = self.family.native(config, ignore=self.ignore_keys)
         different = [
             f"{name}={theirs[name]!r}, here {value!r}"
             for name, value in self.native.items()
@@ -202,8 +218,17 @@ class HFModel:
 
 
 def content_of(config: Any) -> dict[str, Any]:
-    """A config object of transformers, or a dict, as the content of a config.json."""
-    content: dict[str, Any] = dict(config) if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
+    """A config object of transformers, or a dict, as the content of a config.json. Raises ConfigError for anything else."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    from transformers import PreTrainedConfig
+
+    if not isinstance(config, PreTrainedConfig):
+        raise ConfigError(f"a config must be a dict or a config object of transformers, not {shown(config)}.")
+    try:
+        content: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{type(config).__name__} can't be written as JSON: {error}; correct its settings.") from error
     return content
 
 
@@ -211,8 +236,8 @@ def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype that `dtype` is or names. Raises ConfigError."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ConfigError(f"dtype={shown(dtype)} must be one of {', '.join(DTYPES)}.")
     return DTYPES[dtype]
 
 
@@ -226,6 +251,7 @@ def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | 
 
 def _dtype_of(config: dict[str, Any]) -> torch.dtype | None:
     for key in assets.DTYPE_KEYS:
-        if config.get(key) is not None:
-            return dtype_named(str(config[key]).removeprefix("torch."))
+        given = config.get(key)
+        if given is not None:
+            return dtype_named(given.removeprefix("torch.") if isinstance(given, str) else given)
     return None

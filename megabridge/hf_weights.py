@@ -128,7 +128,9 @@ class HFWeights(HFModel):
         write = self.write_hf_assets
         if source_path is not None:
             with agreement.together("opening source_path"):
-                other = HFModel.from_hf_pretrained(source_path, token=self.token, trust_remote_code=self.trust_remote_code)
+                other = HFModel.from_hf_pretrained(
+                    source_path, token=self.token, trust_remote_code=self.trust_remote_code, ignore_keys=self.ignore_keys
+                )
                 self.check_same(other.config, f"source_path={str(source_path)!r}")
             write = other.write_hf_assets
         options = {"max_shard_size": max_shard_size, "verify": verify, "allow_nonfinite": allow_nonfinite, "writer": writer}

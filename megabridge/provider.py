@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ import megabridge.platform as platform
 from megabridge import provider_rules as rules
 from megabridge import targets
 from megabridge.errors import ConfigError, listed
+from megabridge.kinds import shown
 from megabridge.layers import weight_gradients
 from megabridge.layers.model import CausalLM
 from megabridge.layers.spec import final_norm, layer_spec, mtp_spec
@@ -51,14 +52,17 @@ class ModelProvider:
     """
 
     family_name: str
+    unread: tuple[str, ...]
+    """Keys of config.json that nothing reads: `describe` says them."""
     _given: dict[str, Any]
     _config: Any
     _pre_wrap_hooks: list[Hook]
     _post_wrap_hooks: list[Hook]
 
-    def __init__(self, native: Mapping[str, object], *, family_name: str) -> None:
+    def __init__(self, native: Mapping[str, object], *, family_name: str, unread: Sequence[str] = ()) -> None:
         own: dict[str, object] = {
             "family_name": family_name,
+            "unread": tuple(unread),
             "_given": {},
             "_config": None,
             "_pre_wrap_hooks": [],
@@ -149,7 +153,7 @@ class ModelProvider:
         return by_stage(counts, pp=pp)
 
     def describe(self) -> str:
-        """One line: layout, backend, dtype, and which layers each stage holds. Needs finalize()."""
+        """One line: layout, backend, dtype, which layers each stage holds, and keys that nothing reads. Needs finalize()."""
         config = self.config
         sizes = {
             "tp": config.tensor_model_parallel_size,
@@ -166,9 +170,10 @@ class ModelProvider:
         stages = " | ".join("+".join(map(str, stage)) for stage in self.split)
         dtype = str(config.params_dtype).removeprefix("torch.")
         padding = "" if self.padded_vocab_size == self.vocab_size else f" (padded to {self.padded_vocab_size})"
+        unread = f"; nothing reads config.json's {', '.join(map(shown, self.unread))}" if self.unread else ""
         return (
             f"{self.family_name}: {layout}, backend={self.resolved_backend}, {dtype}, vocabulary {self.vocab_size}"
-            f"{padding}, layers per stage {stages}"
+            f"{padding}, layers per stage {stages}{unread}"
         )
 
     def topology(self, world_size: int) -> Topology:

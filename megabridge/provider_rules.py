@@ -13,11 +13,12 @@ import torch.nn.functional as F
 
 import megabridge.platform as platform
 from megabridge import style
+from megabridge.checks import divisors
 from megabridge.errors import ConfigError
 from megabridge.layers.latent import rotary_scale
 from megabridge.layers.spec import BACKENDS
 from megabridge.layers.split import deal_layers, layout_of
-from megabridge.rope import rope_problems
+from megabridge.rope import rope_problems, width_problems
 
 from megatron.core.activations import squared_relu
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -161,10 +162,8 @@ def problems_of(get: Callable[[str], Any]) -> list[str]:
 
 
 def _divisors(number: int, limit: int = 8) -> str:
-    found = [str(size) for size in range(1, number + 1) if number % size == 0]
-    if len(found) > limit:
-        found = [*found[: limit - 1], "..."]
-    return ", ".join(found)
+    found = [str(size) for size in divisors(number)]
+    return ", ".join(found if len(found) <= limit else [*found[: limit - 1], "..."])
 
 
 def _head_problems(get: Callable[[str], Any]) -> list[str]:
@@ -223,6 +222,12 @@ def _expert_problems(get: Callable[[str], Any]) -> list[str]:
     topk = get("moe_router_topk")
     if not isinstance(topk, int) or not 0 < topk <= experts:
         problems.append(f"moe_router_topk={topk!r} must be a number from 1 to num_moe_experts={experts}; set it.")
+    groups, best = get("moe_router_num_groups"), get("moe_router_group_topk")
+    if groups and not problems and (experts % groups or not best or not topk <= best * experts // groups <= experts):
+        problems.append(
+            f"moe_router_num_groups={groups} must divide num_moe_experts={experts}, and moe_router_group_topk={best} of them hold "
+            f"moe_router_topk={topk} experts; set them so."
+        )
     if experts % ep:
         problems.append(f"expert_model_parallel_size={ep} must divide num_moe_experts={experts}; use one of {_divisors(experts)}.")
     width = get("moe_ffn_hidden_size") or get("ffn_hidden_size")
@@ -275,7 +280,7 @@ def follows_megatron(get: Callable[[str], Any]) -> bool:
 def _layer_problems(get: Callable[[str], Any]) -> list[str]:
     """Settings that the chosen backend, or no backend, can represent."""
     mtp, published = get("mtp_num_layers") or 0, get("hf_mtp_layers")
-    problems = [*_named_problems(get), *(rope_problems(get("rope")) if get("rope") is not None else [])]
+    problems = [*_named_problems(get), *_rope_problems(get)]
     bias, mlp = get("add_bias_linear"), get("add_mlp_bias")
     if bias is not None and bias != mlp:
         problems.append(
@@ -306,6 +311,15 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
     if backend != "te" and get("context_parallel_size") > 1:
         problems.append(f"context_parallel_size={get('context_parallel_size')} needs backend=te, not {backend}; set it to 1.")
     return problems
+
+
+def _rope_problems(get: Callable[[str], Any]) -> list[str]:
+    channels = get("kv_channels") or get("hidden_size") / get("num_attention_heads")
+    width = get("qk_pos_emb_head_dim") if get("multi_latent_attention") else int(channels * get("rotary_percent"))
+    ropes = [rope for rope in (get("rope"), get("local_rope")) if rope is not None]
+    problems = [problem for rope in ropes for problem in rope_problems(rope)]
+    is_whole = channels == int(channels)  # else there is a problem with that
+    return problems or [problem for rope in ropes if is_whole for problem in width_problems(rope, width)]
 
 
 def _named_problems(get: Callable[[str], Any]) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megabridge import AutoBridge
+from megabridge.checkpoint.assets import end_tokens
 from megabridge.errors import MegabridgeError
 from megabridge.layers.logits import gather_logits
 from megabridge.platform import groups
@@ -29,10 +30,12 @@ def main() -> None:
     bridge = AutoBridge.from_hf_pretrained(
         arguments.hf_model_path, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
     )
+    assert bridge.folder is not None  # it is from a folder or the hub
     model = bridge.to_megatron_model(tp=arguments.tp, pp=pp)
     tokenizer = AutoTokenizer.from_pretrained(bridge.folder, trust_remote_code=arguments.trust_remote_code)
     tokens = tokenizer(arguments.prompt, return_tensors="pt")["input_ids"]
-    text = tokenizer.decode(generate(model, tokens, arguments.max_new_tokens, ends=end_tokens(bridge, tokenizer))[0])
+    ends = end_tokens(bridge.folder, bridge.config)
+    text = tokenizer.decode(generate(model, tokens, arguments.max_new_tokens, ends=ends)[0])
     if torch.distributed.get_rank() == 0:
         print(text)
     groups.stop()
@@ -46,17 +49,6 @@ def generate(model: list[torch.nn.Module], tokens: torch.Tensor, new_tokens: int
         if int(chosen) in ends:
             break
     return tokens
-
-
-def end_tokens(bridge: AutoBridge, tokenizer: object) -> set[int]:
-    """The tokens that end a text: the generation config's, else the config's, as in transformers."""
-    from transformers import GenerationConfig
-
-    assert bridge.folder is not None
-    named = bridge.config.get("eos_token_id")
-    if (bridge.folder / "generation_config.json").is_file():
-        named = GenerationConfig.from_pretrained(bridge.folder).eos_token_id
-    return {named} if isinstance(named, int) else set(named or ())
 
 
 def parsed() -> argparse.Namespace:

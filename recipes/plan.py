@@ -26,7 +26,11 @@ def main(config: Config) -> None:
     """One process calls it, without process groups. Leaves plan.json in the run directory."""
     config.model.load_weights = False
     hf = config.model.hf
-    bridge = AutoBridge.from_hf_config(hf, dtype=config.model.dtype) if hf else assemble.bridge(config)
+    bridge = (
+        AutoBridge.from_hf_config(hf, dtype=config.model.dtype, ignore_keys=config.model.ignore_keys)
+        if hf
+        else assemble.bridge(config)
+    )
     provider = assemble.provider(config, bridge)
     with Reporter(config, assemble.loggers(config)) as report:
         report.say(provider.describe())

@@ -29,7 +29,7 @@ EXPECTED = {
 def test_every_name_without_set_up(ranks: RankServer, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     ranks.run("tests.cases.models:write_model", kwargs={"folder": tmp_path / "source", "config": TINY})
-    config = {**TINY, "_target_": "os.system", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    config = {**TINY, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     (tmp_path / "source" / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
     kwargs = {"source": str(tmp_path / "source"), "out": str(tmp_path / "out")}

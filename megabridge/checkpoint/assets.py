@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from megabridge.checkpoint.safetensors import parse_json
-from megabridge.errors import CheckpointError
+from megabridge.errors import CheckpointError, ConfigError
+from megabridge.families.unread import TOKENS
 
 CONFIG: Final = "config.json"
 ADAPTER: Final = "adapter_config.json"
 """PEFT's, of a folder with adapters alone."""
+GENERATION: Final = "generation_config.json"
 # Name patterns of files that belong to a model. Code (*.py) and weights are never among them.
 PATTERNS: Final = (
-    "generation_config.json",
+    GENERATION,
     "tokenizer*.json",
     "tokenizer.model*",
     "special_tokens_map.json",
@@ -33,6 +35,7 @@ PATTERNS: Final = (
 CODE: Final = ("*.py",)
 """Code that came with a model: kept beside the rest only where the user trusts it. Nothing here runs it."""
 DTYPE_KEYS: Final = ("dtype", "torch_dtype")
+_LARGEST: Final = 2**26
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -42,12 +45,31 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_object(path: Path, *, otherwise: str) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError, with what to do `otherwise` where there is no such file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} must hold {path.name}; {otherwise}.")
-    content = parse_json(path.read_bytes(), str(path))
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path.parent} must hold {path.name}; {otherwise}.")
+        if (size := path.stat().st_size) > _LARGEST:
+            raise CheckpointError(f"{path} must have at most {_LARGEST} bytes; it has {size}: fetch it again.")
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}; see to its permissions and its disk.") from error
+    content = parse_json(text, str(path))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must be a JSON object, not {type(content).__name__}; fetch it again.")
     return content
+
+
+def end_tokens(folder: Path, config: Mapping[str, Any]) -> set[int]:
+    """The tokens that end a text: generation_config.json's where the folder has one, else the config's, as in transformers.
+
+    Raises CheckpointError for a file that can't be read, ConfigError for tokens that are none.
+    """
+    has_own = (folder / GENERATION).is_file()
+    content = read_object(folder / GENERATION, otherwise="fetch it again") if has_own else config
+    if (problem := TOKENS.problem(content, "eos_token_id")) is not None:
+        raise ConfigError(f"{GENERATION if has_own else CONFIG}: {problem}")
+    named = content.get("eos_token_id")
+    return {named} if isinstance(named, int) else set(named or ())
 
 
 def copy_assets(source: Path, target: Path, *, code: bool = False) -> list[str]:

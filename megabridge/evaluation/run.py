@@ -17,6 +17,7 @@ from megabridge.data.text import load_tokenizer
 from megabridge.errors import ConfigError
 from megabridge.evaluation import harness, measures, scoring
 from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity, Task, specs
+from megabridge.families.ranges import POSITIONS
 
 FILE: Final = "evaluation.json"
 TABLE: Final = "generations"
@@ -103,7 +104,7 @@ def longest(folder: Path, tokenizer: Any) -> int:
     """Tokens that the model takes at once: as its config says, else its tokenizer."""
     config = assets.read_config(folder)
     for key in _POSITIONS:
-        if isinstance(config.get(key), int):
+        if POSITIONS.allows(config.get(key)):
             return int(config[key])
     return int(tokenizer.model_max_length) if tokenizer.model_max_length < 10**9 else _LONGEST
 

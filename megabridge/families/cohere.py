@@ -6,9 +6,10 @@ Attention stands beside the MLP.
 from dataclasses import replace
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, Fixed
+from megabridge.families.fields import Choice, Field, Fixed, Repeats, Unread, given
 from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, biases, embeddings, gated_mlp, pre_norms, qk_norms, sizes
 from megabridge.families.positions import Rope, Windows, every
+from megabridge.families.ranges import STEP
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -42,8 +43,15 @@ COHERE2 = replace(
     model_type="cohere2",
     fields=(
         *SHARED,
-        Windows(every("sliding_window_pattern", 4), default=4096, nope_elsewhere=True, pattern_keys=("sliding_window_pattern",)),
+        Windows(every("sliding_window_pattern", 4), default=4096, nope_elsewhere="always",
+                pattern_keys=("sliding_window_pattern",), pattern=STEP),
         Rope(),
+        Repeats("layer_switch",                    lambda hf: given(hf, "sliding_window_pattern", 4)),
+        Repeats("order_of_interleaved_layers",     "local_attn_first"),
+        Repeats("position_embedding_type",         "rope_gptj"),
+        Repeats("rotary_pct",                      1.0),
+        *(Repeats(f"use_{name}", True) for name in ("embedding_sharing", "gated_activation", "parallel_block")),
+        Unread("use_parallel_embedding"),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), gated_mlp())),
     tiny={**{k: v for k, v in COHERE.tiny.items() if k != "use_qk_norm"}, "sliding_window": 12, "head_dim": 8,

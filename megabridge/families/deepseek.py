@@ -19,6 +19,7 @@ from megabridge.families.mixtures import (
     mixture,
     mtp_layers,
     router,
+    routing_notes,
     shared_expert,
     sigmoid_router,
 )
@@ -57,6 +58,7 @@ V2 = Family(
         SharedExperts(default=2, width=("moe_intermediate_size", 1407)),
         Only("norm_topk_prob",                     (False,)),
         Only("mlp_bias",                           (False,)),
+        *routing_notes("softmax"),
         *SHARED,
     ),
     weights=WeightMap(embeddings(), block(*LAYER, _layer(router()))),
@@ -74,6 +76,7 @@ V3 = Family(
         MtpLayers(default=1),
         SharedExperts(width=("moe_intermediate_size", 2048)),
         Only("rope_interleave",                    (True,)),
+        *routing_notes("sigmoid", "noaux_tc"),
         *SHARED,
     ),
     weights=WeightMap(embeddings(), block(*LAYER, V3_LAYER), mtp_layers(V3_LAYER), copies=MTP_COPIES),

@@ -2,7 +2,16 @@
 
 from megabridge.families.family import Family
 from megabridge.families.fields import Fixed, Json
-from megabridge.families.mixtures import DenseFirst, SharedExperts, experts, mixture, router, shared_expert, sigmoid_router
+from megabridge.families.mixtures import (
+    DenseFirst,
+    SharedExperts,
+    experts,
+    mixture,
+    router,
+    routing_notes,
+    shared_expert,
+    sigmoid_router,
+)
 from megabridge.families.parts import (
     GATED_SILU,
     LAYER,
@@ -17,6 +26,7 @@ from megabridge.families.parts import (
     sizes,
 )
 from megabridge.families.positions import Rope, Windows
+from megabridge.families.ranges import COUNT
 from megabridge.mapping import WeightMap, block
 
 
@@ -38,9 +48,10 @@ FAMILY = Family(
         *sigmoid_router(normalize=False),
         DenseFirst(),
         SharedExperts(default=0, width=("moe_intermediate_size", 1408)),
-        Windows(_is_windowed, default=4096, pattern_keys=("max_window_layers",)),
+        Windows(_is_windowed, default=4096, pattern_keys=("max_window_layers",), pattern=COUNT),
         Rope(),
         UNTIED,
+        *routing_notes("sigmoid", "noaux_tc"),
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), attention(), qk_norms(), gated_mlp(), router(bias="mlp.gate.e_score_correction_bias"), experts(),

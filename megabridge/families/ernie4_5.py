@@ -1,7 +1,7 @@
 """Ernie4_5ForCausalLM: ERNIE 4.5, dense (transformers models/ernie4_5/modeling_ernie4_5.py)."""
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Fixed
+from megabridge.families.fields import Fixed, Repeats
 from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
 from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
@@ -18,6 +18,7 @@ FAMILY = Family(
         Fixed("rotary_interleaved",                True),
         Rope(theta=5e5),
         TIED,
+        Repeats("compression_ratio",               1.0),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), gated_mlp())),
     tiny={

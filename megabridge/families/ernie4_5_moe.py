@@ -1,14 +1,17 @@
 """Ernie4_5_MoeForCausalLM: ERNIE 4.5 21B-A3B, 300B-A47B (transformers models/ernie4_5_moe): softmax scores with a bias."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megabridge.errors import ConfigError
 from megabridge.families.family import Family
-from megabridge.families.fields import Field, Fixed, Json, Only
+from megabridge.families.fields import Field, Fixed, Json, Only, Repeats, Unread
 from megabridge.families.mixtures import MtpLayers, SharedExperts, experts, mixture, router, shared_expert
 from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, embeddings, gated_mlp, pre_norms, rms, sizes
 from megabridge.families.positions import Rope
+from megabridge.families.ranges import COUNT, STEP
+from megabridge.kinds import Kind, whole
 from megabridge.mapping import Single, WeightMap, block, weight
 
 
@@ -16,8 +19,8 @@ from megabridge.mapping import Single, WeightMap, block, weight
 class MixtureRange:
     """Mixtures are each n-th layer between two. Native: moe_layer_freq, 1 for a mixture."""
 
-    def keys(self) -> frozenset[str]:
-        return frozenset(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"))
+    def keys(self) -> Mapping[str, Kind]:
+        return {"moe_layer_start_index": COUNT, "moe_layer_end_index": whole(-1, 16384), "moe_layer_interval": STEP}
 
     def read(self, hf: Json) -> dict[str, Any]:
         layers, step = hf.get("num_hidden_layers", 0), hf.get("moe_layer_interval", 1)
@@ -27,7 +30,7 @@ class MixtureRange:
 
     def write(self, native: Json) -> dict[str, Any]:
         pattern = native["moe_layer_freq"]
-        mixed = [layer for layer, flag in enumerate(pattern) if flag]
+        mixed = [layer for layer, flag in enumerate(pattern) if flag] or [len(pattern)]
         step = mixed[1] - mixed[0] if len(mixed) > 1 else 1
         out = {"moe_layer_start_index": mixed[0], "moe_layer_end_index": mixed[-1], "moe_layer_interval": step}
         if self.read({"num_hidden_layers": len(pattern), **out})["moe_layer_freq"] != pattern:
@@ -56,6 +59,10 @@ FAMILY = Family(
         Fixed("rotary_interleaved",                True),
         Rope(theta=5e5),
         TIED,
+        Repeats("moe_gate",                        "topk", "topk_fused"),
+        Repeats("moe_gate_act",                    "softmax"),
+        Repeats("moe_use_aux_free",                True),
+        Unread("moe_capacity"),  # of experts in training
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), attention(), gated_mlp(), router(), experts(), shared_expert("mlp.shared_experts"),

@@ -3,17 +3,23 @@
 from megabridge.families.family import Family
 from megabridge.families.fields import Fixed, Json
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, post_norms, qk_norms, rms, sizes
-from megabridge.families.positions import Rope, Windows
+from megabridge.families.positions import PERIOD, Rope, Windows
+from megabridge.kinds import Kind
 from megabridge.mapping import WeightMap, block
 
+PATTERN = PERIOD.or_a(Kind("a text of L and G", lambda value: isinstance(value, str) and bool(value) and set(value) <= {*"LG"}))
 
-def is_windowed(hf: Json, layer: int) -> bool:
+
+def _is_windowed(hf: Json, layer: int) -> bool:
     pattern = hf.get("sliding_window_pattern", 4)
     if isinstance(pattern, str):  # LLLG: L has a window; the last layer never has
         return pattern[layer % len(pattern)] == "L" and layer < hf["num_hidden_layers"] - 1
     return bool(pattern) and bool((layer + 1) % pattern)
 
 
+WINDOWS = Windows(
+    _is_windowed, default=4096, nope_elsewhere="with windows", pattern_keys=("sliding_window_pattern",), pattern=PATTERN
+)
 # fmt: off
 FAMILY = Family(
     architecture="Exaone4ForCausalLM",
@@ -25,7 +31,7 @@ FAMILY = Family(
         Fixed("pre_norm",                          False),
         Fixed("post_norm",                         True),
         Fixed("qk_norm",                           "head"),
-        Windows(is_windowed, default=4096, nope_elsewhere=True, pattern_keys=("sliding_window_pattern",)),
+        WINDOWS,
         Rope(),
         UNTIED,
     ),

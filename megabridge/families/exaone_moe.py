@@ -1,8 +1,8 @@
 """ExaoneMoeForCausalLM: K-EXAONE (transformers models/exaone_moe): layers without a window have no rotary embedding."""
 
-from megabridge.families.exaone4 import is_windowed
+from megabridge.families.exaone4 import WINDOWS
 from megabridge.families.family import Family
-from megabridge.families.fields import Fixed
+from megabridge.families.fields import Fixed, Repeats
 from megabridge.families.mixtures import (
     LayerTypes,
     MtpLayers,
@@ -10,13 +10,15 @@ from megabridge.families.mixtures import (
     experts,
     mixture,
     router,
+    routing_notes,
     shared_expert,
     sigmoid_router,
 )
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, qk_norms, rms, sizes
-from megabridge.families.positions import Rope, Windows
+from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
 
+DENSE = LayerTypes(dense_first=1, count="first_k_dense_replace")
 # fmt: off
 FAMILY = Family(
     architecture="ExaoneMoeForCausalLM",
@@ -28,12 +30,14 @@ FAMILY = Family(
         Fixed("qk_norm",                           "head"),
         *mixture(aux=None, defaults=(64, 8, 1024)),
         *sigmoid_router(scale=2.5),
-        LayerTypes(dense_first=1, count="first_k_dense_replace"),
+        DENSE,
         MtpLayers(),
         SharedExperts("num_shared_experts", width=("moe_intermediate_size", 1024)),
-        Windows(is_windowed, default=4096, nope_elsewhere=True, pattern_keys=("sliding_window_pattern",)),
+        WINDOWS,
         Rope(),
         UNTIED,
+        *routing_notes("sigmoid", "noaux_tc"),
+        Repeats("is_moe_layer",                    lambda hf: [bool(mixed) for mixed in DENSE.read(hf)["moe_layer_freq"]]),
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), attention(), qk_norms(), gated_mlp(), router(bias="mlp.e_score_correction_bias"), experts(),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from megabridge.errors import ConfigError, listed
-from megabridge.families.fields import COMPUTING, INERT, FieldLike, Json
+from megabridge.families import unread
+from megabridge.families.fields import FieldLike, Json
 from megabridge.families.quantization import quantization_of
+from megabridge.families.ranges import RANGES
+from megabridge.kinds import OBJECT, Kind, is_deep, shown
 from megabridge.mapping import Dims, WeightMap
 
 
@@ -53,26 +57,67 @@ class Family:
     other_names: tuple[str, ...] = ()
     parameters: Parameters | None = None
 
-    def native(self, hf: Json) -> dict[str, Any]:
-        """The native config of a config.json. Raises one ConfigError with every key that can't be represented."""
+    def native(self, hf: Json, *, ignore: Collection[str] = ()) -> dict[str, Any]:
+        """The native config of a config.json. Raises one ConfigError with everything that can't be represented.
+
+        Values are checked before anything is computed with them; a field whose keys are unfit is left out then. `ignore` names keys
+        that no field reads and that would be refused.
+        """
+        if not OBJECT.allows(hf):
+            raise ConfigError(f"a config.json must be an object, not {shown(hf)}.")
         native: dict[str, Any] = {}
-        problems: list[str] = []
-        known = INERT.union(*(field.keys() for field in self.fields))
+        problems, unfit = self._unfit(hf)
+        sound = _Sound(hf, unfit)
         for field in self.fields:
             try:
-                native |= field.read(hf)
+                native |= field.read(sound)
+            except _UnfitKey:
+                continue  # its problem is among the others
             except ConfigError as error:
                 problems.append(str(error))
-        for key in sorted(hf.keys() - known):
-            if key in COMPUTING and hf[key]:
-                problems.append(f"{key}={hf[key]!r} can't be represented; unset it or use an architecture that has it.")
+        problems += [
+            f"{name}={shown(native[name])}, which follows from config.json, must be {kind.says}; correct what it follows from."
+            for name, kind in RANGES.items()
+            if native.get(name) is not None and not kind.allows(native[name])
+        ]
         try:
-            quantization_of(hf)  # `native` describes the model, whatever its weights are stored as; but they must be readable
+            if "quantization_config" not in unfit:
+                quantization_of(hf)  # `native` describes the model, whatever its weights are stored as; but they must be readable
         except ConfigError as error:
             problems.append(str(error))
+        problems += self._refused(hf, ignore)
         if problems:
-            raise ConfigError(f"{self.architecture}: " + listed(problems))
+            raise ConfigError(f"{self.architecture}: " + listed(list(dict.fromkeys(problems))))
         return native
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """The keys of config.json that the fields account for, and those that every architecture may have."""
+        return frozenset(key for key, _ in self._kinds)
+
+    @cached_property
+    def _kinds(self) -> tuple[tuple[str, Kind], ...]:
+        """What every key that is accounted for may hold; one that several fields read stands there for each."""
+        own = [(key, kind) for field in self.fields for key, kind in field.keys().items()]
+        return (*own, *((key, kind) for key, kind in unread.COMMON.items() if key not in dict(own)))
+
+    def unread(self, hf: Json) -> list[str]:
+        """The keys of a config.json that nothing reads and that aren't known to be harmless, whatever they hold."""
+        return unread.unread(hf, self.keys)
+
+    def _unfit(self, hf: Json) -> tuple[list[str], set[str]]:
+        """What is wrong with single values, and the keys that have them."""
+        problems = {key: f"{shown(key)} is nested too deeply; remove it." for key in hf if is_deep(hf[key])}
+        for key, kind in self._kinds:
+            if key not in problems and (problem := kind.problem(hf, key)) is not None:
+                problems[key] = problem
+        return list(problems.values()), set(problems)
+
+    def _refused(self, hf: Json, ignore: Collection[str]) -> list[str]:
+        ignore = {ignore} if isinstance(ignore, str) else set(ignore)
+        if read := sorted(self.keys.intersection(ignore)):
+            return [f"ignore_keys={', '.join(read)} must name keys that nothing reads; remove them from it."]
+        return unread.refused(hf, [key for key in self.unread(hf) if key not in ignore], self.model_type)
 
     def hf(self, native: Json) -> dict[str, Any]:
         """A config.json equal in meaning to a native config."""
@@ -88,3 +133,25 @@ class Family:
 
     def is_ignored(self, hf_name: str) -> bool:
         return any(fnmatchcase(hf_name, pattern) for pattern in self.ignored)
+
+
+class _UnfitKey(Exception):
+    """A field asked for a key whose value is unfit."""
+
+
+class _Sound(Mapping[str, Any]):
+    """A config.json of which unfit values can't be read."""
+
+    def __init__(self, hf: Json, unfit: Collection[str]) -> None:
+        self._hf, self._unfit = hf, unfit
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._unfit:
+            raise _UnfitKey(key)
+        return self._hf[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hf)
+
+    def __len__(self) -> int:
+        return len(self._hf)

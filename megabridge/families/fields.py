@@ -11,37 +11,22 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from megabridge.errors import ConfigError
+from megabridge.families.ranges import POSITIVE, range_of
+from megabridge.kinds import ANYTHING, Kind, list_of, one_of, same, shown
 
 Json = Mapping[str, Any]
 REQUIRED: Final = object()
-
-# Keys that say nothing about what the model computes.
-INERT: Final = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
-    "_name_or_path initializer_range attention_dropout hidden_dropout pretraining_tp auto_map "
-    "residual_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout classifier_dropout "
-    "quantization_config".split()  # how weights are stored: quantization.py
-)
-# Keys that change what some architecture of transformers computes: a family that doesn't declare one refuses it when set.
-COMPUTING: Final = frozenset(
-    "sliding_window layer_types attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar logits_scaling "
-    "logit_scale embedding_multiplier residual_multiplier attention_multiplier qk_norm use_qk_norm qk_layernorm "
-    "num_experts num_local_experts n_routed_experts no_rope_layers no_rope_layer_interval "
-    "clip_qkv parallel_attn use_parallel_residual partial_rotary_factor rotary_pct num_nextn_predict_layers "
-    "kv_lora_rank q_lora_rank attention_chunk_size attn_temperature_tuning embedding_size add_cross_attention "
-    "rope_local_base_freq swiglu_limit mup_width_multiplier".split()
-)
 
 
 class FieldLike(Protocol):
     """One fact of a config, readable from either side."""
 
-    def keys(self) -> frozenset[str]:
-        """The Hugging Face keys that it accounts for."""
+    def keys(self) -> Mapping[str, Kind]:
+        """The Hugging Face keys that it accounts for, and what they may hold."""
         ...
 
     def read(self, hf: Json) -> dict[str, Any]:
-        """Native settings from a config.json. Raises ConfigError naming key and value."""
+        """Native settings from a config.json, whose values are of the kinds that all fields say. Raises ConfigError."""
         ...
 
     def write(self, native: Json) -> dict[str, Any]:
@@ -51,25 +36,34 @@ class FieldLike(Protocol):
 
 @dataclass(frozen=True)
 class Field:
-    """`native` equals `hf`. Where the key is absent or null, `default` is a value or a function of the config."""
+    """`native` equals `hf`. Where the key is absent or null, `default` is a value or a function of the config.
+
+    What it may hold follows from the native setting, unless `kind` says it.
+    """
 
     native: str
     hf: str
     default: Any = REQUIRED
+    kind: Kind | None = None
 
-    def keys(self) -> frozenset[str]:
-        return frozenset((self.hf,))
+    def keys(self) -> Mapping[str, Kind]:
+        kind = self.kind or range_of(self.native)
+        return {self.hf: kind.needed() if self.default is REQUIRED else kind.or_null()}
 
     def read(self, hf: Json) -> dict[str, Any]:
         value = hf.get(self.hf)
         if value is None:
-            if self.default is REQUIRED:
-                raise ConfigError(f"config.json must have {self.hf!r}; add it to the model's config.json or model.hf.")
             value = self.default(hf) if isinstance(self.default, Callable) else self.default  # type: ignore[arg-type]
         return {self.native: value}
 
     def write(self, native: Json) -> dict[str, Any]:
         return {self.hf: native[self.native]}
+
+
+def given(hf: Json, key: str, default: Any) -> Any:
+    """What a key says, or `default` where it is absent or null."""
+    value = hf.get(key)
+    return default if value is None else value
 
 
 def unless_null(key: str, default: Any) -> Callable[[Json], Any]:
@@ -84,8 +78,8 @@ class Fixed:
     native: str
     value: Any
 
-    def keys(self) -> frozenset[str]:
-        return frozenset()
+    def keys(self) -> Mapping[str, Kind]:
+        return {}
 
     def read(self, hf: Json) -> dict[str, Any]:
         return {self.native: self.value}
@@ -107,16 +101,12 @@ class Choice:
     hf: str
     pairs: tuple[tuple[Any, Any], ...]
 
-    def keys(self) -> frozenset[str]:
-        return frozenset((self.hf,))
+    def keys(self) -> Mapping[str, Kind]:
+        return {self.hf: one_of(*(theirs for theirs, _ in self.pairs))}
 
     def read(self, hf: Json) -> dict[str, Any]:
         value = hf.get(self.hf, self.pairs[0][0])
-        for theirs, ours in self.pairs:
-            if theirs == value:
-                return {self.native: ours}
-        known = ", ".join(repr(theirs) for theirs, _ in self.pairs)
-        raise ConfigError(f"{self.hf}={value!r} is not supported for this architecture; supported: {known}.")
+        return {self.native: next(ours for theirs, ours in self.pairs if same(theirs, value))}
 
     def write(self, native: Json) -> dict[str, Any]:
         for theirs, ours in self.pairs:
@@ -132,8 +122,8 @@ class Follows:
     native: str
     value: Callable[[Json], Any]
 
-    def keys(self) -> frozenset[str]:
-        return frozenset()
+    def keys(self) -> Mapping[str, Kind]:
+        return {}
 
     def read(self, hf: Json) -> dict[str, Any]:
         return {self.native: self.value(hf)}
@@ -144,16 +134,20 @@ class Follows:
 
 @dataclass(frozen=True)
 class Converted:
-    """`native` is `forth(hf)`, and `hf` is `back(native)`. Where the key is absent or null, `default` is Hugging Face's value."""
+    """`native` is `forth(hf)`, and `hf` is `back(native)`. Where the key is absent or null, `default` is Hugging Face's value.
+
+    `kind` is what the key may hold: whatever `forth` takes.
+    """
 
     native: str
     hf: str
     forth: Callable[[Any], Any]
     back: Callable[[Any], Any]
     default: Any = REQUIRED
+    kind: Kind = POSITIVE
 
-    def keys(self) -> frozenset[str]:
-        return frozenset((self.hf,))
+    def keys(self) -> Mapping[str, Kind]:
+        return Field(self.hf, self.hf, self.default, self.kind).keys()
 
     def read(self, hf: Json) -> dict[str, Any]:
         value = Field(self.hf, self.hf, self.default).read(hf)[self.hf]
@@ -170,12 +164,17 @@ class Either:
     field: Field
     other: str
 
-    def keys(self) -> frozenset[str]:
-        return self.field.keys() | {self.other}
+    def keys(self) -> Mapping[str, Kind]:
+        kind = self.field.kind or range_of(self.field.native)
+        return {self.field.hf: kind.or_null(), self.other: kind.or_null()}
 
     def read(self, hf: Json) -> dict[str, Any]:
-        value = hf.get(self.field.hf)
-        return self.field.read({**hf, self.field.hf: hf.get(self.other) if value is None else value})
+        given = {key: hf.get(key) for key in (self.field.hf, self.other) if hf.get(key) is not None}
+        if not given and self.field.default is REQUIRED:
+            raise ConfigError(f"config.json must have {self.field.hf!r} or {self.other!r}; add it.")
+        if len(given) == 2 and not same(*given.values()):
+            raise ConfigError(f"{listing(given)} contradict each other: they are two names for one thing; remove one.")
+        return {self.field.native: next(iter(given.values()))} if given else self.field.read(hf)
 
     def write(self, native: Json) -> dict[str, Any]:
         return self.field.write(native)
@@ -187,16 +186,18 @@ class PerLayer:
 
     field: Field
 
-    def keys(self) -> frozenset[str]:
-        return self.field.keys()
+    def keys(self) -> Mapping[str, Kind]:
+        return {key: kind.or_a(list_of(range_of(self.field.native))) for key, kind in self.field.keys().items()}
 
     def read(self, hf: Json) -> dict[str, Any]:
         value = hf.get(self.field.hf)
-        if isinstance(value, list):
-            if len(set(value)) != 1:
-                raise ConfigError(f"{self.field.hf}={value!r} can't be represented: all layers must have the same.")
-            value = value[0]
-        return self.field.read({**hf, self.field.hf: value})
+        if isinstance(value, list | tuple):
+            if len(set(value)) != 1 or len(value) != hf.get("num_hidden_layers"):
+                raise ConfigError(
+                    f"{self.field.hf}={shown(value)} can't be represented: all layers must have the same, and an entry each."
+                )
+            return self.field.read({self.field.hf: value[0]})
+        return self.field.read(hf)
 
     def write(self, native: Json) -> dict[str, Any]:
         return self.field.write(native)
@@ -209,14 +210,61 @@ class Only:
     hf: str
     values: tuple[Any, ...]
 
-    def keys(self) -> frozenset[str]:
-        return frozenset((self.hf,))
+    def keys(self) -> Mapping[str, Kind]:
+        return {self.hf: one_of(*self.values)}
 
     def read(self, hf: Json) -> dict[str, Any]:
-        value = hf.get(self.hf, self.values[0])
-        if value not in self.values:
-            raise ConfigError(f"{self.hf}={value!r} can't be represented; supported: {', '.join(map(repr, self.values))}.")
         return {}
 
     def write(self, native: Json) -> dict[str, Any]:
         return {self.hf: self.values[0]}
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """A key of published files that says once more what is so anyway: always, or as a function of the config has it from others.
+
+    It may say nothing else, and is never written.
+    """
+
+    hf: str
+    values: tuple[Any, ...]
+
+    def __init__(self, hf: str, *values: Any) -> None:
+        object.__setattr__(self, "hf", hf)
+        object.__setattr__(self, "values", values)
+
+    def keys(self) -> Mapping[str, Kind]:
+        return {self.hf: ANYTHING}
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        value = hf.get(self.hf)
+        expected = [each(hf) if isinstance(each, Callable) else each for each in self.values]  # type: ignore[arg-type]
+        if value is not None and not any(same(value, each) for each in expected):
+            said = " or ".join(map(shown, expected))
+            raise ConfigError(f"{self.hf}={shown(value)} can't be represented: it must be {said}, as it is anyway; remove it.")
+        return {}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return {}
+
+
+class Unread:
+    """Keys that published files have and that change nothing: neither transformers' model nor megabridge's reads them."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def keys(self) -> Mapping[str, Kind]:
+        return dict.fromkeys(self.names, ANYTHING)
+
+    def read(self, hf: Json) -> dict[str, Any]:
+        return {}
+
+    def write(self, native: Json) -> dict[str, Any]:
+        return {}
+
+
+def listing(settings: Mapping[str, Any]) -> str:
+    """Settings in a message: a=1 and b=2."""
+    return " and ".join(f"{key}={shown(value)}" for key, value in settings.items())

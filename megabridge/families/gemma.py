@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Converted, Field, Fixed, Follows, Only, unless_null
+from megabridge.families.fields import Choice, Converted, Field, Fixed, Follows, Only, Repeats, unless_null
 from megabridge.families.parts import (
     LAYER,
     TIED,
@@ -60,6 +60,7 @@ def _scalar(scale: float) -> int | float:
 SECOND: tuple[Any, ...] = (
     *SHARED,
     Choice("activation_func",                      "hidden_activation",   TANH_GELU),
+    Repeats("hidden_act",                          "gelu_pytorch_tanh", "gelu"),
     Fixed("post_norm",                             True),
     Converted("softmax_scale",                     "query_pre_attn_scalar", lambda value: value**-0.5, _scalar, 256),
 )
@@ -75,6 +76,7 @@ GEMMA2 = replace(
         Field("logits_softcap",                    "final_logit_softcapping", unless_null("final_logit_softcapping", 30.0)),
         Windows(every(2), default=4096),
         Rope(),
+        Repeats("sliding_window_size",             lambda hf: hf.get("sliding_window", 4096)),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, *SANDWICH)),
     tiny={**{k: v for k, v in GEMMA.tiny.items() if k != "hidden_act"}, "hidden_activation": "gelu_pytorch_tanh",

@@ -12,6 +12,7 @@ from megabridge.families.mixtures import (
     mixture,
     mtp_layers,
     router,
+    routing_notes,
     shared_expert,
     sigmoid_router,
 )
@@ -52,6 +53,7 @@ FAMILY = Family(
         SharedExperts(width=("moe_intermediate_size", 1408)),
         Rope(partial=0.5),
         UNTIED,
+        *routing_notes("sigmoid", "noaux_tc"),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, RULES), mtp_layers(RULES), copies=MTP_COPIES),
     carried=MTP_NAMES,

@@ -1,7 +1,7 @@
 """Glm4MoeLiteForCausalLM: GLM 4.7 Flash (transformers models/glm4_moe_lite)."""
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Only
+from megabridge.families.fields import Only, Repeats
 from megabridge.families.latent import latent_attention, latent_sizes
 from megabridge.families.mixtures import (
     MTP_NAMES,
@@ -11,6 +11,7 @@ from megabridge.families.mixtures import (
     experts,
     mixture,
     router,
+    routing_notes,
     shared_expert,
     sigmoid_router,
 )
@@ -33,6 +34,8 @@ FAMILY = Family(
         *GATED_SILU,
         Rope(),
         UNTIED,
+        *routing_notes("sigmoid", "noaux_tc"),
+        Repeats("first_k_dense_replace",           1),
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), latent_attention(), gated_mlp(), router(bias="mlp.gate.e_score_correction_bias"), experts(),

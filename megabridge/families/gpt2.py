@@ -1,7 +1,7 @@
 """GPT2LMHeadModel: GPT-2 (transformers models/gpt2/modeling_gpt2.py): learned positions, weights stored transposed."""
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, Fixed, Follows, Only
+from megabridge.families.fields import Choice, Field, Fixed, Follows, Only, Repeats, Unread, given
 from megabridge.families.parts import QKV_JOINED, TIED, embeddings, pre_norms
 from megabridge.mapping import Transpose, WeightMap, block, weight
 
@@ -32,6 +32,10 @@ FAMILY = Family(
         Only("scale_attn_by_inverse_layer_idx",    (False,)),
         Only("add_cross_attention",                (False,)),
         TIED,
+        Repeats("n_ctx",                           lambda hf: given(hf, "n_positions", 1024)),
+        Unread("reorder_and_upcast_attn"),  # how precisely scores are computed
+        Unread("output_past", "predict_special_tokens"),
+        Unread(*(f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"))),
     ),
     weights=WeightMap(
         embeddings("transformer.wte", "transformer.ln_f"),

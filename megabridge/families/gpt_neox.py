@@ -23,7 +23,7 @@ FAMILY = Family(
         Field("add_attn_proj_bias",                "attention_bias",      True),
         Fixed("add_mlp_bias",                      True),
         Choice("parallel_residual",                "use_parallel_residual", ((True, "separate"), (False, None))),
-        Rope(partial=0.25),
+        Rope(partial=0.25, others={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}),
         UNTIED,
     ),
     weights=WeightMap(

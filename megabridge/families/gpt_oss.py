@@ -1,10 +1,10 @@
 """GptOssForCausalLM: gpt-oss 20B and 120B (transformers models/gpt_oss): attention sinks, experts with biases."""
 
 from megabridge.families.family import Family, Parameters
-from megabridge.families.fields import Field, Fixed, Only
+from megabridge.families.fields import Field, Fixed, Only, Repeats, given
 from megabridge.families.mixtures import EXPERTS, mixture, router, stacked_experts
 from megabridge.families.parts import LAYER, UNTIED, attention, embeddings, pre_norms, rms, sizes
-from megabridge.families.positions import Rope, Windows, every
+from megabridge.families.positions import Rope, Windows, every, given_rope
 from megabridge.mapping import Interleave, Stack, Transpose, WeightMap, block, weight
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -32,6 +32,8 @@ FAMILY = Family(
         Windows(every(2), default=128),
         Rope(15e4, default=YARN),
         UNTIED,
+        Repeats("experts_per_token",               lambda hf: given(hf, "num_experts_per_tok", 4)),
+        Repeats("initial_context_length",          lambda hf: given_rope(hf, YARN).get("original_max_position_embeddings")),
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), attention(), router("mlp.router"),

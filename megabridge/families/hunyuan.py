@@ -3,10 +3,12 @@
 Queries and keys are normalised after they are rotated.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final, override
 
+from megabridge.errors import ConfigError
 from megabridge.families.family import Family
-from megabridge.families.fields import Fixed, Json
+from megabridge.families.fields import FieldLike, Fixed, Json, Only, Repeats, Unread
 from megabridge.families.parts import (
     GATED_SILU,
     LAYER,
@@ -15,6 +17,7 @@ from megabridge.families.parts import (
     biases,
     embeddings,
     gated_mlp,
+    head_dim,
     pre_norms,
     qk_norms,
     rms,
@@ -27,13 +30,17 @@ from megabridge.mapping import WeightMap, block
 class AlphaRope(Rope):
     """With `alpha`, checkpoints say rope_type dynamic and mean a base stretched once and for all: theta * alpha^(d / (d - 2))."""
 
-    def read(self, hf: Json) -> dict[str, Any]:
-        given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        if not given.get("alpha"):
-            return super().read(hf)
-        theta = given.get("rope_theta") or hf.get("rope_theta") or self.theta
-        return {"rope": {"rope_type": "alpha", "rope_theta": theta, "alpha": given["alpha"]}}
+    @override
+    def understood(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
+        if given.get("alpha") is None:
+            return super().understood(given, hf)
+        kind = given.get("rope_type", "default")
+        if kind != "dynamic":
+            raise ConfigError(f"rope_type={kind!r} can't be represented with alpha={given['alpha']}: it must be 'dynamic'.")
+        ignored = ("factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+        return super().understood({key: value for key, value in given.items() if key not in ignored} | {"rope_type": "alpha"}, hf)
 
+    @override
     def write(self, native: Json) -> dict[str, Any]:
         if native["rope"]["rope_type"] != "alpha":
             return super().write(native)
@@ -41,6 +48,17 @@ class AlphaRope(Rope):
 
 
 # fmt: off
+NOTES: Final[tuple[FieldLike, ...]] = (
+    Repeats("attention_head_dim",                  lambda hf: hf.get("head_dim") or head_dim(hf)),
+    Only("use_qk_norm",                            (True,)),
+    Repeats("use_rotary_pos_emb",                  True),
+    Repeats("norm_type",                           "rms"),
+    *(Repeats(f"use_{name}", False) for name in ("cla", "mla")),
+    Repeats("position_embedding_xdrope",           False),
+    Unread("cla_share_factor", "class_num", "dense_list", "pool_type", "org_vocab_size", "pad_id"),
+    Unread(*(f"{of}_{end}_id" for of in ("im", "text", "video") for end in ("start", "end")), "im_newline_id", "mask_init_id"),
+    Unread(*(f"enable_{name}_fp32{of}" for name, of in (("lm_head", ""), ("attention", "_softmax"), ("moe", "_combine")))),
+)
 FAMILY = Family(
     architecture="HunYuanDenseV1ForCausalLM",
     model_type="hunyuan_v1_dense",
@@ -52,6 +70,8 @@ FAMILY = Family(
         Fixed("qk_norm",                           "rotated"),
         AlphaRope(),
         UNTIED,
+        *NOTES,
+        *(Repeats(name, 1) for name in ("num_experts", "moe_topk", "num_shared_expert")),
     ),
     weights=WeightMap(
         embeddings(),

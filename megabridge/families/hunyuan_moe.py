@@ -1,14 +1,16 @@
 """HunYuanMoEV1ForCausalLM: Hunyuan-A13B (transformers models/hunyuan_v1_moe): the dense one's attention, a shared expert."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megabridge.errors import ConfigError
 from megabridge.families.family import Family
-from megabridge.families.fields import Field, Fixed, Json, Only, PerLayer
-from megabridge.families.hunyuan import AlphaRope
+from megabridge.families.fields import Field, Fixed, Json, Only, PerLayer, Repeats, Unread
+from megabridge.families.hunyuan import NOTES, AlphaRope
 from megabridge.families.mixtures import experts, router, shared_expert
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, qk_norms, rms, sizes
+from megabridge.kinds import SIZE, Kind, list_of, shown
 from megabridge.mapping import WeightMap, block
 
 
@@ -16,15 +18,17 @@ from megabridge.mapping import WeightMap, block
 class OneWidth:
     """The shared expert and each other one are as wide as `intermediate_size`; config.json may say so once more, by layer."""
 
-    def keys(self) -> frozenset[str]:
-        return frozenset(("moe_intermediate_size", "num_shared_expert"))
+    def keys(self) -> Mapping[str, Kind]:
+        return {key: SIZE.or_a(list_of(SIZE)).or_null() for key in ("moe_intermediate_size", "num_shared_expert")}
 
     def read(self, hf: Json) -> dict[str, Any]:
         width = hf.get("intermediate_size")
         for key, wanted in (("moe_intermediate_size", width), ("num_shared_expert", 1)):
             given = PerLayer(Field(key, key, wanted)).read(hf)[key]
             if given != wanted:
-                raise ConfigError(f"{key}={hf[key]!r} can't be represented; it must be {wanted!r}, with intermediate_size={width}.")
+                raise ConfigError(
+                    f"{key}={shown(hf[key])} can't be represented: it must be {wanted}, with intermediate_size={width}."
+                )
         return {"moe_ffn_hidden_size": width, "moe_shared_expert_intermediate_size": width}
 
     def write(self, native: Json) -> dict[str, Any]:
@@ -44,8 +48,11 @@ FAMILY = Family(
         *GATED_SILU,
         *biases("attention_bias", "attention_bias"),
         Fixed("qk_norm",                           "rotated"),
-        Only("use_qk_norm",                        (True,)),
-        Only("use_cla",                            (False,)),
+        *NOTES,
+        *(Repeats(f"{name}", True) for name in ("norm_topk_prob", "use_mixed_mlp_moe")),
+        Repeats("routed_scaling_factor",           1.0, False),
+        *(Repeats(name, False) for name in ("mlp_bias", "group_limited_greedy")),
+        Unread("moe_drop_tokens", "moe_random_routing_dropped_token"),
         Only("moe_layer_num_skipped",              (0,)),
         PerLayer(Field("num_moe_experts",          "num_experts", 1)),
         PerLayer(Field("moe_router_topk",          "moe_topk",    1)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megabridge.families.fields import Field, FieldLike, Fixed, Follows, Only, unless_null
+from megabridge.families.fields import Field, FieldLike, Fixed, Follows, Json, Only, Repeats, given, unless_null
 from megabridge.families.parts import body_sizes, rms
 from megabridge.mapping import weight
 from megabridge.mapping.rules import Rules
@@ -14,6 +14,10 @@ def latent_sizes(
     eps: float = 1e-6,
 ) -> tuple[FieldLike, ...]:
     """Sizes and norms of a decoder with multi-latent attention; the arguments are what the config class takes for absent keys."""
+
+    def width(hf: Json) -> int:
+        return int(given(hf, "qk_nope_head_dim", nope) + given(hf, "qk_rope_head_dim", rope))
+
     return (
         *body_sizes(kv=heads, positions=positions),
         *rms(eps),
@@ -24,9 +28,11 @@ def latent_sizes(
         Field("qk_head_dim",                       "qk_nope_head_dim", nope),
         Field("qk_pos_emb_head_dim",               "qk_rope_head_dim", rope),
         Field("v_head_dim",                        "v_head_dim",       value),
-        Follows("kv_channels",                     lambda hf: hf.get("qk_nope_head_dim", nope) + hf.get("qk_rope_head_dim", rope)),
-        Follows("qk_norm_epsilon",                 lambda hf: None if hf.get("rms_norm_eps", eps) == 1e-6 else 1e-6),
+        Follows("kv_channels",                     width),
+        Follows("qk_norm_epsilon",                 lambda hf: None if given(hf, "rms_norm_eps", eps) == 1e-6 else 1e-6),
         Only("attention_bias",                     (False,)),
+        Repeats("qk_head_dim",                     width),
+        Repeats("head_dim",                        lambda hf: given(hf, "qk_rope_head_dim", rope)),  # what rotates
     )
 
 

@@ -1,6 +1,7 @@
 """LlamaForCausalLM: Llama 2 and 3, SmolLM2, Yi, TinyLlama (transformers models/llama/modeling_llama.py)."""
 
 from megabridge.families.family import Family
+from megabridge.families.fields import Repeats
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
 from megabridge.families.positions import Rope
 from megabridge.mapping import WeightMap, block
@@ -16,6 +17,7 @@ FAMILY = Family(
         *biases("attention_bias", "attention_bias", "mlp_bias"),
         Rope(),
         UNTIED,
+        Repeats("rope_interleaved",                False),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), gated_mlp())),
     ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),

@@ -3,15 +3,18 @@
 Layers with a rotary embedding see chunks of the sequence; those without see all of it, with a temperature that grows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megabridge.families.family import Family, Parameters
-from megabridge.families.fields import Choice, Field, Fixed, Follows, Json
-from megabridge.families.mixtures import mixture, router, shared_expert, stacked_experts
+from megabridge.families.fields import Choice, Field, Fixed, Follows, Json, Repeats, Unread, given
+from megabridge.families.mixtures import layers_named, mixture, router, shared_expert, stacked_experts
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
 from megabridge.families.positions import Rope, Windows
-from megabridge.families.smollm3 import NoRope, rope_layers
+from megabridge.families.ranges import COUNT, FACTOR, POSITIONS, STEP
+from megabridge.families.smollm3 import NoRope, has_rope
+from megabridge.kinds import FLAG, Kind, list_of
 from megabridge.mapping import Transpose, WeightMap, block
 
 
@@ -19,12 +22,12 @@ from megabridge.mapping import Transpose, WeightMap, block
 class MixtureLayers:
     """Which layers are mixtures: a list, or each n-th. Native: moe_layer_freq, 1 for a mixture."""
 
-    def keys(self) -> frozenset[str]:
-        return frozenset(("moe_layers", "interleave_moe_layer_step"))
+    def keys(self) -> Mapping[str, Kind]:
+        return {"moe_layers": list_of(COUNT).or_null(), "interleave_moe_layer_step": STEP}
 
     def read(self, hf: Json) -> dict[str, Any]:
-        layers, step, given = hf.get("num_hidden_layers", 0), hf.get("interleave_moe_layer_step", 1), hf.get("moe_layers")
-        mixed = range(step - 1, layers, step) if given is None else given
+        layers, step, given = hf.get("num_hidden_layers", 0), hf.get("interleave_moe_layer_step", 1), layers_named(hf, "moe_layers")
+        mixed = {*(range(step - 1, layers, step) if given is None else given)}
         return {"moe_layer_freq": [int(layer in mixed) for layer in range(layers)]}
 
     def write(self, native: Json) -> dict[str, Any]:
@@ -35,8 +38,8 @@ class MixtureLayers:
 class Temperature:
     """What queries of layers without a rotary embedding are multiplied by; positions count from 1."""
 
-    def keys(self) -> frozenset[str]:
-        return frozenset(("attn_temperature_tuning", "attn_scale", "floor_scale"))
+    def keys(self) -> Mapping[str, Kind]:
+        return {"attn_temperature_tuning": FLAG.or_a(COUNT), "attn_scale": FACTOR, "floor_scale": POSITIONS}
 
     def read(self, hf: Json) -> dict[str, Any]:
         settings = (hf.get("attn_scale", 0.1), hf.get("floor_scale", 8192), 1)
@@ -61,18 +64,20 @@ FAMILY = Family(
         *biases("attention_bias", "attention_bias"),
         Choice("qk_norm",                          "use_qk_norm", ((True, "l2"), (False, None))),
         *mixture(experts="num_local_experts", width="intermediate_size", aux=None, defaults=(16, 1, 8192)),
-        Follows("moe_shared_expert_intermediate_size", lambda hf: hf.get("intermediate_size", 8192)),
+        Follows("moe_shared_expert_intermediate_size", lambda hf: given(hf, "intermediate_size", 8192)),
         MixtureLayers(),
         Fixed("moe_router_score_function",         "sigmoid"),
         Fixed("router_normalize",                  False),
         Fixed("moe_apply_probs_on_input",          True),
         NoRope(),
         Temperature(),
-        Windows(lambda hf, layer: bool(rope_layers(hf)[layer]), default=8192, key="attention_chunk_size", kind="chunked_attention"),
+        Windows(has_rope, default=8192, key="attention_chunk_size", kind="chunked_attention"),
         Fixed("attention_chunks",                  True),
         Fixed("rotary_interleaved",                True),
         Rope(5e5),
         UNTIED,
+        Repeats("nope_layer_interval",             lambda hf: given(hf, "no_rope_layer_interval", 4)),
+        Unread("for_llm_compressor"),
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), attention(), gated_mlp(*(f"feed_forward.{name}_proj" for name in ("gate", "up", "down"))),

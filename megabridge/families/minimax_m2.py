@@ -1,7 +1,7 @@
 """MiniMaxM2ForCausalLM: MiniMax-M2, M2.1 (transformers models/minimax_m2): norms of queries and keys over all heads."""
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Fixed, Only
+from megabridge.families.fields import Fixed, Only, Repeats, Unread
 from megabridge.families.mixtures import MTP_NAMES, MtpLayers, experts, mixture, router
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, pre_norms, qk_norms, rms, sizes
 from megabridge.families.positions import Rope
@@ -26,6 +26,10 @@ FAMILY = Family(
         MtpLayers("num_mtp_modules"),
         Rope(5e6, partial=1.0, channels="rotary_dim"),
         UNTIED,
+        Repeats("attn_type_list",                  lambda hf: [1] * hf["num_hidden_layers"]),  # 0: linear
+        Repeats("qk_norm_type",                    "per_layer"),
+        *(Repeats(f"layernorm_{name}_beta", 1.0) for name in ("full_attention", "linear_attention", "mlp")),
+        Unread("mtp_transformer_layers", "mlp_intermediate_size", "shared_moe_mode"),
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), attention(), qk_norms(),

@@ -2,8 +2,9 @@
 Ministral3ForCausalLM: Ministral 3, text only (transformers models/mistral, ministral, ministral3).
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, override
 
 from megabridge.families.family import Family
 from megabridge.families.fields import Json
@@ -44,14 +45,15 @@ _MINISTRAL3_ROPE = {
 class _Rope(Rope):
     """Ministral 3 keeps the temperature of its queries among the rotary settings."""
 
-    def read(self, hf: Json) -> dict[str, Any]:
-        given = dict(hf.get("rope_parameters") or self.default)
-        beta = given.pop("llama_4_scaling_beta", None)
-        given.pop("max_position_embeddings", None)
-        native = super().read({**hf, "rope_parameters": given})
+    @override
+    def understood(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
+        own = ("llama_4_scaling_beta", "max_position_embeddings")
+        native = super().understood({key: value for key, value in given.items() if key not in own}, hf)
+        beta = given.get("llama_4_scaling_beta")
         original = native["rope"].get("original_max_position_embeddings", hf.get("max_position_embeddings"))
         return {**native, "query_temperature": None if beta is None else (beta, original, 0)}
 
+    @override
     def write(self, native: Json) -> dict[str, Any]:
         out = super().write(native)
         if native["query_temperature"] is not None:

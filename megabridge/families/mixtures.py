@@ -6,12 +6,15 @@ one for all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from megabridge.errors import ConfigError
-from megabridge.families.fields import REQUIRED, Choice, Field, FieldLike, Fixed, Json
+from megabridge.families.fields import REQUIRED, Choice, Field, FieldLike, Fixed, Json, Repeats, given
 from megabridge.families.parts import GATE_UP
+from megabridge.families.ranges import COUNT, STEP
+from megabridge.kinds import Kind, list_of, one_of, shown
 from megabridge.mapping import Layout, Rows, Stack, block, weight
 from megabridge.mapping.rules import Rules
 
@@ -25,8 +28,8 @@ class DenseFirst:
     hf: str = "first_k_dense_replace"
     default: int = 0
 
-    def keys(self) -> frozenset[str]:
-        return frozenset((self.hf,))
+    def keys(self) -> Mapping[str, Kind]:
+        return {self.hf: COUNT.or_null()}
 
     def read(self, hf: Json) -> dict[str, Any]:
         layers, dense = hf.get("num_hidden_layers", 0), hf.get(self.hf, self.default) or 0
@@ -49,8 +52,9 @@ class LayerTypes:
     dense_first: int = 0
     count: str | None = None
 
-    def keys(self) -> frozenset[str]:
-        return frozenset((self.hf,) if self.count is None else (self.hf, self.count))
+    def keys(self) -> Mapping[str, Kind]:
+        kinds = {self.hf: list_of(one_of("dense", "sparse")).or_null()}
+        return kinds if self.count is None else {**kinds, self.count: COUNT}
 
     def read(self, hf: Json) -> dict[str, Any]:
         layers = hf.get("num_hidden_layers", 0)
@@ -58,8 +62,8 @@ class LayerTypes:
         if kinds is None:
             dense = self.dense_first if self.count is None else hf.get(self.count, self.dense_first)
             kinds = ["dense" if layer < dense else "sparse" for layer in range(layers)]
-        if len(kinds) != layers or set(kinds) - {"dense", "sparse"}:
-            raise ConfigError(f"{self.hf} must say dense or sparse for each of {layers} layers; it is {kinds!r}.")
+        if len(kinds) != layers:
+            raise ConfigError(f"{self.hf} must say dense or sparse for each of {layers} layers, not for {len(kinds)}.")
         return {"moe_layer_freq": [int(kind == "sparse") for kind in kinds]}
 
     def write(self, native: Json) -> dict[str, Any]:
@@ -74,8 +78,8 @@ class SharedExperts:
     default: int = 1
     width: tuple[str, Any] = ("moe_intermediate_size", REQUIRED)
 
-    def keys(self) -> frozenset[str]:
-        return frozenset((self.hf,))
+    def keys(self) -> Mapping[str, Kind]:
+        return {self.hf: COUNT.or_null()}
 
     def read(self, hf: Json) -> dict[str, Any]:
         count = hf.get(self.hf, self.default) or 0
@@ -99,17 +103,17 @@ class Groups:
     score: str = "top2"
     topk: tuple[str, int | None] = ("num_experts_per_tok", None)
 
-    def keys(self) -> frozenset[str]:
-        return frozenset(("n_group", "topk_group") if self.method is None else ("n_group", "topk_group", self.method))
+    def keys(self) -> Mapping[str, Kind]:
+        kinds = dict.fromkeys(("n_group", "topk_group"), STEP.or_null())
+        return kinds if self.method is None else {**kinds, self.method: one_of("greedy", "group_limited_greedy")}
 
     def read(self, hf: Json) -> dict[str, Any]:
-        groups, best = hf.get("n_group", self.defaults[0]), hf.get("topk_group", self.defaults[1])
+        groups, best = given(hf, "n_group", self.defaults[0]), given(hf, "topk_group", self.defaults[1])
         if self.method is not None:
-            given = hf.get(self.method, "greedy")
-            if given not in ("greedy", "group_limited_greedy"):
-                raise ConfigError(f"{self.method}={given!r} can't be represented; supported: greedy, group_limited_greedy.")
-            groups, best = (groups, best) if given == "group_limited_greedy" else (None, None)
-        topk = hf.get(*self.topk)
+            groups, best = (groups, best) if hf.get(self.method) == "group_limited_greedy" else (None, None)
+        if (groups is None) != (best is None):
+            raise ConfigError(f"n_group={groups} and topk_group={best} must be numbers both, or neither; set the other.")
+        topk = given(hf, *self.topk)
         is_megatrons = not groups or groups == 1 or (self.score == "top2" and best and topk == 2 * best)
         return {
             "moe_router_num_groups": groups,
@@ -130,8 +134,8 @@ class MtpLayers:
     hf: str = "num_nextn_predict_layers"
     default: int = 0
 
-    def keys(self) -> frozenset[str]:
-        return frozenset((self.hf,))
+    def keys(self) -> Mapping[str, Kind]:
+        return {self.hf: COUNT.or_null()}
 
     def read(self, hf: Json) -> dict[str, Any]:
         return {"hf_mtp_layers": hf.get(self.hf, self.default) or 0}
@@ -144,20 +148,28 @@ class MtpLayers:
 class SparseStep:
     """Each n-th layer is a mixture, but those that mlp_only_layers names. Native as above."""
 
-    def keys(self) -> frozenset[str]:
-        return frozenset(("decoder_sparse_step", "mlp_only_layers"))
+    def keys(self) -> Mapping[str, Kind]:
+        return {"decoder_sparse_step": STEP, "mlp_only_layers": list_of(COUNT).or_null()}
 
     def read(self, hf: Json) -> dict[str, Any]:
         layers, step = hf.get("num_hidden_layers", 0), hf.get("decoder_sparse_step", 1)
-        dense = hf.get("mlp_only_layers") or []
+        dense = {*(layers_named(hf, "mlp_only_layers") or ())}
         return {"moe_layer_freq": [int((layer + 1) % step == 0 and layer not in dense) for layer in range(layers)]}
 
     def write(self, native: Json) -> dict[str, Any]:
         pattern = native["moe_layer_freq"]
-        for step in range(1, len(pattern) + 1):
-            if pattern == [int((layer + 1) % step == 0) for layer in range(len(pattern))]:
-                return {"decoder_sparse_step": step, "mlp_only_layers": []}
+        step = pattern.index(1) + 1 if 1 in pattern else 1
+        if pattern == [int((layer + 1) % step == 0) for layer in range(len(pattern))]:
+            return {"decoder_sparse_step": step, "mlp_only_layers": []}
         return {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer, mixed in enumerate(pattern) if not mixed]}
+
+
+def layers_named(hf: Json, key: str) -> list[int] | None:
+    """The layers that a key of config.json lists, from 0; None where it doesn't. Raises ConfigError for one that there isn't."""
+    named, layers = hf.get(key), hf.get("num_hidden_layers", 0)
+    if any(layer >= layers for layer in named or ()):
+        raise ConfigError(f"{key}={shown(named)} must list layers from 0 to {layers - 1}; correct it.")
+    return None if named is None else list(named)
 
 
 # fmt: off
@@ -220,6 +232,15 @@ def sigmoid_router(
         Choice("router_normalize",                 "norm_topk_prob", pairs if normalize else pairs[::-1]),
         Groups(defaults=groups, topk=("num_experts_per_tok", topk)),
         Field("moe_router_topk_scaling_factor",    "routed_scaling_factor", scale),
+    )
+
+
+def routing_notes(score: str, *methods: str) -> tuple[FieldLike, ...]:
+    """What files of DeepSeek's kind say of their routing, and transformers takes for granted."""
+    return (
+        Repeats("moe_layer_freq", 1),
+        Repeats("scoring_func", score, *methods),
+        *((Repeats("topk_method", *methods),) if methods else ()),
     )
 
 

@@ -1,7 +1,7 @@
 """OlmoeForCausalLM: OLMoE (transformers models/olmoe): norms of queries and keys over all heads. Its clip_qkv is refused."""
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Fixed
+from megabridge.families.fields import Fixed, Only
 from megabridge.families.mixtures import SOFTMAX, experts, mixture, router
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, qk_norms, rms, sizes
 from megabridge.families.positions import Rope
@@ -21,6 +21,8 @@ FAMILY = Family(
         *SOFTMAX,
         Rope(),
         UNTIED,
+        Only("clip_qkv",                           (None,)),
+        Only("sliding_window",                     (None,)),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), qk_norms(), router(), experts())),
     tiny={

@@ -1,6 +1,7 @@
 """Phi3ForCausalLM: Phi-3, Phi-3.5 and Phi-4 (transformers models/phi3/modeling_phi3.py)."""
 
 from megabridge.families.family import Family
+from megabridge.families.fields import Repeats
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, joined_attention, plain_mlp, pre_norms, rms, sizes
 from megabridge.families.positions import Rope, Windows
 from megabridge.mapping import WeightMap, block
@@ -16,6 +17,8 @@ FAMILY = Family(
         Windows(),
         Rope(partial=1.0),
         UNTIED,
+        *(Repeats(f"{name}_bias", False) for name in ("attention", "mlp", "lm_head")),
+        *(Repeats(name, 1) for name in ("full_attn_mod", "interpolate_factor")),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), joined_attention(), plain_mlp("mlp.gate_up_proj"))),
     tiny={

@@ -4,7 +4,8 @@ Training chooses the best experts, as inference does; transformers draws them at
 factors hold, as in the authors' own model; transformers 5.23 keeps the short ones. input_jitter_noise is noise of training alone.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, override
 
 from megabridge.errors import ConfigError
 from megabridge.families.family import Family
@@ -12,24 +13,27 @@ from megabridge.families.fields import Field, Fixed, Json, Only
 from megabridge.families.mixtures import experts, mixture, router
 from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, sizes
 from megabridge.families.positions import Rope, Windows
+from megabridge.kinds import same
 from megabridge.mapping import WeightMap, block
 
 
 class MscaleRope(Rope):
     """A longrope's attention_factor goes by two names, short_mscale and long_mscale, which must be equal."""
 
-    def read(self, hf: Json) -> dict[str, Any]:
-        given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        if (kind := given.get("rope_type") or given.get("type") or "default") == "default":
-            return super().read(hf)
-        short, long = given.pop("short_mscale", None), given.pop("long_mscale", None)
-        if kind not in ("longrope", "su") or short is None or short != long:
+    @override
+    def understood(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
+        if (kind := given.get("rope_type", "default")) == "default":
+            return super().understood(given, hf)
+        rest = {key: value for key, value in given.items() if key not in ("short_mscale", "long_mscale")}
+        short, long = given.get("short_mscale"), given.get("long_mscale")
+        if kind != "longrope" or short is None or not same(short, long):
             raise ConfigError(
                 f"rope_type={kind!r}, short_mscale={short!r}, long_mscale={long!r} can't be represented; supported: longrope with "
                 "both equal."
             )
-        return super().read({**hf, "rope_parameters": {**given, "attention_factor": short}})
+        return super().understood({**rest, "attention_factor": short}, hf)
 
+    @override
     def write(self, native: Json) -> dict[str, Any]:
         out = super().write(native)
         if (scale := out["rope_parameters"].pop("attention_factor", None)) is not None:

@@ -8,29 +8,35 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from megabridge.errors import ConfigError, listed
+from megabridge.kinds import FLAG, OBJECT, SIZE, Kind, list_of, one_of, shown, text
 
 KEY: Final = "quantization_config"
 BLOCK: Final = (128, 128)
-# What may be said, with the values that are read (None: any). Others could change what the stored numbers mean.
-_Settings = Mapping[str, tuple[Any, ...] | None]
-_FP8: Final[_Settings] = {
-    "quant_method": ("fp8",),
-    "fmt": (None, "e4m3", "float8_e4m3fn"),
-    "scale_fmt": (None, "float", "ue8m0"),
-    "expert_dtype": (None, "fp8"),
-    "activation_scheme": (None, "dynamic"),  # of activations; "static" brings tensors of their scales
-    "weight_block_size": None,
-    "modules_to_not_convert": None,
-    "ignored_layers": None,  # MiniMax's name for it
-    "modules_to_convert": (None, []),
-    "dequantize": None,
+# ".*" stands for any name: more of it than published files have could be matched for hours.
+_NAME: Final = re.compile(r"(?:[\w-]|\.\*?){1,256}")
+_NAMES: Final = list_of(
+    Kind("a module's name", lambda name: isinstance(name, str) and bool(_NAME.fullmatch(name)) and name.count("*") < 4)
+)
+_SIZES: Final = Kind(
+    "two sizes (one scale for a whole tensor is not supported)", lambda block: list_of(SIZE).allows(block) and len(block) == 2
+)
+# What may be said. Other keys, and other values, could change what the stored numbers mean.
+_SHARED: Final[Mapping[str, Kind]] = {
+    "quant_method": text(),
+    "modules_to_not_convert": _NAMES.or_null(),
+    "dequantize": FLAG.or_null(),
 }
-_MXFP4: Final[_Settings] = {
-    "quant_method": ("mxfp4",),
-    "modules_to_not_convert": None,
-    "dequantize": None,
+_FP8: Final[Mapping[str, Kind]] = {
+    **_SHARED,
+    "fmt": one_of(None, "e4m3", "float8_e4m3fn"),
+    "scale_fmt": one_of(None, "float", "ue8m0"),
+    "expert_dtype": one_of(None, "fp8"),
+    "activation_scheme": one_of(None, "dynamic"),  # of activations; "static" brings tensors of their scales
+    "weight_block_size": _SIZES,
+    "ignored_layers": _NAMES.or_null(),  # MiniMax's name for it
+    "modules_to_convert": one_of(None, []),
 }
-_KNOWN: Final[Mapping[Any, _Settings]] = {"fp8": _FP8, "mxfp4": _MXFP4}
+_KNOWN: Final[Mapping[str, Mapping[str, Kind]]] = {"fp8": _FP8, "mxfp4": _SHARED}
 
 
 @dataclass(frozen=True)
@@ -57,23 +63,22 @@ def quantization_of(hf: Mapping[str, Any]) -> Quantization | None:
     said = hf.get(KEY)
     if said is None:
         return None
-    if not isinstance(said, dict):
-        raise ConfigError(f"{KEY}={said!r} must be an object with a quant_method; remove it if the weights aren't quantised.")
+    if not OBJECT.allows(said):
+        raise ConfigError(f"{KEY}={shown(said)} must be an object with a quant_method; remove it if the weights aren't quantised.")
     method = said.get("quant_method")
     known = _KNOWN.get(method) if isinstance(method, str) else None
     if known is None:
         raise ConfigError(
-            f"{KEY} with quant_method={method!r} can't be read; supported: {', '.join(map(repr, _KNOWN))}. Use the model's "
+            f"{KEY} with quant_method={shown(method)} can't be read; supported: {', '.join(map(repr, _KNOWN))}. Use the model's "
             "unquantised weights, or dequantise it with the tool that made it and save it in bfloat16."
         )
-    problems = [f"{key}={value!r}" for key, value in said.items() if key not in known or value not in (known[key] or (value,))]
-    block = said.get("weight_block_size", list(BLOCK)) if method == "fp8" else list(BLOCK)
-    if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        problems.append(f"weight_block_size={block!r} (two sizes are supported, not one scale for a whole tensor)")
+    problems = [f"{shown(key)[1:-1]}={shown(value)}" for key, value in said.items() if key not in known]
+    problems += [problem.rstrip(".") for key, kind in known.items() if (problem := kind.problem(said, key, KEY)) is not None]
     if problems:
         raise ConfigError(
             f"{KEY} with quant_method={method!r} has settings that aren't supported, {listed(problems)}; use the model's "
             "unquantised weights, or dequantise it with the tool that made it and save it in bfloat16."
         )
+    block = said.get("weight_block_size", BLOCK)
     excluded = said.get("modules_to_not_convert") or said.get("ignored_layers") or ()
-    return Quantization(str(method), (block[0], block[1]), said.get("scale_fmt") == "ue8m0", tuple(map(str, excluded)))
+    return Quantization(str(method), (block[0], block[1]), said.get("scale_fmt") == "ue8m0", tuple(excluded))

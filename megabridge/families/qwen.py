@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Fixed, Json
+from megabridge.families.fields import Fixed, Json, Repeats
 from megabridge.families.parts import (
     GATED_SILU,
     LAYER,
@@ -18,6 +18,7 @@ from megabridge.families.parts import (
     sizes,
 )
 from megabridge.families.positions import Rope, Windows
+from megabridge.families.ranges import COUNT
 from megabridge.mapping import WeightMap, block
 
 
@@ -25,7 +26,7 @@ def _is_windowed(hf: Json, layer: int) -> bool:
     return layer >= int(hf.get("max_window_layers", 28))
 
 
-WINDOWS = Windows(_is_windowed, default=4096, switch="use_sliding_window", pattern_keys=("max_window_layers",))
+WINDOWS = Windows(_is_windowed, default=4096, switch="use_sliding_window", pattern_keys=("max_window_layers",), pattern=COUNT)
 # fmt: off
 QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
@@ -38,6 +39,7 @@ QWEN2 = Family(
         WINDOWS,
         Rope(),
         UNTIED,
+        Repeats("use_mrope",                       False),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), gated_mlp())),
     tiny={

@@ -6,7 +6,7 @@ Qwen3MoeForCausalLM: Qwen3-30B-A3B, Qwen3-235B-A22B (transformers models/qwen3_m
 from dataclasses import replace
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Either, Field, Fixed, Json
+from megabridge.families.fields import Either, Field, Fixed, Json, Repeats, Unread
 from megabridge.families.mixtures import SOFTMAX, SparseStep, experts, mixture, router, shared_expert
 from megabridge.families.parts import (
     GATED_SILU,
@@ -22,6 +22,7 @@ from megabridge.families.parts import (
     sizes,
 )
 from megabridge.families.positions import Rope, Windows
+from megabridge.families.ranges import COUNT
 from megabridge.mapping import WeightMap, block
 
 
@@ -43,7 +44,8 @@ QWEN2 = Family(
         SparseStep(),
         Field("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", 5632),
         Fixed("moe_shared_expert_gate",            True),
-        Windows(_is_windowed, default=4096, switch="use_sliding_window", pattern_keys=("max_window_layers",)),
+        Windows(_is_windowed, default=4096, switch="use_sliding_window", pattern_keys=("max_window_layers",),
+                pattern=COUNT),
         Rope(),
         UNTIED,
     ),
@@ -77,6 +79,10 @@ QWEN3 = replace(
         Windows(default=4096, switch="use_sliding_window"),
         Rope(),
         UNTIED,
+        Unread("max_window_layers"),
+        Repeats("use_qk_norm",                     True),
+        Repeats("qkv_bias",                        False),
+        Repeats("shared_expert_intermediate_size", 0),
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), attention(), qk_norms(), gated_mlp(), router(), experts(),

@@ -8,9 +8,11 @@ from importlib import import_module
 from importlib.metadata import entry_points
 
 from megabridge import targets
-from megabridge.errors import ConfigError
+from megabridge.errors import ConfigError, listed
 from megabridge.families.family import Family
 from megabridge.families.fields import Json
+from megabridge.families.unread import COMMON
+from megabridge.kinds import shown
 
 _OURS = (
     "arcee", "cohere", "deepseek", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "gemma", "gemma3", "glm",
@@ -59,6 +61,8 @@ def architecture_of(hf: Json) -> str:
 
     Raises ConfigError when there is neither.
     """
+    if problems := [problem for key in ("architectures", "model_type") if (problem := COMMON[key].problem(hf, key)) is not None]:
+        raise ConfigError(listed(problems))
     named = hf.get("architectures") or []
     if named:
         owners = [family.architecture for family in all_families().values() if named[0] in family.other_names]
@@ -67,20 +71,25 @@ def architecture_of(hf: Json) -> str:
         if family.model_type == hf.get("model_type"):
             return family.architecture
     raise ConfigError(
-        f"config.json must name an architecture; it has architectures={hf.get('architectures')!r} and "
-        f"model_type={hf.get('model_type')!r}, which no family knows; known: {', '.join(sorted(all_families()))}."
+        f"config.json must name an architecture; it has architectures={shown(hf.get('architectures'))} and "
+        f"model_type={shown(hf.get('model_type'))}, which no family knows; known: {', '.join(sorted(all_families()))}."
     )
 
 
 def family_for(hf: Json) -> Family:
     """The family of a config.json. Raises ConfigError with near matches when there is none."""
-    architecture = architecture_of(hf)
-    known = all_families()
+    architecture, known, kind = architecture_of(hf), all_families(), hf.get("model_type")
+    others = [name for name, family in known.items() if family.model_type == kind and name != architecture]
+    if architecture in known and others and known[architecture].model_type != kind:
+        raise ConfigError(
+            f"architectures={shown(hf['architectures'])} and model_type={kind!r}, which is that of {others[0]}, contradict each "
+            "other; transformers goes by model_type: correct one of them."
+        )
     if architecture in known:
         return known[architecture]
     near = get_close_matches(architecture, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(
-        f"architecture {architecture!r} is not supported; {hint}supported: {', '.join(sorted(known))}. To add one, write a Family "
-        "and name it in the entry-point group 'megabridge.families'."
+        f"architecture {shown(architecture)} is not supported; {hint}supported: {', '.join(sorted(known))}. To add one, write a "
+        "Family and name it in the entry-point group 'megabridge.families'."
     )

@@ -1,12 +1,16 @@
 """SmolLM3ForCausalLM: SmolLM3 (transformers models/smollm3/modeling_smollm3.py): every fourth layer has no rotary embedding."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megabridge.errors import ConfigError
 from megabridge.families.family import Family
-from megabridge.families.fields import Json
+from megabridge.families.fields import Json, Unread
 from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
 from megabridge.families.positions import Rope, Windows
+from megabridge.families.ranges import STEP
+from megabridge.kinds import Kind, list_of, one_of
 from megabridge.mapping import WeightMap, block
 
 
@@ -14,20 +18,22 @@ from megabridge.mapping import WeightMap, block
 class NoRope:
     """`no_rope_layers` has a 1 for layers with a rotary embedding, megatron-core's no_rope_freq for those without."""
 
-    def keys(self) -> frozenset[str]:
-        return frozenset(("no_rope_layers", "no_rope_layer_interval"))
+    def keys(self) -> Mapping[str, Kind]:
+        return {"no_rope_layers": list_of(one_of(0, 1)).or_null(), "no_rope_layer_interval": STEP}
 
     def read(self, hf: Json) -> dict[str, Any]:
-        return {"no_rope_freq": [1 - flag for flag in rope_layers(hf)]}
+        return {"no_rope_freq": [int(not has_rope(hf, layer)) for layer in range(hf["num_hidden_layers"])]}
 
     def write(self, native: Json) -> dict[str, Any]:
         return {"no_rope_layers": [1 - flag for flag in native["no_rope_freq"]]}
 
 
-def rope_layers(hf: Json) -> list[int]:
-    """1 for each layer with a rotary embedding, 0 for each without."""
-    interval = hf.get("no_rope_layer_interval", 4)
-    return list(hf.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(hf["num_hidden_layers"])])
+def has_rope(hf: Json, layer: int) -> bool:
+    """Whether a layer has a rotary embedding. Raises ConfigError for a list that doesn't say it for each layer."""
+    given, layers = hf.get("no_rope_layers"), hf["num_hidden_layers"]
+    if given and len(given) != layers:
+        raise ConfigError(f"no_rope_layers must say 0 or 1 for each of {layers} layers, not for {len(given)}.")
+    return bool(given[layer] if given else (layer + 1) % hf.get("no_rope_layer_interval", 4))
 
 
 # fmt: off
@@ -40,9 +46,10 @@ FAMILY = Family(
         *GATED_SILU,
         *biases("attention_bias", "attention_bias", "mlp_bias"),
         NoRope(),
-        Windows(lambda hf, layer: not rope_layers(hf)[layer], switch="use_sliding_window"),
+        Windows(lambda hf, layer: not has_rope(hf, layer), switch="use_sliding_window"),
         Rope(theta=2e6),
         TIED,
+        Unread("max_window_layers"),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), gated_mlp())),
     tiny={

@@ -1,7 +1,7 @@
 """Starcoder2ForCausalLM: StarCoder2 (transformers models/starcoder2/modeling_starcoder2.py)."""
 
 from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, Fixed
+from megabridge.families.fields import Choice, Field, Fixed, Repeats, Unread
 from megabridge.families.parts import LAYER, TIED, attention, biases, embeddings, plain_mlp, pre_norms, sizes
 from megabridge.families.positions import Rope, Windows
 from megabridge.mapping import WeightMap, block
@@ -20,6 +20,9 @@ FAMILY = Family(
         Windows(),
         Rope(),
         TIED,
+        Repeats("mlp_type",                        "default"),
+        Repeats("norm_type",                       "layer_norm"),
+        Unread("activation_function", "rms_norm_eps"),  # the other keys are read
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), plain_mlp("mlp.c_fc", "mlp.c_proj"))),
     tiny={

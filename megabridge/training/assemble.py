@@ -34,7 +34,11 @@ def bridge(config: Config) -> AutoBridge:
         # A folder like any other from here on: its config and tokenizer come back with every export.
         location = str(on_rank_zero("writing the model's config", lambda: _write_source(config)))
     return AutoBridge.from_hf_pretrained(
-        location, revision=model.revision, dtype=model.dtype, trust_remote_code=model.trust_remote_code
+        location,
+        revision=model.revision,
+        dtype=model.dtype,
+        trust_remote_code=model.trust_remote_code,
+        ignore_keys=model.ignore_keys,
     )
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any, Final
 
 from megabridge.errors import MegabridgeError
 from megabridge.families import Family
-from megabridge.families.fields import INERT, Json
+from megabridge.families.fields import Json
+from megabridge.families.unread import is_harmless
 from megabridge.workbench.findings import Finding, failed
 from megabridge.workbench.trial import quiet
 
 # What transformers' config classes keep about themselves, not about the model.
-_BOOKKEEPING: Final = INERT | frozenset(("id2label", "label2id", "architectures", "rope_scaling"))
+_BOOKKEEPING: Final = ("rope_scaling",)
 
 
-def check_config(family: Family, hf: Json, where: str) -> Finding:
-    """Whether `hf` becomes native settings and comes back with every key's meaning. Needs no ranks."""
+def check_config(family: Family, hf: Json, where: str, *, ignore: Collection[str] = ()) -> Finding:
+    """Whether `hf` becomes native settings and comes back with every key's meaning, but for those to `ignore`. Needs no ranks."""
     try:
-        native = family.native(hf)
+        native = family.native(hf, ignore=ignore)
         back = family.hf(native)
         again = family.native(back)
     except MegabridgeError as error:
@@ -26,6 +28,7 @@ def check_config(family: Family, hf: Json, where: str) -> Finding:
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         return failed(where, "config", error)
     problems = [f"{name}={value!r} comes back as {again.get(name)!r}" for name, value in native.items() if again.get(name) != value]
+    hf = {key: value for key, value in hf.items() if key not in ignore}
     problems += [*_lost_keys(family, hf, back), *_other_defaults(family, hf, native)]
     return Finding(where, "config", f"{len(hf)} keys", tuple(problems))
 
@@ -35,11 +38,11 @@ def _lost_keys(family: Family, hf: Json, back: Json) -> list[str]:
     theirs, ours, default = _meaning(hf), _meaning(back), _meaning({"model_type": hf.get("model_type")})
     if theirs is None or ours is None or default is None:
         return []
-    known = family_keys(family) | _BOOKKEEPING
+    known = family.keys.union(_BOOKKEEPING)
     return [
         f"no field reads {key}={value!r}; transformers takes {default[key]!r} where it is absent"
         for key, value in theirs.items()
-        if key not in known and key in default and ours.get(key) != value
+        if key not in known and not is_harmless(key) and key in default and ours.get(key) != value
     ]
 
 
@@ -57,11 +60,6 @@ def _other_defaults(family: Family, hf: Json, native: Json) -> list[str]:
         for name, value in filled.items()
         if native.get(name) != value
     ]
-
-
-def family_keys(family: Family) -> frozenset[str]:
-    """The keys of config.json that a family accounts for."""
-    return frozenset().union(*(field.keys() for field in family.fields))
 
 
 def _meaning(hf: Json) -> dict[str, Any] | None:

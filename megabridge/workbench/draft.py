@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from megabridge.errors import ConfigError
-from megabridge.families.fields import INERT
-from megabridge.workbench.anatomy import Model, Shape, read_model
-from megabridge.workbench.recognise import Rows, recognise
+from megabridge.errors import ConfigError, listed
+from megabridge.families.ranges import EPSILON, range_of
+from megabridge.families.unread import is_harmless
+from megabridge.kinds import OBJECT, Kind, is_deep, list_of, shown, whole
+from megabridge.rope import SHARE, THETA, value_problems
+from megabridge.workbench.anatomy import SIZES, Model, Shape, read_model
+from megabridge.workbench.recognise import EPSILONS, Rows, recognise
 from megabridge.workbench.trial import quiet
 
 _IMPORTS: Final = {
@@ -26,6 +30,7 @@ _TINY: Final = {
     "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8, "kv_channels": 16, "vocab_size": 131,
     "seq_length": 256,
 }  # fmt: skip
+_PLAIN: Final = re.compile(r"[\w.-]{1,512}", re.ASCII)
 # Values of a tiny config that follow from its sizes.
 _SMALL: Final = {"sliding_window": 12, "max_window_layers": 2, "query_pre_attn_scalar": 16}
 
@@ -54,8 +59,7 @@ def draft(config: Mapping[str, Any], shapes: Mapping[str, Shape], source: str) -
     The file can be imported in any case; it converts when nothing is left to do that says "no rule". Raises ConfigError for a
     config.json without an architecture or without sizes.
     """
-    if not config.get("architectures") or not config.get("model_type"):
-        raise ConfigError(f"{source}: config.json must have architectures and model_type for a draft; add them.")
+    _check(config, shapes, source)
     defaults, general = class_defaults(str(config["model_type"]))
     model = read_model(config, shapes, defaults)
     rows = recognise(model, general)
@@ -64,8 +68,37 @@ def draft(config: Mapping[str, Any], shapes: Mapping[str, Shape], source: str) -
     imports = ["from megabridge.families import Family"]
     imports += [f"from {module} import {', '.join(names)}" for module, names in used.items() if names]
     notes = [f"# TODO {line}" for line in rows.todo]
-    head = f'"""{config["architectures"][0]}, drafted from {source}: see docs/adding-a-family.md."""'
+    head = f'"""{config["architectures"][0]}, drafted from {re.sub(r"[^\w .-]", "_", source)}: see docs/adding-a-family.md."""'
     return "\n".join([head, "", *imports, "", *notes, "# fmt: off", body, ""]), rows.todo
+
+
+# A draft is Python that is run next: what goes into it from files must be what it is taken for.
+_NAME: Final = Kind("a name of letters, digits, _, - and .", lambda value: isinstance(value, str) and bool(_PLAIN.fullmatch(value)))
+_READ: Final[Mapping[str, Kind]] = {
+    "model_type": _NAME.needed(),
+    "layer_types": list_of(_NAME).or_null(),
+    "sliding_window": whole(0, 2**31 - 1).or_null(),
+    "rope_parameters": OBJECT.or_null(),
+    "rope_scaling": OBJECT.or_null(),
+    "rope_theta": THETA.or_null(),
+    "partial_rotary_factor": SHARE.or_null(),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), _NAME.or_null()),
+    **dict.fromkeys(EPSILONS, EPSILON.or_null()),
+    **{key: range_of(native).or_null() for native, keys in SIZES.items() for key in keys},
+}
+
+
+def _check(config: Mapping[str, Any], shapes: Iterable[str], source: str) -> None:
+    """Raises ConfigError for what is missing or odd in a config.json, and for tensors with odd names."""
+    architectures = Kind("a list with the class's name", lambda value: bool(value) and list_of(_NAME).allows(value)).needed()
+    kinds = {"architectures": architectures, **_READ}
+    problems = [problem for key, kind in kinds.items() if (problem := kind.problem(config, key)) is not None]
+    ropes = [config.get(key) for key in ("rope_parameters", "rope_scaling")]
+    problems += [problem for rope in ropes if OBJECT.allows(rope) for problem in value_problems(rope or {})]
+    problems += [f"{shown(key)} is nested too deeply; remove it." for key, value in config.items() if is_deep(value)]
+    problems += [f"the tensor {shown(name)} must have {_NAME.says}." for name in shapes if not _NAME.allows(name)]
+    if problems:
+        raise ConfigError(f"{source}: " + listed(problems))
 
 
 def module_name(config: Mapping[str, Any]) -> str:
@@ -106,7 +139,9 @@ def _text(value: object) -> str:
         return "{" + ", ".join(f"{_text(key)}: {_text(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_text(inner) for inner in value) + "]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return json.dumps(value) if value.isascii() else ascii(value)
+    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
 def _tiny(config: Mapping[str, Any], model: Model, left_out: frozenset[str]) -> dict[str, Any]:
@@ -130,7 +165,7 @@ def _tiny(config: Mapping[str, Any], model: Model, left_out: frozenset[str]) -> 
             out[key] = _each_kind(value, _TINY["num_layers"])
         elif key in _SMALL:
             out[key] = _SMALL[key]
-        elif key not in INERT or key == "initializer_range":
+        elif not is_harmless(key) or key == "initializer_range":
             out[key] = value
     return out
 

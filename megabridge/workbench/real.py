@@ -42,7 +42,7 @@ def check_model(config: Config, world_size: int, scratch: Path) -> list[Finding]
     The groups of the last layout are left running.
     """
     hf = assemble.model_config(config)
-    own = check_config(family_for(hf), hf, "model")
+    own = check_config(family_for(hf), hf, "model", ignore=config.model.ignore_keys)
     if config.model.path is None:
         return [own]
     try:

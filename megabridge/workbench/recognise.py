@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
-from megabridge.families.fields import INERT
+from megabridge.families.unread import is_harmless, says_something
 from megabridge.workbench import anatomy
 from megabridge.workbench.anatomy import EITHER, SIZES, Model
 
 _ACTIVATIONS: Final = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh",
                        "gelu_new": "gelu_new", "relu": "relu", "relu2": "relu2"}  # fmt: skip
-_EPSILONS: Final = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps", "layernorm_epsilon")
+EPSILONS: Final = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps", "layernorm_epsilon")
 _ROPES: Final = ("rope_parameters", "rope_scaling", "rope_theta")
 # Keys whose meaning is the same in every architecture of transformers that has them.
 _COMPUTING: Final = {
@@ -214,7 +214,7 @@ def _qk_norms(model: Model, rows: Rows) -> None:
 
 
 def _norms(model: Model, rows: Rows, *, has_bias: bool) -> None:
-    key = next((key for key in _EPSILONS if model.get(key) is not None), None)
+    key = next((key for key in EPSILONS if model.get(key) is not None), None)
     default = None if key is None else model.defaults.get(key, model.get(key))
     if key == "rms_norm_eps" and not has_bias:
         rows.key("*rms()" if default == 1e-6 else f"*rms({default})", key)
@@ -341,9 +341,5 @@ def _left_over(model: Model, rows: Rows, general: Collection[str]) -> None:
         where = "every layer" if count == model.layers else f"{count} of {model.layers} layers"
         rows.todo.append(f"no rule for the tensor {model.prefix}.{suffix} {list(shape)}, in {where}.")
     for key, value in model.config.items():
-        if key not in rows.read and key not in INERT and key not in general and _says_something(value):
+        if key not in rows.read and not is_harmless(key) and key not in general and says_something(value):
             rows.todo.append(f"no field reads the key {key!r}: {value!r}.")
-
-
-def _says_something(value: Any) -> bool:
-    return value is not None and value is not False and value != []

@@ -278,7 +278,7 @@ def test_fault_22_pickles(seen: Seen, trace: Path, tmp_path: Path) -> None:
 
 def test_fault_23_code_in_a_config_is_not_run(seen: Seen, trace: Path) -> None:
     accepted(seen, "23 auto_map")
-    accepted(seen, "23 target")
+    refused(seen, "23 target", "ConfigError", "_target_='os.system'")
     assert not trace.exists()
 
 

@@ -45,8 +45,19 @@ def test_drafts(ranks: RankServer, tmp_path: Path) -> None:
 
 
 def test_what_no_draft_can_be_made_of() -> None:
-    with pytest.raises(ConfigError, match="must have architectures and model_type"):
+    with pytest.raises(ConfigError, match="must have 'architectures', a list"):
         draft({"model_type": "x"}, {}, "here")
+    injected = "x'); import os; os.system('true"
+    for key in ("architectures", "model_type", "hidden_act", "rms_norm_eps", "vocab_size", "layer_types", "rope_theta"):
+        given = {
+            "architectures": ["X"],
+            "model_type": "x",
+            key: [injected] if key in ("architectures", "layer_types") else injected,
+        }
+        with pytest.raises(ConfigError, match=key):
+            draft(given, {}, "here")
+    with pytest.raises(ConfigError, match=r"the tensor .a\.0\.b\.weight"):
+        draft({"architectures": ["X"], "model_type": "x"}, {f"a.0.b.weight\n{injected}": (4, 4)}, "here")
     with pytest.raises(ConfigError, match="must have layers"):
         read_model({}, {"embed.weight": (4, 4)}, {})
     with pytest.raises(ConfigError, match="vocab_size: vocab_size or padded_vocab_size"):

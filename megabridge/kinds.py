@@ -1,0 +1,116 @@
+"""Kinds: what a key of a JSON file may hold, in words and as a check. No torch.
+
+A kind is asked before anything is computed with a value, so its check takes whatever JSON can hold, and more, without an exception.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any, Final, Self, override
+
+_MOST: Final = 65536
+"""Entries of a list."""
+_DEEPEST: Final = 16
+"""Levels of objects and lists in each other; published files have 3."""
+_JSON: Final = (int, float, str, list, tuple, dict, type(None))
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__(maxlevel=3, maxtuple=8, maxlist=8, maxdict=8, maxstring=80, maxother=80)
+
+    @override
+    def repr_int(self, x: int, level: int) -> str:
+        return str(x) if x.bit_length() <= 128 else f"a number of {x.bit_length()} bits"
+
+
+def shown(value: object) -> str:
+    """A value as it stands in a message: on one line, cut where it is long."""
+    return _Short().repr(value)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`says` ends the sentence "it must be"; `allows` says whether a value is one. Where `required`, the key must be there."""
+
+    says: str
+    allows: Callable[[Any], bool]
+    required: bool = False
+
+    def or_null(self) -> Self:
+        return replace(self, says=f"{self.says}, or null", allows=lambda value: value is None or self.allows(value))
+
+    def or_a(self, other: Kind) -> Self:
+        """A value of either kind."""
+        return replace(self, says=f"{self.says}, or {other.says}", allows=lambda value: self.allows(value) or other.allows(value))
+
+    def needed(self) -> Self:
+        return replace(self, required=True)
+
+    def problem(self, content: Mapping[str, Any], key: str, where: str = "config.json") -> str | None:
+        """What is wrong with `key` in `content`, as a sentence; None where nothing is."""
+        value = content.get(key)
+        if self.required and value is None:
+            return f"{where} must have {key!r}, {self.says}; add it."
+        if key not in content or self.allows(value):
+            return None
+        return f"{key}={shown(value)} can't be represented: it must be {self.says}."
+
+
+def whole(low: int, high: int) -> Kind:
+    return Kind(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
+
+
+def number(low: float, high: float) -> Kind:
+    """Whole or not, within bounds that are finite themselves."""
+    return Kind(f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high)
+
+
+def text(longest: int = 1024) -> Kind:
+    return Kind(f"a text of at most {longest} characters", lambda value: type(value) is str and len(value) <= longest)
+
+
+def one_of(*values: object) -> Kind:
+    """One of a few values: 1 and 1.0 are the same, 1 and true are not."""
+    return Kind(" or ".join(map(repr, values)), lambda value: any(same(value, each) for each in values))
+
+
+def list_of(kind: Kind) -> Kind:
+    """A list, of any length that is in use, whose entries are of one kind."""
+    return Kind(
+        f"a list, each entry {kind.says}",
+        lambda value: type(value) in (list, tuple) and len(value) <= _MOST and all(map(kind.allows, value)),
+    )
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two values say the same in JSON."""
+    if isinstance(one, bool) or isinstance(other, bool) or type(one) not in _JSON:
+        return one is other
+    return bool(one == other)
+
+
+def is_deep(value: object) -> bool:
+    """Whether objects and lists stand in each other more deeply than any published file has them."""
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        outer = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, list | tuple | dict)]
+        level = list(islice(chain.from_iterable(outer), _MOST))
+        if not level:
+            return False
+    return True
+
+
+LAYERS: Final = whole(1, 16384)
+SIZE: Final = whole(1, 2**24)
+FLAG: Final = Kind("true or false", lambda value: type(value) is bool)
+OBJECT: Final = Kind("an object", lambda value: isinstance(value, Mapping) and all(type(key) is str for key in value))
+ANYTHING: Final = Kind("anything", lambda value: True)
+SCALAR: Final = Kind(
+    "a number, true, false, a text or null",
+    lambda value: value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)),
+)
