@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from megabridge import regular
 from megabridge.checkpoint.safetensors import parse_json
 from megabridge.errors import CheckpointError
 
@@ -42,9 +43,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_object(path: Path, *, otherwise: str) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError, with what to do `otherwise` where there is no such file."""
-    if not path.is_file():
+    if not regular.exists(path):
         raise CheckpointError(f"{path.parent} must hold {path.name}; {otherwise}.")
-    content = parse_json(path.read_bytes(), str(path))
+    content = parse_json(regular.read(path), str(path))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must be a JSON object, not {type(content).__name__}; fetch it again.")
     return content

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
+from megabridge import regular
 from megabridge.data import indexed, sources
 from megabridge.data.rows import EMPTY, ENCODING, FORMAT, MISSING, BadRow, Tally
 from megabridge.data.text import TextEncoder
@@ -179,7 +180,8 @@ class _Worker:
         if part.group is not None:
             yield from sources.read_parquet(part.file, [part.group], [self._rules.column])
         elif part.file.suffix == ".txt" and not self._rules.text_lines:
-            yield str(part.file), self._plain(part.file.read_bytes())
+            with regular.opened(part.file) as text:
+                yield str(part.file), self._plain(text.read())
         else:
             take = self._plain if part.file.suffix == ".txt" else sources.parse
             yield from ((f"{part.file}, byte {place}", take(line)) for place, line in _lines(part) if line)
@@ -211,7 +213,7 @@ class _Worker:
 
 def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
     """(place in the file, line without its end) of the lines that begin in the part's bytes."""
-    with part.file.open("rb") as stream:
+    with regular.opened(part.file) as stream:
         if part.begin:
             stream.seek(part.begin - 1)
             stream.readline()  # it began before, or is the end of the line before
