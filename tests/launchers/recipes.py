@@ -8,12 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megabridge.config import Config
 from megabridge.errors import ConfigError
+
+
+class Aloof(BaseException):
+    """As torch's CheckpointException is."""
 
 
 def objective(config: Config) -> float:
@@ -36,6 +41,25 @@ def crash_on_rank_one(config: Config) -> None:
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
+
+
+def vanish(config: Config) -> None:
+    """The last rank ends in the middle, as if all were well; others wait for it in a collective."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(0)
+    dist.barrier()
+
+
+def end_aloof(config: Config) -> None:
+    """The last rank raises what passes every `except Exception`, with a text that no file takes; others wait."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise Aloof("extra\ud800.weight \x1b[2J" + "\x01" * 20_000)
+    dist.barrier()
+
+
+def return_a_list(config: Config) -> Any:
+    """What is no objective."""
+    return [1.0, object()]
 
 
 def wait(config: Config) -> None:
