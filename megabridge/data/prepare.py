@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +19,7 @@ from megabridge import regular
 from megabridge.data import indexed, sources
 from megabridge.data.rows import EMPTY, ENCODING, FORMAT, MISSING, BadRow, Tally
 from megabridge.data.text import TextEncoder
-from megabridge.errors import ConfigError
+from megabridge.errors import ConfigError, MegabridgeError
 
 RANGE: Final = 8 << 20
 """Bytes of a file of lines that are tokenised at once."""
@@ -135,7 +136,13 @@ def _results(jobs: Sequence[tuple[Part, Path]], rules: Rules, workers: int) -> I
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (rules,)) as pool:
-        yield from pool.map(_run, *zip(*jobs, strict=True))
+        try:
+            yield from pool.map(_run, *zip(*jobs, strict=True))
+        except BrokenProcessPool as error:
+            raise MegabridgeError(
+                f"one of the {workers} processes that tokenise was ended (out of memory, or killed from outside); set "
+                "prepare.workers to fewer."
+            ) from error
 
 
 _worker: _Worker | None = None

@@ -29,7 +29,7 @@ from megabridge.launchers.place import Place
 from megabridge.launchers.processes import children
 from megabridge.launchers.processes.children import Child
 from megabridge.launchers.processes.ending import send
-from megabridge.launchers.processes.outcome import Done, Failure, Outcome
+from megabridge.launchers.processes.outcome import Done, Failure, Outcome, WorkerFailure
 
 _POLL: Final = 0.05
 _SETTLE: Final = 1.0
@@ -49,8 +49,11 @@ def main() -> int:
     except MegabridgeError as error:
         return _left(folder, here, Failure.of(error, here.rank))
     _continue(values)
-    with local.started(values, [here], world_size=here.local_world_size, platform=platform, held=_SIGNALS) as workers:
-        found = _stay(workers[0], received, lambda: bool(received) and _another_failed(folder, here))
+    try:
+        with local.started(values, [here], world_size=here.local_world_size, platform=platform, held=_SIGNALS) as workers:
+            found = _stay(workers[0], received, lambda: bool(received) and _another_failed(folder, here))
+    except WorkerFailure as error:  # it could not be started
+        found = error.failure
     return 1 if found is None else _left(folder, here, found)
 
 

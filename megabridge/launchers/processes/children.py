@@ -22,7 +22,7 @@ from typing import Final, NoReturn
 from megabridge import last_words
 from megabridge.launchers.processes import outcome
 from megabridge.launchers.processes.ending import die_with_parent, send
-from megabridge.launchers.processes.outcome import Done, Failure, Outcome, WorkerFailure
+from megabridge.launchers.processes.outcome import Done, Failure, Outcome, Terminated, WorkerFailure
 
 _SETTLE: Final = 0.1  # seconds in which a rank that was killed is gone, after its connections
 
@@ -183,14 +183,14 @@ def _cause(children: Sequence[Child], settle: float) -> Failure:
 def end(children: Iterable[Child], grace: float) -> None:
     """Ends those that still run, and, unless all are done, what any of them started in its group. Leaves no zombie.
 
-    SIGTERM comes first, SIGKILL after `grace` seconds or a second Ctrl-C.
+    SIGTERM comes first, SIGKILL after `grace` seconds, or at a second Ctrl-C or SIGTERM of this process.
     """
     children = list(children)
     if not all(isinstance(child.outcome(), Done) for child in children):
         for child in children:
             send(-child.pid, signal.SIGTERM)
         until = time.monotonic() + grace
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt, Terminated):
             while (running := [child for child in children if not child.has_ended()]) and (left := until - time.monotonic()) > 0:
                 ended(running, left)
         for child in children:
