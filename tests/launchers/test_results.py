@@ -206,8 +206,12 @@ def test_the_cause_is_who_left_no_report_else_the_earliest() -> None:
 def test_the_recipes_write_the_page_and_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As recipe=report and recipe=collect call them; without the queue, as all points have ended."""
     sweep.write(tmp_path, points(tmp_path))
+    (tmp_path / "mine").write_text("kept")
+    for name in ("report.html", ".report.html"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
     report.main(Config(sweep=str(tmp_path)))
-    assert "<polyline" in (tmp_path / "report.html").read_text()
+    assert "<polyline" in (tmp_path / "report.html").read_text() and (tmp_path / "mine").read_text() == "kept"
+    assert not (tmp_path / "report.html").is_symlink()
     with pytest.raises(SweepFailure, match="1 of 4 points are not done: 1 failed"):
         collect.main(Config(sweep=str(tmp_path)))
     assert (tmp_path / "sweep.csv").is_file() and "rank  point" in capsys.readouterr().out
