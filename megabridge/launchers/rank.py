@@ -51,7 +51,7 @@ def main() -> int:
     _continue(values)
     try:
         with local.started(values, [here], world_size=here.local_world_size, platform=platform, held=_SIGNALS) as workers:
-            found = _stay(workers[0], received, lambda: bool(received) and _another_failed(folder, here))
+            found = _stay(workers[0], received, lambda _: _another_failed(folder, here))
     except WorkerFailure as error:  # it could not be started
         found = error.failure
     return 1 if found is None else _left(folder, here, found)
@@ -63,7 +63,7 @@ def beside(values: Mapping[str, Any], here: Place, *, digest: str) -> int:
     count, platform = here.local_world_size, values["platform"]
     with local.started(values, [here], world_size=count, platform=platform, digest=digest, held=_SIGNALS) as workers:
         rank = workers[0]
-        found = _stay(rank, received, lambda: len(received) > 1 or (bool(received) and not _takes_signals(rank)))
+        found = _stay(rank, received, lambda is_told: len(received) > 1 if is_told else not _takes_signals(rank))
     if found is None:
         return 128 + received[-1]
     if isinstance(found, Failure):
@@ -84,11 +84,14 @@ def _received() -> list[int]:
     return received
 
 
-def _stay(rank: Child, received: list[int], gives_up: Callable[[], bool]) -> Outcome | None:
-    """How the rank ended, which is told of the first signal; None where `gives_up` had it killed."""
+def _stay(rank: Child, received: list[int], gives_up: Callable[[bool], bool]) -> Outcome | None:
+    """How the rank ended, which is told of the first signal.
+
+    None where it was killed: `gives_up` is asked while there are signals, with whether the rank has been told.
+    """
     is_told = False
     while not children.ended([rank], _POLL):
-        if gives_up():
+        if received and gives_up(is_told):
             send(-rank.pid, signal.SIGKILL)
             return None
         if received and not is_told:

@@ -42,6 +42,8 @@ while not received:
     time.sleep(0.01)
 print("stops", flush=True)
 {stops}
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+time.sleep(0.5)
 class Stopped(SystemExit): pass
 raise Stopped(75)
 """
