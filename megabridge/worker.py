@@ -57,8 +57,10 @@ _IMPORTED_LATE: Final = (
     "transformers.tokenization_utils_tokenizers",
 )
 """What torch, megatron-core and transformers import only when a run needs it: seconds for each rank, if left to them."""
+_LOSSES: Final = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+"""What torch raises when another rank is gone or silent."""
 _LOST: Final = ("gloo/transport/", "Timed out waiting", "wait timeout")
-"""In what torch's gloo backend says when another rank is gone or silent."""
+"""In what torch's gloo backend says then, without an error of its own kind."""
 _SETTLE: Final = 1.0
 """Seconds in which a rank that lost others lets the rank that was the cause speak first."""
 _stores: Final[list[PrefixStore]] = []
@@ -111,9 +113,9 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     recipe = load_recipe(config.recipe.target)
     if config.deterministic:
         determinism.require()
-    if not config.recipe.single_process:
-        groups.start(schema.processes(config, groups.world_size()), seed=config.seed, timeout=config.timeout)
     with _losses(config.timeout):
+        if not config.recipe.single_process:
+            groups.start(schema.processes(config, groups.world_size()), seed=config.seed, timeout=config.timeout)
         objective = _number(recipe(config), config.recipe.target)
     groups.stop()
     streams.check()
@@ -127,7 +129,9 @@ def _losses(timeout: float) -> Iterator[None]:
         yield
     except Exception as error:  # a save that was interrupted says it in its own error
         text = said(error)
-        if isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(sign in text for sign in _LOST):
+        if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError) or any(
+            sign in text for sign in _LOST
+        ):
             raise LostRanksError(
                 f"the connection to another rank was lost, or it did not answer within timeout={timeout:g} seconds; look at "
                 f"the other ranks' output and hosts, and continue with checkpoint.resume=auto. It was: {text.splitlines()[0]}"

@@ -112,7 +112,7 @@ class SweepFailure(MegabridgeError):
         said = ", ".join(count for count in counts if not count.startswith("0 "))
         super().__init__(f"{len(lost)} of {len(points)} points are not done: {said}.")
         failed = [point.status for point in lost if point.state == FAILED]
-        self.status = failed[0] if failed else CONFIG_ERROR
+        self.status = (failed[0] or 1) if failed else CONFIG_ERROR
 
 
 class _Failed(JobReturn):

@@ -194,6 +194,7 @@ def test_the_status_is_that_of_a_run_before_that_of_a_refusal() -> None:
     assert SweepFailure([done, refused, failed]).status == 137
     assert str(SweepFailure([done, refused])) == "1 of 2 points are not done: 1 refused."
     assert SweepFailure([done, refused]).status == 2
+    assert SweepFailure([Point(0, [], "", state=FAILED, status=0)]).status == 1, "as others may have written it"
 
 
 def test_the_cause_is_who_left_no_report_else_the_earliest() -> None:
