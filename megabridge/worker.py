@@ -116,7 +116,7 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     with _losses(config.timeout):
         if not config.recipe.single_process:
             groups.start(schema.processes(config, groups.world_size()), seed=config.seed, timeout=config.timeout)
-        objective = _number(recipe(config), config.recipe.target)
+        objective = objective_of(recipe(config), config.recipe.target)
     groups.stop()
     streams.check()
     return objective
@@ -139,16 +139,16 @@ def _losses(timeout: float) -> Iterator[None]:
         raise
 
 
-def _number(objective: object, target: str) -> float | None:
+def objective_of(returned: object, target: str) -> float | None:
     """What a recipe returned, as the launcher and a sweep take it. Raises ConfigError for anything but a number or None."""
-    if objective is None:
+    if returned is None:
         return None
     try:
-        if isinstance(objective, SupportsFloat):
-            return float(objective)
+        if isinstance(returned, SupportsFloat):
+            return float(returned)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # a tensor of many elements, a whole number without end
         pass
-    raise ConfigError(f"recipe.target={target} must return a number or None, not such a {type(objective).__name__}; return one.")
+    raise ConfigError(f"recipe.target={target} must return a number or None, not such a {type(returned).__name__}; return one.")
 
 
 def load_recipe(target: str) -> Recipe:

@@ -56,7 +56,7 @@ def started(
     """The ranks at `places` of this host's `world_size`, or with [None] the process that forks them all; ended with the block.
 
     `digest` is of a config that other hosts' ranks composed, too (megabridge.worker). Signals in `held` wait until the rank takes
-    them (training.stopping), and it is then killed without one.
+    them (training.stopping); such a rank is ended by SIGKILL alone.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,11 +54,6 @@ def end_aloof(config: Config) -> None:
     if dist.get_rank() == dist.get_world_size() - 1:
         raise Aloof("extra\ud800.weight \x1b[2J" + "\x01" * 20_000)
     dist.barrier()
-
-
-def return_a_list(config: Config) -> Any:
-    """What is no objective."""
-    return [1.0, object()]
 
 
 def wait(config: Config) -> None:
