@@ -13,9 +13,9 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
-from megabridge import errors
-from megabridge.errors import MegabridgeError
+from megabridge.errors import CheckpointError, ConfigError, MappingError, MegabridgeError, ParityError, message
 
+_KINDS: Final = {kind.__name__: kind for kind in (ConfigError, MappingError, CheckpointError, ParityError)}
 PIECE: Final = 64 << 20
 """Bytes of one message of `gather_bytes`: what it needs on a device."""
 
@@ -76,21 +76,22 @@ def together(what: str) -> Iterator[None]:
     When the block raises on any rank, every rank raises: its own error where it had one, otherwise the first failing rank's, of
     the same type, with that rank named.
     """
-    own: Exception | None = None
+    own: BaseException | None = None
     try:
         yield
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
         own = error
     if not _any(own is not None):
         return
-    failures = gather(None if own is None else (type(own).__name__, str(own)))
+    failures = gather(None if own is None else (type(own).__name__, message(own)))
     if own is not None:
         raise own
     for number, failure in enumerate(failures):
         if failure is not None:
-            kind, message = failure
-            known = getattr(errors, kind, MegabridgeError)
-            raise known(f"rank {number} failed while {what}: {kind}: {message}")
+            kind, text = failure
+            raise _KINDS.get(kind, MegabridgeError)(f"rank {number} failed while {what}: {kind}: {text}")
 
 
 def on_rank_zero[T](what: str, work: Callable[[], T]) -> T:

@@ -16,8 +16,9 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, Final
 
+from megabridge import regular
 from megabridge.config import Config, ModelConfig
-from megabridge.errors import ConfigError, listed
+from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.kinds import LAYERS, SIZE, Kind
 from megabridge.topology import Topology
 
@@ -85,12 +86,12 @@ def known_shape(model: ModelConfig) -> Shape:
 
     Raises ConfigError when `model.path` is a local folder whose config.json can't be read.
     """
-    if model.hf or model.path is None or not Path(model.path).is_dir():
+    if model.hf or model.path is None or not regular.is_folder(Path(model.path)):
         return Shape.of(model.hf)
     file = Path(model.path) / "config.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(regular.read_text(file))
+    except (CheckpointError, ValueError, RecursionError) as error:
         raise ConfigError(f"model.path={model.path} must hold a readable config.json: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold a JSON object, not {type(content).__name__}.")
@@ -207,22 +208,7 @@ def check_named(config: Config) -> None:
 def check_training(config: Config) -> None:
     """Raises ConfigError for settings of training that can't work, or would do nothing."""
     checkpoint, policy, optimizer = config.checkpoint, config.policy, config.optimizer
-    least: list[tuple[str, float | None, float]] = [
-        ("checkpoint.save_every", checkpoint.save_every, 1),
-        ("checkpoint.keep_last", checkpoint.keep_last, 1),
-        ("checkpoint.keep_best", checkpoint.keep_best, 1),
-        ("recipe.eval_every", config.recipe.eval_every, 1),
-        ("policy.spike_window", policy.spike_window, 1),
-        ("policy.limit", policy.limit, 0),
-        ("optimizer.lr", optimizer.lr, 0),
-        ("optimizer.weight_decay", optimizer.weight_decay, 0),
-        ("optimizer.clip_grad", optimizer.clip_grad, 0),
-        ("optimizer.loss_scale_window", optimizer.loss_scale_window, 1),
-        ("optimizer.hysteresis", optimizer.hysteresis, 1),
-    ]
-    problems = [
-        f"{name}={value} must be at least {lowest:g}" for name, value, lowest in least if value is not None and value < lowest
-    ]
+    problems = []
     if policy.spike != "ignore" and policy.spike_factor <= 1:
         problems.append(f"policy.spike_factor={policy.spike_factor} must be above 1; 2 is usual")
     if optimizer.initial_loss_scale < optimizer.min_loss_scale or optimizer.min_loss_scale <= 0:

@@ -1,9 +1,13 @@
-"""The errors that megabridge raises. Each message is one sentence: the rule, the offending value, the remedy."""
+"""The errors that megabridge raises, each one sentence: the rule, the offending value, the remedy; and any error as text."""
+
+from __future__ import annotations
 
 from typing import Final
 
 STOPPED_EXIT_CODE: Final = 75
 """Exit code of a run that a signal ended after it was saved (EX_TEMPFAIL: start it again with checkpoint.resume=auto)."""
+LONGEST: Final = 20_000
+"""Characters of a message that are shown; the middle of a longer one is left out."""
 
 
 class MegabridgeError(Exception):
@@ -32,3 +36,43 @@ def listed(problems: list[str], limit: int = 20) -> str:
     if len(problems) > limit:
         shown.append(f"... and {len(problems) - limit} more")
     return "\n  ".join(shown)
+
+
+def plain(text: str) -> str:
+    """`text` as any file, terminal or page takes it: what can't be printed or encoded is written as an escape.
+
+    Names in foreign files hold whatever their authors liked: lone surrogates, terminal codes, a million characters.
+    """
+    if len(text) > LONGEST:
+        kept = LONGEST // 2
+        text = f"{text[:kept]} ... ({len(text) - 2 * kept} characters left out) ... {text[-kept:]}"
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else _escaped(letter) for letter in text)
+
+
+def said(error: BaseException) -> str:
+    """The message of `error`, plain; with its type where megabridge did not raise it on purpose. Raises nothing.
+
+    Whatever an error's own __str__ does, the rank that failed still has to say so.
+    """
+    text = message(error)
+    if isinstance(error, MegabridgeError):
+        return text
+    return f"{_name(error)}: {text}" if text else f"{_name(error)}."
+
+
+def message(error: BaseException) -> str:
+    """What `error` says, plain, without its type. Raises nothing."""
+    try:
+        return plain(str(error))
+    except BaseException as problem:
+        return f"(its message can't be shown: {_name(problem)})"
+
+
+def _name(error: BaseException) -> str:
+    return str(type.__getattribute__(type(error), "__name__"))
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")

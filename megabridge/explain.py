@@ -12,7 +12,9 @@ from typing import Any, Final
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
+    ConfigAttributeError,
     ConfigKeyError,
+    ConfigTypeError,
     InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
@@ -24,6 +26,8 @@ from megabridge.config import OPEN_NODES, Config
 
 _CLOSE: Final = 0.6
 """Similarity (difflib's ratio) from which a key is worth suggesting."""
+_SHOWN: Final = 30
+"""Keys of a node that are listed where none is close."""
 
 
 def explain(error: BaseException, conf: Path, others: Sequence[str] = ()) -> str:
@@ -36,8 +40,10 @@ def explain(error: BaseException, conf: Path, others: Sequence[str] = ()) -> str
     text = str(error)
     override = re.match(r"Could not override '([^']+)'", text)
     if override is not None:
-        return _unknown_key(override[1], conf, others)
-    if isinstance(cause, ConfigKeyError | AttributeError) and cause.full_key:
+        # Of a whole mapping, OmegaConf says which of its keys is none.
+        inner = str(cause.full_key) if isinstance(cause, ConfigKeyError | ConfigAttributeError) else ""
+        return _unknown_key(inner if inner.startswith(f"{override[1]}.") else override[1], conf, others)
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
         return _unknown_key(str(cause.full_key), conf, others)
     if isinstance(cause, MissingMandatoryValue):
         return f"{cause.full_key} has no value; set it with {cause.full_key}=..."
@@ -45,6 +51,10 @@ def explain(error: BaseException, conf: Path, others: Sequence[str] = ()) -> str
         return f"{cause.full_key}: {_one_line(str(cause))}"
     if isinstance(cause, ValidationError):
         return f"{cause.full_key}: {_wrong_type(cause)}"
+    if isinstance(cause, ConfigTypeError):
+        return f"{cause.full_key}: {_one_line(str(cause))}; give it a value of the kind that it has."
+    if isinstance(error, OSError):
+        return _unusable(error)
     return _one_line(text)
 
 
@@ -70,6 +80,14 @@ def _one_line(text: str) -> str:
     return " ".join(kept)
 
 
+def _unusable(error: OSError) -> str:
+    """For a file or folder that Hydra can't read or make."""
+    place = f"{error.filename!r}: {error.strerror}"
+    if str(error.filename).endswith(".yaml"):
+        return f"a config must be a file that can be read, but {place}; mend it, or choose another."
+    return f"a run's directory must be a folder that can be made, but {place}; set another run_dir (of a sweep, hydra.sweep.dir)."
+
+
 def _missing_choice(error: MissingConfigException) -> str:
     """For a group that lacks the chosen file."""
     group, _, choice = str(error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
@@ -91,14 +109,23 @@ def _wrong_type(error: ValidationError) -> str:
 
 def _unknown_key(key: str, conf: Path, others: Sequence[str]) -> str:
     """For a key that the schema, or the chosen file of an open node, does not have."""
-    candidates = sorted([*_known_keys(key, conf), *others])
-    scored = [(_similarity(key, candidate), candidate) for candidate in candidates]
-    best, name = max(scored)
-    top = ", ".join(each.name for each in fields(Config))
-    hint = f"; did you mean '{name}'?" if best >= _CLOSE else f"; at the top there are {top}."
-    for node in OPEN_NODES:
-        if key.startswith(f"{node}."):
-            hint += f" To add it, write +{key}=..."
+    parent = key.rpartition(".")[0]
+    inside = next((f"{node}." for node in OPEN_NODES if key.startswith(f"{node}.")), "")
+    known = [each for each in {*_known_keys(key, conf), *others} if each.startswith(inside)]
+    # What holds it is there: that is not what was meant.
+    candidates = sorted(each for each in known if not f"{key}.".startswith(f"{each}.")) or [""]
+    best, name = max((_similarity(key, candidate), candidate) for candidate in candidates)
+    beside = [each.rpartition(".")[2] for each in candidates if each.rpartition(".")[0] == parent]
+    if best >= _CLOSE:
+        hint = f"; did you mean '{name}'?"
+    elif inside:
+        hint = "."
+    elif not parent or not beside:
+        hint = f"; at the top there are {', '.join(each.name for each in fields(Config))}."
+    else:
+        hint = f"; in {parent} there are {', '.join(beside[:_SHOWN])}{', ...' if len(beside) > _SHOWN else ''}."
+    if inside:
+        hint += f" To add it, write +{key}=..."
     return f"unknown key '{key}'{hint}"
 
 
@@ -106,9 +133,8 @@ def _similarity(key: str, candidate: str) -> float:
     """How alike two dotted keys are: as a whole, or their last words where the rest is missing or wrong."""
     parent, _, last = key.rpartition(".")
     candidate_parent, _, candidate_last = candidate.rpartition(".")
-    whole = SequenceMatcher(None, key, candidate).ratio()
     word = SequenceMatcher(None, last, candidate_last).ratio()
-    return max(whole, word if parent == candidate_parent else 0.9 * word)
+    return word if parent == candidate_parent else max(SequenceMatcher(None, key, candidate).ratio(), 0.9 * word)
 
 
 def _known_keys(key: str, conf: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megabridge import agreement
+from megabridge import agreement, regular
 from megabridge.conversion.exporter import export_specs, export_weights
 from megabridge.conversion.importer import import_weights
 from megabridge.conversion.native import ADAPTER, survey
@@ -69,7 +69,7 @@ class HFAdapters(HFWeights):
         MappingError for tensors that don't fit.
         """
         with agreement.together("opening the adapter"):
-            folder = Path(path).expanduser()
+            folder = regular.place(path)
             found, infos = peft_folder.read_config(folder), peft_folder.find_weights(folder)
             modules = peft_folder.modules_of(infos)
         if not any(agreement.gather(bool(survey(model, adapters=True)))):

@@ -19,6 +19,8 @@ LARGEST_ON_CPU: Final = 500_000_000
 """Parameters above which platform=auto does not fall back to a CPU: a step would take minutes."""
 BYTES_PER_PARAMETER: Final = 16
 """Least memory of training: parameter, gradient and Adam's two moments in float32."""
+MOST_RANKS: Final = 1024
+"""Processes that are started on one host."""
 GPUS_PER_HOST: Final = 8
 """What the suggested multi-host command assumes."""
 
@@ -68,6 +70,11 @@ def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: in
     Raises ConfigError that says what is missing and which command would work, when it can't run here.
     """
     world = topology.world_size
+    if world > MOST_RANKS:
+        raise ConfigError(
+            f"parallel {topology} needs {world} processes, and one host starts at most {MOST_RANKS}; start them on several by "
+            "torchrun or srun, or see with recipe=plan what each would do."
+        )
     parameters = known_shape(config.model).parameters
     least = 0 if parameters is None or config.recipe.steps == 0 else parameters * BYTES_PER_PARAMETER
     size = "" if parameters is None else f" (about {parameters / 1e9:.2f}B parameters)"

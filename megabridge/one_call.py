@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 import megabridge.platform as platform
-from megabridge import agreement
+from megabridge import agreement, regular
 from megabridge.errors import CheckpointError, ConfigError
 from megabridge.platform import groups
 from megabridge.platform.file_backed import file_backed
@@ -82,7 +82,7 @@ def target(path: str | Path, *, replace: bool) -> Path:
 
     Without `replace` it must not exist or be empty, else CheckpointError on every rank.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = regular.place(path).absolute()
 
     def prepare() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)

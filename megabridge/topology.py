@@ -38,9 +38,9 @@ class Topology:
     dp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "cp", "ep", "dp"):
+        for name in ("tp", "pp", "vpp", "cp", "ep", "dp", "etp"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"parallel.{name}={value} must be at least 1.")
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(f"parallel.vpp={self.vpp} needs pp > 1; set parallel.pp=2 or parallel.vpp=1.")

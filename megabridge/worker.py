@@ -1,8 +1,7 @@
 """What a worker process runs: `python -m megabridge.worker --config=FD ...`, started by the launcher, never by hand.
 
-With `--fork=N` it imports the stack once and forks N ranks (CPU). Otherwise it is the rank that RANK says: started by
-the launcher (`--outcome=FD`), or by torchrun or srun (`--digest=...`). In the latter case the ranks composed their
-configs apart, and first agree on rank 0's.
+With `--fork=N` it imports the stack once and forks N ranks (CPU). Otherwise it is the rank that RANK says. Where torchrun or
+srun started the launcher as a rank (`--digest=...`), the ranks composed their configs apart, and first agree on rank 0's.
 """
 
 from __future__ import annotations
@@ -12,25 +11,27 @@ import contextlib
 import importlib
 import json
 import os
+import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from megabridge import config as schema
-from megabridge import families, last_words
+from megabridge import families, last_words, streams
 from megabridge.checks import nearest
 from megabridge.config import Config
-from megabridge.errors import ConfigError, MegabridgeError
-from megabridge.launchers import local, place, report
-from megabridge.launchers.report import CONFIG_ERROR, Failure
-from megabridge.platform import determinism, groups, ranks
+from megabridge.errors import ConfigError, MegabridgeError, said
+from megabridge.launchers import local, place
+from megabridge.launchers.processes import outcome
+from megabridge.launchers.processes.forked import fork_ranks
+from megabridge.launchers.processes.outcome import CONFIG_ERROR, Failure, WorkerFailure
+from megabridge.platform import determinism, groups
 
 Recipe = Callable[[Config], float | None]
 
@@ -56,8 +57,10 @@ _IMPORTED_LATE: Final = (
     "transformers.tokenization_utils_tokenizers",
 )
 """What torch, megatron-core and transformers import only when a run needs it: seconds for each rank, if left to them."""
+_LOSSES: Final = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+"""What torch raises when another rank is gone or silent."""
 _LOST: Final = ("gloo/transport/", "Timed out waiting", "wait timeout")
-"""In what torch's gloo backend says when another rank is gone or silent."""
+"""In what torch's gloo backend says then, without an error of its own kind."""
 _SETTLE: Final = 1.0
 """Seconds in which a rank that lost others lets the rank that was the cause speak first."""
 _stores: Final[list[PrefixStore]] = []
@@ -65,30 +68,38 @@ _stores: Final[list[PrefixStore]] = []
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The process's exit status."""
+    """The process's exit status: 0 where all that it stands for is done."""
+    streams.settle()
     parser = argparse.ArgumentParser(prog="python -m megabridge.worker")
     parser.add_argument("--config", type=int, required=True, help="descriptor of the resolved config, JSON")
-    parser.add_argument("--outcome", type=int, help="descriptor of the file that takes the outcome")
-    parser.add_argument("--note", type=int, help="descriptor of the file that takes what this process reads")
+    parser.add_argument("--outcome", type=int, required=True, help="descriptor of the file that takes the outcome")
+    parser.add_argument("--note", type=int, required=True, help="descriptor of the file that takes what this process reads")
     parser.add_argument("--digest", help="of the config, where torchrun or srun started the ranks")
     parser.add_argument("--fork", type=int, help="number of ranks to fork")
     given = parser.parse_args(arguments)
-    values = json.loads(os.pread(given.config, os.fstat(given.config).st_size, 0))
-    if given.note is not None:
-        last_words.keep(last_words.page(given.note))
-    outcome: Failure | float | None
+    last_words.keep(last_words.page(given.note))
+
+    def work() -> float | None:
+        values = json.loads(os.pread(given.config, os.fstat(given.config).st_size, 0))
+        return _run_here(values, given.digest) if given.fork is None else _fork(values, given.fork)
+
+    found = outcome.of(work, -1 if given.fork is not None else int(os.environ["RANK"]))
+    outcome.write(given.outcome, found)
+    return found.status if isinstance(found, Failure) else 0
+
+
+def _run_here(values: dict[str, Any], digest: str | None) -> float | None:
+    """This process is a rank; returns its objective."""
+    if digest is None:
+        return run_rank(values)
     try:
-        if given.fork is not None:
-            return _fork(values, given.fork, given.outcome)
-        if given.digest is not None:
-            values = _agreed(values, given.digest)
-        outcome = run_rank(values)
-    except Exception as error:
-        outcome = _failure(error)
-        if given.outcome is None and isinstance(error, LostRanksError):
-            # torchrun and srun end this rank when another tells its own failure; of those that only lost others, one speaks.
-            time.sleep(_SETTLE if os.environ.get("LOCAL_RANK") == "0" else 3 * _SETTLE)
-    return _finish(outcome, given.outcome)
+        with _losses(_AGREE_SECONDS):
+            values = _agreed(values, digest)
+        return run_rank(values)
+    except LostRanksError:
+        # torchrun and srun end this rank when another tells its own failure; of those that only lost others, one speaks.
+        time.sleep(_SETTLE if os.environ.get("LOCAL_RANK") == "0" else 3 * _SETTLE)
+        raise
 
 
 def run_rank(values: Mapping[str, Any]) -> float | None:
@@ -102,19 +113,42 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     recipe = load_recipe(config.recipe.target)
     if config.deterministic:
         determinism.require()
-    if not config.recipe.single_process:
-        groups.start(schema.processes(config, groups.world_size()), seed=config.seed, timeout=config.timeout)
+    with _losses(config.timeout):
+        if not config.recipe.single_process:
+            groups.start(schema.processes(config, groups.world_size()), seed=config.seed, timeout=config.timeout)
+        objective = objective_of(recipe(config), config.recipe.target)
+    groups.stop()
+    streams.check()
+    return objective
+
+
+@contextlib.contextmanager
+def _losses(timeout: float) -> Iterator[None]:
+    """Raises LostRanksError for what torch raises inside when another rank is gone, or silent for `timeout` seconds."""
     try:
-        objective = recipe(config)
+        yield
     except Exception as error:  # a save that was interrupted says it in its own error
-        if isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in _LOST):
+        text = said(error)
+        if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError) or any(
+            sign in text for sign in _LOST
+        ):
             raise LostRanksError(
-                f"the connection to another rank was lost, or it did not answer within timeout={config.timeout:g} seconds; look at "
-                f"the other ranks' output and hosts, and continue with checkpoint.resume=auto. It was: {str(error).splitlines()[0]}"
+                f"the connection to another rank was lost, or it did not answer within timeout={timeout:g} seconds; look at "
+                f"the other ranks' output and hosts, and continue with checkpoint.resume=auto. It was: {text.splitlines()[0]}"
             ) from error
         raise
-    groups.stop()
-    return objective
+
+
+def objective_of(returned: object, target: str) -> float | None:
+    """What a recipe returned, as the launcher and a sweep take it. Raises ConfigError for anything but a number or None."""
+    if returned is None:
+        return None
+    try:
+        if isinstance(returned, SupportsFloat):
+            return float(returned)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # a tensor of many elements, a whole number without end
+        pass
+    raise ConfigError(f"recipe.target={target} must return a number or None, not such a {type(returned).__name__}; return one.")
 
 
 def load_recipe(target: str) -> Recipe:
@@ -128,8 +162,8 @@ def load_recipe(target: str) -> Recipe:
     return recipe
 
 
-def _fork(values: Mapping[str, Any], world_size: int, outcome: int) -> int:
-    """Imports everything that the ranks need, forks them and waits; leaves rank 0's objective or the first failure."""
+def _fork(values: Mapping[str, Any], world_size: int) -> float | None:
+    """Imports everything that the ranks need, forks them and waits; returns rank 0's objective, or raises WorkerFailure."""
     config = schema.typed(values)
     if config.family is not None:
         families.register_named(config.family)
@@ -138,19 +172,14 @@ def _fork(values: Mapping[str, Any], world_size: int, outcome: int) -> int:
     for module in _IMPORTED_LATE:
         importlib.import_module(module)
 
-    def target(rank: int) -> None:
-        objective = run_rank(values)
-        if rank == 0:
-            report.write(outcome, objective)
+    def target(rank: int, listener: socket.socket) -> float | None:
+        groups.become_forked_rank(listener, threads=local.threads_each(world_size))
+        return run_rank(values)
 
-    failure = ranks.fork_ranks(world_size, target, threads_each=local.threads_each(world_size))
-    if failure is None:
-        return 0
-    report.write(
-        outcome,
-        Failure(failure.rank, failure.exit_code, failure.error, failure.traceback, failure.is_expected),
-    )
-    return 1
+    found = fork_ranks(world_size, target)
+    if isinstance(found, Failure):
+        raise WorkerFailure(found)
+    return found.objective
 
 
 def _import_targets(config: Config) -> None:
@@ -178,10 +207,6 @@ def _agreed(values: dict[str, Any], digest: str) -> dict[str, Any]:
     if here.rank == 0:
         digests = [store.get(f"digest/{rank}") for rank in range(here.world_size)]
         different = [rank for rank, other in enumerate(digests) if other != digests[0]]
-        if different:
-            names = ", ".join(map(str, different))
-            rule = "all ranks must compose one config; start all with the same command and conf"
-            print(f"megabridge: the config of rank {names} differs from rank 0's: {rule}.", file=sys.stderr, flush=True)
         store.set("verdict", json.dumps({"different": different, "config": values}))
     verdict = json.loads(store.get("verdict"))
     if verdict["different"]:
@@ -189,30 +214,12 @@ def _agreed(values: dict[str, Any], digest: str) -> dict[str, Any]:
         if here.rank == 0:  # the others may read from a store that lives in this process
             with contextlib.suppress(dist.DistError):
                 store.wait([f"seen/{rank}" for rank in range(here.world_size)], timedelta(seconds=5))
-        raise SystemExit(CONFIG_ERROR)
+        names = ", ".join(map(str, verdict["different"]))
+        rule = "all ranks must compose one config; start all with the same command and conf"
+        text = f"the config of rank {names} differs from rank 0's: {rule}." if here.rank == 0 else ""
+        raise WorkerFailure(Failure(-1, CONFIG_ERROR, text, is_expected=True))
     agreed: dict[str, Any] = verdict["config"]
     return agreed
-
-
-def _failure(error: Exception) -> Failure:
-    """This process's failure, as the launcher hears of it."""
-    is_expected = isinstance(error, MegabridgeError)
-    return Failure(
-        rank=int(os.environ.get("RANK", "-1")),
-        exit_code=1,
-        error=str(error) if is_expected else f"{type(error).__name__}: {error}",
-        traceback="".join(traceback.format_exception(error)),
-        is_expected=is_expected,
-    )
-
-
-def _finish(outcome: Failure | float | None, descriptor: int | None) -> int:
-    """Reports to the launcher, or on stderr where there is none; returns the exit status."""
-    if descriptor is not None:
-        report.write(descriptor, outcome)
-    elif isinstance(outcome, Failure):
-        print(f"megabridge: {outcome.text()}", file=sys.stderr)
-    return outcome.exit_code if isinstance(outcome, Failure) else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def main(config: Config) -> None:
     points = slurm.collect(folder)
     sweep.write(folder, points)
     print(results.write(folder, points))
-    if any(point.status for point in points):
+    if any(point.state in (sweep.FAILED, sweep.REFUSED) for point in points):
         raise sweep.SweepFailure(points)
 
 

@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from megabridge import config
-from megabridge.run import conf_folder
+from megabridge.launchers.prepare import conf_folder
 
 
 def compose(*overrides: str) -> DictConfig:

@@ -17,6 +17,7 @@ import os
 import pickle
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ START_TIMEOUT: Final = 180.0  # seconds to import the stack on a busy machine
 
 @dataclass
 class RankError(Exception):
-    """A rank failed; `failure` is the host's report of the first one (platform.ranks.FirstFailure as a dict)."""
+    """A rank failed; `failure` is the host's report of the first one (launchers.processes.outcome.Failure as a dict)."""
 
     failure: dict[str, Any]
     output: str
@@ -142,7 +143,9 @@ class RankServer:
 
 def serve() -> None:
     """The host's loop: a request per line of stdin, an answer per line of stdout (null, or the first failure)."""
-    from megabridge.platform.ranks import fork_ranks
+    from megabridge.launchers.processes.forked import fork_ranks
+    from megabridge.launchers.processes.outcome import Failure
+    from megabridge.platform import groups
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imported modules print is not an answer
@@ -157,13 +160,15 @@ def serve() -> None:
             failure = {"rank": -1, "error": f"{module} can't be imported: {error!r}", "traceback": ""}
             print(json.dumps(failure), file=answers, flush=True)
             continue
-        first = fork_ranks(
-            request["world_size"],
-            lambda rank, request=request, module=module, function=function: _run(rank, request, module, function),
-            threads_each=request["threads_each"],
-            timeout=request["timeout"],
-        )
-        print(json.dumps(None if first is None else asdict(first)), file=answers, flush=True)
+
+        def target(
+            rank: int, listener: socket.socket, request: dict[str, Any] = request, name: tuple[str, str] = (module, function)
+        ) -> None:
+            groups.become_forked_rank(listener, threads=request["threads_each"])
+            _run(rank, request, *name)
+
+        found = fork_ranks(request["world_size"], target, timeout=request["timeout"])
+        print(json.dumps(asdict(found) if isinstance(found, Failure) else None), file=answers, flush=True)
 
 
 def _run(rank: int, request: dict[str, Any], module: str, function: str) -> None:

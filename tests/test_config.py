@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from megabridge import checks, config, host
 from megabridge.config import Config
 from megabridge.errors import ConfigError
-from megabridge.run import conf_folder, resolve
+from megabridge.launchers.prepare import conf_folder, resolve
 from megabridge.topology import Topology
 from tests.compose import compose
 

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from megabridge import last_words
-from megabridge.launchers import local
-from tests.test_run import ROOT
-
-PROGRAM = """\
-import mmap, os, sys
-from megabridge import last_words
-last_words.keep(last_words.page(int(sys.argv[1])))
-kept, cut = sys.argv[2:]
-maps = []
-for file in (kept, cut):
-    last_words.reading(file, os.stat(file).st_size)
-    maps.append(mmap.mmap(os.open(file, os.O_RDONLY), 0, prot=mmap.PROT_READ))
-os.truncate(cut, 10)
-maps[1][-1]
-"""
+from megabridge.launchers.processes import children
+from megabridge.launchers.processes.outcome import Failure
 
 
 def test_fault_25_the_launcher_names_the_file(tmp_path: Path) -> None:
     kept, cut = tmp_path / "kept", tmp_path / "cut"
     kept.write_bytes(bytes(100_000))
     cut.write_bytes(bytes(100_000))
-    with tempfile.TemporaryFile() as note, tempfile.TemporaryFile() as outcome:
-        arguments = [sys.executable, "-c", PROGRAM, str(note.fileno()), str(kept), str(cut)]
-        process = subprocess.Popen(arguments, cwd=ROOT, pass_fds=[note.fileno()])
-        assert process.wait(60) == -signal.SIGBUS
-        failure = local.first_failure([local.Worker(3, process, outcome, note)])
-    assert (failure.rank, failure.exit_code) == (3, -signal.SIGBUS)
+
+    def work() -> None:
+        maps = []
+        for file in (kept, cut):
+            last_words.reading(file, file.stat().st_size)
+            with file.open("rb") as stream:
+                maps.append(mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ))
+        os.truncate(cut, 10)
+        maps[1][-1]
+
+    child = children.fork(3, work)
+    failure = children.wait([child])
+    children.end([child], 1.0)
+    assert isinstance(failure, Failure) and (failure.rank, failure.exit_code) == (3, -signal.SIGBUS)
     assert failure.error.endswith(f"by SIGBUS (a file that it read was truncated): {cut} had 100000 bytes and now has 10.")
 
 

@@ -48,9 +48,10 @@ def command(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) ->
     )
 
 
-def start(*arguments: str, cwd: Path, **more: str) -> subprocess.Popen[str]:
+def start(*arguments: str, cwd: Path, recipe: str = "objective", **more: str) -> subprocess.Popen[str]:
+    target = f"recipe.target=tests.launchers.recipes:{recipe}"
     return subprocess.Popen(
-        [sys.executable, "-m", "megabridge.run", *arguments, "model=tiny_llama", RECIPE],
+        [sys.executable, "-m", "megabridge.run", *arguments, "model=tiny_llama", target],
         cwd=cwd,
         env=environ(**more),
         stdout=subprocess.PIPE,
@@ -93,6 +94,52 @@ def test_a_mistake_is_one_message_without_torch(tmp_path: Path, arguments: str, 
     assert answer.stderr.startswith("megabridge: ") and message in answer.stderr
     assert "Traceback" not in answer.stderr and not answer.stdout
     assert "needs" in message or len(answer.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "said"),
+    [
+        ("--help | head -1", 0, ""),
+        ("--cfg job <&- | head -1", 0, ""),
+        ("--help <&- >&-", 0, ""),
+        ("--help >/dev/full", 1, "megabridge: standard output can't be written any more (No space left on device)"),
+        ("stepz=1 2>/dev/full", 2, ""),
+        ("stepz=1 <&- >&- 2>&-", 2, ""),
+    ],
+)
+def test_standard_streams_may_be_closed_full_or_read_by_nobody(tmp_path: Path, line: str, status: int, said: str) -> None:
+    shell = ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m megabridge.run {line}"]
+    answer = subprocess.run(shell, cwd=tmp_path, env=environ(), capture_output=True, text=True, timeout=60)
+    assert answer.returncode == status and answer.stderr.startswith(said or "\n") == bool(said), answer.stderr
+    assert "Traceback" not in answer.stderr and not list(tmp_path.iterdir())
+
+
+def test_ranks_run_without_standard_streams(tmp_path: Path) -> None:
+    """Their config, their outcome and their files get no number that a library takes for standard output."""
+    run = [sys.executable, "-m", "megabridge.run", "model=tiny_llama", RECIPE, "run_dir=run", "+recipe.options.word=a"]
+    answer = subprocess.run(["bash", "-c", 'exec "$@" <&- >&-', "", *run], cwd=tmp_path, env=environ(), stderr=subprocess.PIPE)
+    assert answer.returncode == 0 and not answer.stderr and (tmp_path / "run" / "rank0").read_text() == "a"
+
+
+def test_ctrl_c_while_it_is_imported_is_one_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "hydra.py").write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(60)\n")
+    answer = subprocess.run(
+        [sys.executable, "-m", "megabridge.run", "--help"],
+        cwd=tmp_path,
+        env=environ(PYTHONPATH=f"{tmp_path}:{ROOT}"),
+        capture_output=True,
+        timeout=60,
+    )
+    assert (answer.returncode, answer.stdout, answer.stderr) == (130, b"", b"")
+
+
+def test_a_working_directory_that_is_gone_is_said(tmp_path: Path) -> None:
+    line = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" -m megabridge.run --help'
+    answer = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environ(), capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+    assert answer.stderr.endswith(
+        "megabridge: the working directory must exist, but can't be found (No such file or directory); change to another.\n"
+    )
 
 
 def test_a_mistake_in_a_users_yaml_is_explained(tmp_path: Path) -> None:
@@ -148,6 +195,29 @@ def test_ranks_of_srun_share_rank_zeros_directory(tmp_path: Path) -> None:
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["config.yaml", "rank0", "rank1", "run0"]
+
+
+def test_a_rank_of_torchrun_that_vanishes_counts_as_failed(tmp_path: Path) -> None:
+    """Its own process stays beside it; that of the rank that waits for it hears of the lost connection."""
+    port = free_port()
+    ranks = [
+        start(
+            "parallel=dp2",
+            "run_dir=run",
+            cwd=tmp_path,
+            recipe="vanish",
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert errors[1].startswith("megabridge: rank 1: ended with exit status 0 and without a report, before it was done;")
+    assert errors[0].startswith("megabridge: rank 0: the connection to another rank was lost")
 
 
 def test_ranks_with_different_configs_are_named_once(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ import megabridge.platform as platform
 from megabridge import evaluation
 from megabridge.agreement import on_rank_zero
 from megabridge.callbacks.hf_export import FOLDER, HFExport
-from megabridge.errors import ConfigError, listed
+from megabridge.checkpoint import assets
+from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.evaluation.process import EvaluationError, Process
 from megabridge.training.hooks import Callback
 
@@ -95,7 +95,10 @@ class Evaluate(Callback):
         if not (step / FOLDER).is_dir():
             return True
         file = step / evaluation.FILE
-        return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["tasks"] == evaluation.specs(self.tasks)
+        try:
+            return file.is_file() and assets.read_object(file, otherwise="").get("tasks") == evaluation.specs(self.tasks)
+        except CheckpointError:  # what can't be read is written again
+            return False
 
     def _evaluate(self, trainer: Trainer, step: Path) -> None:
         """Every rank calls it. Raises EvaluationError where on_error is fail."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from megabridge import regular
 from megabridge.checkpoint.safetensors import parse_json
 from megabridge.errors import CheckpointError, ConfigError
 from megabridge.families.unread import TOKENS
@@ -45,15 +46,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_object(path: Path, *, otherwise: str) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError, with what to do `otherwise` where there is no such file."""
-    try:
-        if not path.is_file():
-            raise CheckpointError(f"{path.parent} must hold {path.name}; {otherwise}.")
-        if (size := path.stat().st_size) > _LARGEST:
-            raise CheckpointError(f"{path} must have at most {_LARGEST} bytes; it has {size}: fetch it again.")
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}; see to its permissions and its disk.") from error
-    content = parse_json(text, str(path))
+    if not regular.exists(path):
+        raise CheckpointError(f"{path.parent} must hold {path.name}; {otherwise}.")
+    content = parse_json(regular.read(path, largest=_LARGEST), str(path))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must be a JSON object, not {type(content).__name__}; fetch it again.")
     return content

@@ -22,7 +22,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Final
 
-from megabridge.errors import CheckpointError
+from megabridge import regular
+from megabridge.errors import CheckpointError, said
 
 NATIVE: Final = "native"
 VALIDATION: Final = "validation.json"
@@ -84,7 +85,7 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 def begin(folder: Path) -> Path:
     """Makes an empty temporary sibling of `folder` and returns it. Raises CheckpointError where `folder` exists."""
-    if folder.exists():
+    if regular.place(folder).exists():
         raise CheckpointError(
             f"{folder} exists already and is not overwritten; start in another run folder, or continue it with "
             "checkpoint.resume=auto."
@@ -226,22 +227,41 @@ def note_validation(step: Path, loss: float) -> None:
 
 
 def validation_loss(step: Path) -> float:
-    """The validation loss of a saved step; infinite where it was not validated."""
+    """The validation loss of a saved step; infinite where it was not validated. Raises CheckpointError where that can't be read."""
     file = step / VALIDATION
-    return float(json.loads(file.read_text(encoding="utf-8"))["loss"]) if file.is_file() else math.inf
+    if not file.is_file():
+        return math.inf
+    try:
+        loss = json.loads(regular.read(file))["loss"]
+        if type(loss) in (int, float):
+            return math.inf if math.isnan(loss) else float(loss)
+        reason = f"loss is {loss!r}"
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        reason = said(error)
+    raise CheckpointError(f'{file} must be {{"loss": a number}}, but {reason}; remove the file, or the step.')
 
 
-def keep(checkpoints: Path, *, last: int, best: int) -> None:
-    """Removes all committed steps, exports included, but the newest `last` and the `best` of lowest validation loss."""
+def keep(checkpoints: Path, *, last: int, best: int) -> list[str]:
+    """Removes all committed steps, exports included, but the newest `last` and the `best` of lowest validation loss.
+
+    A step whose validation loss can't be read is kept, too. Returns what is to be said of such.
+    """
     steps = [native.parent for native in committed_steps(checkpoints).values()]
-    validated = [step for step in steps if validation_loss(step) < math.inf]
-    kept = {*steps[len(steps) - last :], *sorted(validated, key=validation_loss)[:best]} if last < len(steps) else set(steps)
+    losses, problems, kept = dict[Path, float](), list[str](), set(steps[-last:])
+    for step in steps:
+        try:
+            losses[step] = validation_loss(step)
+        except CheckpointError as error:
+            problems.append(f"{step.name} is kept: {error}")
+            kept.add(step)
+    kept |= set(sorted((step for step in losses if losses[step] < math.inf), key=losses.__getitem__)[:best])
     for step in steps:
         if step in kept:
             continue
         # Renamed first: a removal that is killed half-way leaves no step that looks committed.
         doomed = step.rename(step.with_name(step.name + REMOVED_SUFFIX))
         shutil.rmtree(doomed)
+    return problems
 
 
 def lock(checkpoints: Path) -> IO[str]:
@@ -249,8 +269,14 @@ def lock(checkpoints: Path) -> IO[str]:
 
     Raises CheckpointError where another process has it: two runs that save into one folder destroy each other's steps.
     """
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    file = (checkpoints / ".lock").open("a+")
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        file = (checkpoints / ".lock").open("a+")
+    except (OSError, ValueError) as error:
+        reason = regular.reason(error)
+        raise CheckpointError(
+            f"{checkpoints} must be a folder that can be made and written, but: {reason}; set another run_dir or checkpoint.path."
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -267,7 +293,7 @@ def claim(folder: Path) -> tuple[IO[str], str]:
     The lock lies beside the folder, which is renamed. It is shared as soon as it is won, so that `join` lets the other ranks of
     this save hold it too: it is free when all of them are gone. Raises CheckpointError where another process saves there.
     """
-    path = _beside(folder, LOCK_SUFFIX)
+    path = _beside(regular.place(folder), LOCK_SUFFIX)
     try:
         make_parents(folder)
         file = _won(path, folder)

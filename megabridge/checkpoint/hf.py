@@ -14,7 +14,7 @@ from typing import Final, Literal, Self, get_args, override
 
 import torch
 
-from megabridge import last_words
+from megabridge import last_words, regular
 from megabridge.checkpoint.codecs import sizes_of
 from megabridge.checkpoint.filesystems import is_remote
 from megabridge.checkpoint.pickles import read_pickle
@@ -113,7 +113,7 @@ def parse_index(text: bytes, index: Path) -> dict[str, str]:
 
 def _indexed(folder: Path, index: str, read: Headers) -> dict[str, TensorInfo]:
     path = folder / index
-    names = parse_index(path.read_bytes(), path)
+    names = parse_index(regular.read(path), path)
     files = sorted(set(names.values()))
     stem, suffix = index.removesuffix(".index.json").rsplit(".", 1)
     strays = sorted(stray.name for stray in folder.glob(f"{stem}-*-of-*.{suffix}") if stray.name not in files)

@@ -24,6 +24,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import megabridge.platform as platform
+from megabridge import regular
 from megabridge.agreement import gather, on_rank_zero, together
 from megabridge.checkpoint import folders, fp8, optimizer_state, reader
 from megabridge.errors import CheckpointError, listed
@@ -78,6 +79,7 @@ class Stored:
 
 def locate(path: Path) -> Path:
     """The native folder that `path` names: itself, the one of a step, or a run's newest. Needs no ranks."""
+    path = regular.place(path)
     known = (path, path / folders.NATIVE, folders.latest(path), folders.latest(path / "checkpoints"))
     found = next((folder for folder in known if folder is not None and folders.is_committed(folder)), None)
     if found is None:

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 
+from megabridge import regular
 from megabridge.checkpoint.safetensors import DTYPES, Stamp, TensorInfo, stamp_of
 from megabridge.errors import CheckpointError, listed
 
@@ -21,7 +22,7 @@ _REMEDY = "save it again with transformers' save_pretrained, as safetensors"
 
 def read_pickle(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a file written by torch.save. Raises CheckpointError for anything but a dict of plain tensors."""
-    with file.open("rb") as stream:
+    with regular.opened(file) as stream:
         stamp = stamp_of(stream.fileno())
         records = _records(file, stream)
     content = _unpickled(file)

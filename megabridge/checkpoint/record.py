@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 
 import torch
 
+from megabridge import regular
 from megabridge.checkpoint.safetensors import TensorInfo, parse_json
 from megabridge.errors import CheckpointError
 
@@ -59,7 +60,7 @@ class SourceRecord:
         path = folder / FILE
         if not path.is_file():
             return None
-        content = parse_json(path.read_bytes(), str(path))
+        content = parse_json(regular.read(path), str(path))
         try:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from megabridge import regular
 from megabridge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def stamp_of(file: Path | int) -> Stamp:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file. Raises CheckpointError when the header and the file's size don't agree exactly."""
-    with file.open("rb") as stream:
+    with regular.opened(file) as stream:
         stamp = stamp_of(stream.fileno())
         prefix = stream.read(8)
         return parse_header(file, prefix, stream.read(header_length(file, prefix, stamp[1])), stamp)

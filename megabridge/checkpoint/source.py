@@ -6,7 +6,6 @@ unreachable hub is told within seconds.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from megabridge import regular
 from megabridge.checkpoint import assets, quickstart
 from megabridge.errors import CheckpointError
 
@@ -52,7 +52,7 @@ def resolve(
     Raises CheckpointError for a path that is no folder with a config.json, and for a hub id that is unknown, gated or unreachable.
     """
     name = str(path)
-    local = Path(path).expanduser()
+    local = regular.place(path)
     if name and local.exists():
         return _checked(local)
     if _is_path(name) or not _HUB_ID.fullmatch(name):
@@ -196,8 +196,8 @@ def _has_weights(folder: Path, single: str, _: str, many: str) -> bool:
     index = folder / many
     if not index.is_file():
         return False
-    names: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-    return all((folder / name).is_file() for name in set(names.values()))
+    names = assets.read_object(index, otherwise="fetch it again").get("weight_map")
+    return isinstance(names, dict) and all((folder / str(name)).is_file() for name in names.values())
 
 
 @contextmanager

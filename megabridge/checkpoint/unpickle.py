@@ -11,6 +11,7 @@ import pickle
 from pathlib import Path
 from typing import IO, Any, Final, override
 
+from megabridge import regular
 from megabridge.errors import CheckpointError
 
 _DTYPES: Final = frozenset(
@@ -57,13 +58,13 @@ def read_metadata(path: Path) -> Any:
 
     Raises CheckpointError that names the file and, where that is the reason, the class that was refused.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing, so {path.parent} is not a complete native checkpoint; use another step.")
     try:
-        with path.open("rb") as file:
+        with regular.opened(path) as file:
             return _load(file)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing, so {path.parent} is not a complete native checkpoint; use another step."
-        ) from error
+    except CheckpointError:
+        raise
     except _Refused as error:
         raise CheckpointError(
             f"{path} asks for {error}, which is not part of a checkpoint's metadata; it was not run. "

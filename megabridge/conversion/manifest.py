@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 import xxhash
 
-from megabridge import agreement
+from megabridge import agreement, regular
 from megabridge.checkpoint import assets
 from megabridge.checkpoint.hf import INDEX, Reader
 from megabridge.checkpoint.safetensors import NAMES, TensorInfo, parse_json
@@ -91,9 +91,9 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def file_entry(file: Path) -> FileEntry:
-    """The size and digest of a file."""
+    """The size and digest of a file. Raises CheckpointError where it is no regular file."""
     digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
+    with regular.opened(file) as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
         return FileEntry(stream.tell(), digest.hexdigest())
@@ -135,9 +135,9 @@ def may_hold(name: str) -> bool:
 def read(folder: Path) -> Manifest:
     """The manifest of `folder`. Raises CheckpointError where there is none or it isn't one."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not regular.exists(path):
         raise CheckpointError(f"{folder} must hold {MANIFEST}, which every export of megabridge writes; export the model again.")
-    content = parse_json(path.read_bytes(), str(path))
+    content = parse_json(regular.read(path), str(path))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
         raise CheckpointError(

@@ -103,10 +103,11 @@ def _headers(folder: Path, said: Manifest) -> tuple[dict[str, TensorInfo], list[
     found: dict[str, TensorInfo] = {}
     problems = []
     for file in sorted({entry.file for entry in said.tensors.values()} | {path.name for path in folder.glob("*.safetensors")}):
+        if not (folder / file).exists():
+            problems.append(f"{file}: the file is missing")
+            continue
         try:
             found |= read_header(folder / file)
-        except FileNotFoundError:
-            problems.append(f"{file}: the file is missing")
         except CheckpointError as error:
             problems.append(f"{file}: {error}")
     return found, problems

@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from megabridge import regular
 from megabridge.errors import ConfigError
 
 _MAGIC: Final = b"MMIDIDX\x00\x00"
@@ -27,7 +28,7 @@ _DTYPES: Final[dict[int, type[np.generic]]] = {1: np.uint8, 2: np.int8, 3: np.in
 
 def files(prefix: str | Path) -> tuple[Path, Path]:
     """(.bin, .idx) of a prefix; one of the two files is taken for it, too."""
-    name = str(Path(prefix).expanduser())
+    name = str(regular.place(prefix))
     for suffix in (".bin", ".idx"):
         name = name.removesuffix(suffix)
     return Path(f"{name}.bin"), Path(f"{name}.idx")
@@ -45,7 +46,7 @@ class Indexed:
         self.prefix = str(prefix)
         self._bin, index = files(prefix)
         for file in (self._bin, index):
-            if not file.is_file():
+            if not regular.exists(file):
                 raise ConfigError(f"data.paths: {file} does not exist; make it with recipe=prepare_data, or mend the path.")
         dtype, self._lengths, self._offsets, self._bounds = _read_index(index)
         self._dtype = np.dtype(dtype)
@@ -88,7 +89,7 @@ class Indexed:
 
 def _read_index(file: Path) -> tuple[type[np.generic], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     size = file.stat().st_size
-    with file.open("rb") as stream:
+    with regular.opened(file) as stream:
         head = stream.read(_HEAD.size)
     if len(head) < _HEAD.size or not head.startswith(_MAGIC):
         raise ConfigError(f"{file} is no index of megatron-core's; name the prefix of a pair of .bin and .idx.")

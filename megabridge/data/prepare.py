@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
+from megabridge import regular
 from megabridge.data import indexed, sources
 from megabridge.data.rows import EMPTY, ENCODING, FORMAT, MISSING, BadRow, Tally
 from megabridge.data.text import TextEncoder
-from megabridge.errors import ConfigError
+from megabridge.errors import ConfigError, MegabridgeError
 
 RANGE: Final = 8 << 20
 """Bytes of a file of lines that are tokenised at once."""
@@ -134,7 +136,13 @@ def _results(jobs: Sequence[tuple[Part, Path]], rules: Rules, workers: int) -> I
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (rules,)) as pool:
-        yield from pool.map(_run, *zip(*jobs, strict=True))
+        try:
+            yield from pool.map(_run, *zip(*jobs, strict=True))
+        except BrokenProcessPool as error:
+            raise MegabridgeError(
+                f"one of the {workers} processes that tokenise was ended (out of memory, or killed from outside); set "
+                "prepare.workers to fewer."
+            ) from error
 
 
 _worker: _Worker | None = None
@@ -179,7 +187,8 @@ class _Worker:
         if part.group is not None:
             yield from sources.read_parquet(part.file, [part.group], [self._rules.column])
         elif part.file.suffix == ".txt" and not self._rules.text_lines:
-            yield str(part.file), self._plain(part.file.read_bytes())
+            with regular.opened(part.file) as text:
+                yield str(part.file), self._plain(text.read())
         else:
             take = self._plain if part.file.suffix == ".txt" else sources.parse
             yield from ((f"{part.file}, byte {place}", take(line)) for place, line in _lines(part) if line)
@@ -211,7 +220,7 @@ class _Worker:
 
 def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
     """(place in the file, line without its end) of the lines that begin in the part's bytes."""
-    with part.file.open("rb") as stream:
+    with regular.opened(part.file) as stream:
         if part.begin:
             stream.seek(part.begin - 1)
             stream.readline()  # it began before, or is the end of the line before

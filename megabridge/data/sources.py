@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from megabridge import regular
 from megabridge.data.rows import ENCODING, FORMAT, BadRow
 from megabridge.errors import ConfigError
 
@@ -25,14 +26,17 @@ TEXT: Final = "text"
 def local_files(path: str) -> list[Path] | None:
     """The files that `path` names, sorted: a file, a folder with such files, or a pattern. None: it is no local file.
 
-    A folder without them is none: `datasets` may know it. Raises ConfigError for a file of another kind.
+    A folder without them is none: `datasets` may know it. Raises ConfigError for a file of another kind, and
+    CheckpointError for what is no regular file.
     """
-    place = Path(path).expanduser()
+    place = regular.place(path)
     if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and regular.exists(file))
         return found or None
     # Path.glob takes no absolute pattern.
     found = [place] if place.is_file() else sorted(Path(name) for name in glob.glob(str(place), recursive=True))  # noqa: PTH207
+    for file in found:
+        regular.opened(file).close()
     others = [str(file) for file in found if file.suffix not in SUFFIXES]
     if others:
         raise ConfigError(f"{others[0]} must be {', '.join(SUFFIXES)}; convert it.")
@@ -46,9 +50,10 @@ def read(file: Path) -> Iterator[Found]:
     if file.suffix == ".parquet":
         yield from read_parquet(file)
     elif file.suffix == ".txt":
-        yield str(file), decode(file.read_bytes())
+        with regular.opened(file) as text:
+            yield str(file), decode(text.read())
     else:
-        with file.open("rb") as lines:
+        with regular.opened(file) as lines:
             yield from ((f"{file}:{number}", parse(line)) for number, line in enumerate(lines, 1) if line.strip())
 
 

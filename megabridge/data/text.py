@@ -9,12 +9,21 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from megabridge.data.batches import Sample
-from megabridge.errors import ConfigError
+from megabridge.errors import CheckpointError, ConfigError, said
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; no code of the folder is run."""
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    """The tokenizer of a folder; no code of the folder is run. Raises CheckpointError where transformers can't load it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers' own failures are no Exceptions
+        reason = said(error).splitlines()[0].rstrip(" .:")
+        raise CheckpointError(
+            f"the tokenizer in {folder} must be one that transformers loads, but: {reason}; fetch its files again, or set "
+            "model.tokenizer to another."
+        ) from error
 
 
 def pad_token(tokenizer: Any) -> int:

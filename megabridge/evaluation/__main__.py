@@ -12,10 +12,11 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
-from megabridge.errors import MegabridgeError
+from megabridge.errors import MegabridgeError, said
 
 
 def main() -> None:
@@ -27,13 +28,10 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is not the outcome
     try:
         outcome = _outcome(request)
-    except MegabridgeError as error:
-        outcome = {"error": str(error)}
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        outcome = {"error": f"{type(error).__name__}: {error}"}
+    except BaseException as error:  # whatever ends it, whoever asked hears of it
+        if not isinstance(error, MegabridgeError):
+            traceback.print_exc()
+        outcome = {"error": said(error)}
     json.dump(outcome, outcome_file)
     outcome_file.flush()
 

@@ -89,7 +89,10 @@ class Process:
         if code or not text:
             why = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             raise EvaluationError(f"the evaluating process {why}; it printed:\n{printed or '(nothing)'}")
-        outcome: dict[str, Any] = json.loads(text)
+        try:
+            outcome: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise EvaluationError(f"the evaluating process must leave JSON, and left {text[:100]!r}; run it again.") from error
         if "error" in outcome:
             raise EvaluationError(outcome["error"])
         return outcome

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megabridge.errors import ConfigError, listed
+from megabridge import regular
+from megabridge.errors import CheckpointError, ConfigError, listed
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 def _content(path: str) -> bytes:
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"path={path} can't be read: {error.strerror}; name a file.") from error
+        with regular.opened(Path(path)) as file:
+            return file.read()
+    except CheckpointError as error:
+        raise ConfigError(f"path={error}") from error
 
 
 def _decoded(content: bytes, path: str) -> str:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Final, NoReturn
+from typing import Final
 
 from megabridge import host
 from megabridge.errors import ConfigError
-from megabridge.launchers import local, processes, report
-from megabridge.launchers.report import Failure, WorkerFailure
+from megabridge.launchers import local
+from megabridge.launchers.processes import children
+from megabridge.launchers.processes.children import Child
 from megabridge.launchers.settings import LocalSettings
 from megabridge.launchers.sweep import RUNNING, Job
 
@@ -40,8 +38,7 @@ def runner(settings: LocalSettings) -> LocalRunner:
 @dataclass
 class _Running:
     job: Job
-    pid: int
-    outcome: IO[bytes]
+    child: Child
     gpus: list[str]
     cores: list[int]
 
@@ -73,25 +70,16 @@ class LocalRunner:
                     own, cores = cores[:share], cores[share:]
                     self._running.append(_start(job, mine, own or every, alone=at_once == 1))
                 time.sleep(_POLL)
-                for ended, status in _ended(self._running):
+                for ended in [each for each in self._running if each.child.has_ended()]:
                     self._running.remove(ended)
                     gpus += ended.gpus
                     cores += [core for core in ended.cores if core not in cores][:share]
-                    with ended.outcome:
-                        died = Failure(-1, status, f"the process that starts its ranks ended with {status}.")
-                        ended.job.point.finish(died if status else report.read(ended.outcome.fileno()))
+                    children.end([ended.child], _GRACE)
+                    ended.job.point.finish(ended.child.ended_with())
                     save()
 
     def _end(self) -> None:
-        processes.end_groups([each.pid for each in self._running], _GRACE)
-        for each in self._running:
-            os.waitpid(each.pid, 0)
-
-
-def _ended(running: list[_Running]) -> list[tuple[_Running, int]]:
-    """Those that have ended, reaped, with their exit codes as in subprocess."""
-    states = [(each, os.waitpid(each.pid, os.WNOHANG)) for each in running]
-    return [(each, os.waitstatus_to_exitcode(status)) for each, (pid, status) in states if pid]
+        children.end([each.child for each in self._running], _GRACE)
 
 
 def _needed(job: Job) -> int:
@@ -116,47 +104,18 @@ def _at_once(wanted: int | None, jobs: Sequence[Job]) -> int:
 
 def _start(job: Job, gpus: list[str], cores: list[int], *, alone: bool) -> _Running:
     """Forks the process that runs `job`."""
-    outcome = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the outcome was read
     output = Path(job.values["run_dir"], OUTPUT)
     print(f"{job.point.title} starts{'' if alone else f'; it prints to {output}'}", flush=True)
     job.point.state = RUNNING
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _become(job, parent, outcome, gpus, cores, None if alone else output)
-    with contextlib.suppress(PermissionError, ProcessLookupError):  # it has done so, or has ended
-        os.setpgid(pid, pid)
-    return _Running(job, pid, outcome, gpus, cores)
 
-
-def _become(job: Job, parent: int, outcome: IO[bytes], gpus: list[str], cores: list[int], output: Path | None) -> NoReturn:
-    """The forked process: runs `job` and ends. What its parent was in the middle of is not its business."""
-    status = 1
-    try:
-        os.setpgid(0, 0)  # Ctrl-C reaches only the parent, which ends this process
-        processes.die_with_parent(parent)
+    def work() -> float | None:
         os.sched_setaffinity(0, cores)
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        if output is not None:
+        if not alone:
             with output.open("ab") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-        report.write(outcome.fileno(), _outcome(job))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def _outcome(job: Job) -> Failure | float | None:
-    """Runs the point in this process's children."""
-    try:
         return local.launch(job.values, world_size=job.topology.world_size, platform=job.platform)
-    except WorkerFailure as failed:
-        return failed.failure
-    except (local.Terminated, KeyboardInterrupt):
-        return Failure(-1, -signal.SIGTERM, "was ended.")
-    except Exception as error:
-        return Failure(-1, 1, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+    return _Running(job, children.fork(-1, work), gpus, cores)

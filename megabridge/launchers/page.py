@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from html import escape
 from typing import Final
 
+from megabridge.errors import plain
 from megabridge.launchers.results import MEASURES, Row, number, shown
 
 _WIDTH: Final = 720
 _HEIGHT: Final = 280
 _MARGIN: Final = 48
 _COLOURS: Final = ("#1b6ca8", "#d1495b", "#2e933c", "#8f5ea2", "#e08e1b", "#4d4d4d", "#17a2a2", "#a0522d")
+# The page shows what others may have written: were something of it taken for markup, a browser would still run and load nothing.
+_POLICY: Final = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 _STYLE: Final = """\
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; } th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #ddd; }
@@ -23,26 +26,32 @@ pre { white-space: pre-wrap; } .wide { overflow-x: auto; } dt { font-family: mon
 
 def page(title: str, found: Sequence[Row]) -> str:
     """The page's HTML for ranked rows."""
+    columns = "".join(f"<dt>{_text(name)}</dt><dd>{_text(MEASURES[name])}</dd>" for name in shown(found))
     parts = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{_text(title)}</h1>",
         f'<div class="wide">{_table(found)}</div>',
         _chart(found),
-        *(f"<h2>Point {row.number}: {row.state}</h2><pre>{escape(row.error)}</pre>" for row in found if row.error),
-        "<h2>Columns</h2><dl>" + "".join(f"<dt>{name}</dt><dd>{escape(MEASURES[name])}</dd>" for name in shown(found)) + "</dl>",
+        *(f"<h2>Point {_text(row.number)}: {_text(row.state)}</h2><pre>{_text(row.error)}</pre>" for row in found if row.error),
+        f"<h2>Columns</h2><dl>{columns}</dl>",
     ]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8">{_POLICY}<title>{_text(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>' + "\n".join(parts) + "</body></html>\n"
+
+
+def _text(value: object) -> str:
+    """Anything, as text between two tags: every value of a page comes from here, for a sweep may be of others."""
+    return escape(plain(str(value)))
 
 
 def _table(found: Sequence[Row]) -> str:
     names = shown(found)
     headings = ["rank", "point", *(found[0].varied if found else ()), "state", *names, "run"]
-    lines = ["<tr>" + "".join(f"<th>{escape(text)}</th>" for text in headings) + "</tr>"]
+    lines = ["<tr>" + "".join(f"<th>{_text(text)}</th>" for text in headings) + "</tr>"]
     for rank, row in enumerate(found, 1):
-        texts = [str(rank), str(row.number), *row.varied.values(), row.state]
-        cells = "".join(f"<td>{escape(text)}</td>" for text in texts)
-        cells += "".join(f'<td class="number">{number(row.measures[name])}</td>' for name in names)
-        cells += f"<td>{escape(row.run_dir)}</td>"
+        texts = [rank, row.number, *row.varied.values(), row.state]
+        cells = "".join(f"<td>{_text(text)}</td>" for text in texts)
+        cells += "".join(f'<td class="number">{_text(number(row.measures[name]))}</td>' for name in names)
+        cells += f"<td>{_text(row.run_dir)}</td>"
         lines.append(f"<tr{' class="bad"' if row.error else ''}>{cells}</tr>")
     return f"<table>{''.join(lines)}</table>"
 
@@ -58,7 +67,7 @@ def _chart(found: Sequence[Row]) -> str:
 
     def place(step: int, loss: float) -> str:
         x = _MARGIN + (step - left) / max(right - left, 1) * (_WIDTH - 2 * _MARGIN)
-        y = _HEIGHT - _MARGIN - (loss - low) / ((high - low) or 1.0) * (_HEIGHT - 2 * _MARGIN)
+        y = _HEIGHT - _MARGIN - (loss / 2 - low / 2) / ((high / 2 - low / 2) or 1.0) * (_HEIGHT - 2 * _MARGIN)
         return f"{x:.1f},{y:.1f}"
 
     lines, names = [], []
@@ -67,10 +76,10 @@ def _chart(found: Sequence[Row]) -> str:
         said = " ".join(f"{key}={value}" for key, value in row.varied.items())
         points = " ".join(place(step, loss) for step, loss in row.losses)
         lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
-        names.append(f'<li style="color:{colour}">point {row.number} {escape(said)}</li>')
+        names.append(f'<li style="color:{colour}">point {_text(row.number)} {_text(said)}</li>')
     frame = f"M{_MARGIN},{_MARGIN} V{_HEIGHT - _MARGIN} H{_WIDTH - _MARGIN}"
     axes = f'<path d="{frame}" fill="none" stroke="#888"/>' + "".join(
-        f'<text x="{x}" y="{y}" font-size="12" fill="currentColor">{text}</text>'
+        f'<text x="{x}" y="{y}" font-size="12" fill="currentColor">{_text(text)}</text>'
         for x, y, text in (
             (4, _MARGIN, f"{high:.4g}"),
             (4, _HEIGHT - _MARGIN, f"{low:.4g}"),

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from megabridge import checks, config, explain, redact
+from megabridge import bounds, checks, config, explain, redact, regular
 from megabridge.errors import ConfigError
 
 
@@ -18,11 +19,16 @@ def conf_folder() -> Path:
     return packaged if packaged.is_dir() else package.parent / "conf"
 
 
-def resolve(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], config.Config]:
-    """The config's plain values and its typed form, `run_dir` made absolute. Raises ConfigError for what can't work."""
+def resolve(cfg: DictConfig, run_dir: Path | None = None) -> tuple[dict[str, Any], config.Config]:
+    """The config's plain values and its typed form, `run_dir` (None: its own) absolute. Raises ConfigError for what can't work."""
     values: Any = _resolved(cfg)
-    values["run_dir"] = str(run_dir.absolute())
-    typed = config.typed(values)
+    values["run_dir"] = str((Path(str(values["run_dir"])) if run_dir is None else run_dir).absolute())
+    try:
+        typed = config.typed(values)
+    except OmegaConfBaseException as error:  # an interpolation brought another type, or ++ another key
+        raise ConfigError(explain.explain(error, conf_folder())) from error
+    bounds.check_numbers(typed)
+    bounds.check_paths(typed)
     checks.check_choices(typed)
     checks.check_targets(typed)
     checks.check_model(typed)
@@ -40,8 +46,12 @@ def _resolved(cfg: DictConfig) -> Any:
 
 
 def write_config(cfg: DictConfig, values: dict[str, Any]) -> None:
-    """Leaves the resolved config, without secrets, as config.yaml in the run directory."""
+    """Leaves the resolved config, without secrets, as config.yaml in the run directory. Raises ConfigError where it can't."""
     folder = Path(values["run_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
     content = redact.redacted(OmegaConf.to_container(cfg, resolve=False), values)
-    OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
+    except (OSError, ValueError) as error:
+        reason = regular.reason(error)
+        raise ConfigError(f"run_dir={folder} must be a folder that can be made and written, but: {reason}; set another.") from error

@@ -1,9 +1,13 @@
-"""What srun starts once for each rank of a queued point, by way of slurm_script.HELD, which says the folder. No torch.
+"""What torchrun or srun starts once for each rank. No torch.
 
-It starts the rank as a child and stays beside it: so it can say why a rank died that could not say so itself, and it
-turns the queue's signals into a stop that is waited for. A SIGUSR1 or SIGTERM (time limit, preemption) reaches the rank
-when its training loop takes signals, however early it came; SLURM may send it to the rank, too. A SIGTERM that srun
-sends because another rank failed ends this rank at once: the other's outcome lies in the folder by then.
+It starts the rank as a child and stays beside it: so it can say why a rank died that could not say so itself, a rank that vanishes
+counts as failed, and a signal is turned into a stop that is waited for. The rank of a queued point is started by way of
+slurm_script.HELD, which says the point's folder, and leaves its outcome there; any other by megabridge.run (`beside`).
+
+A SIGUSR1 or SIGTERM of the queue (time limit, preemption) reaches a queued point's rank when its training loop takes signals,
+however early it came; SLURM may send it to the rank, too. A SIGTERM that srun sends because another rank failed ends this rank at
+once: the other's outcome lies in the folder by then. Outside a queue a signal that comes while the rank doesn't train ends it at
+once, too, and so does a second one.
 """
 
 from __future__ import annotations
@@ -12,40 +16,94 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from megabridge.errors import STOPPED_EXIT_CODE
-from megabridge.launchers import local, place, processes, report, spec
+from megabridge import streams
+from megabridge.errors import STOPPED_EXIT_CODE, MegabridgeError
+from megabridge.launchers import local, place, spec
 from megabridge.launchers.place import Place
-from megabridge.launchers.report import Failure
+from megabridge.launchers.processes import children
+from megabridge.launchers.processes.children import Child
+from megabridge.launchers.processes.ending import send
+from megabridge.launchers.processes.outcome import Done, Failure, Outcome, WorkerFailure
 
 _POLL: Final = 0.05
 _SETTLE: Final = 1.0
 """Seconds in which other ranks may leave their outcomes before srun hears of the first failure, and ends all."""
+_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGUSR1})
 
 
 def main() -> int:
     """The task's exit status: 0 when the rank is done or was stopped after a save."""
+    streams.settle()
     folder = Path(sys.argv[1])
     here = place.find(os.environ) or Place.all_on_this_host(1)[0]
+    received = _received()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    try:
+        values, platform = spec.read(folder, os.environ)
+    except MegabridgeError as error:
+        return _left(folder, here, Failure.of(error, here.rank))
+    _continue(values)
+    try:
+        with local.started(values, [here], world_size=here.local_world_size, platform=platform, held=_SIGNALS) as workers:
+            found = _stay(workers[0], received, lambda _: _another_failed(folder, here))
+    except WorkerFailure as error:  # it could not be started
+        found = error.failure
+    return 1 if found is None else _left(folder, here, found)
+
+
+def beside(values: Mapping[str, Any], here: Place, *, digest: str) -> int:
+    """Starts the rank at `here`, of torchrun or srun, and stays beside it; the exit status of this process."""
+    received = _received()
+    count, platform = here.local_world_size, values["platform"]
+    with local.started(values, [here], world_size=count, platform=platform, digest=digest, held=_SIGNALS) as workers:
+        rank = workers[0]
+        found = _stay(rank, received, lambda is_told: len(received) > 1 if is_told else not _takes_signals(rank))
+    if found is None:
+        return 128 + received[-1]
+    if isinstance(found, Failure):
+        _show(found)
+        return found.status
+    return 0
+
+
+def _received() -> list[int]:
+    """The signals that arrive from now on, oldest first."""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in _SIGNALS:
         signal.signal(number, receive)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
-    try:
-        values, platform = spec.read(folder, os.environ)
-    except KeyError as error:
-        outcome = Failure(here.rank, 1, f"{error.args[0]} is not in the job's environment; submit without --export=NONE.")
-        spec.leave(folder, here.rank, outcome)
-        return 1
-    _continue(values)
-    return _run(folder, here, values, platform, received)
+    return received
+
+
+def _stay(rank: Child, received: list[int], gives_up: Callable[[bool], bool]) -> Outcome | None:
+    """How the rank ended, which is told of the first signal.
+
+    None where it was killed: `gives_up` is asked while there are signals, with whether the rank has been told.
+    """
+    is_told = False
+    while not children.ended([rank], _POLL):
+        if received and gives_up(is_told):
+            send(-rank.pid, signal.SIGKILL)
+            return None
+        if received and not is_told:
+            is_told = True
+            send(rank.pid, signal.SIGUSR1)
+    return rank.ended_with()
+
+
+def _takes_signals(rank: Child) -> bool:
+    """Whether its training loop has let the signals through with which it was started blocked (training.stopping)."""
+    blocked = Path(f"/proc/{rank.pid}/status").read_text().partition("SigBlk:")[2].split()
+    return not int(blocked[0], 16) >> (signal.SIGTERM - 1) & 1
 
 
 def _continue(values: dict[str, Any]) -> None:
@@ -55,34 +113,36 @@ def _continue(values: dict[str, Any]) -> None:
         values["checkpoint"]["resume"] = "auto"
 
 
-def _run(folder: Path, here: Place, values: dict[str, Any], platform: str, received: list[int]) -> int:
-    held = frozenset({signal.SIGUSR1, signal.SIGTERM})
-    with local.started(values, [here], world_size=here.local_world_size, platform=platform, held=held) as workers:
-        process = workers[0].process
-        is_told = False
-        while process.poll() is None:
-            time.sleep(_POLL)
-            if received and _another_failed(folder, here):
-                processes.send(-process.pid, signal.SIGKILL)
-                return 1
-            if received and not is_told:
-                is_told = True
-                process.send_signal(signal.SIGUSR1)
-        if process.returncode == STOPPED_EXIT_CODE:
-            spec.leave(folder, here.rank, None)
-            if here.rank == 0:
-                (folder / spec.STOPPED).touch()
-            return 0
-        if process.returncode == 0:
-            outcome = report.read(workers[0].outcome.fileno())
-            spec.leave(folder, here.rank, outcome)
-            return 0
-        failure = local.first_failure(workers)
-    # By this host's clock the times of several hosts can't be compared.
-    spec.leave(folder, here.rank, Failure(**{**vars(failure), "time": time.time()}))
-    print(f"megabridge: {failure.text()}", file=sys.stderr, flush=True)
+def _left(folder: Path, here: Place, found: Outcome) -> int:
+    """Leaves the outcome in the point's folder, and shows a failure; returns the exit status."""
+    is_stopped = isinstance(found, Failure) and _is_stopped(found)
+    if is_stopped:
+        found = Done()
+    if isinstance(found, Failure):  # by this host's clock the times of several hosts can't be compared
+        found = replace(found, time=time.time())
+        _show(found)
+    try:
+        spec.leave(folder, here.rank, found)
+        if is_stopped and here.rank == 0:
+            (folder / spec.STOPPED).touch()
+    except OSError as error:
+        text = f"{folder} can't take the rank's outcome: {error.strerror}; see to its file system."
+        _show(Failure(here.rank, 1, text, is_expected=True))
+        return 1
+    if isinstance(found, Done):
+        return 0
     time.sleep(_SETTLE)
-    return failure.status
+    return found.status
+
+
+def _is_stopped(failure: Failure) -> bool:
+    """Whether it says that the run was saved after a signal, which the run has shown itself."""
+    return failure.exit_code == STOPPED_EXIT_CODE and not failure.is_silent
+
+
+def _show(failure: Failure) -> None:
+    if failure.error and not _is_stopped(failure):
+        print(f"megabridge: {failure.text()}", file=sys.stderr, flush=True)
 
 
 def _another_failed(folder: Path, here: Place) -> bool:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from megabridge import metrics
+from megabridge import metrics, regular
+from megabridge.errors import plain
 
 if TYPE_CHECKING:
     from megabridge.launchers.sweep import Point
 
 CSV: Final = "sweep.csv"
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\n")
+"""What a cell begins with that a spreadsheet runs (OWASP, CSV injection)."""
 MEASURES: Final = {
     "objective": "what the recipe returned",
     "best_validation_loss": "lowest validation/loss, nats per token",
@@ -67,15 +70,29 @@ def write(folder: Path, points: Sequence[Point]) -> str:
 
 
 def as_csv(found: Sequence[Row]) -> str:
-    """One line a row, the header first."""
+    """One line a row, the header first. A text that a spreadsheet would take for a formula has an apostrophe before it."""
     keys = list(found[0].varied) if found else []
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["rank", "point", "state", *keys, *MEASURES, "run_dir", "error"])
+    writer.writerow(["rank", "point", "state", *map(_cell, keys), *MEASURES, "run_dir", "error"])
     for rank, row in enumerate(found, 1):
         measures = ["" if row.measures[name] is None else repr(row.measures[name]) for name in MEASURES]
-        writer.writerow([rank, row.number, row.state, *row.varied.values(), *measures, row.run_dir, row.error])
+        texts = [_cell(text) for text in (row.state, *row.varied.values())]
+        writer.writerow([rank, row.number, *texts, *measures, _cell(row.run_dir), _cell(row.error)])
     return file.getvalue()
+
+
+def _cell(text: str) -> str:
+    text = plain(text)
+    return f"'{text}" if text.startswith(_FORMULA) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def as_table(found: Sequence[Row]) -> str:
@@ -84,6 +101,7 @@ def as_table(found: Sequence[Row]) -> str:
     lines = [["rank", "point", *(found[0].varied if found else ()), "state", *names]]
     for rank, row in enumerate(found, 1):
         lines.append([str(rank), str(row.number), *row.varied.values(), row.state, *(number(row.measures[name]) for name in names)])
+    lines = [[" ".join(plain(text).split()) for text in line] for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -122,7 +140,7 @@ def _series(logged: Sequence[dict[str, float | None]], name: str) -> list[tuple[
 
 def _logged(run_dir: Path) -> list[dict[str, float | None]]:
     """The run's metrics; none where it wrote no file."""
-    return metrics.read(run_dir) if (run_dir / metrics.FILE_NAME).is_file() else []
+    return metrics.read(run_dir) if regular.exists(run_dir / metrics.FILE_NAME) else []
 
 
 def _keyed(overrides: Sequence[str]) -> dict[str, str]:

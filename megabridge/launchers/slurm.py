@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from megabridge.errors import ConfigError
-from megabridge.launchers import local, report, slurm_queue, spec, sweep
-from megabridge.launchers.report import Failure
+from megabridge.launchers import local, slurm_queue, spec, sweep
+from megabridge.launchers.processes.outcome import Failure, Outcome, first
 from megabridge.launchers.settings import SlurmSettings
 from megabridge.launchers.slurm_script import Shape, hidden_environment, script
 from megabridge.launchers.sweep import DONE, RUNNING, SUBMITTED, WAITING, Job, Point
@@ -116,24 +116,23 @@ def update(points: Sequence[Point], folder: Path, gone: dict[int, float]) -> Non
         if isinstance(found, str):
             if time.monotonic() - since < _LATE:
                 continue
-            found = Failure(-1, 1, found)
+            found = Failure(-1, 1, found, is_silent=True)
         point.finish(found)
         if point.state == DONE:
             print(f"{point.title}: {point.state}", flush=True)
 
 
-def outcome(folder: Path, point: Point, state: str) -> Failure | float | str | None:
+def outcome(folder: Path, point: Point, state: str) -> Outcome | str:
     """How a point ended whose job has ended in `state`: a text when its ranks have not said it (yet)."""
     found = spec.outcomes(folder, point.world_size)
     failures = [each for each in found.values() if isinstance(each, Failure)]
     output = folder / spec.OUTPUT
     if failures:
-        return report.first(failures)
+        return first(failures)
     if (folder / spec.STOPPED).exists():
         return f"was stopped by a signal after a save and not queued again; continue with checkpoint.resume=auto, see {output}."
     if len(found) == point.world_size and state in ("COMPLETED", ""):
-        objective = found[0]
-        return None if isinstance(objective, Failure) else objective
+        return found[0]
     return f"SLURM ended it ({state or 'no longer known'}), and its ranks left no report; see {output}."
 
 

@@ -14,8 +14,8 @@ from typing import Any, Final
 from omegaconf import DictConfig, OmegaConf
 
 from megabridge import redact
-from megabridge.launchers import report
-from megabridge.launchers.report import Failure
+from megabridge.errors import MegabridgeError
+from megabridge.launchers.processes.outcome import Outcome, decoded, encoded
 
 FILE: Final = "point.json"
 STOPPED: Final = "stopped"
@@ -35,10 +35,15 @@ def write(folder: Path, *, values: Mapping[str, Any], cfg: DictConfig, platform:
 
 
 def read(folder: Path, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """The resolved config and the platform. Raises KeyError when `environ` lacks a secret."""
-    content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    values: dict[str, Any] = _shown(content["values"], environ)
-    return values, content["platform"]
+    """The resolved config and the platform. Raises MegabridgeError when `environ` lacks a secret, or there is no such file."""
+    try:
+        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        values: dict[str, Any] = _shown(content["values"], environ)
+        return values, content["platform"]
+    except (OSError, ValueError, TypeError) as error:
+        raise MegabridgeError(f"{folder / FILE} must say what the point runs: {error}; submit the sweep again.") from error
+    except KeyError as error:
+        raise MegabridgeError(f"{error.args[0]} is not in the job's environment; submit without --export=NONE.") from error
 
 
 def rank_file(folder: Path, rank: int) -> Path:
@@ -46,20 +51,20 @@ def rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
 
 
-def leave(folder: Path, rank: int, outcome: Failure | float | None) -> None:
+def leave(folder: Path, rank: int, outcome: Outcome) -> None:
     """Leaves a rank's outcome; never half of it."""
     partial = folder / f".rank-{rank}.json"
-    partial.write_text(report.text(outcome), encoding="utf-8")
+    partial.write_text(encoded(outcome), encoding="utf-8")
     partial.replace(rank_file(folder, rank))
 
 
-def outcomes(folder: Path, world_size: int) -> dict[int, Failure | float | None]:
-    """What the ranks left so far."""
+def outcomes(folder: Path, world_size: int) -> dict[int, Outcome]:
+    """What the ranks left so far. A file that can't be read (yet) counts as none."""
     found = {}
     for rank in range(world_size):
         file = rank_file(folder, rank)
-        if file.is_file():
-            found[rank] = report.parsed(file.read_text(encoding="utf-8"))
+        if file.is_file() and (outcome := decoded(file.read_bytes())) is not None:
+            found[rank] = outcome
     return found
 
 

@@ -21,15 +21,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from megabridge import checks, config
-from megabridge.errors import MegabridgeError
+from megabridge import checks, config, regular
+from megabridge.errors import CheckpointError, ConfigError, MegabridgeError
 from megabridge.launchers import results
 from megabridge.launchers.prepare import resolve, write_config
-from megabridge.launchers.report import CONFIG_ERROR, Failure
+from megabridge.launchers.processes.outcome import CONFIG_ERROR, Failure, Outcome
 from megabridge.topology import Topology
 
 RECORD: Final = "sweep.json"
-WAITING, RUNNING, DONE, FAILED, REFUSED, SUBMITTED = "waiting", "running", "done", "failed", "refused", "submitted"
+STATES: Final = ("waiting", "running", "done", "failed", "refused", "submitted")
+WAITING, RUNNING, DONE, FAILED, REFUSED, SUBMITTED = STATES
 
 
 @dataclass
@@ -61,13 +62,13 @@ class Point:
         """What people know it by."""
         return f"point {self.number} ({self.label})" if self.label else f"point {self.number}"
 
-    def finish(self, outcome: Failure | float | None) -> None:
+    def finish(self, outcome: Outcome) -> None:
         """Notes how it ended, and shows its error."""
         if isinstance(outcome, Failure):
             self.state, self.error, self.status = FAILED, outcome.text(), outcome.status
             print(f"megabridge: {self.title} failed: {self.error}", file=sys.stderr, flush=True)
         else:
-            self.state, self.objective = DONE, outcome
+            self.state, self.objective = DONE, outcome.objective
 
     def refuse(self, error: MegabridgeError) -> None:
         """Notes and shows why it can't run."""
@@ -111,7 +112,7 @@ class SweepFailure(MegabridgeError):
         said = ", ".join(count for count in counts if not count.startswith("0 "))
         super().__init__(f"{len(lost)} of {len(points)} points are not done: {said}.")
         failed = [point.status for point in lost if point.state == FAILED]
-        self.status = failed[0] if failed else CONFIG_ERROR
+        self.status = (failed[0] or 1) if failed else CONFIG_ERROR
 
 
 class _Failed(JobReturn):
@@ -134,7 +135,11 @@ def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], fi
     setup_globals()
     configure_log(master.hydra.hydra_logging, master.hydra.verbose)
     folder = Path(str(master.hydra.sweep.dir)).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = regular.reason(error)
+        raise ConfigError(f"hydra.sweep.dir={folder} must be a folder that can be made, but: {reason}; set another.") from error
     jobs = [_composed(context, master, list(each), first + index) for index, each in enumerate(overrides)]
     for job, differing in zip(jobs, results.varied([job.point.overrides for job in jobs]), strict=True):
         job.point.label = " ".join(f"{key}={value}" for key, value in differing.items())
@@ -164,13 +169,33 @@ def write(folder: Path, points: Sequence[Point]) -> None:
 def read(folder: Path) -> list[Point]:
     """The points that `write` left. Raises MegabridgeError where there is no sweep."""
     try:
-        content: list[Mapping[str, Any]] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        names = {each.name for each in fields(Point)}
-        return [Point(**{name: value for name, value in row.items() if name in names}) for row in content]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        content = json.loads(regular.read(folder / RECORD))
+        if not isinstance(content, list):
+            raise TypeError(f"it holds a {type(content).__name__}, not a list")
+        return [_point(row) for row in content]
+    except (CheckpointError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise MegabridgeError(
             f"sweep={folder} must be the directory of a sweep that hydra/launcher=slurm or local started, with a {RECORD}: {error}."
         ) from error
+
+
+def _point(row: Mapping[str, Any]) -> Point:
+    """What `write` made of a point. Raises ValueError or TypeError for anything else: the file may be of others."""
+    names = {each.name for each in fields(Point)}
+    point = Point(**{name: value for name, value in row.items() if name in names})
+    texts = (point.run_dir, point.label, point.state, point.error, point.job)
+    numbers = (point.number, point.status, point.world_size)
+    if type(point.overrides) is not list or not all(type(text) is str for text in (*texts, *point.overrides)):
+        raise TypeError(f"point {str(point.number)[:20]} must have texts as overrides, run_dir, label, state, error and job")
+    if not all(type(number) is int and 0 <= number < 1 << 31 for number in numbers):
+        raise TypeError(f"point {str(point.number)[:20]} must have whole numbers as number, status and world_size")
+    if point.state not in STATES:
+        raise ValueError(f"state={point.state[:20]!r} of point {point.number} must be one of {', '.join(STATES)}")
+    if point.objective is not None:
+        if type(point.objective) not in (int, float):
+            raise TypeError(f"objective of point {point.number} must be a number")
+        point.objective = float(point.objective)
+    return point
 
 
 def _composed(context: Any, master: DictConfig, overrides: list[str], number: int) -> Job:

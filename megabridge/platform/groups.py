@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 import megabridge.platform as platform
 from megabridge.errors import ConfigError
-from megabridge.platform import ranks
 from megabridge.topology import Topology
 
 from megatron.core import parallel_state, tensor_parallel
@@ -33,6 +33,8 @@ DEFAULT_TIMEOUT: Final = 600.0
 class _Started:
     topology: Topology | None = None
     timeout: float = DEFAULT_TIMEOUT
+    listener: socket.socket | None = None
+    """Of a forked rank: what rank 0's store listens on."""
 
 
 _started = _Started()
@@ -41,6 +43,12 @@ _started = _Started()
 def current() -> Topology | None:
     """The topology whose groups exist in this process, or None."""
     return _started.topology
+
+
+def become_forked_rank(listener: socket.socket, *, threads: int) -> None:
+    """Makes this forked process a rank that meets the others at `listener`, computing with `threads` threads, before `start`."""
+    _started.listener = listener
+    torch.set_num_threads(threads)
 
 
 def start(
@@ -54,7 +62,7 @@ def start(
 ) -> None:
     """Starts torch's process group (gloo on a CPU, nccl on CUDA) and megatron-core's groups. Every rank calls it.
 
-    `rank` and `world_size` default to the environment's RANK and WORLD_SIZE (torchrun, `ranks.fork_ranks`), or to a
+    `rank` and `world_size` default to the environment's RANK and WORLD_SIZE (of torchrun, or a forked rank), or to a
     single process. A process group that exists already is used as it is. A collective of any of these groups waits at most
     `timeout` seconds for the other ranks. Raises ConfigError when the number of processes is not `topology.world_size`, or
     when MEGABRIDGE_PLATFORM=cuda finds no CUDA device.
@@ -206,11 +214,18 @@ def _start_torch(rank: int, world_size: int, init_method: str | None, timeout: f
         where["init_method"] = init_method
     elif world_size == 1:
         where["store"] = HashStore()
-    elif (store := ranks.forked_store(rank, world_size)) is not None:
-        where["store"] = store
+    elif _started.listener is not None:
+        where["store"] = _forked_store(_started.listener, rank, world_size)
     else:
         where["init_method"] = "env://"
     dist.init_process_group(**where)
+
+
+def _forked_store(listener: socket.socket, rank: int, world_size: int) -> Store:
+    host, port = listener.getsockname()
+    if rank != 0:
+        return TCPStore(host, port, world_size=world_size, is_master=False)
+    return TCPStore(host, port, world_size=world_size, is_master=True, master_listen_fd=os.dup(listener.fileno()))
 
 
 _seed = seed  # `start` has an argument of that name

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from megabridge import regular
 from megabridge.checkpoint import folders, native
 from megabridge.config import Config
 from megabridge.errors import ConfigError
@@ -65,7 +66,7 @@ def source(config: Config, checkpoints: Path) -> Path | None:
     if resume == "none":
         found, start = None, 0
     else:
-        found = Path(resume)
+        found = regular.place(resume)
         if not folders.is_committed(found) and folders.is_committed(found / folders.NATIVE):
             found = found / folders.NATIVE
         if not folders.is_committed(found):

@@ -47,10 +47,12 @@ def prune(trainer: Trainer, folder: Path) -> None:
     saving: CheckpointConfig = trainer.config.checkpoint
     loss = next((loss for step, loss in reversed(trainer.validation_losses) if step == trainer.step), None)
 
-    def work() -> None:
+    def work() -> list[str]:
         if loss is not None and saving.native:
             folders.note_validation(folder, loss)
         if saving.keep_last or saving.keep_best:
-            folders.keep(trainer.checkpoints, last=saving.keep_last or 1, best=saving.keep_best or 0)
+            return folders.keep(trainer.checkpoints, last=saving.keep_last or 1, best=saving.keep_best or 0)
+        return []
 
-    on_rank_zero("removing old checkpoints", work)
+    for line in on_rank_zero("removing old checkpoints", work):
+        trainer.say(line)

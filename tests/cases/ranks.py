@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megabridge.errors import ConfigError
+from megabridge import agreement
+from megabridge.errors import ConfigError, message
 from megabridge.platform import groups
 from megabridge.topology import Topology
 
@@ -106,3 +107,25 @@ def wrong_change() -> str:
     except ConfigError as error:
         return f"{groups.current()}: {error}"
     return ""
+
+
+class Aloof(BaseException):
+    """Passes every `except Exception`, as torch's CheckpointException does."""
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no")
+
+
+def failing_together() -> list[str]:
+    """What this rank hears where rank 1 alone fails inside `together`, error by error."""
+    heard = []
+    for error in (ConfigError("x=1 must be 2."), KeyError("lost\ud800"), Aloof("gone"), Mute()):
+        try:
+            with agreement.together("trying"):
+                if dist.get_rank() == 1:
+                    raise error
+        except BaseException as caught:
+            heard.append(f"{type(caught).__name__}: {message(caught)}")
+    return heard

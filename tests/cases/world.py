@@ -17,10 +17,10 @@ from megabridge.conversion.native import Record, survey
 from megabridge.conversion.plan import Expansion, tile
 from megabridge.conversion.world import WorldPlan, plan_world
 from megabridge.errors import MegabridgeError
+from megabridge.launchers.prepare import resolve
 from megabridge.mapping import Cut, Dims
 from megabridge.platform import groups
 from megabridge.provider import ModelProvider
-from megabridge.run import resolve
 from megabridge.topology import Topology
 from megabridge.training import assemble
 from tests.cases.convert import provide

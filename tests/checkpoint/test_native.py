@@ -173,6 +173,19 @@ def test_keep_last_and_orphans(tmp_path: Path) -> None:
         folders.begin(tmp_path / "step_3/native")
 
 
+def test_a_step_whose_validation_cannot_be_read_is_kept(tmp_path: Path) -> None:
+    texts = {1: "", 2: '{"loss": 3.0}', 3: '{"loss": NaN}', 4: "[1]", 5: '{"loss": "low"}', 6: '{"loss": 2.0}', 7: '{"loss": 4.0}'}
+    for step, text in texts.items():
+        native = tmp_path / f"step_{step}/native"
+        native.mkdir(parents=True)
+        for name in ("metadata.json", ".metadata", f"../{folders.VALIDATION}"):
+            (native / name).write_text(text)
+    said = folders.keep(tmp_path, last=1, best=1)
+    assert list(folders.committed_steps(tmp_path)) == [1, 4, 5, 6, 7]
+    assert [line.partition(" is kept: ")[0] for line in said] == ["step_1", "step_4", "step_5"]
+    assert all('validation.json must be {"loss": a number}, but ' in line and line.endswith("or the step.") for line in said)
+
+
 def test_fault_08_a_second_run_is_refused(tmp_path: Path) -> None:
     first = folders.lock(tmp_path)
     with pytest.raises(CheckpointError, match="in use by another run"):

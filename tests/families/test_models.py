@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megabridge.families import family_for
-from megabridge.run import conf_folder
+from megabridge.launchers.prepare import conf_folder
 
 
 def entries() -> dict[str, dict[str, Any]]:

@@ -16,6 +16,10 @@ from megabridge.config import Config
 from megabridge.errors import ConfigError
 
 
+class Aloof(BaseException):
+    """As torch's CheckpointException is."""
+
+
 def objective(config: Config) -> float:
     """Leaves a file per rank; returns seed + world size, summed over the ranks by a collective."""
     total = torch.tensor([1.0])
@@ -35,6 +39,20 @@ def crash_on_rank_one(config: Config) -> None:
     """Rank 1 is killed; the others wait for it in a collective."""
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def vanish(config: Config) -> None:
+    """The last rank ends in the middle, as if all were well; others wait for it in a collective."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(0)
+    dist.barrier()
+
+
+def end_aloof(config: Config) -> None:
+    """The last rank raises what passes every `except Exception`, with a text that no file takes; others wait."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise Aloof("extra\ud800.weight \x1b[2J" + "\x01" * 20_000)
     dist.barrier()
 
 

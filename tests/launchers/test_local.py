@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.launchers import local, report
-from megabridge.launchers.report import Failure, WorkerFailure
+from megabridge.launchers import local
+from megabridge.launchers.processes.outcome import WorkerFailure
 from tests.test_run import ROOT, environ
 
 RECIPES = "tests.launchers.recipes"
@@ -59,6 +60,46 @@ def test_a_killed_rank_is_the_cause_not_those_that_lost_it(tmp_path: Path) -> No
     assert err.startswith("megabridge: rank 1: ") and "SIGKILL" in err and err.count("rank") == 1
 
 
+@pytest.mark.parametrize(
+    ("recipe", "layout", "said"),
+    [
+        ("vanish", "tp2", r"megabridge: rank 1: ended with exit status 0 and without a report, before it was done;"),
+        ("end_aloof", "tp2", r"rank 1: Aloof: extra\\ud800\.weight \\x1b\[2J\\x01.*characters left out"),
+    ],
+)
+def test_no_end_of_a_rank_counts_as_success(tmp_path: Path, recipe: str, layout: str, said: str) -> None:
+    """A rank that ends without a word; one whose error no file takes, and that is longer than a pipe holds."""
+    run = start(recipe, tmp_path, f"parallel={layout}")
+    _, err = run.communicate(timeout=240)
+    assert run.returncode == 1 and re.search(said, err, re.DOTALL), err
+    assert {letter for letter in err if not letter.isprintable()} <= {"\n"}
+
+
+PROGRAMS = {
+    "result = rank + 2.5": 2.5,
+    "import os, time; rank or os._exit(0); time.sleep(60)": "rank 0: ended with exit status 0 and without a report",
+    "import os, time; rank and os._exit(0); time.sleep(60)": "rank 1: ended with exit status 0 and without a report",
+    "import os, time; rank and os.kill(os.getpid(), 9); time.sleep(60)": r"rank 1: was ended by SIGKILL \(out of memory",
+    "import os, time; rank and os._exit(256 + 7); time.sleep(60)": "rank 1: ended with exit code 7 and without a report",
+    "import sys, time; rank and sys.exit(0); time.sleep(60)": r"rank 1: it was ended by sys\.exit\(0\)",
+    "import time; 1 // (1 - rank); time.sleep(60)": "rank 1: ZeroDivisionError: ",
+}
+
+
+@pytest.mark.parametrize("text", PROGRAMS)
+def test_ranks_of_their_own_programs_are_judged_as_forked_ones_are(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, with a program in the worker's place that needs no torch."""
+    monkeypatch.setattr(local, "WORKER", "tests.launchers.processes.program")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    values, expected = {"text": text, "deterministic": False}, PROGRAMS[text]
+    if isinstance(expected, float):
+        assert local.launch(values, world_size=2, platform="cuda") == expected
+        return
+    with pytest.raises(WorkerFailure, match=expected) as caught:
+        local.launch(values, world_size=2, platform="cuda")
+    assert 0 < caught.value.failure.status < 256
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_interruptions_end_all_workers(tmp_path: Path, number: signal.Signals, status: int) -> None:
     run = start("wait", tmp_path, "parallel=dp2")
@@ -79,32 +120,3 @@ def test_interruptions_end_all_workers(tmp_path: Path, number: signal.Signals, s
     for _, child in pids:
         if is_running(child):
             os.kill(child, signal.SIGKILL)
-
-
-def failed(rank: int, exit_code: int, failure: Failure | None, folder: Path) -> local.Worker:
-    process = subprocess.Popen([sys.executable, "-c", f"import os; os._exit({exit_code})"])
-    process.wait()
-    outcome = (folder / f"outcome{rank}").open("w+b")
-    if failure is not None:
-        report.write(outcome.fileno(), failure)
-    return local.Worker(rank, process, outcome, (folder / f"note{rank}").open("w+b"))
-
-
-def test_of_several_failures_the_earliest_or_the_silent_one_counts(tmp_path: Path) -> None:
-    late = failed(0, 1, Failure(0, 1, "connection lost", "Traceback", time=9.0), tmp_path)
-    early = failed(1, 1, Failure(1, 1, "the cause", "Traceback", time=5.0), tmp_path)
-    silent = failed(2, 7, None, tmp_path)
-    assert local.first_failure([late, early]).error == "the cause"
-    assert local.first_failure([late, early, silent]).rank == 2
-    with pytest.raises(WorkerFailure, match="rank 2: ended with exit code 7"):
-        raise WorkerFailure(local.first_failure([late, silent]))
-
-
-def test_outcomes_travel_unchanged(tmp_path: Path) -> None:
-    with (tmp_path / "outcome").open("w+b") as file:
-        assert report.read(file.fileno()) is None
-        for outcome in (2.5, None, Failure(3, -9, "ä", "trace", True)):
-            file.truncate(0)
-            report.write(file.fileno(), outcome)
-            assert report.read(file.fileno()) == outcome
-    assert Failure(3, -9, "x").status == 137 and Failure(3, 4, "x").status == 4

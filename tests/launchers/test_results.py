@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from megabridge.config import Config
-from megabridge.errors import ConfigError, MegabridgeError
+from megabridge.errors import ConfigError, MegabridgeError, plain
 from megabridge.launchers import results, sweep
 from megabridge.launchers.page import page
-from megabridge.launchers.report import Failure, first
+from megabridge.launchers.processes.outcome import Failure, first
 from megabridge.launchers.sweep import DONE, FAILED, REFUSED, Point, SweepFailure
 from recipes import collect, report
 
@@ -79,12 +79,113 @@ def test_the_page_is_whole_and_escapes(tmp_path: Path) -> None:
     assert seen.count("tr") == 5 and seen.count("polyline") == 2 and "b" not in seen and "no" not in seen
 
 
+HOSTILE = (
+    '"><script>alert(1)</script><img src=x onerror=alert(1)>',
+    "'/><a href=javascript:alert(1)>",
+    "]]><svg onload=alert(1)>&lt;b&gt;",
+    "\x00\x1b[2J\r\u202e",
+    "\ud800",
+    "<b>" * 20_000,
+)
+
+
+class Strict(HTMLParser):
+    """Notes tags and attributes; nothing on the page may come from the data but text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.names: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.names |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_the_page_of_a_foreign_sweep_is_nothing_but_text(tmp_path: Path, text: str) -> None:
+    """Every text of sweep.json, of any letters; and numbers of any size in metrics.jsonl."""
+    plain_page = Strict()
+    plain_page.feed(page("t", results.rows(points(tmp_path))))
+    hostile = [
+        Point(number, [f"{text}={text}{number}", text], text, text, DONE, loss, text, 1, text)
+        for number, loss in enumerate((float("nan"), float("inf"), 1e308, -1e308, None))
+    ]
+    (tmp_path / "4").mkdir()
+    lines = [{"step": 1 << 60, "validation/loss": 1}, {"step": 1, "validation/loss": 1e308}, {"step": 2, "validation/loss": -1e308}]
+    odd: list[object] = [
+        [],
+        3,
+        {"step": "<b>", "validation/loss": "<b>", "train/mfu": {"a": []}},
+        {"validation/loss": float("nan")},
+    ]
+    content = "".join(json.dumps(line) + "\n" for line in (*odd, *lines)) + '{"step": 1' + "0" * 5000 + "}\n" + "[" * 100_000
+    (tmp_path / "4" / "metrics.jsonl").write_text(content)
+    hostile[4].run_dir = str(tmp_path / "4")
+    found = results.rows(hostile)
+    assert [row.losses for row in found if row.losses] == [[(0, 1), (1, 1e308), (2, -1e308)]]
+    seen, html = Strict(), page(text, found)
+    seen.feed(html)
+    seen.close()
+    assert seen.tags <= plain_page.tags | {"li"} and seen.names <= plain_page.names
+    assert html.encode() and not {letter for letter in html if not letter.isprintable() and letter not in "\n\t"}
+    assert text not in html and seen.text.count(plain(text)[:40]) >= 11 and "nan,nan" not in html
+    for row in csv.reader(results.as_csv(found).encode().decode().splitlines()):
+        assert not [cell for cell in row if cell.startswith(("=", "@", "+"))]
+    assert len(results.as_table(found).encode().splitlines()) == 6, "a line a point, whatever is in it"
+
+
+def test_cells_of_a_table_are_no_formulas() -> None:
+    text = '=HYPERLINK("http://x")'
+    made = [Point(0, ["a=-1", f"b={text}", "c=+1e-3", "d=-x", "e=1"], "@run", error="\t=1"), Point(1, [], "r")]
+    (row, _) = csv.DictReader(results.as_csv(results.rows(made)).splitlines())
+    assert [row[name] for name in "abcde"] == ["-1", f"'{text}", "+1e-3", "'-x", "1"]
+    assert row["run_dir"] == "'@run" and row["error"] == "'\t=1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("number", "<b>"),
+        ("number", True),
+        ("number", 10**40),
+        ("number", -1),
+        ("overrides", "abc"),
+        ("overrides", [1]),
+        ("run_dir", None),
+        ("label", 3),
+        ("state", ["done"]),
+        ("state", "<b>"),
+        ("objective", "1"),
+        ("objective", [1.0]),
+        ("objective", 10**400),
+        ("error", {"a": 1}),
+        ("status", 1.5),
+        ("job", 4),
+        ("world_size", "2"),
+    ],
+)
+def test_a_foreign_sweep_is_refused_where_a_value_is_of_another_kind(tmp_path: Path, name: str, value: object) -> None:
+    sweep.write(tmp_path, points(tmp_path)[:1])
+    rows = json.loads((tmp_path / sweep.RECORD).read_text())
+    (tmp_path / sweep.RECORD).write_text(json.dumps([rows[0] | {name: value}]))
+    with pytest.raises(MegabridgeError, match=r"must be the directory of a sweep .*sweep\.json"):
+        sweep.read(tmp_path)
+
+
 def test_sweep_json_there_and_back(tmp_path: Path) -> None:
     before = points(tmp_path)[:3]
     sweep.write(tmp_path, before)
     assert sweep.read(tmp_path) == before
-    with pytest.raises(MegabridgeError, match=r"must be the directory of a sweep .*sweep\.json"):
-        sweep.read(tmp_path / "0")
+    for content in (None, "", "{}", "3", "[3]", "[[]]", "[" * 100_000, '[{"number": 1' + "0" * 5000 + "}]", "\xff"):
+        if content is not None:
+            (tmp_path / "0" / sweep.RECORD).write_text(content, encoding="latin-1")
+        with pytest.raises(MegabridgeError, match=r"must be the directory of a sweep .*sweep\.json"):
+            sweep.read(tmp_path / "0")
 
 
 def test_the_status_is_that_of_a_run_before_that_of_a_refusal() -> None:
@@ -93,20 +194,25 @@ def test_the_status_is_that_of_a_run_before_that_of_a_refusal() -> None:
     assert SweepFailure([done, refused, failed]).status == 137
     assert str(SweepFailure([done, refused])) == "1 of 2 points are not done: 1 refused."
     assert SweepFailure([done, refused]).status == 2
+    assert SweepFailure([Point(0, [], "", state=FAILED, status=0)]).status == 1, "as others may have written it"
 
 
 def test_the_cause_is_who_left_no_report_else_the_earliest() -> None:
     late = Failure(0, 1, "connection closed", "Traceback", time=5.0)
     early = Failure(1, 1, "the cause", "Traceback", time=4.0)
-    killed = Failure(2, -9, "was ended by SIGKILL", time=9.0)
+    killed = Failure(2, -9, "was ended by SIGKILL", is_silent=True, time=9.0)
     assert first([late, early]) is early and first([late, killed, early]) is killed
 
 
 def test_the_recipes_write_the_page_and_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As recipe=report and recipe=collect call them; without the queue, as all points have ended."""
     sweep.write(tmp_path, points(tmp_path))
+    (tmp_path / "mine").write_text("kept")
+    for name in ("report.html", ".report.html"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
     report.main(Config(sweep=str(tmp_path)))
-    assert "<polyline" in (tmp_path / "report.html").read_text()
+    assert "<polyline" in (tmp_path / "report.html").read_text() and (tmp_path / "mine").read_text() == "kept"
+    assert not (tmp_path / "report.html").is_symlink()
     with pytest.raises(SweepFailure, match="1 of 4 points are not done: 1 failed"):
         collect.main(Config(sweep=str(tmp_path)))
     assert (tmp_path / "sweep.csv").is_file() and "rank  point" in capsys.readouterr().out

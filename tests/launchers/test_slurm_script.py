@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from megabridge.errors import ConfigError
+from megabridge.errors import ConfigError, MegabridgeError
 from megabridge.launchers import slurm, spec
-from megabridge.launchers.report import Failure
+from megabridge.launchers.processes.outcome import Done, Failure
 from megabridge.launchers.settings import SlurmSettings
 from megabridge.launchers.slurm_script import HELD, Shape, hidden_environment, ranges, script
 from megabridge.launchers.sweep import Point
@@ -136,8 +136,10 @@ def test_secrets_travel_in_the_environment(tmp_path: Path, monkeypatch: pytest.M
     text = (tmp_path / spec.FILE).read_text()
     assert "hunter2" not in text and "tok-" not in text and len(secrets) == 2
     assert spec.read(tmp_path, secrets) == (values, "cpu")
-    with pytest.raises(KeyError):
+    with pytest.raises(MegabridgeError, match=r"MEGABRIDGE_SECRET_.* is not in the job's environment"):
         spec.read(tmp_path, {})
+    with pytest.raises(MegabridgeError, match=r"point\.json must say what the point runs"):
+        spec.read(tmp_path / "none", {})
 
 
 def test_how_a_point_ended(tmp_path: Path) -> None:
@@ -147,13 +149,14 @@ def test_how_a_point_ended(tmp_path: Path) -> None:
         return slurm.outcome(tmp_path, point, state)
 
     assert "ended it (TIMEOUT), and its ranks left no report" in str(ended("TIMEOUT"))
-    spec.leave(tmp_path, 0, 1.5)
+    spec.leave(tmp_path, 0, Done(1.5))
+    (tmp_path / "rank-1.json").write_text('{"done": ')
     assert "left no report" in str(ended())
-    spec.leave(tmp_path, 1, None)
-    assert ended() == 1.5 and ended("") == 1.5 and "NODE_FAIL" in str(ended("NODE_FAIL"))
+    spec.leave(tmp_path, 1, Done())
+    assert ended() == Done(1.5) and ended("") == Done(1.5) and "NODE_FAIL" in str(ended("NODE_FAIL"))
     (tmp_path / spec.STOPPED).touch()
     assert "stopped by a signal after a save and not queued again" in str(ended("TIMEOUT"))
-    spec.leave(tmp_path, 1, Failure(1, -9, "was ended by SIGKILL"))
+    spec.leave(tmp_path, 1, Failure(1, -9, "was ended by SIGKILL", is_silent=True))
     spec.leave(tmp_path, 0, Failure(0, 1, "connection closed", "Traceback"))
     found = ended("FAILED")
     assert isinstance(found, Failure) and found.rank == 1

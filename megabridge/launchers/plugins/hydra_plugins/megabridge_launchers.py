@@ -1,7 +1,7 @@
 """What Hydra finds as `hydra/launcher=local` and `hydra/launcher=slurm`.
 
-Hydra takes plugins only from modules below the namespace `hydra_plugins`, which it imports by that name: run.py puts the
-folder above this one on sys.path. Hydra imports this at every start, so the launchers themselves are imported when used.
+Hydra takes plugins only from modules below the namespace `hydra_plugins`, which it imports by that name: launchers/run.py puts
+the folder above this one on sys.path. Hydra imports this at every start, so the launchers themselves are imported when used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Child processes that never outlive their parent, whatever ends it."""
+"""Child processes never outlive their parent, whatever ends it. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -53,19 +53,6 @@ def no_orphans(grace: float) -> Iterator[None]:
         prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
-def end_groups(leaders: Iterable[int], grace: float) -> None:
-    """Ends the process groups: SIGTERM, then SIGKILL to what runs after `grace` seconds or a second Ctrl-C."""
-    leaders = list(leaders)
-    for leader in leaders:
-        send(-leader, signal.SIGTERM)
-    until = time.monotonic() + grace
-    with contextlib.suppress(KeyboardInterrupt):
-        while time.monotonic() < until and _running(leaders):
-            time.sleep(_POLL)
-    for leader in leaders:
-        send(-leader, signal.SIGKILL)
-
-
 def send(pid: int, number: signal.Signals) -> None:
     """Signals a process, or with a negative pid a process group, that may have ended already."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -73,19 +60,6 @@ def send(pid: int, number: signal.Signals) -> None:
             os.killpg(-pid, number)
         else:
             os.kill(pid, number)
-
-
-def _running(pids: Iterable[int]) -> list[int]:
-    """The children among `pids` that have not ended. None is reaped: their Popen does that."""
-    running = []
-    for pid in pids:
-        try:
-            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:
-            continue
-        if not ended:
-            running.append(pid)
-    return running
 
 
 def _children() -> set[int]:

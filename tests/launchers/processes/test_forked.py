@@ -40,7 +40,7 @@ def test_ranks_have_groups_and_results(ranks: RankServer) -> None:
     [
         ("error", "the answer must be 42; it is 41.", 1),
         ("bug", "KeyError: 'lost'", 1),
-        ("killed", "ended by signal SIGKILL", -9),
+        ("killed", "was ended by SIGKILL", -9),
         ("exit", "ended with exit code 7", 7),
     ],
 )
@@ -82,9 +82,9 @@ def test_a_long_error_comes_back(ranks: RankServer) -> None:
 HOST = """
 import os, sys, time
 from megabridge.errors import ConfigError
-from megabridge.platform.ranks import fork_ranks
+from megabridge.launchers.processes.forked import fork_ranks
 
-def wait(rank):
+def wait(rank, listener):
     open(sys.argv[1] + f"/{rank}.pid", "w").write(str(os.getpid()))
     time.sleep(300)
 
@@ -106,7 +106,7 @@ def host(folder: Path, how: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", HOST, str(folder), how]
     return subprocess.Popen(
         command,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env={**os.environ, "MEGABRIDGE_PLATFORM": "cuda"},  # forking needs no megatron-core: it is not imported so
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

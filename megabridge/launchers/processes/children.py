@@ -1,0 +1,262 @@
+"""Processes that this one starts, forked or as programs: what they leave, how they ended, and how they are ended. No torch.
+
+Each leads a process group of its own, so that a Ctrl-C reaches only whoever started it, and so that everything it started in that
+group can be ended with it. It stays unreaped until `end`: meanwhile nothing else can get its number, nor its group's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Final, NoReturn
+
+from megabridge import last_words
+from megabridge.launchers.processes import outcome
+from megabridge.launchers.processes.ending import die_with_parent, send
+from megabridge.launchers.processes.outcome import Done, Failure, Outcome, Terminated, WorkerFailure
+
+_SETTLE: Final = 0.1  # seconds in which a rank that was killed is gone, after its connections
+
+
+@dataclass
+class Child:
+    """A process that this one started."""
+
+    rank: int
+    """Its rank, or -1 for one that stands for all ranks."""
+    pid: int
+    pidfd: int
+    report: int
+    """The descriptor of the unnamed file that takes its report."""
+    note: mmap.mmap
+    """What it reads, for when it can't say so itself (last_words)."""
+    popen: subprocess.Popen[bytes] | None = None
+    """Of a program; None for a fork."""
+    _outcome: Outcome | None = field(default=None, init=False)
+
+    def has_ended(self) -> bool:
+        return _exit_code(self.pid) is not None
+
+    def outcome(self) -> Outcome | None:
+        """How it ended; None while it runs. Done only where it said so, and then left in peace."""
+        if self._outcome is None and (exit_code := _exit_code(self.pid)) is not None:
+            self._outcome = _judged(self.rank, exit_code, outcome.read(self.report), self.note)
+        return self._outcome
+
+    def ended_with(self) -> Outcome:
+        """How it ended, after it has."""
+        found = self.outcome()
+        assert found is not None
+        return found
+
+    def failure(self) -> Failure | None:
+        """Why it failed, as soon as that is known: a rank reports before its end can be seen."""
+        found = self.outcome() or outcome.read(self.report)
+        return found if isinstance(found, Failure) else None
+
+
+def spawn(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    rank: int,
+    environ: Mapping[str, str],
+    config: int,
+    held: Set[signal.Signals] = frozenset(),
+    kept: Sequence[int] = (),
+) -> Child:
+    """Starts `python -m module`, which finds its files in --config, --outcome and --note.
+
+    Signals in `held` wait for it, and it keeps the descriptors in `kept` open.
+
+    Raises WorkerFailure where the system has no room for it.
+    """
+    parent = os.getpid()
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        die_with_parent(parent)
+
+    with _room(rank):
+        report, note = unnamed(), unnamed()
+        try:
+            popen = subprocess.Popen(
+                [sys.executable, "-m", module, f"--config={config}", f"--outcome={report}", f"--note={note}", *arguments],
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                pass_fds=(config, report, note, *kept),
+                process_group=0,
+                preexec_fn=prepare,
+            )
+            return Child(rank, popen.pid, _pidfd(popen.pid), report, last_words.page(note), popen)
+        finally:
+            os.close(note)
+
+
+def fork(rank: int, work: Callable[[], float | None]) -> Child:
+    """Forks a process that does `work` and reports how that ended. Raises WorkerFailure where the system has no room for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    with _room(rank):
+        report, note = unnamed(), last_words.page()
+        pid = os.fork()
+        if pid == 0:
+            _live(rank, work, report, note, parent)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.setpgid(pid, pid)  # it does so too: whoever is first
+        return Child(rank, pid, _pidfd(pid), report, note)
+
+
+def _live(rank: int, work: Callable[[], float | None], report: int, note: mmap.mmap, parent: int) -> NoReturn:
+    """A forked process's whole life. What its parent was in the middle of, and its exit hooks, are not its business."""
+    status = 1
+    try:
+        with contextlib.suppress(PermissionError):
+            os.setpgid(0, 0)
+        die_with_parent(parent)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        last_words.keep(note)
+        found = outcome.of(work, rank)
+        outcome.write(report, found)
+        status = found.status if isinstance(found, Failure) else 0
+    except BaseException:  # it can't report, but perhaps print
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+
+def ended(children: Sequence[Child], seconds: float | None) -> list[Child]:
+    """Those of the running `children` that end within `seconds`, as soon as one does; [] when none does. None: however long."""
+    poll = select.poll()
+    by_descriptor = {child.pidfd: child for child in children}
+    for descriptor in by_descriptor:
+        poll.register(descriptor, select.POLLIN)
+    return [by_descriptor[descriptor] for descriptor, _ in poll.poll(None if seconds is None else max(0.0, seconds) * 1000)]
+
+
+def wait(children: Sequence[Child], *, until: float | None = None, settle: float = _SETTLE) -> Outcome:
+    """Waits until all have ended well, and returns the first one's report; or until one fails, and returns the cause.
+
+    `until` is a moment of time.monotonic() at which the failure is that the time was up. `settle` is how many seconds pass between
+    the end of a killed process's connections, which others may report, and its own.
+    """
+    running = list(children)
+    while running:
+        left = None if until is None else until - time.monotonic()
+        if left is not None and left <= 0:
+            names = [child.rank for child in running]
+            return Failure(-1, -signal.SIGKILL, f"the time was up; ranks {names} still ran.", is_silent=True)
+        gone = ended(running, left)
+        if any(child.failure() for child in gone):
+            return _cause(children, settle)
+        running = [child for child in running if child not in gone]
+    return children[0].ended_with()
+
+
+def _cause(children: Sequence[Child], settle: float) -> Failure:
+    """The first failure. A killed process's connections close before its end can be seen, so another's report may come first."""
+    until = time.monotonic() + settle
+    while True:
+        cause = outcome.first(failure for child in children if (failure := child.failure()) is not None)
+        running = [child for child in children if not child.has_ended()]
+        left = until - time.monotonic()
+        if cause.is_cause or not running or left <= 0:
+            return cause
+        ended(running, left)
+
+
+def end(children: Iterable[Child], grace: float) -> None:
+    """Ends those that still run, and, unless all are done, what any of them started in its group. Leaves no zombie.
+
+    SIGTERM comes first, SIGKILL after `grace` seconds, or at a second Ctrl-C or SIGTERM of this process.
+    """
+    children = list(children)
+    if not all(isinstance(child.outcome(), Done) for child in children):
+        for child in children:
+            send(-child.pid, signal.SIGTERM)
+        until = time.monotonic() + grace
+        with contextlib.suppress(KeyboardInterrupt, Terminated):
+            while (running := [child for child in children if not child.has_ended()]) and (left := until - time.monotonic()) > 0:
+                ended(running, left)
+        for child in children:
+            send(-child.pid, signal.SIGKILL)
+    for child in children:
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            child.outcome()
+            os.waitpid(child.pid, 0)
+        if child.popen is not None:
+            child.popen.wait()  # so that it knows, too
+        os.close(child.pidfd)
+        os.close(child.report)
+        child.note.close()
+
+
+def unnamed() -> int:
+    """The descriptor of a new file in memory: it has no name, and no disk that is full."""
+    return os.memfd_create("megabridge")
+
+
+def _judged(rank: int, exit_code: int, report: Outcome | None, note: mmap.mmap) -> Outcome:
+    if isinstance(report, Failure) or (report is not None and exit_code == 0):
+        return report
+    if exit_code == 0:
+        rule = "ended with exit status 0 and without a report, before it was done; something in it called os._exit."
+        return Failure(rank, 1, rule, is_silent=True)
+    return Failure(rank, exit_code, _cause_of_death(exit_code, note, was_done=report is not None), is_silent=True)
+
+
+def _cause_of_death(exit_code: int, note: mmap.mmap, *, was_done: bool) -> str:
+    """What to say of a process that did not say it."""
+    if exit_code > 0:
+        when = "after it was done" if was_done else "and without a report"
+        return f"ended with exit code {exit_code} {when}; its own output may say why."
+    number = -exit_code
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    files = last_words.truncated(note) if name == "SIGBUS" else ""
+    hints = {"SIGKILL": " (out of memory, or killed from outside)", "SIGBUS": f" (a file that it read was truncated){files}"}
+    return f"was ended by {name}{' after it was done' if was_done else hints.get(name, '')}."
+
+
+def _pidfd(pid: int) -> int:
+    """A descriptor that can be read from when the child has ended."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:  # it has, and nobody had to reap it (see _exit_code)
+        return os.open(os.devnull, os.O_RDONLY)
+
+
+def _exit_code(pid: int) -> int | None:
+    """Of a child that has ended, as in subprocess; None for one that runs. It stays to be reaped."""
+    try:
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # this process ignores SIGCHLD, or something else in it waits for children: the report decides
+        return 0
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+@contextlib.contextmanager
+def _room(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        who = "the process of the ranks " if rank < 0 else ""
+        text = f"{who}can't be started: {error.strerror or error}; end other processes, or raise the limit (ulimit -a)."
+        raise WorkerFailure(Failure(rank, 1, text, is_expected=True)) from error

@@ -1,0 +1,181 @@
+"""What the command does in the parent process, or in a rank of torchrun or srun (megabridge.run). No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from megabridge import checks, config, explain, host, redact
+from megabridge.errors import ConfigError, MegabridgeError, plain
+from megabridge.launchers import local, place, rank, settings
+from megabridge.launchers.prepare import conf_folder, resolve, write_config
+from megabridge.launchers.processes.outcome import CONFIG_ERROR, Terminated, WorkerFailure
+from megabridge.launchers.sweep import SweepFailure
+
+FULL_ERROR: Final = "HYDRA_FULL_ERROR"
+"""Set by a user who wants tracebacks instead of one line."""
+
+
+HELP: Final = """\
+megabridge: train Hugging Face models with Megatron-Core.
+
+  python -m megabridge.run [flags] [group=choice ...] [key=value ...]
+
+Groups and their choices:
+{groups}
+
+Every key is documented in megabridge/config.py. Flags of Hydra, before the overrides:
+  --cfg job              show the config of a run, and don't run (-p GROUP: only that part)
+  -m, --multirun         sweep: parallel=single,tp2 optimizer.lr=1e-5,3e-5
+  -cd, --config-dir DIR  your own groups and choices, before ours
+  --hydra-help           all of Hydra's flags"""
+
+
+@dataclass
+class _Progress:
+    """How far this process got: an error of Hydra's before the first job is the config's."""
+
+    is_composed: bool = False
+
+
+_progress = _Progress()
+
+
+def main() -> int:
+    """The exit status of the command, as megabridge.run's docstring lists them."""
+    wants_traceback = FULL_ERROR in os.environ
+    try:
+        cwd = str(Path.cwd())
+    except OSError as error:
+        _say(f"the working directory must exist, but can't be found ({error.strerror}); change to another.")
+        return CONFIG_ERROR
+    if "" not in sys.path and cwd not in sys.path:
+        # As `python -m` does: a console script finds your own classes and recipes, too.
+        sys.path.insert(0, cwd)
+    sys.argv[1:] = redact.carry(sys.argv[1:])
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(_help())
+        return 0
+    config.register()
+    settings.register()
+    try:
+        here = place.find(os.environ)
+        # Hydra then raises instead of printing and leaving.
+        os.environ[FULL_ERROR] = "1"
+        if here is not None:
+            return _become_rank(here)
+        _run_hydra()
+    except KeyboardInterrupt:
+        return 130
+    except Terminated:
+        return 143
+    except WorkerFailure as error:
+        _say(str(error))
+        return error.failure.status
+    except SweepFailure as error:
+        _say(str(error))
+        return error.status
+    except Exception as error:
+        if wants_traceback:
+            raise
+        if not isinstance(error, MegabridgeError) and _progress.is_composed:
+            raise
+        _say(str(error) if isinstance(error, MegabridgeError) else explain.explain(error, conf_folder(), settings.keys()))
+        return CONFIG_ERROR
+    finally:
+        if not wants_traceback:
+            os.environ.pop(FULL_ERROR, None)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"megabridge: {plain(text)}", file=sys.stderr, flush=True)
+
+
+def _help() -> str:
+    """What --help says. Hydra's own page takes a second: it reads every group there is, its own too, twice."""
+    folders = sorted(folder for folder in conf_folder().iterdir() if folder.is_dir())
+    groups = [f"  {folder.name}: {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}" for folder in folders]
+    return HELP.format(groups="\n".join(groups))
+
+
+def _run_hydra() -> None:
+    # Hydra finds plugins in the folder hydra_plugins of an entry of sys.path. Last, so that it hides nothing.
+    sys.path.append(str(Path(__file__).resolve().parent / "plugins"))
+    run: Callable[[], None] = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)
+    run()
+
+
+def job(cfg: DictConfig) -> float | None:
+    """One run: what Hydra calls with the composed config. Returns the recipe's objective (the validation loss)."""
+    hydra_config = HydraConfig.get()
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    try:
+        _progress.is_composed = True
+        launcher = hydra_config.runtime.choices["hydra/launcher"]
+        if not is_sweep and launcher != "basic":
+            raise ConfigError(f"hydra/launcher={launcher} starts the points of a sweep, also of a single one; add -m.")
+        # As they were typed: read one by one, OmegaConf would resolve the interpolations in them.
+        overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+        return _launch(cfg, Path(hydra_config.runtime.output_dir), overrides)
+    except MegabridgeError as error:
+        # In a sweep the other jobs still run, and Hydra reports this one; alone, Hydra would print the overrides, too.
+        if is_sweep:
+            raise
+        _say(str(error))
+        sys.exit(error.failure.status if isinstance(error, WorkerFailure) else CONFIG_ERROR)
+
+
+def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    values, run_config = resolve(cfg, run_dir)
+    checks.check_layout(run_config, config.topology(run_config.parallel))
+    topology = config.processes(run_config)
+    platform = host.choose_platform(run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides)
+    write_config(cfg, values)
+    return local.launch(values, world_size=topology.world_size, platform=platform)
+
+
+def _become_rank(here: place.Place) -> int:
+    """Composes as every other rank does, and runs the rank; the exit status."""
+    parser = get_args_parser()
+    arguments = parser.parse_args()
+    if arguments.hydra_help or arguments.cfg or arguments.info:
+        if here.rank == 0:
+            _run_hydra()
+        return 0
+    if arguments.multirun:
+        raise ConfigError("-m starts several runs, but torchrun or srun started this one as rank; sweep without them.")
+    cfg = _compose(arguments)
+    values, run_config = resolve(cfg)
+    started = config.processes(run_config, here.world_size)
+    checks.check_layout(run_config, config.topology(run_config.parallel) if run_config.recipe.single_process else started)
+    if here.rank == 0:
+        write_config(cfg, values)
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    raw.pop("run_dir")  # rank 0's counts
+    digest = sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
+    return rank.beside(values, here, digest=digest)
+
+
+def _compose(arguments: Any) -> DictConfig:
+    """The config without Hydra's run machinery, which would make a run directory on every rank."""
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="run"):
+        overrides = list(arguments.overrides)
+        if arguments.config_dir:
+            overrides.append(f"hydra.searchpath=[file://{Path(arguments.config_dir).absolute()}]")
+        cfg = hydra.compose(arguments.config_name or "config", overrides)
+    _progress.is_composed = True
+    return cfg

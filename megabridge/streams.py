@@ -1,0 +1,102 @@
+"""Standard input, output and error of a program of ours: they are there, and no run ends because nobody reads them. No torch."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import signal
+import sys
+from dataclasses import dataclass
+from typing import IO, Final, override
+
+from megabridge.errors import MegabridgeError
+
+
+@dataclass
+class _State:
+    is_quiet: bool = False
+    lost: OSError | None = None
+    """Why standard output can't be written, other than that its reader left."""
+
+
+_state: Final = _State()
+
+
+def settle(*, quiet: bool = False) -> None:
+    """Makes this process's standard streams safe to use. For a program, before it does anything else.
+
+    A descriptor that is closed becomes /dev/null: else the next file that is opened gets its number, and takes what is printed.
+    What can't be written is left out, and standard error says so once (not with `quiet`, where only a reader left). What can't be
+    encoded is written as an escape. SIGCHLD has its ordinary effect, whatever this process was started with: it waits for children.
+    """
+    _state.is_quiet = quiet
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
+    sys.stdout = _text(sys.stdout, 1)
+    sys.stderr = _text(sys.stderr, 2)
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def check() -> None:
+    """Raises MegabridgeError where standard output could not be written for another reason than that its reader left."""
+    sys.stdout.flush()
+    if _state.lost is not None:
+        raise MegabridgeError(
+            f"standard output could not be written ({_state.lost.strerror}); all was done, but what was printed is not whole; make "
+            "room for it, or send it to /dev/null."
+        )
+
+
+class _Lasting(io.FileIO):
+    """A standard stream that takes all it is given, and is connected to /dev/null once nothing takes it any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+
+    @override
+    def write(self, data: object, /) -> int:
+        rest = memoryview(data).cast("B")  # type: ignore[arg-type]
+        size = len(rest)
+        while len(rest):
+            try:
+                written = super().write(rest)
+            except OSError as error:
+                _lose(self.fileno(), error)
+                break
+            if written is None:  # the other end is slow, and was set not to block
+                poll = select.poll()
+                poll.register(self.fileno(), select.POLLOUT)
+                poll.poll()
+            rest = rest[written or 0 :]
+        return size
+
+
+def _text(stream: IO[str] | None, descriptor: int) -> io.TextIOWrapper:
+    """What stands in the place of `stream`, which Python leaves out where its descriptor was closed."""
+    raw = _Lasting(descriptor)
+    if not isinstance(stream, io.TextIOWrapper):
+        return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=descriptor == 2)
+    stream.flush()
+    buffered = raw if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(raw)
+    options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    return io.TextIOWrapper(buffered, stream.encoding, "backslashreplace", **options)  # type: ignore[arg-type]
+
+
+def _lose(descriptor: int, error: OSError) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+    if descriptor != 1:
+        return
+    is_left = error.errno == errno.EPIPE
+    if not is_left:
+        _state.lost = error
+    if not (is_left and _state.is_quiet):
+        text = f"megabridge: standard output can't be written any more ({error.strerror}); what follows is left out, nothing else."
+        print(text, file=sys.stderr, flush=True)
