@@ -100,8 +100,8 @@ class ConversionConfig:
     """Precision of exported tensors. Null: the parameters' own."""
     export_quantization: str | None = field(default=None, metadata={"choices": ("fp8_block",)})
     """fp8_block: exports have the linears of layers as DeepSeek's block-scaled FP8, and say so. Null: nothing is quantised."""
-    max_shard_size: str = "5GB"
-    """Largest safetensors file of an export, as in transformers."""
+    max_shard_size: str | None = None
+    """Largest safetensors file of an export, such as 5GB. Null: the source's files where tensors have its dtypes, else 5GB."""
     writer: str = choice("shared", "gather")
     """Who writes an export's files: every rank its own part, on a file system that all share; or rank 0, sent everything."""
     logits_tokens: int = 64

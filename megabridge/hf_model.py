@@ -12,8 +12,8 @@ import torch
 from megabridge import one_call
 from megabridge.checkpoint import assets, native, source
 from megabridge.checkpoint.record import SourceRecord
-from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion import carried
+from megabridge.conversion.carried import Carried
 from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.families import all_families, family_for
 from megabridge.families.quantization import KEY
@@ -51,7 +51,7 @@ class HFModel:
         self.native = self.family.native(config)
         self.dtype = dtype or _dtype_of(config)
         self.record: SourceRecord | None = None
-        self.carried: dict[str, TensorInfo] = {}
+        self.carried = Carried()
         self.peft: LoRA | None = None
 
     @classmethod
@@ -97,22 +97,30 @@ class HFModel:
         `hf_model_id` (a folder or hub id, at `revision`) is where they come from instead; a checkpoint that was not written by
         megabridge needs it. Raises CheckpointError where neither has a config, ConfigError where both do and they contradict.
         """
-        own = native.locate(Path(megatron_path)) / native.ASSETS
+        folder = native.locate(Path(megatron_path))
+        own = native.assets(folder)
         if hf_model_id is None:
-            if not own.is_dir():
-                raise CheckpointError(f"{own.parent} carries no config; give hf_model_id, the model that it has the shape of.")
+            if own is None:
+                raise CheckpointError(f"{folder} carries no config; give hf_model_id, the model that it has the shape of.")
             made = cls(assets.read_config(own), folder=own, trust_remote_code=trust_remote_code)
         else:
             made = cls.from_hf_pretrained(hf_model_id, revision=revision, token=token, trust_remote_code=trust_remote_code)
-            if own.is_dir():
+            if own is not None:
                 made.check_same(assets.read_config(own), str(own))
-        made.remember(own)
+        made.remember(folder)
         return made
 
     def remember(self, folder: Path) -> None:
-        """Takes from a native checkpoint's assets what `write_assets` wrote of the source, if anything. Raises CheckpointError."""
-        self.record = SourceRecord.read(folder) or self.record
-        self.carried = carried.read(folder) or self.carried
+        """Takes from a native checkpoint what `write_assets` wrote of the source, if anything. Raises CheckpointError."""
+        if (own := native.assets(folder)) is not None:
+            self.record = SourceRecord.read(own) or self.record
+            self.carry(carried.read(own) or self.carried)
+
+    def carry(self, tensors: Carried) -> None:
+        """Takes tensors that every export has again; closes the files of those before."""
+        if tensors is not self.carried:
+            self.carried.close()
+        self.carried = tensors
 
     @staticmethod
     def list_supported_models() -> list[str]:
@@ -176,7 +184,7 @@ class HFModel:
         self._write(folder, self.config, None)
         if self.record is not None:
             self.record.write(folder)
-        if self.carried:
+        if self.carried.infos:
             carried.write(folder, self.carried)
         if self.peft is not None:
             peft_folder.write_config(folder, self.peft, base=self.location, revision=self.revision)
@@ -227,5 +235,8 @@ def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | 
 def _dtype_of(config: dict[str, Any]) -> torch.dtype | None:
     for key in assets.DTYPE_KEYS:
         if config.get(key) is not None:
-            return dtype_named(str(config[key]).removeprefix("torch."))
+            name = str(config[key]).removeprefix("torch.")
+            if name not in DTYPES:
+                raise ConfigError(f"config.json's {key}={name!r} must be one of {', '.join(DTYPES)}, or give dtype= in its place.")
+            return DTYPES[name]
     return None
