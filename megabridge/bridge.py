@@ -121,7 +121,7 @@ class AutoBridge(HFAdapters):
         folder = native.locate(Path(path))
         rounded = native.load_weights(folder, model)
         self.remember(folder)
-        self.tell("the model's parameters can't hold tensors as the native checkpoint has them", rounded)
+        self.tell("rounded, because the model's parameters can't hold what the native checkpoint has", rounded)
         self.note_rounding(model, rounded)
 
     def keep_native_dtypes(self, model: Model, path: str | Path) -> list[torch.nn.Module]:

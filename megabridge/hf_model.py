@@ -11,6 +11,7 @@ import torch
 
 from megabridge import one_call
 from megabridge.checkpoint import assets, native, source
+from megabridge.checkpoint.opened import Opened
 from megabridge.checkpoint.record import SourceRecord
 from megabridge.conversion import carried
 from megabridge.conversion.carried import Carried
@@ -30,17 +31,18 @@ _FREE: Final = frozenset(("seq_length", "init_method_std"))
 class HFModel:
     """Made by `from_hf_pretrained`, `from_hf_config` or `from_auto_config`.
 
-    `config` is the content of config.json as published; `folder` holds it, with tokenizer and templates, or is None for one
-    made from a config object; `location` is where the weights are, if anywhere; `record` tells of the weights that were imported,
-    here or before the native checkpoint that was loaded, and `carried` are those that no parameter took and an export has again.
-    `peft` says which adapters the model was given, if any.
+    `config` is the content of config.json as published; `opened` is the folder that held it, with tokenizer and templates, as it
+    was then, which exports have whatever becomes of the folder; None for one made from a config object. `location` is where the
+    weights are, if anywhere; `record` tells of the weights that were imported, here or before the native checkpoint that was
+    loaded, and `carried` are those that no parameter took and an export has again. `peft` says which adapters the model was given,
+    if any.
     """
 
-    def __init__(self, config: dict[str, Any], *, folder: Path | None, location: str | None = None, revision: str | None = None,
+    def __init__(self, config: dict[str, Any], *, opened: Opened | None, location: str | None = None, revision: str | None = None,
                  token: str | None = None, trust_remote_code: bool = False, dtype: torch.dtype | None = None,
                  device_map: str = "auto", allow_bin: bool = False) -> None:  # fmt: skip
         self.config = config
-        self.folder = folder
+        self.opened = opened
         self.location = location
         self.revision = revision
         self.token = token
@@ -70,9 +72,10 @@ class HFModel:
         """
         device = one_call.check_device_map(device_map)
         folder = source.resolve(str(path), revision=revision, token=token, config_only=True, code=trust_remote_code)
+        opened = Opened.of(folder, code=trust_remote_code)
         return cls(
-            assets.read_config(folder),
-            folder=folder,
+            opened.parsed(),
+            opened=opened,
             location=str(path),
             revision=source.commit_of(folder) or revision,
             token=token,
@@ -87,7 +90,7 @@ class HFModel:
         """A bridge from a transformers config object or a dict of its content. It has no weights and no tokenizer."""
         content = content_of(config)
         content["architectures"] = content.get("architectures") or [architecture_of(content)]
-        return cls(content, folder=None, dtype=dtype_named(dtype))
+        return cls(content, opened=None, dtype=dtype_named(dtype))
 
     @classmethod
     def from_auto_config(cls, megatron_path: str | Path, hf_model_id: str | Path | None = None, trust_remote_code: bool = False, *,
@@ -102,7 +105,8 @@ class HFModel:
         if hf_model_id is None:
             if own is None:
                 raise CheckpointError(f"{folder} carries no config; give hf_model_id, the model that it has the shape of.")
-            made = cls(assets.read_config(own), folder=own, trust_remote_code=trust_remote_code)
+            opened = Opened.of(own, code=trust_remote_code)
+            made = cls(opened.parsed(), opened=opened, trust_remote_code=trust_remote_code)
         else:
             made = cls.from_hf_pretrained(hf_model_id, revision=revision, token=token, trust_remote_code=trust_remote_code)
             if own is not None:
@@ -190,9 +194,30 @@ class HFModel:
             peft_folder.write_config(folder, self.peft, base=self.location, revision=self.revision)
 
     def _write(self, folder: Path, config: dict[str, Any], dtype: str | None) -> None:
-        assets.write_config(folder, config, source=self.folder, dtype=dtype)
-        if self.folder is not None:
-            assets.copy_assets(self.folder, folder, code=self.trust_remote_code)
+        assets.write_config(folder, config, source=None if self.opened is None else self.opened.config, dtype=dtype)
+        if self.opened is not None:
+            self.opened.write(folder)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the config, tokenizer and templates were read, if anywhere."""
+        return None if self.opened is None else self.opened.folder
+
+    def source_folder(self, *, allow_bin: bool = False) -> Path:
+        """The folder of the bridge's own weights, fetched where they are on a hub. Any rank may call it.
+
+        Raises CheckpointError where it is gone, or another model's now.
+        """
+        assert self.location is not None and self.opened is not None
+        folder = source.resolve(
+            self.location,
+            revision=self.revision,
+            token=self.token,
+            code=self.trust_remote_code,
+            allow_bin=allow_bin or self.allow_bin,
+        )
+        self.opened.check(folder)
+        return folder
 
     @property
     def transformer_config(self) -> Any:

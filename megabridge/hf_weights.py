@@ -106,7 +106,7 @@ class HFWeights(HFModel):
         self.import_report = replace(
             report, rounded=self.record.casts, dtypes=counted([infos[name].dtype for name in plan.tensors if name in infos])
         )
-        self.tell("the model's parameters can't hold tensors as their files have them", self.record.casts)
+        self.tell("rounded, because the model's parameters can't hold what the files have", self.record.casts)
         return self.import_report
 
     def keep_dtypes(self, model: Model, hf_path: str | Path | None = None, *, revision: str | None = None,
@@ -129,22 +129,24 @@ class HFWeights(HFModel):
 
     def tell(self, what: str, casts: Casts) -> None:
         """Prints what was rounded, once."""
-        line = f"{what}, and {len(casts)} are rounded: {described(casts)}"
+        line = f"{what}: {described(casts)}"
         if casts and line != self._told and agreement.rank() == 0:
             print(line, file=sys.stderr, flush=True)
         self._told = line if casts else self._told
 
     def _open(self, hf_path: str | Path | None, revision: str | None, *, allow_bin: bool) -> dict[str, TensorInfo]:
-        location = self.location if hf_path is None else str(hf_path)
-        if location is None:
+        if self.location is None and hf_path is None:
             raise ConfigError("a bridge made from a config has no weights; give hf_path.")
         with agreement.together("opening the source"):
             allow_bin = allow_bin or self.allow_bin
+            if hf_path is None and revision in (None, self.revision):
+                return find_weights(self.source_folder(allow_bin=allow_bin), allow_bin=allow_bin)
+            what = f"revision={revision!r}" if hf_path is None else f"hf_path={str(hf_path)!r}"
             folder = source.resolve(
-                location, revision=revision or self.revision, token=self.token, code=self.trust_remote_code, allow_bin=allow_bin
-            )
-            if hf_path is not None:
-                self.check_same(assets.read_config(folder), f"hf_path={location!r}")
+                str(self.location if hf_path is None else hf_path),
+                revision=revision or self.revision, token=self.token, code=self.trust_remote_code, allow_bin=allow_bin,
+            )  # fmt: skip
+            self.check_same(assets.read_config(folder), what)
             return find_weights(folder, allow_bin=allow_bin)
 
     # ------------------------------------------------------------------ into files
@@ -200,7 +202,7 @@ class HFWeights(HFModel):
         dtypes = self._dtypes(plan, weight_dtype)
         specs = export_specs(plan, dtypes, aliases)
         casts = self._casts(plan, specs)
-        self.tell("an export has tensors in which it can't give back what the source had", casts)
+        self.tell("exported with less precision than the source had", casts)
         # A config.json may state another dtype than its files have: "source" gives it back as it was.
         name = None if weight_dtype == "source" else _most(specs)
         with agreement.together("choosing what to quantise"):
@@ -295,6 +297,7 @@ class HFWeights(HFModel):
         with agreement.together("starting the stream"):
             dtypes = self._dtypes(plan, weight_dtype)
             specs = export_specs(plan, dtypes, self._aliases(plan)) if chosen is None else tasks.task_specs(plan, chosen, dtypes)
+        self.tell("exported with less precision than the source had", self._casts(plan, specs))
         return Stream(plan, specs, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers)
 
 

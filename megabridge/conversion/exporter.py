@@ -108,19 +108,24 @@ def export_weights(
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     seconds += time.perf_counter() - begin
-    size = sum(info.nbytes for info in infos.values())
-    copied, left = (sum(counts) for counts in zip(*((rank.bytes_written, rank.bytes_kept) for rank in everyones), strict=True))
+    return _report(infos, everyones, found, seconds, verify_seconds, is_verified=verify)
+
+
+def _report(
+    infos: Mapping[str, TensorInfo], everyones: list[Written], found: Difference, seconds: float, verify_seconds: float, *,
+    is_verified: bool,
+) -> Report:  # fmt: skip
     return Report(
         tensors=len(infos),
-        bytes=size,
-        bytes_copied=copied,
+        bytes=sum(info.nbytes for info in infos.values()),
+        bytes_copied=sum(written.bytes_written for written in everyones),
         seconds=seconds,
         verify_seconds=verify_seconds,
         mismatched=found.mismatched,
         max_abs_diff=found.max_abs,
-        is_verified=verify,
+        is_verified=is_verified,
         dtypes=counted([info.dtype for info in infos.values()]),
-        bytes_kept=left,
+        bytes_kept=sum(written.bytes_kept for written in everyones),
     )
 
 

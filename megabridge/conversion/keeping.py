@@ -22,7 +22,8 @@ _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 def keep_dtypes(plan: Plan, infos: Mapping[str, TensorInfo]) -> bool:
     """Gives this rank's parameters memory of the dtypes of the tensors that will fill them. Returns whether any had another.
 
-    The parameters' elements are lost, and `plan` says of their dtypes what was. A kind that a tensor is missing of stays as it is.
+    The parameters' elements are lost, and `plan` says of their dtypes what was. A kind that a tensor is missing of, or that has one
+    of integers, stays as it is: the import says what it thinks of that.
     """
     wanted = _by_kind(plan, infos)
     others = [
@@ -43,11 +44,12 @@ def _by_kind(plan: Plan, infos: Mapping[str, TensorInfo]) -> dict[str, torch.dty
     for item in plan.items:  # copies that this rank holds and doesn't write
         feeding.setdefault(_kind(item.record.name), set()).update(item.hf)
     carriers = {tensor: plan.carriers(tensor, infos) for tensor in plan.tensors}
-    return {
-        kind: joined({infos[name].dtype for tensor in tensors for name in carriers[tensor]})
+    found = {
+        kind: {infos[name].dtype for tensor in tensors for name in carriers[tensor]}
         for kind, tensors in feeding.items()
         if tensors <= infos.keys()
     }
+    return {kind: joined(dtypes) for kind, dtypes in found.items() if all(dtype.is_floating_point for dtype in dtypes)}
 
 
 def _kind(native: str) -> str:

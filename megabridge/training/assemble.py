@@ -154,5 +154,5 @@ def _write_source(config: Config) -> Path:
     if config.model.tokenizer == BYTES:
         byte_tokenizer.write_tokenizer(folder)
     elif config.model.tokenizer is not None:
-        assets.copy_assets(source.resolve(config.model.tokenizer, config_only=True), folder)
+        assets.write_assets(folder, assets.read_assets(source.resolve(config.model.tokenizer, config_only=True)))
     return folder

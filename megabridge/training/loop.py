@@ -164,7 +164,7 @@ class Trainer:
             self.bridge.remember(source)
             self.bridge.note_rounding(self.chunks, progress.rounded)
         if progress.rounded:
-            self.say(f"this run's parameters can't hold tensors as the checkpoint has them; rounded: {described(progress.rounded)}")
+            self.say(f"rounded, because this run's parameters can't hold what the checkpoint has: {described(progress.rounded)}")
         accepted = self.config.checkpoint.accept_changes
         for line in resume.changes(progress.settings, resume.settings(self.config), accepted=accepted):
             self.say(f"resumed with a changed setting, {line}")

@@ -15,6 +15,7 @@ import torch
 from megabridge import AutoBridge
 from megabridge.checkpoint import native, reader
 from megabridge.conversion.report import Report
+from megabridge.peft import LoRA
 from tests.cases.bridge import refusal
 from tests.cases.models import TINY, TINY_MIXTURE, write_model
 
@@ -143,9 +144,27 @@ def mixed_parameters(root: str, out: str) -> None:
     bridge.save_hf_pretrained(bridge.to_megatron_model(), Path(out) / "glm", False)
 
 
-def refused(root: str) -> str:
-    """What is said of a config whose dtype no model computes in."""
+def refused(root: str, out: str) -> tuple[str, str]:
+    """What is said of a config whose dtype no model computes in, and of weights that are integers."""
+    from safetensors.torch import load_file, save_file
+
+    other = write_model(Path(root) / "integers", TIED)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    integers = refusal(lambda: AutoBridge.import_ckpt(other, Path(out) / "never", show_progress=False))
     folder = write_model(Path(root) / "double", {**TINY, "dtype": "float32"})
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace("float32", "float64"))
-    return refusal(lambda: AutoBridge.from_hf_pretrained(folder))
+    return refusal(lambda: AutoBridge.from_hf_pretrained(folder)), integers
+
+
+def adapters(root: str, out: str) -> dict[str, Any]:
+    """Adapters in fp32 in a model in bf16, and a stream of tensors in more precision than the model has."""
+    wide = AutoBridge.from_hf_pretrained(Path(root) / "norms", dtype="float32")
+    wide.save_hf_adapter(wide.to_megatron_model(peft=LoRA(r=2, target_modules=("q_proj",))), Path(out) / "adapter", False)
+    bridge = AutoBridge.from_hf_pretrained(Path(root) / "norms")
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        model = bridge.to_megatron_model(peft=str(Path(out) / "adapter"))
+        dict(bridge.export_hf_weights(model, show_progress=False, weight_dtype="source"))
+    return {"printed": printed.getvalue(), "dtypes": {str(p.dtype) for p in model[0].parameters()}}

@@ -58,7 +58,7 @@ def test_what_is_rounded_is_said(ranks: RankServer, sources: Path, tmp_path: Pat
         is_told = bool(lost) and name != "export, source"  # a bridge says a thing once
         told = f"{norms} from float32 to bfloat16 (model.layers.0.input_layernorm.weight, "
         assert (told in found["printed"]) == is_told, f"{name}: {found['printed']}"
-    assert "native checkpoint has them, and 3 are rounded: 3 from float32 to bfloat16 (" in said["kept, run"]["printed"]
+    assert "what the native checkpoint has: 3 from float32 to bfloat16 (" in said["kept, run"]["printed"]
     assert f"; {norms} rounded" in said["import"]["report"] and "rounded" not in said["wide"]["report"]
     assert said["export, source"]["dtypes"] == {"bfloat16": whole - norms, "float32": norms}
     tied = whole - 1  # its copy is no tensor of the model's
@@ -73,8 +73,16 @@ def test_config_states_the_dtype_of_most_elements(ranks: RankServer, tmp_path: P
     ranks.run(f"{CASES}:mixed_parameters", world_size=1, kwargs={"root": str(tmp_path), "out": str(tmp_path / "out")})
     assert {dtype for dtype, _, _ in payload(tmp_path / "out/glm").values()} == {"torch.bfloat16", "torch.float32"}
     assert json.loads((tmp_path / "out/glm/config.json").read_text())["dtype"] == "bfloat16"
-    (said,) = ranks.run(f"{CASES}:refused", world_size=1, kwargs={"root": str(tmp_path)})
+    ((said, integers),) = ranks.run(f"{CASES}:refused", world_size=1, kwargs={"root": str(tmp_path), "out": str(tmp_path)})
     assert "config.json's dtype" in said and "float64" in said and "give dtype=" in said
+    assert integers.startswith("CheckpointError: weights must be floating-point numbers") and "model.norm.weight" in integers
+
+
+def test_adapters_and_streams_say_it_too(ranks: RankServer, sources: Path, tmp_path: Path) -> None:
+    (found,) = ranks.run(f"{CASES}:adapters", world_size=1, kwargs={"root": str(sources), "out": str(tmp_path)})
+    assert found["dtypes"] == {"torch.bfloat16"}
+    assert "the model's adapters can't hold what the files have: " in found["printed"] and "lora_A" in found["printed"]
+    assert "exported with less precision than the source had: 9 from float32 to bfloat16" in found["printed"]
 
 
 def test_recipes_keep_what_they_convert_and_say_what_training_rounds(ranks: RankServer, sources: Path, tmp_path: Path) -> None:
@@ -93,7 +101,7 @@ def test_recipes_keep_what_they_convert_and_say_what_training_rounds(ranks: Rank
     )  # fmt: skip
     run(ranks, "finetune", Topology(), resumed)
     lines = (tmp_path / "run/lines.txt").read_text()
-    assert "this run's parameters can't hold tensors as the checkpoint has them; rounded: 3 from float32 to bfloat16 (" in lines
+    assert "this run's parameters can't hold what the checkpoint has: 3 from float32 to bfloat16 (" in lines
 
 
 def test_which_dtype_holds_which() -> None:
