@@ -120,7 +120,8 @@ class AutoBridge(HFAdapters):
         """Fills a model from a native checkpoint, and takes over what that keeps of its source. Collective."""
         folder = native.locate(Path(path))
         rounded = native.load_weights(folder, model)
-        self.remember(folder)
+        with agreement.together("reading what a native checkpoint carries"):
+            self.remember(folder)
         self.tell("rounded, because the model's parameters can't hold what the native checkpoint has", rounded)
         self.note_rounding(model, rounded)
 

@@ -39,7 +39,7 @@ class ModelConfig:
     load_weights: bool = True
     """False: random weights of the shape in `hf`, even where `path` names real ones (still used for the tokenizer)."""
     dtype: str = choice(*DTYPES)
-    """Precision of the parameters and activations in training. The optimizer's copy is always float32."""
+    """Precision of parameters and activations in training; the optimizer's copy is float32. Conversions keep each tensor's."""
     hf: dict[str, Any] = field(default_factory=dict)
     """What the checkpoint's config.json says of its shape: layouts are checked against it before any download."""
     tokenizer: str | None = None

@@ -148,8 +148,8 @@ class ModelProvider:
         counts = [get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage) for chunk, stage in order]
         return by_stage(counts, pp=pp)
 
-    def describe(self) -> str:
-        """One line: layout, backend, dtype, and which layers each stage holds. Needs finalize()."""
+    def describe(self, *, runs: bool = True) -> str:
+        """One line: layout, backend, dtype where it `runs`, and which layers each stage holds. Needs finalize()."""
         config = self.config
         sizes = {
             "tp": config.tensor_model_parallel_size,
@@ -164,7 +164,7 @@ class ModelProvider:
         if config.sequence_parallel:
             layout += " sequence-parallel"
         stages = " | ".join("+".join(map(str, stage)) for stage in self.split)
-        dtype = str(config.params_dtype).removeprefix("torch.")
+        dtype = str(config.params_dtype).removeprefix("torch.") if runs else "dtypes as they are stored"
         padding = "" if self.padded_vocab_size == self.vocab_size else f" (padded to {self.padded_vocab_size})"
         return (
             f"{self.family_name}: {layout}, backend={self.resolved_backend}, {dtype}, vocabulary {self.vocab_size}"

@@ -40,7 +40,7 @@ def main(config: Config) -> None:
         wrap_with_ddp=False, init="empty" if conversion.mode == "export" else assemble.init(config), runs=False
     )
     with Reporter(config, assemble.loggers(config)) as report:
-        report.say(provider.describe())
+        report.say(provider.describe(runs=False))
         if conversion.mode == "export":
             bridge.load_native_weights(chunks, checkpoint(config))
         else:

@@ -63,7 +63,10 @@ def read_assets(source: Path, *, code: bool = False) -> dict[str, bytes]:
     """Tokenizer, templates, generation config, and `code`, following links: their content by path in the folder."""
     patterns = (*PATTERNS, *CODE) if code else PATTERNS
     names = sorted({str(path.relative_to(source)) for pattern in patterns for path in source.glob(pattern) if path.is_file()})
-    return {name: (source / name).read_bytes() for name in names}
+    try:
+        return {name: (source / name).read_bytes() for name in names}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} can't be read: {error.strerror}; fetch it again.") from error
 
 
 def write_assets(target: Path, files: Mapping[str, bytes]) -> None:

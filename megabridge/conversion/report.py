@@ -14,9 +14,9 @@ class Report:
 
     `tensors` and `bytes` count the Hugging Face side; `bytes_copied` what all ranks copied out of or into files, `bytes_kept` what
     an export found written already, by one that was killed;
-    `seconds` is the walk without verification. `mismatched` names tensors whose bits differ after the cast to the target's dtype;
-    `rounded` those that the cast, of an import, or one since, of an export, had to round: what they were, and what they are.
-    `dtypes` counts tensors by their dtype in the files.
+    `seconds` is the walk without verification. `mismatched` names tensors whose bits differ after the cast to the target's dtype.
+    `rounded` are those that an import had to round, or that an export can't give back as its source had them: the dtype that they
+    had, and the one that can't hold it. `dtypes` counts tensors by their dtype in the files.
     """
 
     tensors: int

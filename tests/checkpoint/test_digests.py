@@ -59,3 +59,4 @@ def test_without_digests_a_folder_is_taken_as_it_is(ranks: RankServer, saved: Pa
     (said,) = ranks.run(f"{CASES}:without_digests", topology=Topology(), kwargs=kwargs)
     assert said[:2] == ["nothing was raised"] * 2
     assert said[2].startswith("CheckpointError: ") and "can't be read" in said[2]
+    assert said[3] == "interrupted"
