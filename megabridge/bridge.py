@@ -18,10 +18,11 @@ from megabridge.checkpoint import assets, native
 from megabridge.conversion.report import Report
 from megabridge.errors import ConfigError
 from megabridge.hf_adapters import HFAdapters, Peft
-from megabridge.hf_model import dtype_named
+from megabridge.hf_model import dtype_named, one_dtype
 from megabridge.hf_weights import Model, WeightDtype
 from megabridge.peft import folder as peft_folder
 from megabridge.provider import ModelProvider
+from megabridge.provider_rules import DTYPES
 
 
 class AutoBridge(HFAdapters):
@@ -119,33 +120,46 @@ class AutoBridge(HFAdapters):
     def load_native_weights(self, model: Model, path: str | Path) -> None:
         """Fills a model from a native checkpoint, and takes over what that keeps of its source. Collective."""
         folder = native.locate(Path(path))
-        native.load_weights(folder, model)
-        self.remember(folder / native.ASSETS)
+        rounded = native.load_weights(folder, model)
+        with agreement.together("reading what a native checkpoint carries"):
+            self.remember(folder)
+        self.tell("rounded, because the model's parameters can't hold what the native checkpoint has", rounded)
+        self.note_rounding(model, rounded)
+
+    def keep_native_dtypes(self, model: Model, path: str | Path) -> list[torch.nn.Module]:
+        """Has a model that is converted and never run hold each tensor as a native checkpoint has it; see `keep_dtypes`."""
+        native.keep_dtypes(native.locate(Path(path)), model)
+        return list(model)
 
     def _native_provider(
         self, path: str | Path, dtype: torch.dtype | str | None, settings: dict[str, Any]
     ) -> tuple[ModelProvider, Path]:
         with agreement.together("opening a native checkpoint"):
             folder = native.locate(Path(path))
-            if (folder / native.ASSETS).is_dir():
-                self.check_same(assets.read_config(folder / native.ASSETS), str(folder))
+            if (own := native.assets(folder)) is not None:
+                self.check_same(assets.read_config(own), str(folder))
             provider = self.provider()
-            provider.params_dtype = dtype_named(dtype) or native.stored(folder).dtype
+            stored = native.stored(folder).dtype
+            if (wanted := dtype_named(dtype) or stored) in DTYPES.values():  # a model can't compute in others
+                provider.params_dtype = wanted
             one_call.arrange(provider, settings)
         return provider, folder
 
-    def _hook_adapters(self, provider: ModelProvider, folder: Path, *, load_weights: bool) -> bool:
+    def _hook_adapters(self, provider: ModelProvider, folder: Path, *, load_weights: bool, keeps_dtypes: bool = False) -> bool:
         """Has `provider` give its model the adapters of a native checkpoint, if any, and this bridge's weights.
 
         Returns whether the checkpoint holds adapters. Every rank calls it.
         """
         with agreement.together("opening a native checkpoint"):
-            peft = peft_folder.read_config(folder / native.ASSETS) if (folder / native.ASSETS / assets.ADAPTER).is_file() else None
+            own = native.assets(folder)
+            peft = None if own is None or not (own / assets.ADAPTER).is_file() else peft_folder.read_config(own)
             if peft is not None and load_weights and self.location is None:
                 raise ConfigError(f"{folder} holds adapters alone; use a bridge from_hf_pretrained of the model that they are for.")
         if peft is None:
             return False
         if load_weights:
+            if keeps_dtypes:
+                provider.register_pre_wrap_hook(self.keep_dtypes)
             provider.register_pre_wrap_hook(self._loaded)
         provider.backend = "torch" if provider.backend == "auto" else provider.backend
         provider.register_pre_wrap_hook(partial(self.add_adapters, peft=peft))
@@ -160,9 +174,9 @@ class AutoBridge(HFAdapters):
         """A Hugging Face model as a native checkpoint, with its config, tokenizer and templates.
 
         One process without any set-up is enough, whatever the model's size: parameters are kept in a file beside
-        `megatron_path`, which must not exist or be empty; with device_map="cuda" they go to the device instead. `settings` such
-        as tp=2 spread the work over torchrun's ranks; every rank calls it then. The other keywords are those of
-        `from_hf_pretrained` and `load_hf_weights`.
+        `megatron_path`, which must not exist or be empty; with device_map="cuda" they go to the device instead. Every tensor keeps
+        its dtype, unless a `dtype` is given for all of them. `settings` such as tp=2 spread the work over torchrun's ranks; every
+        rank calls it then. The other keywords are those of `from_hf_pretrained` and `load_hf_weights`.
         """
         bridge = cls.from_hf_pretrained(
             hf_model_id, revision=revision, dtype=dtype, torch_dtype=torch_dtype,
@@ -170,15 +184,18 @@ class AutoBridge(HFAdapters):
         )  # fmt: skip
         provider = bridge.provider()
         one_call.arrange(provider, settings)
+        is_cast = one_dtype(dtype, torch_dtype) is not None
+        if not is_cast:
+            provider.register_pre_wrap_hook(bridge.keep_dtypes)
         with one_call.borrowed_groups(provider):
             folder = one_call.target(megatron_path, replace=False)
-            chunks = one_call.provide_unfilled(provider, folder.parent, bridge.device_map)
+            chunks = one_call.provide_unfilled(provider, folder.parent, bridge.device_map, runs=is_cast)
             report = bridge.load_hf_weights(chunks, allow_nonfinite=allow_nonfinite, show_progress=show_progress)
             bridge.save_megatron_model(chunks, folder)
         return report
 
     def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, show_progress: bool = True, *, strict: bool = True,
-                    weight_dtype: WeightDtype = None, max_shard_size: str | int = "5GB",
+                    weight_dtype: WeightDtype = None, max_shard_size: str | int | None = None,
                     source_path: str | Path | None = None, allow_nonfinite: bool = False, quantization: str | None = None,
                     **settings: Any) -> Report:  # fmt: skip
         """A native checkpoint (its folder, a step's or a run's) as a complete Hugging Face folder; as `import_ckpt` otherwise.
@@ -188,11 +205,14 @@ class AutoBridge(HFAdapters):
         of `save_hf_pretrained`. Adapters are merged into this bridge's weights; `export_adapter_ckpt` exports them alone.
         """
         provider, folder = self._native_provider(megatron_path, None, settings)
-        carries = (folder / native.ASSETS).is_dir() and not self._hook_adapters(provider, folder, load_weights=True)
+        carries = (folder / native.ASSETS).is_dir() and not self._hook_adapters(
+            provider, folder, load_weights=True, keeps_dtypes=True
+        )
         own: AutoBridge = self
         if carries:
             own = AutoBridge.from_auto_config(folder, trust_remote_code=self.trust_remote_code, ignore_keys=self.ignore_keys)
         own.token = self.token
+        provider.register_pre_wrap_hook(partial(self.keep_native_dtypes, path=folder))
         with one_call.borrowed_groups(provider):
             output = one_call.target(hf_path, replace=True)
             chunks = one_call.provide_unfilled(provider, output.parent, self.device_map)
@@ -218,6 +238,7 @@ class AutoBridge(HFAdapters):
         provider, folder = self._native_provider(megatron_path, None, settings)
         if not self._hook_adapters(provider, folder, load_weights=False):
             raise ConfigError(f"{folder} holds a whole model; use export_ckpt.")
+        provider.register_pre_wrap_hook(partial(self.keep_native_dtypes, path=folder))
         with one_call.borrowed_groups(provider):
             output = one_call.target(output_path, replace=True)
             chunks = one_call.provide_unfilled(provider, output.parent, self.device_map)

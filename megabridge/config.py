@@ -39,7 +39,7 @@ class ModelConfig:
     load_weights: bool = True
     """False: random weights of the shape in `hf`, even where `path` names real ones (still used for the tokenizer)."""
     dtype: str = choice(*DTYPES)
-    """Precision of the parameters and activations in training. The optimizer's copy is always float32."""
+    """Precision of parameters and activations in training; the optimizer's copy is float32. Conversions keep each tensor's."""
     hf: dict[str, Any] = field(default_factory=dict)
     """What the checkpoint's config.json says of its shape: layouts are checked against it before any download."""
     ignore_keys: list[str] = field(default_factory=list)
@@ -102,8 +102,8 @@ class ConversionConfig:
     """Precision of exported tensors. Null: the parameters' own."""
     export_quantization: str | None = field(default=None, metadata={"choices": ("fp8_block",)})
     """fp8_block: exports have the linears of layers as DeepSeek's block-scaled FP8, and say so. Null: nothing is quantised."""
-    max_shard_size: str = "5GB"
-    """Largest safetensors file of an export, as in transformers."""
+    max_shard_size: str | None = None
+    """Largest safetensors file of an export, such as 5GB. Null: the source's files where tensors have its dtypes, else 5GB."""
     writer: str = choice("shared", "gather")
     """Who writes an export's files: every rank its own part, on a file system that all share; or rank 0, sent everything."""
     logits_tokens: int = 64

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megabridge import agreement, regular
+from megabridge.checkpoint.record import SourceRecord
 from megabridge.conversion.exporter import export_specs, export_weights
 from megabridge.conversion.importer import import_weights
 from megabridge.conversion.native import ADAPTER, survey
@@ -84,10 +85,12 @@ class HFAdapters(HFWeights):
         ]
         if different:
             raise ConfigError(f"{folder} must have the settings of this model's adapters; it has {', '.join(different)}.")
+        plan = self.adapter_plan(model)
         with bytes_bar("import", show=show_progress and agreement.rank() == 0) as progress:
-            return import_weights(
-                self.adapter_plan(model), infos, verify=verify, allow_nonfinite=allow_nonfinite, progress=progress
-            )
+            report = import_weights(plan, infos, verify=verify, allow_nonfinite=allow_nonfinite, progress=progress)
+        casts = SourceRecord.of(infos, aliases=()).held_in({name: spec.dtype for name, spec in plan.tensors.items()}).casts
+        self.tell("rounded, because the model's adapters can't hold what the files have", casts)
+        return replace(report, rounded=casts)
 
     def save_hf_adapter(self, model: Model, path: str | Path, show_progress: bool = True, *,
                         base_model_name_or_path: str | None = None, weight_dtype: torch.dtype | str | None = None,

@@ -11,9 +11,10 @@ import torch
 
 from megabridge import one_call
 from megabridge.checkpoint import assets, native, source
+from megabridge.checkpoint.opened import Opened
 from megabridge.checkpoint.record import SourceRecord
-from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion import carried
+from megabridge.conversion.carried import Carried
 from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.families import all_families, family_for
 from megabridge.families.quantization import KEY
@@ -31,18 +32,19 @@ _FREE: Final = frozenset(("seq_length", "init_method_std"))
 class HFModel:
     """Made by `from_hf_pretrained`, `from_hf_config` or `from_auto_config`.
 
-    `config` is the content of config.json as published; `folder` holds it, with tokenizer and templates, or is None for one
-    made from a config object; `location` is where the weights are, if anywhere; `record` tells of the weights that were imported,
-    here or before the native checkpoint that was loaded, and `carried` are those that no parameter took and an export has again.
-    `peft` says which adapters the model was given, if any. `ignore_keys` name keys of config.json that nothing reads and that may
-    say anything; `unread` are those and the others that nothing reads, which say nothing or what transformers takes for granted.
+    `config` is the content of config.json as published; `opened` is the folder that held it, with tokenizer and templates, as it
+    was then, which exports have whatever becomes of the folder; None for one made from a config object. `location` is where the
+    weights are, if anywhere; `record` tells of the weights that were imported, here or before the native checkpoint that was
+    loaded, and `carried` are those that no parameter took and an export has again. `peft` says which adapters the model was given,
+    if any. `ignore_keys` name keys of config.json that nothing reads and that may say anything; `unread` are those and the others
+    that nothing reads, which say nothing or what transformers takes for granted.
     """
 
-    def __init__(self, config: dict[str, Any], *, folder: Path | None, location: str | None = None, revision: str | None = None,
+    def __init__(self, config: dict[str, Any], *, opened: Opened | None, location: str | None = None, revision: str | None = None,
                  token: str | None = None, trust_remote_code: bool = False, dtype: torch.dtype | None = None,
                  device_map: str = "auto", allow_bin: bool = False, ignore_keys: Collection[str] = ()) -> None:  # fmt: skip
         self.config = config
-        self.folder = folder
+        self.opened = opened
         self.location = location
         self.revision = revision
         self.token = token
@@ -55,7 +57,7 @@ class HFModel:
         self.unread = self.family.unread(config)
         self.dtype = dtype or _dtype_of(config)
         self.record: SourceRecord | None = None
-        self.carried: dict[str, TensorInfo] = {}
+        self.carried = Carried()
         self.peft: LoRA | None = None
 
     @classmethod
@@ -77,9 +79,10 @@ class HFModel:
         """
         device = one_call.check_device_map(device_map)
         folder = source.resolve(str(path), revision=revision, token=token, config_only=True, code=trust_remote_code)
+        opened = Opened.of(folder, code=trust_remote_code)
         return cls(
-            assets.read_config(folder),
-            folder=folder,
+            opened.parsed(),
+            opened=opened,
             location=str(path),
             revision=source.commit_of(folder) or revision,
             token=token,
@@ -95,7 +98,7 @@ class HFModel:
         """A bridge from a transformers config object or a dict of its content. It has no weights and no tokenizer."""
         content = content_of(config)
         content["architectures"] = content.get("architectures") or [architecture_of(content)]
-        return cls(content, folder=None, dtype=dtype_named(dtype), ignore_keys=ignore_keys)
+        return cls(content, opened=None, dtype=dtype_named(dtype), ignore_keys=ignore_keys)
 
     @classmethod
     def from_auto_config(cls, megatron_path: str | Path, hf_model_id: str | Path | None = None, trust_remote_code: bool = False, *,
@@ -107,24 +110,33 @@ class HFModel:
         megabridge needs it. `ignore_keys` are from_hf_pretrained's. Raises CheckpointError where neither has a config, ConfigError
         where both do and they contradict.
         """
-        own = native.locate(Path(megatron_path)) / native.ASSETS
+        folder = native.locate(Path(megatron_path))
+        own = native.assets(folder)
         if hf_model_id is None:
-            if not own.is_dir():
-                raise CheckpointError(f"{own.parent} carries no config; give hf_model_id, the model that it has the shape of.")
-            made = cls(assets.read_config(own), folder=own, trust_remote_code=trust_remote_code, ignore_keys=ignore_keys)
+            if own is None:
+                raise CheckpointError(f"{folder} carries no config; give hf_model_id, the model that it has the shape of.")
+            opened = Opened.of(own, code=trust_remote_code)
+            made = cls(opened.parsed(), opened=opened, trust_remote_code=trust_remote_code, ignore_keys=ignore_keys)
         else:
             made = cls.from_hf_pretrained(
                 hf_model_id, revision=revision, token=token, trust_remote_code=trust_remote_code, ignore_keys=ignore_keys
             )
-            if own.is_dir():
+            if own is not None:
                 made.check_same(assets.read_config(own), str(own))
-        made.remember(own)
+        made.remember(folder)
         return made
 
     def remember(self, folder: Path) -> None:
-        """Takes from a native checkpoint's assets what `write_assets` wrote of the source, if anything. Raises CheckpointError."""
-        self.record = SourceRecord.read(folder) or self.record
-        self.carried = carried.read(folder) or self.carried
+        """Takes from a native checkpoint what `write_assets` wrote of the source, if anything. Raises CheckpointError."""
+        if (own := native.assets(folder)) is not None:
+            self.record = SourceRecord.read(own) or self.record
+            self.carry(carried.read(own) or self.carried)
+
+    def carry(self, tensors: Carried) -> None:
+        """Takes tensors that every export has again; closes the files of those before."""
+        if tensors is not self.carried:
+            self.carried.close()
+        self.carried = tensors
 
     @staticmethod
     def list_supported_models() -> list[str]:
@@ -192,15 +204,36 @@ class HFModel:
         self._write(folder, self.config, None)
         if self.record is not None:
             self.record.write(folder)
-        if self.carried:
+        if self.carried.infos:
             carried.write(folder, self.carried)
         if self.peft is not None:
             peft_folder.write_config(folder, self.peft, base=self.location, revision=self.revision)
 
     def _write(self, folder: Path, config: dict[str, Any], dtype: str | None) -> None:
-        assets.write_config(folder, config, source=self.folder, dtype=dtype)
-        if self.folder is not None:
-            assets.copy_assets(self.folder, folder, code=self.trust_remote_code)
+        assets.write_config(folder, config, source=None if self.opened is None else self.opened.config, dtype=dtype)
+        if self.opened is not None:
+            self.opened.write(folder)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the config, tokenizer and templates were read, if anywhere."""
+        return None if self.opened is None else self.opened.folder
+
+    def source_folder(self, *, allow_bin: bool = False) -> Path:
+        """The folder of the bridge's own weights, fetched where they are on a hub. Any rank may call it.
+
+        Raises CheckpointError where it is gone, or another model's now.
+        """
+        assert self.location is not None and self.opened is not None
+        folder = source.resolve(
+            self.location,
+            revision=self.revision,
+            token=self.token,
+            code=self.trust_remote_code,
+            allow_bin=allow_bin or self.allow_bin,
+        )
+        self.opened.check(folder)
+        return folder
 
     @property
     def transformer_config(self) -> Any:
@@ -253,5 +286,10 @@ def _dtype_of(config: dict[str, Any]) -> torch.dtype | None:
     for key in assets.DTYPE_KEYS:
         given = config.get(key)
         if given is not None:
-            return dtype_named(given.removeprefix("torch.") if isinstance(given, str) else given)
+            name = given.removeprefix("torch.") if isinstance(given, str) else given
+            if not isinstance(name, str) or name not in DTYPES:
+                raise ConfigError(
+                    f"config.json's {key}={shown(given)} must be one of {', '.join(DTYPES)}, or give dtype= in its place."
+                )
+            return DTYPES[name]
     return None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,18 +15,21 @@ import torch
 
 from megabridge import agreement
 from megabridge.checkpoint import assets, source
+from megabridge.checkpoint.dtypes import Casts, counted, described
+from megabridge.checkpoint.dtypes import name as name_of
 from megabridge.checkpoint.hf import Way
 from megabridge.checkpoint.quantised import find_weights
 from megabridge.checkpoint.record import SourceRecord
 from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion import tasks
 from megabridge.conversion.buckets import Entries
-from megabridge.conversion.carried import with_carried
+from megabridge.conversion.carried import Carried, with_carried
 from megabridge.conversion.encoding import quantization_for
 from megabridge.conversion.exporter import Dtypes, export_specs, export_weights
 from megabridge.conversion.importer import import_weights
+from megabridge.conversion.keeping import keep_dtypes
 from megabridge.conversion.native import survey
-from megabridge.conversion.plan import Plan, check_source, make_plan
+from megabridge.conversion.plan import Plan, Spec, check_source, make_plan
 from megabridge.conversion.report import Report
 from megabridge.conversion.stream import BUCKET_BYTES, Stream
 from megabridge.conversion.tasks import Box, ConversionTask
@@ -39,6 +46,7 @@ class HFWeights(HFModel):
     """What `AutoBridge` does with a live model's weights. `import_report` tells of the last import."""
 
     import_report: Report | None = None
+    _told: str = ""
     _plan: tuple[tuple[int, ...], Plan] | None = None
 
     def plan(self, model: Model) -> Plan:
@@ -64,6 +72,7 @@ class HFWeights(HFModel):
                         verify: bool = True, show_progress: bool = True) -> Report:  # fmt: skip
         """Fills a model from `hf_path` or the bridge's own source, and compares every copy bit for bit. Collective.
 
+        What the parameters' dtypes can't hold is rounded, printed and in the report; `keep_dtypes` before has nothing rounded.
         `hf_path` is another checkpoint of the same model, fetched at `revision` (by default the bridge's) with the bridge's token
         and trust. `allow_missing` and `allow_unexpected` are name patterns; everything else must match exactly (MappingError),
         unless `strict` is False: then parameters that no tensor feeds keep what they had. `allow_bin` takes torch's pickled files
@@ -85,41 +94,77 @@ class HFWeights(HFModel):
                 verify=verify,
                 progress=progress,
             )
+        names = [name for name in (*plan.tensors, *plan.aliases) if name in infos]
         patterns = [*self.family.ignored, *allow_missing, *allow_unexpected]
-        self.carried = {name: info for name, info in infos.items() if plan.is_carried(name)}
-        differing = (infos.keys() - plan.aliases.keys()) ^ (plan.tensors.keys() | self.carried.keys())
+        with agreement.together("opening what exports have again"):
+            self.carry(Carried.of({name: info for name, info in infos.items() if plan.is_carried(name)}))
+        differing = (infos.keys() - plan.aliases.keys()) ^ (plan.tensors.keys() | self.carried.infos.keys())
         left_out = [name for name in differing if not any(fnmatchcase(name, pattern) for pattern in patterns)]
-        self.record = SourceRecord.of(infos, aliases=plan.aliases.keys() & infos.keys(), left_out=sorted(left_out))
-        self.import_report = report
-        return report
+        record = SourceRecord.of(infos, aliases=plan.aliases.keys() & infos.keys(), left_out=sorted(left_out))
+        held = _held(plan, names)
+        self.record = record.held_in(held)
+        self.import_report = replace(
+            report, rounded=self.record.casts, dtypes=counted([infos[name].dtype for name in plan.tensors if name in infos])
+        )
+        self.tell("rounded, because the model's parameters can't hold what the files have", self.record.casts)
+        return self.import_report
+
+    def keep_dtypes(self, model: Model, hf_path: str | Path | None = None, *, revision: str | None = None,
+                    allow_bin: bool = False) -> list[torch.nn.Module]:  # fmt: skip
+        """Has the parameters of a model that is converted and never run hold each tensor as the files have it. Collective.
+
+        Call it before `load_hf_weights`, with the same source; the parameters' elements are lost. A pre-wrap hook may call it, for
+        a model that is provided with runs=False. Returns the model's chunks.
+        """
+        infos = self._open(hf_path, revision, allow_bin=allow_bin)
+        if any(agreement.gather(keep_dtypes(self.plan(model), infos))):
+            self._plan = None
+        return list(model)
+
+    def note_rounding(self, model: Model, casts: Casts) -> None:
+        """Has exports know of what a load of a native checkpoint rounded, if anything. Collective."""
+        if casts and self.record is not None:
+            plan = self.plan(model)
+            self.record = self.record.held_in(_held(plan, [*plan.tensors, *self._aliases(plan)]))
+
+    def tell(self, what: str, casts: Casts) -> None:
+        """Prints what was rounded, once."""
+        line = f"{what}: {described(casts)}"
+        if casts and line != self._told and agreement.rank() == 0:
+            print(line, file=sys.stderr, flush=True)
+        self._told = line if casts else self._told
 
     def _open(self, hf_path: str | Path | None, revision: str | None, *, allow_bin: bool) -> dict[str, TensorInfo]:
-        location = self.location if hf_path is None else str(hf_path)
-        if location is None:
+        if self.location is None and hf_path is None:
             raise ConfigError("a bridge made from a config has no weights; give hf_path.")
         with agreement.together("opening the source"):
             allow_bin = allow_bin or self.allow_bin
+            if hf_path is None and revision in (None, self.revision):
+                return find_weights(self.source_folder(allow_bin=allow_bin), allow_bin=allow_bin)
+            what = f"revision={revision!r}" if hf_path is None else f"hf_path={str(hf_path)!r}"
             folder = source.resolve(
-                location, revision=revision or self.revision, token=self.token, code=self.trust_remote_code, allow_bin=allow_bin
-            )
-            if hf_path is not None:
-                self.check_same(assets.read_config(folder), f"hf_path={location!r}")
+                str(self.location if hf_path is None else hf_path),
+                revision=revision or self.revision, token=self.token, code=self.trust_remote_code, allow_bin=allow_bin,
+            )  # fmt: skip
+            self.check_same(assets.read_config(folder), what)
             return find_weights(folder, allow_bin=allow_bin)
 
     # ------------------------------------------------------------------ into files
 
     def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, *,
                            source_path: str | Path | None = None, strict: bool = True, weight_dtype: WeightDtype = None,
-                           max_shard_size: str | int = "5GB", verify: bool = True, allow_nonfinite: bool = False,
+                           max_shard_size: str | int | None = None, verify: bool = True, allow_nonfinite: bool = False,
                            writer: str = "shared", quantization: str | None = None,
                            merge_adapter_weights: bool = True) -> Report:  # fmt: skip
         """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
 
         `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. Tensors of
         multi-token-prediction layers that the model was built without come back as they were imported. `source_path` is
-        a folder or hub id whose config and tokenizer are written in place of the bridge's own. The folder appears by one rename,
-        after every tensor was read back and compared. NaN and infinite values are refused unless `allow_nonfinite`. After an
-        import with strict=False, `strict` refuses to publish a model that lacks what the source had (MappingError).
+        a folder or hub id whose config and tokenizer are written in place of the bridge's own. `max_shard_size` is of one file; by
+        default the files are the source's where all tensors have its names and dtypes, else of at most 5GB. The folder appears by
+        one rename, after every tensor was read back and compared. What can't be as the source had it, because a parameter that
+        held it since has less precision, is printed once and in the report. NaN and infinite values are refused unless
+        `allow_nonfinite`. After an import with strict=False, `strict` refuses to publish a model that lacks what the source had.
         `writer="gather"` has rank 0 write everything, for ranks that share no file system. `quantization="fp8_block"` writes the
         linears in layers as block-scaled FP8, with `weight_dtype` for the rest: as the source's config has it where that was such
         FP8, else in blocks of 128 x 128. The weights of an adapted model have their adapters added, unless
@@ -138,7 +183,7 @@ class HFWeights(HFModel):
         return self._export(plan, Path(path), write, strict, weight_dtype, quantization, show_progress, options)
 
     def save_hf_weights(self, model: Model, path: str | Path, show_progress: bool = True, *,
-                        strict: bool = True, weight_dtype: WeightDtype = None, max_shard_size: str | int = "5GB",
+                        strict: bool = True, weight_dtype: WeightDtype = None, max_shard_size: str | int | None = None,
                         verify: bool = True, allow_nonfinite: bool = False, writer: str = "shared",
                         quantization: str | None = None, merge_adapter_weights: bool = True) -> Report:  # fmt: skip
         """The same with weights only. Collective."""
@@ -157,22 +202,38 @@ class HFWeights(HFModel):
         plan = with_carried(plan, self.carried, path.absolute().parent)
         aliases = self._aliases(plan)
         dtypes = self._dtypes(plan, weight_dtype)
-        used = {spec.dtype for spec in export_specs(plan, dtypes, aliases).values()}
+        specs = export_specs(plan, dtypes, aliases)
+        casts = self._casts(plan, specs)
+        self.tell("exported with less precision than the source had", casts)
         # A config.json may state another dtype than its files have: "source" gives it back as it was.
-        name = str(used.pop()).removeprefix("torch.") if len(used) == 1 and weight_dtype != "source" else None
+        name = None if weight_dtype == "source" else _most(specs)
         with agreement.together("choosing what to quantise"):
             quantized, said = quantization_for(plan, quantization, self.config)
         with bytes_bar("export", show=show_progress and agreement.rank() == 0) as progress:
-            return export_weights(
+            report = export_weights(
                 plan,
                 path,
                 write_assets=lambda folder: write(folder, name, said),
                 quantization=quantized,
                 dtypes=dtypes,
                 aliases=aliases,
+                files=self._files(specs) if quantized is None and options["max_shard_size"] is None else None,
                 progress=progress,
                 **options,
             )
+        return replace(report, rounded=casts)
+
+    def _casts(self, plan: Plan, specs: Mapping[str, Spec]) -> Casts:
+        """The tensors of an export that aren't the source's, because a parameter or the export can't hold that."""
+        if self.record is None:
+            return {}
+        written = {name: spec.dtype for name, spec in specs.items()}
+        found = self.record.held_in(_held(plan, list(specs))).held_in(written).casts
+        return {name: pair for name, pair in found.items() if name in specs}
+
+    def _files(self, specs: Mapping[str, Spec]) -> Mapping[str, Sequence[str]] | None:
+        """The source's files, where an export of `specs` can have them."""
+        return None if self.record is None else self.record.files_of({name: spec.dtype for name, spec in specs.items()})
 
     def _aliases(self, plan: Plan) -> frozenset[str]:
         """The tied copies that an export has: those that the source carried."""
@@ -192,7 +253,7 @@ class HFWeights(HFModel):
                           conversion_tasks: Sequence[ConversionTask] | None = None, merge_adapter_weights: bool = True, *,
                           weight_dtype: WeightDtype = None, bucket_bytes: int = BUCKET_BYTES,
                           consumers: Collection[int] | None = None) -> Generator[tuple[str, torch.Tensor]]:  # fmt: skip
-        """(name, whole tensor) of every Hugging Face tensor, names and order as in an export; each owns its storage.
+        """(name, whole tensor) of every Hugging Face tensor, in natural order; each owns its storage.
 
         Collective: every rank calls it and uses the iterator up, or closes it; only ranks in `consumers` (None: all) get
         tensors, the others' iterators are empty. `cpu` brings them to the host. `conversion_tasks`, from `get_conversion_tasks`,
@@ -220,7 +281,7 @@ class HFWeights(HFModel):
         return tasks.shards(self.family, self.native, model, replicas=replicas)
 
     def get_conversion_tasks(self, model: Model, hf_path: str | Path | None = None) -> list[ConversionTask]:
-        """A task for every Hugging Face tensor, in an export's order. Collective.
+        """A task for every Hugging Face tensor, in natural order. Collective.
 
         `hf_path` gives them the dtypes of that checkpoint, and the tied copies that it carries.
         """
@@ -238,4 +299,18 @@ class HFWeights(HFModel):
         with agreement.together("starting the stream"):
             dtypes = self._dtypes(plan, weight_dtype)
             specs = export_specs(plan, dtypes, self._aliases(plan)) if chosen is None else tasks.task_specs(plan, chosen, dtypes)
+        self.tell("exported with less precision than the source had", self._casts(plan, specs))
         return Stream(plan, specs, cpu=cpu, bucket_bytes=bucket_bytes, consumers=consumers)
+
+
+def _held(plan: Plan, names: Sequence[str]) -> dict[str, torch.dtype]:
+    """The dtypes of the parameters that hold tensors."""
+    return {name: plan.tensors[plan.aliases.get(name, name)].dtype for name in names}
+
+
+def _most(specs: Mapping[str, Spec]) -> str:
+    """The dtype that most elements of an export have, as config.json spells it."""
+    elements: Counter[torch.dtype] = Counter()
+    for spec in specs.values():
+        elements[spec.dtype] += prod(spec.shape)
+    return name_of(elements.most_common(1)[0][0])

@@ -96,18 +96,19 @@ def target(path: str | Path, *, replace: bool) -> Path:
     return folder
 
 
-def provide_unfilled(provider: ModelProvider, folder: Path, device_map: str) -> list[torch.nn.Module]:
+def provide_unfilled(provider: ModelProvider, folder: Path, device_map: str, *, runs: bool = False) -> list[torch.nn.Module]:
     """The model's chunks, to be filled next: on the CPU in an unlinked file in `folder`, unless `device_map` says cuda.
 
-    What it then holds beside the file doesn't grow with the model. Every rank calls it.
+    What it then holds beside the file doesn't grow with the model. Its parameters have the dtypes that the provider's hooks give
+    them, and those that a model has which `runs` only then. Every rank calls it.
     """
     if device_map.startswith("cuda"):
-        return provider.provide_distributed_model(wrap_with_ddp=False, init="empty")
+        return provider.provide_distributed_model(wrap_with_ddp=False, init="empty", runs=runs)
     if not platform.is_cpu():
         provider.use_cpu_initialization = True
         provider.backend = "torch" if provider.backend == "auto" else provider.backend  # Transformer Engine's layers are CUDA's
     with file_backed(folder):
-        return provider.provide_distributed_model(wrap_with_ddp=False, init="empty")
+        return provider.provide_distributed_model(wrap_with_ddp=False, init="empty", runs=runs)
 
 
 def check_device_map(device_map: str | None) -> str:

@@ -152,8 +152,11 @@ class ModelProvider:
         counts = [get_num_layers_to_build(config, vp_stage=chunk, pp_rank=stage) for chunk, stage in order]
         return by_stage(counts, pp=pp)
 
-    def describe(self) -> str:
-        """One line: layout, backend, dtype, which layers each stage holds, and keys that nothing reads. Needs finalize()."""
+    def describe(self, *, runs: bool = True) -> str:
+        """One line: layout, backend, dtype where it `runs`, which layers each stage holds, and keys that nothing reads.
+
+        Needs finalize().
+        """
         config = self.config
         sizes = {
             "tp": config.tensor_model_parallel_size,
@@ -168,7 +171,7 @@ class ModelProvider:
         if config.sequence_parallel:
             layout += " sequence-parallel"
         stages = " | ".join("+".join(map(str, stage)) for stage in self.split)
-        dtype = str(config.params_dtype).removeprefix("torch.")
+        dtype = str(config.params_dtype).removeprefix("torch.") if runs else "dtypes as they are stored"
         padding = "" if self.padded_vocab_size == self.vocab_size else f" (padded to {self.padded_vocab_size})"
         unread = f"; nothing reads config.json's {', '.join(map(shown, self.unread))}" if self.unread else ""
         return (
@@ -260,13 +263,15 @@ class ModelProvider:
         ddp_config: Mapping[str, object] | None = None,
         *,
         init: Init = "random",
+        runs: bool = True,
     ) -> list[Chunk]:
         """This rank's chunks (one, or one per virtual stage), on `platform.device()`. Every rank calls it.
 
         Finalizes, starts the process groups when there are none (a single process needs no set-up), builds the chunks,
         runs the pre-wrap hooks, wraps in Float16Module for bf16 and fp16, then in DistributedDataParallel with the
         distributed optimizer (`ddp_config` overrides fields of DistributedDataParallelConfig), and runs the post-wrap
-        hooks. Raises ConfigError, with the torchrun command, when more processes are needed.
+        hooks. Chunks that are only converted (`runs=False`) are not wrapped in Float16Module, which would cast what hooks
+        filled. Raises ConfigError, with the torchrun command, when more processes are needed.
         """
         self.start_groups()
         config = self.config
@@ -275,7 +280,7 @@ class ModelProvider:
         chunks = [self.provide(vp_stage=stage, init=init) for stage in stages]
         for hook in self._pre_wrap_hooks:
             chunks = _checked(hook(chunks), hook)
-        if config.bf16 or config.fp16:
+        if runs and (config.bf16 or config.fp16):
             chunks = [in_half_precision(config, chunk) for chunk in chunks]
         if wrap_with_ddp:
             chunks = _data_parallel(chunks, config, ddp_config or {})

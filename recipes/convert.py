@@ -7,6 +7,7 @@ folder (conversion.folder) against its manifest, and against conversion.source w
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ def main(config: Config) -> None:
     has_adapters = config.peft.name != "none"
     config.model.load_weights = conversion.mode != "export" or has_adapters  # a native checkpoint of adapters has nothing else
     bridge = assemble.bridge(config)
-    provider = assemble.provider(config, bridge)
+    provider = assemble.provider(config, bridge, keeps_dtypes=True)
+    if conversion.mode == "export":
+        provider.register_pre_wrap_hook(partial(bridge.keep_native_dtypes, path=checkpoint(config)))
     chunks = provider.provide_distributed_model(
-        wrap_with_ddp=False, init="empty" if conversion.mode == "export" else assemble.init(config)
+        wrap_with_ddp=False, init="empty" if conversion.mode == "export" else assemble.init(config), runs=False
     )
     with Reporter(config, assemble.loggers(config)) as report:
-        report.say(provider.describe())
+        report.say(provider.describe(runs=False))
         if conversion.mode == "export":
             bridge.load_native_weights(chunks, checkpoint(config))
         else:

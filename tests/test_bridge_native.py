@@ -63,6 +63,7 @@ REFUSALS = {
     "other config": "layernorm_epsilon=1e-05, here 0.001",
     "other source": "layernorm_epsilon=1e-05, here 0.001",
     "other hf_path": "layernorm_epsilon=1e-05, here 0.001",
+    "damaged assets": "assets/megabridge_source.json has other bytes than were written",
     "damaged record": "megabridge_source.json must be what this version of megabridge writes",
     "twice": "ConfigError: a size must be given once, not as tp and tensor_model_parallel_size",
     "unknown": "has no setting 'tensor_parallel'",

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, override
 
 from megabridge import agreement, evaluation
-from megabridge.checkpoint import source
+from megabridge.checkpoint.hf import find_tensors
 from megabridge.conversion.parity import is_readable
+from megabridge.errors import CheckpointError
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:
+    from megabridge.bridge import AutoBridge
     from megabridge.training.loop import Trainer
 
 NEW_TOKENS: Final = 48
@@ -35,11 +37,18 @@ class Answer(Callback):
             if trainer.is_main:
                 lines.append(f"question: {prompt}")
                 if bridge.import_report is not None:
-                    folder = source.resolve(bridge.location, revision=bridge.revision)
-                    lines.append(f"source model: {answer(folder, prompt, max_new_tokens=self.max_new_tokens)}")
+                    lines.append(f"source model: {self._source_answer(bridge, prompt)}")
                 exported = answer(trainer.exports[-1], prompt, max_new_tokens=self.max_new_tokens)
                 lines.append(f"exported model: {exported}")
         trainer.summary.extend(lines)
+
+    def _source_answer(self, bridge: AutoBridge, prompt: str) -> str:
+        try:
+            folder = bridge.source_folder()
+            find_tensors(folder, allow_bin=bridge.allow_bin)
+        except CheckpointError as error:  # the run is at its end, and everything is saved
+            return f"(not asked: {error})"
+        return answer(folder, prompt, max_new_tokens=self.max_new_tokens)
 
 
 def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> str:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, override
 import torch
 
 from megabridge import agreement
-from megabridge.checkpoint import source
+from megabridge.checkpoint.hf import find_tensors
 from megabridge.conversion.parity import is_readable, logits_parity
 from megabridge.conversion.report import Report
+from megabridge.errors import CheckpointError
 from megabridge.layers.logits import gather_logits
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:
+    from megabridge.bridge import AutoBridge
     from megabridge.training.loop import Trainer
 
 
@@ -27,10 +29,20 @@ class ImportParity(Callback):
         line = f"import: {report}"
         bridge = trainer.bridge
         if bridge is not None and bridge.location is not None:
-            folder = source.resolve(bridge.location, revision=bridge.revision)
-            line += compare_logits(trainer, folder, prefix="import")
+            line += _with_source(trainer, bridge)
         trainer.say(line)
         trainer.summary.append(line)
+
+
+def _with_source(trainer: Trainer, bridge: AutoBridge) -> str:
+    """The end of a line about logits of the source, which may have gone since it was imported. Every rank calls it."""
+    try:
+        with agreement.together("opening the source"):
+            folder = bridge.source_folder()
+            find_tensors(folder, allow_bin=bridge.allow_bin)
+    except CheckpointError as error:
+        return f"; logits not compared: {error}"
+    return compare_logits(trainer, folder, prefix="import")
 
 
 def compare_logits(trainer: Trainer, folder: Path, *, prefix: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -46,11 +45,21 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_object(path: Path, *, otherwise: str) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError, with what to do `otherwise` where there is no such file."""
+    return parse_object(read_file(path, otherwise=otherwise), str(path))
+
+
+def read_file(path: Path, *, otherwise: str) -> bytes:
+    """The content of a file. Raises CheckpointError, with what to do `otherwise` where there is no such file."""
     if not regular.exists(path):
         raise CheckpointError(f"{path.parent} must hold {path.name}; {otherwise}.")
-    content = parse_json(regular.read(path, largest=_LARGEST), str(path))
+    return regular.read(path, largest=_LARGEST)
+
+
+def parse_object(text: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in the content of the file `what`. Raises CheckpointError."""
+    content = parse_json(text, what)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must be a JSON object, not {type(content).__name__}; fetch it again.")
+        raise CheckpointError(f"{what} must be a JSON object, not {type(content).__name__}; fetch it again.")
     return content
 
 
@@ -67,18 +76,22 @@ def end_tokens(folder: Path, config: Mapping[str, Any]) -> set[int]:
     return {named} if isinstance(named, int) else set(named or ())
 
 
-def copy_assets(source: Path, target: Path, *, code: bool = False) -> list[str]:
-    """Copies tokenizer, templates, generation config, and `code`, following links. Returns the names. One rank calls it."""
+def read_assets(source: Path, *, code: bool = False) -> dict[str, bytes]:
+    """Tokenizer, templates, generation config, and `code`, following links: their content by path in the folder."""
     patterns = (*PATTERNS, *CODE) if code else PATTERNS
     names = sorted({str(path.relative_to(source)) for pattern in patterns for path in source.glob(pattern) if path.is_file()})
-    for name in names:
+    return {name: regular.read(source / name) for name in names}
+
+
+def write_assets(target: Path, files: Mapping[str, bytes]) -> None:
+    """Writes what `read_assets` read. One rank calls it."""
+    for name, content in files.items():
         (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)
-    return names
+        (target / name).write_bytes(content)
 
 
-def write_config(target: Path, config: Mapping[str, Any], *, source: Path | None, dtype: str | None) -> None:
-    """Writes config.json. Byte for byte the source's where nothing changes.
+def write_config(target: Path, config: Mapping[str, Any], *, source: bytes | None, dtype: str | None) -> None:
+    """Writes config.json. Byte for byte the source's, its content, where nothing changes.
 
     `dtype` is the exported dtype's name ("float32"); where config.json states another, that key is set.
     """
@@ -86,8 +99,8 @@ def write_config(target: Path, config: Mapping[str, Any], *, source: Path | None
     for key in DTYPE_KEYS:
         if dtype is not None and key in edited:
             edited[key] = dtype
-    if source is not None and edited == read_config(source):
-        shutil.copyfile(source / CONFIG, target / CONFIG)
+    if source is not None and edited == parse_object(source, CONFIG):
+        (target / CONFIG).write_bytes(source)
         return
     if dtype is not None and not any(key in edited for key in DTYPE_KEYS):
         edited["dtype"] = dtype

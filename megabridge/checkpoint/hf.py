@@ -145,6 +145,10 @@ class Files:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes what is open."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
@@ -338,6 +342,14 @@ class Reader(Files):
     @override
     def _opened(self, file: Path, fd: int) -> None:
         self._compare(file, stamp_of(fd))
+
+    def hold(self) -> None:
+        """Opens every file now: they stay readable when their names go. Raises CheckpointError where one is not what it was."""
+        for file in self._stamps:
+            try:
+                self._fd(file)
+            except OSError as error:
+                raise CheckpointError(f"{file} can't be opened: {error.strerror}; fetch it again.") from error
 
     def check(self, file: Path) -> None:
         """Raises CheckpointError when the file is no longer what it was when its header was read."""

@@ -1,45 +1,42 @@
 """Native checkpoints: a megatron-core distributed checkpoint (torch_dist) that any layout can continue from.
 
 What is in one: parameters, optimizer state by parameter (`fully_reshardable`, so that tp2 can be read as pp2), the
-learning-rate schedule's place, progress, each rank's random state, and in `assets/` what an HF export needs beyond
-weights. All functions here are called by every rank. A synchronous save starts no process, and a load runs no code that
-came with the file: megatron-core's own `dist_checkpointing.load` unpickles freely, so its steps are taken one by one here.
+learning-rate schedule's place, progress, each rank's random state, in `assets/` what an HF export needs beyond weights,
+and a digest of all that (digests.py). All functions here are called by every rank. A synchronous save starts no process, and
+a load runs no code that came with the file: megatron-core's own `dist_checkpointing.load` unpickles freely, so its steps are
+taken one by one here.
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import queue
 import random
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, override
+from typing import Any, Final
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 import megabridge.platform as platform
 from megabridge import regular
-from megabridge.agreement import gather, on_rank_zero, together
-from megabridge.checkpoint import folders, fp8, optimizer_state, reader
+from megabridge.agreement import gather, on_rank_zero, rank, together
+from megabridge.checkpoint import digests, folders, fp8, optimizer_state, reader, writer
+from megabridge.checkpoint.digests import Digests
+from megabridge.checkpoint.dtypes import Casts, holds, joined
 from megabridge.errors import CheckpointError, listed
-from megabridge.platform import quiet
 
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
-    apply_factories,
     is_main_replica,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
@@ -48,9 +45,6 @@ FORMAT: Final = 1
 _RNG: Final = "rng_state"
 _FP8: Final = "fp8_scales"
 _COMMON: Final = "megabridge"
-
-# A synchronous save goes through the same function, so the advice to use another package for asynchronous ones comes up.
-quiet.drop("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated")
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,8 @@ class Progress:
     """The last steps' losses, where the run compares them with the next (config group `policy`)."""
     same_layout: bool = True
     """On a load: whether the checkpoint was written under this layout, so that the random state was restored too."""
+    rounded: Casts = field(default_factory=dict)
+    """On a load: by their names in the checkpoint, the tensors that this run's parameters can't hold as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +100,17 @@ def stored(folder: Path) -> Stored:
     return Stored(dtypes.most_common(1)[0][0], is_trained)
 
 
+def assets(folder: Path) -> Path | None:
+    """The folder of what a native folder carries beside its state, None where it has none. Needs no ranks.
+
+    Raises CheckpointError where something in it is not what was saved.
+    """
+    record = Digests.read(folder)
+    if problems := [] if record is None else record.problems(folder, ASSETS):
+        raise CheckpointError(f"{folder} must hold what was saved in it, but is damaged; use another step:\n  {listed(problems)}")
+    return folder / ASSETS if (folder / ASSETS).is_dir() else None
+
+
 def layout() -> dict[str, int]:
     """The sizes of the running process groups."""
     return {
@@ -130,7 +137,7 @@ def save(
     `optimizer` is megatron-core's (None: weights only), `scheduler` its OptimizerParamScheduler. `write_assets` is called
     on rank 0 with an empty folder. Raises CheckpointError on every rank; the model and the optimizer are never changed.
     """
-    partial = on_rank_zero("starting a checkpoint", lambda: folders.begin(folder))
+    partial, number = on_rank_zero("starting a checkpoint", lambda: (folders.begin(folder), uuid.uuid4().hex))
     needed = 0
     try:
         state = _model_state(chunks)
@@ -152,10 +159,11 @@ def save(
         if any(gather(bool(scales))):
             common["fp8"], state[_FP8] = True, _own(_FP8, scales)
         state[_COMMON] = common
+        state[reader.SAVE] = ShardedObject(reader.SAVE + number, True, (1,), (0,), replica_id=rank())
         needed = sum(gather(_bytes(state)))
         on_rank_zero("looking for space for a checkpoint", lambda: folders.check_space(partial, needed))
-        _write(_without_views(state), partial)
-        on_rank_zero("committing a checkpoint", lambda: _publish(folder, write_assets))
+        boxes = writer.write(state, partial)
+        on_rank_zero("committing a checkpoint", lambda: _publish(folder, write_assets, number, boxes))
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -163,11 +171,12 @@ def save(
         ) from error
 
 
-def _publish(folder: Path, write_assets: Callable[[Path], None] | None) -> None:
+def _publish(folder: Path, write_assets: Callable[[Path], None] | None, number: str, boxes: digests.Boxes) -> None:
+    partial = folders.partial_of(folder)
     if write_assets is not None:
-        place = folders.partial_of(folder) / ASSETS
-        place.mkdir()
-        write_assets(place)
+        (partial / ASSETS).mkdir()
+        write_assets(partial / ASSETS)
+    Digests(number, boxes, digests.of_folder(partial)).write(partial)
     folders.commit(folder)
 
 
@@ -182,15 +191,14 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
 
     Hyperparameters (learning rate, decay, betas) stay those of the running optimizer; only its state is read. The random
     state and FP8's scales are restored where the layout is the same. A folder that was converted and never trained gives
-    its weights only: the run begins with them at step 0. Raises CheckpointError on every rank, and before anything is
-    changed where the folder is incomplete, damaged or of another model.
+    its weights only: the run begins with them at step 0. Raises CheckpointError on every rank: before anything is changed
+    where the folder is incomplete or of another model; where a box in it is damaged, what was read before has its place already.
     """
     with together("opening a checkpoint"):
         source = reader.open_folder(folder)
         common = _common(source)
     if optimizer is not None and "optimizer" not in common and common["step"] == 0:
-        load_weights(folder, chunks, optimizer=optimizer)
-        return replace(_progress(common), same_layout=True)
+        return replace(_progress(common), same_layout=True, rounded=load_weights(folder, chunks, optimizer=optimizer))
     state = _model_state(chunks)
     if optimizer is not None:
         if "optimizer" not in common:
@@ -202,7 +210,7 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
         state[_RNG] = _own(_RNG, None)
         if common.get("fp8"):
             state[_FP8] = _own(_FP8, None)
-    _check_names(source, state, ignored=() if optimizer is not None else ("optimizer.",))
+    rounded = _check_names(source, state, ignored=() if optimizer is not None else ("optimizer.",))
     with together("reading a checkpoint"):
         loaded = source.read(state)
         _fill(chunks, loaded)
@@ -214,19 +222,40 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
     if same_layout:
         _set_rng_state(loaded[_RNG])
         fp8.restore(chunks, loaded.get(_FP8, {}))
-    return replace(_progress(common), same_layout=same_layout)
+    return replace(_progress(common), same_layout=same_layout, rounded=rounded)
 
 
-def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = None) -> None:
-    """Reads only the parameters of `folder`, ours or another megatron-core program's; `optimizer` takes them as its masters."""
+def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = None) -> Casts:
+    """Reads only the parameters of `folder`, ours or another megatron-core program's; `optimizer` takes them as its masters.
+
+    Returns what it rounded, as `Progress.rounded` has it.
+    """
     with together("opening a checkpoint"):
         source = reader.open_folder(folder)
     state = _model_state(chunks)
-    _check_names(source, state, ignored=("optimizer.",))
+    rounded = _check_names(source, state, ignored=("optimizer.",))
     with together("reading a checkpoint"):
         _fill(chunks, source.read(state))
     if optimizer is not None:
         optimizer.reload_model_params()
+    return rounded
+
+
+def keep_dtypes(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Gives the parameters of chunks that are converted and not run memory of the dtypes that `folder` stores; elements are lost.
+
+    Every rank calls it, before `load_weights`.
+    """
+    with together("opening a checkpoint"):
+        stored = reader.open_folder(folder).tensors()
+    for chunk in unwrap_model(list(chunks)):
+        own = {**dict(chunk.named_buffers()), **dict(chunk.named_parameters())}
+        for name, entry in _sharded(chunk).items():
+            parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+            keys = [part.key for part in nested_values(parts) if isinstance(part, ShardedTensor)]
+            dtypes = {stored[key][0] for key in keys if key in stored}
+            if dtypes and (dtype := joined(dtypes)) != own[name].dtype:
+                own[name].data = torch.empty(own[name].shape, dtype=dtype, device=own[name].device)
 
 
 def _progress(common: Mapping[str, Any]) -> Progress:
@@ -237,40 +266,6 @@ def _progress(common: Mapping[str, Any]) -> Progress:
         settings=common["settings"],
         recent_losses=common.get("recent_losses", ()),
     )
-
-
-def _write(state: dict[str, Any], partial: Path) -> None:
-    """Writes `state` with megatron-core's writer, in this process. Raises the cause where any rank's file can't be written."""
-    if filesystem_async._results_queue is None:
-        # It would start a process that serves a queue between processes.
-        filesystem_async._results_queue = queue.Queue()
-    if not filesystem_async.HAVE_PSUTIL:
-        # It measures memory for a debug line, and raises where psutil is missing.
-        filesystem_async._process_memory = lambda: 0
-    causes = _Causes()
-    filesystem_async.logger.addFilter(causes)
-    try:
-        dist_checkpointing.save(state, str(partial))
-    except CheckpointException as error:  # on every rank; it is no Exception, and names the cause's type only
-        found = [cause for rank_causes in gather(causes.found) for cause in rank_causes]
-        raise CheckpointError(found[0] if found else str(error)) from error
-    finally:
-        filesystem_async.logger.removeFilter(causes)
-
-
-class _Causes(logging.Filter):
-    """Keeps what the writer logs as an error instead of raising it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    @override
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.ERROR:
-            return True
-        self.found.append(record.getMessage().removeprefix("Local worker 0 encountered an error: "))
-        return False
 
 
 def _common(source: reader.Source) -> dict[str, Any]:
@@ -285,35 +280,14 @@ def _common(source: reader.Source) -> dict[str, Any]:
 
 def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """Sharded parameters, under the keys that Megatron-LM uses: `model`, or `model0`, `model1`, ... where there are chunks."""
-    state = {}
-    for index, chunk in enumerate(unwrap_model(list(chunks))):
-        tensors = chunk.sharded_state_dict()
-        # Transformer Engine's extra state is a pickle of its own, of what fp8.py stores.
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("_extra_state")}
-        state["model" if len(chunks) == 1 else f"model{index}"] = kept
-    return state
+    return {
+        "model" if len(chunks) == 1 else f"model{index}": _sharded(chunk) for index, chunk in enumerate(unwrap_model(list(chunks)))
+    }
 
 
-def _without_views(state: dict[str, Any]) -> dict[str, Any]:
-    """`state` with every CPU tensor over the same memory as a storage of its own: megatron-core's writer copies views first."""
-    apply_factories(state)
-
-    def alone(entry: Any) -> Any:
-        if isinstance(entry, ShardedTensor) and isinstance(entry.data, torch.Tensor):
-            entry.data = _alone(entry.data)
-        return entry
-
-    dict_list_map_inplace(alone, state)
-    return state
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    is_view = tensor.untyped_storage().size() != tensor.nbytes
-    if tensor.device.type != "cpu" or not is_view or not tensor.is_contiguous() or not tensor.numel():
-        return tensor
-    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    memory.owner = tensor  # which may be held by nothing else: the optimizer's entries are made for the save
-    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+def _sharded(chunk: Any) -> dict[str, Any]:
+    """A chunk's sharded parameters by their names in it; Transformer Engine's extra state is a pickle, of what fp8.py stores."""
+    return {name: tensor for name, tensor in chunk.sharded_state_dict().items() if not name.endswith("_extra_state")}
 
 
 def _fill(chunks: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
@@ -326,18 +300,23 @@ def _fill(chunks: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
             raise CheckpointError(f"parameters that the checkpoint and the model don't share:\n  {listed(names)}")
 
 
-def _check_names(source: reader.Source, state: Mapping[str, Any], *, ignored: tuple[str, ...]) -> None:
-    """Raises on every rank where a rank asks for what the folder lacks, or no rank asks for what it holds."""
+def _check_names(source: reader.Source, state: Mapping[str, Any], *, ignored: tuple[str, ...]) -> Casts:
+    """Raises on every rank where a rank asks for what the folder lacks, or no rank asks for what it holds; else what is rounded."""
     wanted = reader.requested(state)
-    problems = source.problems(wanted)
-    everyones = gather((set(wanted), problems))
-    wrong = sorted({problem for _, theirs in everyones for problem in theirs})
-    extra = source.tensors().keys() - set().union(*(names for names, _ in everyones))
+    stored = source.tensors()
+    casts = {
+        key: (stored[key][0], entry.dtype) for key, entry in wanted.items() if key in stored and isinstance(entry, ShardedTensor)
+    }
+    lossy = {key: pair for key, pair in casts.items() if not holds(pair[1], pair[0])}
+    everyones = gather((set(wanted), source.problems(wanted), lossy))
+    wrong = sorted({problem for _, theirs, _ in everyones for problem in theirs})
+    extra = stored.keys() - set().union(*(names for names, _, _ in everyones))
     wrong += [f"{name}: in the checkpoint, not in the model" for name in sorted(extra) if not name.startswith(ignored)]
     if wrong:
         raise CheckpointError(
             f"{source.folder} doesn't fit this model; use the configuration it was written with:\n  {listed(wrong)}"
         )
+    return {key: pair for _, _, found in everyones for key, pair in found.items()}
 
 
 def _own(key: str, state: Any) -> Any:

@@ -7,11 +7,11 @@ allowed names are resolved only when a file mentions them.
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
-from typing import IO, Any, Final, override
+from typing import Any, Final, override
 
-from megabridge import regular
 from megabridge.errors import CheckpointError
 
 _DTYPES: Final = frozenset(
@@ -53,18 +53,13 @@ class MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
-def read_metadata(path: Path) -> Any:
-    """The `Metadata` in a DCP `.metadata` file.
+def parse_metadata(path: Path, content: bytes) -> Any:
+    """The `Metadata` in `content`, that of the DCP `.metadata` file `path`.
 
     Raises CheckpointError that names the file and, where that is the reason, the class that was refused.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing, so {path.parent} is not a complete native checkpoint; use another step.")
     try:
-        with regular.opened(path) as file:
-            return _load(file)
-    except CheckpointError:
-        raise
+        metadata = MetadataUnpickler(io.BytesIO(content)).load()
     except _Refused as error:
         raise CheckpointError(
             f"{path} asks for {error}, which is not part of a checkpoint's metadata; it was not run. "
@@ -72,10 +67,6 @@ def read_metadata(path: Path) -> Any:
         ) from error
     except Exception as error:
         raise CheckpointError(f"{path} can't be read ({error}); the checkpoint is damaged, use another step.") from error
-
-
-def _load(file: IO[bytes]) -> Any:
-    metadata = MetadataUnpickler(file).load()
     if type(metadata).__name__ != "Metadata":
-        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}, not a Metadata")
+        raise CheckpointError(f"{path} must hold a Metadata, not a {type(metadata).__name__}; use another step.")
     return metadata

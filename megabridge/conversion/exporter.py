@@ -18,6 +18,7 @@ import torch
 
 from megabridge import agreement
 from megabridge.checkpoint import folders, native
+from megabridge.checkpoint.dtypes import counted
 from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion import manifest
 from megabridge.conversion.compare import Convert, Difference, Pair, compare
@@ -56,7 +57,8 @@ def export_weights(
     write_assets: Callable[[Path], None],
     dtypes: Dtypes = None,
     aliases: frozenset[str] = frozenset(),
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
+    files: Mapping[str, Sequence[str]] | None = None,
     only: str | None = None,
     verify: bool = True,
     allow_nonfinite: bool = False,
@@ -70,8 +72,9 @@ def export_weights(
     everything, and its file system alone counts.
 
     Everything is written into a hidden folder beside `path`, read back and compared, made durable, and renamed last;
-    `write_assets(folder)` adds config and tokenizer on rank 0. `only` is the name of the one file of all weights. An earlier export
-    at `path` is replaced. What a killed export left is used again where it is right. With a `quantization`, linears are of FP8.
+    `write_assets(folder)` adds config and tokenizer on rank 0. `only` is the name of the one file of all weights, `files` say what
+    is in which; else `max_shard_size` decides. An earlier export at `path` is replaced. What a killed export left is used again
+    where it is right. With a `quantization`, linears are of FP8.
 
     Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was at `path` stays. NaN and
     infinite values are refused unless `allow_nonfinite`.
@@ -81,7 +84,7 @@ def export_weights(
     begin = time.perf_counter()
     partial = folders.partial_of(path := Path(os.path.realpath(path)))
     encoder = agree(plan, specs := export_specs(plan, dtypes, aliases), quantization, everything=writer == "gather")
-    shards = plan_shards(partial, encoder.specs(specs), max_shard_size, only=only)
+    shards = plan_shards(partial, encoder.specs(specs), max_shard_size, only=only, files=files)
     infos = {name: info for shard in shards for name, info in shard.tensors.items()}
     writers = {name: [0] for name in infos} if writer == "gather" else _writers(plan, infos, encoder)
     with _claimed(path, is_shared=writer == "shared"):
@@ -105,9 +108,25 @@ def export_weights(
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     seconds += time.perf_counter() - begin
-    size = sum(info.nbytes for info in infos.values())
-    copied, left = (sum(counts) for counts in zip(*((rank.bytes_written, rank.bytes_kept) for rank in everyones), strict=True))
-    return Report(len(infos), size, copied, seconds, verify_seconds, found.mismatched, found.max_abs, verify, bytes_kept=left)
+    return _report(infos, everyones, found, seconds, verify_seconds, is_verified=verify)
+
+
+def _report(
+    infos: Mapping[str, TensorInfo], everyones: list[Written], found: Difference, seconds: float, verify_seconds: float, *,
+    is_verified: bool,
+) -> Report:  # fmt: skip
+    return Report(
+        tensors=len(infos),
+        bytes=sum(info.nbytes for info in infos.values()),
+        bytes_copied=sum(written.bytes_written for written in everyones),
+        seconds=seconds,
+        verify_seconds=verify_seconds,
+        mismatched=found.mismatched,
+        max_abs_diff=found.max_abs,
+        is_verified=is_verified,
+        dtypes=counted([info.dtype for info in infos.values()]),
+        bytes_kept=sum(written.bytes_kept for written in everyones),
+    )
 
 
 @contextmanager

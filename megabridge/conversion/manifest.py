@@ -80,12 +80,12 @@ def digests(infos: Iterable[TensorInfo]) -> dict[str, str]:
     """The digest of each tensor's bytes as the files hold them, by name. Any rank may call it, for any tensors."""
     wanted = list(infos)
     with Reader(wanted) as reader:
-        found = {info.name: _digest(reader.mapped(info)) for info in wanted}
+        found = {info.name: digest(reader.mapped(info)) for info in wanted}
         reader.finish()
     return found
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def digest(tensor: torch.Tensor) -> str:
     size = tensor.numel() * tensor.element_size()
     return xxhash.xxh3_128_hexdigest((ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b"")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megabridge.checkpoint.dtypes import Casts
 
 
 @dataclass(frozen=True)
@@ -12,6 +15,8 @@ class Report:
     `tensors` and `bytes` count the Hugging Face side; `bytes_copied` what all ranks copied out of or into files, `bytes_kept` what
     an export found written already, by one that was killed;
     `seconds` is the walk without verification. `mismatched` names tensors whose bits differ after the cast to the target's dtype.
+    `rounded` are those that an import had to round, or that an export can't give back as its source had them: the dtype that they
+    had, and the one that can't hold it. `dtypes` counts tensors by their dtype in the files.
     """
 
     tensors: int
@@ -22,6 +27,8 @@ class Report:
     mismatched: tuple[str, ...]
     max_abs_diff: float
     is_verified: bool
+    rounded: Casts = field(default_factory=dict)
+    dtypes: Mapping[str, int] = field(default_factory=dict)
     bytes_kept: int = 0
     copied_by_rank: tuple[int, ...] = ()
     """Of an import: bytes that each rank copied out of files into its parameters."""
@@ -37,6 +44,7 @@ class Report:
             "gb_per_s": self.bytes / self.seconds / 1e9 if self.seconds else 0.0,
             "verify_seconds": self.verify_seconds,
             "mismatched_tensors": len(self.mismatched),
+            "rounded_tensors": len(self.rounded),
             "max_abs_diff": self.max_abs_diff,
         }
 
@@ -45,4 +53,9 @@ class Report:
             f"{len(self.mismatched)} mismatched, max abs difference {self.max_abs_diff:g}" if self.is_verified else "not verified"
         )
         kept = f" ({self.bytes_kept / 1e6:.1f} MB were there already)" if self.bytes_kept else ""
-        return f"{self.tensors} tensors, {self.bytes / 1e6:.1f} MB{kept} in {self.seconds:.2f} s, {verified}"
+        mixed = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items()) if len(self.dtypes) > 1 else ""
+        rounded = f"; {len(self.rounded)} rounded" if self.rounded else ""
+        return (
+            f"{self.tensors} tensors{f' ({mixed})' if mixed else ''}, {self.bytes / 1e6:.1f} MB{kept} in {self.seconds:.2f} s, "
+            f"{verified}{rounded}"
+        )

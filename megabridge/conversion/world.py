@@ -71,7 +71,7 @@ class WorldPlan:
         """Of all tensors, in the parameters' dtypes."""
         return sum(prod(spec.shape) * spec.dtype.itemsize for spec in self.tensors.values())
 
-    def shares(self, max_shard_size: str | int = "5GB") -> dict[int, Share]:
+    def shares(self, max_shard_size: str | int | None = None) -> dict[int, Share]:
         """What ranks move, by rank, for those that write; every other rank holds as much as one of these and writes nothing.
 
         `max_shard_size` decides which files an export has.

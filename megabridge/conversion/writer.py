@@ -44,8 +44,9 @@ class Shard:
     tensors: Mapping[str, TensorInfo]
 
 
-def parse_size(text: str | int) -> int:
-    """Bytes in "5GB", "200MiB" or a number. Raises ConfigError."""
+def parse_size(text: str | int | None) -> int:
+    """Bytes in "5GB", "200MiB" or a number; None is 5GB. Raises ConfigError."""
+    text = "5GB" if text is None else text
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", str(text).strip().upper())
     if not found or found[2] not in _UNITS or float(found[1]) <= 0:
         raise ConfigError(f"max_shard_size={text!r} must be a number of bytes such as '5GB' or '200MiB'.")
@@ -53,12 +54,20 @@ def parse_size(text: str | int) -> int:
 
 
 def plan_shards(
-    folder: Path, specs: Mapping[str, Spec], max_shard_size: str | int = "5GB", *, only: str | None = None
+    folder: Path,
+    specs: Mapping[str, Spec],
+    max_shard_size: str | int | None = None,
+    *,
+    only: str | None = None,
+    files: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Shard]:
     """Files in `folder` for tensors in the given order: a new file starts when the next tensor would not fit.
 
-    `only` is the name of the one file where all must be in one, whatever its size.
+    `only` is the name of the one file where all must be in one, whatever its size; `files` says what each file holds, in order,
+    where that is known.
     """
+    if files:
+        return [_shard(folder, file, {name: specs[name] for name in names}) for file, names in files.items()]
     if only is not None:
         return [_shard(folder, only, specs)]
     limit = parse_size(max_shard_size)
@@ -72,8 +81,8 @@ def plan_shards(
         groups[-1].append(name)
         filled += size
     count = len(groups)
-    files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return [_shard(folder, file, {name: specs[name] for name in names}) for file, names in zip(files, groups, strict=True)]
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return [_shard(folder, file, {name: specs[name] for name in group}) for file, group in zip(names, groups, strict=True)]
 
 
 def _shard(folder: Path, file: str, specs: Mapping[str, Spec]) -> Shard:
@@ -210,7 +219,7 @@ def _pwrite(fd: int, data: memoryview, offset: int) -> None:
 
 def write_index(folder: Path, shards: list[Shard]) -> None:
     """The index of a sharded folder; nothing for a single file. One rank calls it."""
-    if len(shards) == 1:
+    if len(shards) == 1 and "-of-" not in shards[0].name:
         return
     names = {name: shard.name for shard in shards for name in shard.tensors}
     total = sum(info.nbytes for shard in shards for info in shard.tensors.values())

@@ -50,8 +50,11 @@ def model_config(config: Config) -> dict[str, Any]:
     return assets.read_config(source.resolve(model.path, revision=model.revision, config_only=True))
 
 
-def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
-    """The finalized provider of the bridge's model in this config's layout; providing it imports the weights, if any."""
+def provider(config: Config, bridge: AutoBridge, *, keeps_dtypes: bool = False) -> ModelProvider:
+    """The finalized provider of the bridge's model in this config's layout; providing it imports the weights, if any.
+
+    With `keeps_dtypes`, for a model that is converted and not run, in the dtypes that the files have.
+    """
     parallel = config.parallel
     made = bridge.to_megatron_provider(load_weights=False)
     one_call.arrange(made, {name: getattr(parallel, name) for name in one_call.SIZES})
@@ -68,6 +71,8 @@ def provider(config: Config, bridge: AutoBridge) -> ModelProvider:
         setattr(made, name, value)
     made.finalize()
     if config.model.load_weights:
+        if keeps_dtypes:
+            made.register_pre_wrap_hook(partial(bridge.keep_dtypes, allow_bin=config.conversion.allow_bin))
         made.register_pre_wrap_hook(partial(_import, config, bridge))
     if config.optimizer.freeze:
         made.register_pre_wrap_hook(partial(freezing.freeze, bridge=bridge, patterns=config.optimizer.freeze))
@@ -153,5 +158,5 @@ def _write_source(config: Config) -> Path:
     if config.model.tokenizer == BYTES:
         byte_tokenizer.write_tokenizer(folder)
     elif config.model.tokenizer is not None:
-        assets.copy_assets(source.resolve(config.model.tokenizer, config_only=True), folder)
+        assets.write_assets(folder, assets.read_assets(source.resolve(config.model.tokenizer, config_only=True)))
     return folder

@@ -10,8 +10,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from megabridge.agreement import gather, on_rank_zero
+from megabridge.agreement import gather, on_rank_zero, together
 from megabridge.checkpoint import folders, native
+from megabridge.checkpoint.dtypes import described
 from megabridge.config import Config
 from megabridge.loggers import Logger, Reporter
 from megabridge.training import batches, resume, saving, update
@@ -160,7 +161,11 @@ class Trainer:
     def _resume(self, source: Path) -> None:
         progress = native.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
         if self.bridge is not None:
-            self.bridge.remember(source / native.ASSETS)
+            with together("reading what a native checkpoint carries"):
+                self.bridge.remember(source)
+            self.bridge.note_rounding(self.chunks, progress.rounded)
+        if progress.rounded:
+            self.say(f"rounded, because this run's parameters can't hold what the checkpoint has: {described(progress.rounded)}")
         accepted = self.config.checkpoint.accept_changes
         for line in resume.changes(progress.settings, resume.settings(self.config), accepted=accepted):
             self.say(f"resumed with a changed setting, {line}")

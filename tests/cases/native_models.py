@@ -17,6 +17,7 @@ from megabridge.errors import MegabridgeError
 from megabridge.platform import groups
 from tests.cases.bridge import refusal
 from tests.cases.convert import provide
+from tests.cases.damage import foreign as as_foreign
 from tests.cases.models import TINY, write_model
 
 TIED: dict[str, Any] = {**TINY, "vocab_size": 301, "tie_word_embeddings": True, "dtype": "bfloat16"}
@@ -70,9 +71,12 @@ def _refusals(bridge: AutoBridge, root: Path, config: dict[str, Any], model: lis
     foreign = root / "foreign"
     shutil.copytree(root / "native", foreign)
     shutil.rmtree(foreign / native.ASSETS)
+    as_foreign(foreign)
     broken = root / "broken"
     shutil.copytree(root / "native", broken)
     (broken / native.ASSETS / FILE).write_text('{"format": 1, "dtype": "os.system"}')
+    damaged = refusal(lambda: bridge.export_ckpt(broken, root / "x"))
+    as_foreign(broken)
     other = AutoBridge.from_hf_config({**config, "rms_norm_eps": 1e-3})
     assert AutoBridge.from_auto_config(foreign, root / "kept").record is None
     return {
@@ -82,6 +86,7 @@ def _refusals(bridge: AutoBridge, root: Path, config: dict[str, Any], model: lis
         "other config": refusal(lambda: other.export_ckpt(root / "native", root / "x")),
         "other source": refusal(lambda: other.save_hf_pretrained(model, root / "x", source_path=root / "kept")),
         "other hf_path": refusal(lambda: other.load_hf_weights(model, root / "kept")),
+        "damaged assets": damaged,
         "damaged record": refusal(lambda: bridge.export_ckpt(broken, root / "x")),
         "twice": refusal(lambda: bridge.load_megatron_model(root / "native", tp=2, tensor_model_parallel_size=2)),
         "unknown": refusal(lambda: AutoBridge.import_ckpt(root / "kept", root / "x", tensor_parallel=2)),

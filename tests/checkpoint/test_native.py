@@ -6,13 +6,14 @@ import os
 import pickle
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megabridge.checkpoint import folders, unpickle
+from megabridge.checkpoint import digests, folders, reader, unpickle
 from megabridge.errors import CheckpointError
 from megabridge.topology import Topology
 from tests.ranks import RankError, RankServer
@@ -52,13 +53,15 @@ def refused(ranks: RankServer, run: Path, message: str, *, function: str = "load
 
 def test_a_folder_is_what_megatron_core_reads(saved: Path, ranks: RankServer) -> None:
     native = saved / "checkpoints/step_4/native"
-    assert {entry.name for entry in native.iterdir()} == {".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp"}
+    ours = {digests.FILE, ".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp"}
+    assert {entry.name for entry in native.iterdir()} == ours
     assert ranks.run(f"{CASES}:read_by_megatron", topology=Topology(), kwargs={"folder": str(saved)}) == [True]
 
 
 def test_fault_22_a_payload_in_the_metadata_is_not_run(run: Path, ranks: RankServer, tmp_path: Path) -> None:
     trace = tmp_path / "ran"
-    (run / "checkpoints/step_4/native/.metadata").write_bytes(pickle.dumps(Payload(f"touch {trace}")))
+    native = run / "checkpoints/step_4/native"
+    rewrite_metadata(native, lambda _: Payload(f"touch {trace}"))
     refused(ranks, run, r"asks for (posix|os)\.system, which is not part of a checkpoint's metadata")
     assert not trace.exists()
 
@@ -70,23 +73,33 @@ def test_fault_22_a_payload_in_an_object_is_not_run(run: Path, ranks: RankServer
     assert not trace.exists()
 
 
+def rewrite_metadata(native: Path, change: Callable[[Any], Any]) -> None:
+    """Writes the metadata of a folder anew, and takes its digests away as if another program had written it."""
+    metadata = pickle.loads((native / ".metadata").read_bytes())
+    for name in [name for name in metadata.state_dict_metadata if name.startswith(reader.SAVE)]:
+        del metadata.state_dict_metadata[name]
+    (native / ".metadata").write_bytes(pickle.dumps(change(metadata) or metadata))
+    (native / digests.FILE).unlink()
+
+
 def plant(native: Path, name: str, value: object) -> None:
     """Puts `value` in the place of a saved object, and the metadata right."""
-    metadata = pickle.loads((native / ".metadata").read_bytes())
-    (index,) = [index for index in metadata.storage_data if index.fqn.startswith(name)]
     torch.save([value], native / "planted.distcp")
-    entry = metadata.storage_data[index]
-    entry.relative_path, entry.offset, entry.length = "planted.distcp", 0, (native / "planted.distcp").stat().st_size
-    (native / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    def change(metadata: Any) -> None:
+        (index,) = [index for index in metadata.storage_data if index.fqn.startswith(name)]
+        entry = metadata.storage_data[index]
+        entry.relative_path, entry.offset, entry.length = "planted.distcp", 0, (native / "planted.distcp").stat().st_size
+
+    rewrite_metadata(native, change)
 
 
 @pytest.mark.parametrize("name", ["os.system", "builtins.eval", "torch.load", "torch.distributed.checkpoint.api.load"])
-def test_only_listed_globals_are_built(tmp_path: Path, name: str) -> None:
+def test_only_listed_globals_are_built(name: str) -> None:
     module, _, function = name.rpartition(".")
-    path = tmp_path / ".metadata"
-    path.write_bytes(b"c" + module.encode() + b"\n" + function.encode() + b"\n.")
+    content = b"c" + module.encode() + b"\n" + function.encode() + b"\n."
     with pytest.raises(CheckpointError, match=f"asks for {name}"):
-        unpickle.read_metadata(path)
+        unpickle.parse_metadata(Path(".metadata"), content)
 
 
 def test_fault_10_a_truncated_or_missing_file_is_named(run: Path, ranks: RankServer) -> None:
@@ -100,10 +113,12 @@ def test_fault_10_a_truncated_or_missing_file_is_named(run: Path, ranks: RankSer
 
 def test_a_file_outside_of_the_folder_is_refused(run: Path, ranks: RankServer) -> None:
     native = run / "checkpoints/step_4/native"
-    metadata = pickle.loads((native / ".metadata").read_bytes())
-    for entry in metadata.storage_data.values():
-        entry.relative_path = f"../{entry.relative_path}"
-    (native / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    def change(metadata: Any) -> None:
+        for entry in metadata.storage_data.values():
+            entry.relative_path = f"../{entry.relative_path}"
+
+    rewrite_metadata(native, change)
     refused(ranks, run, r"points out of the folder")
 
 
