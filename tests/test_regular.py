@@ -14,8 +14,8 @@ import pytest
 from megabridge import checks, metrics, regular
 from megabridge.checkpoint import assets
 from megabridge.checkpoint.hf import find_tensors
+from megabridge.checkpoint.reader import open_folder
 from megabridge.checkpoint.safetensors import read_header
-from megabridge.checkpoint.unpickle import read_metadata
 from megabridge.config import ModelConfig
 from megabridge.conversion import manifest
 from megabridge.data import sources
@@ -81,7 +81,7 @@ def readers(folder: Path) -> dict[str, tuple[str, Callable[[], object]]]:
         "weights": ("model.safetensors", lambda: find_tensors(folder)),
         "index": ("model.safetensors.index.json", lambda: find_tensors(folder)),
         "header": ("model.safetensors", lambda: read_header(folder / "model.safetensors")),
-        "metadata": (".metadata", lambda: read_metadata(folder / ".metadata")),
+        "metadata": (".metadata", lambda: open_folder(folder)),
         "rows": ("rows.jsonl", lambda: list(sources.rows(str(folder / "rows.jsonl")))),
         "rows of a pattern": ("rows.jsonl", lambda: list(sources.rows(str(folder / "*.jsonl")))),
         "text": ("text.txt", lambda: list(sources.rows(str(folder / "text.txt")))),
