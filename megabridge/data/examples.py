@@ -13,7 +13,7 @@ from megabridge.checks import nearest
 from megabridge.data.batches import Sample
 from megabridge.data.chat import ChatEncoder
 from megabridge.data.rows import EMPTY, ENCODING, FORMAT, INEXACT, MISSING, ROLES, BadRow
-from megabridge.data.text import TextEncoder
+from megabridge.data.text import TextEncoder, pad_token
 from megabridge.errors import ConfigError
 
 FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -45,8 +45,12 @@ class Examples:
         columns: Mapping[str, str],
         prompt_as_chat: bool,
         template_arguments: Mapping[str, object] | None,
+        vocab_size: int | None,
     ) -> None:
-        """`columns` says where a field has another name: {"prompt": "question"}. Raises ConfigError for an unknown field."""
+        """`columns` says where a field has another name: {"prompt": "question"}; `vocab_size`: see `DataModule`.
+
+        Raises ConfigError for an unknown field.
+        """
         known = sorted({field for fields in FIELDS.values() for field in fields})
         for field in columns:
             if field not in known:
@@ -56,6 +60,7 @@ class Examples:
         self.schema = schema
         self._folder, self._columns = folder, columns
         self._prompt_as_chat, self._arguments = prompt_as_chat, template_arguments
+        self.vocab_size = vocab_size
         self._chat: ChatEncoder | None = None
         self._text: TextEncoder | None = None
 
@@ -63,7 +68,7 @@ class Examples:
     def pad_token(self) -> int:
         """The id that fills up rows. After the first row."""
         is_chat = self.schema == "messages" or (self.schema == "prompt_completion" and self._prompt_as_chat)
-        return (self.chat if is_chat else self.text).pad_token
+        return pad_token((self.chat if is_chat else self.text).tokenizer, self.vocab_size)
 
     @property
     def text(self) -> TextEncoder:

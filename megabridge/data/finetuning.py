@@ -66,7 +66,7 @@ class Finetuning(DataModule):
 
     @override
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
-        examples = Examples(tokenizer_folder, **self._examples)  # type: ignore[arg-type]  # each has its own type
+        examples = Examples(tokenizer_folder, vocab_size=self.vocab_size, **self._examples)  # type: ignore[arg-type]  # each has its own type
         self._seed = seed
         self._reads = {"train": self._read(examples, seq_length, self._source)}
         path, split = self._validation

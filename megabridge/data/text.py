@@ -26,10 +26,11 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def pad_token(tokenizer: Any) -> int:
-    """The id that fills up rows; it is never a label that counts."""
+def pad_token(tokenizer: Any, vocab_size: int | None = None) -> int:
+    """The id that fills up rows; it is never a label that counts. With `vocab_size` it is below that: some tokenizers were given a
+    padding token that their model has no row for."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and (vocab_size is None or 0 <= token < vocab_size):
             return int(token)
     return 0
 
