@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megabridge.data.rendering import Template
 from megabridge.data.vocabulary import check_ids, check_tokens
 from megabridge.evaluation import rows, scoring
 from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity
@@ -80,10 +81,11 @@ def generations(task: Generations, model: Any, tokenizer: Any) -> list[dict[str,
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
     """The greedy answer to each prompt, asked through the chat template where the tokenizer has one; without special tokens."""
     texts = []
+    template = Template(tokenizer, tokenizer.name_or_path) if tokenizer.chat_template else None
     for prompt in prompts:
-        if tokenizer.chat_template:
+        if template is not None:
             messages = [{"role": "user", "content": prompt}]
-            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            inputs = template.apply(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         else:
             inputs = tokenizer(prompt, return_tensors="pt")
         check_tokens(inputs["input_ids"], vocabulary(model), f"the prompt {prompt[:80]!r}")
