@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from megabridge import checks, config, host
 from megabridge.config import Config
 from megabridge.errors import ConfigError
+from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.prepare import conf_folder, resolve
 from megabridge.topology import Topology
 from tests.compose import compose
@@ -239,7 +240,7 @@ def test_every_schema_field_is_documented() -> None:
 
 def platform_of(*overrides: str, gpus: int = 0, memory: int = 24 * GIB) -> str:
     run = typed(*overrides)
-    return host.choose_platform(run, config.processes(run), gpus=gpus, memory=memory, overrides=list(overrides))
+    return choose_platform(run, config.processes(run), gpus=gpus, memory=memory, overrides=list(overrides))
 
 
 def test_small_models_run_on_a_cpu_and_gpus_are_used_where_they_suffice() -> None:
