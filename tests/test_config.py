@@ -320,6 +320,6 @@ def test_training_that_cannot_work_is_refused_before_it_starts(override: str, me
 
 def test_config_keys_are_frozen() -> None:
     """A key that appears, goes or changes its name is a change of the product: say so in CHANGELOG.md and here."""
-    schema = OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
+    keys = OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
     expected = (Path(__file__).parent / "config_keys.txt").read_text().split()
-    assert frozen(schema) == expected
+    assert frozen(keys) == expected
