@@ -73,6 +73,7 @@ class HFAdapters(HFWeights):
             folder = regular.place(path)
             found, infos = peft_folder.read_config(folder), peft_folder.find_weights(folder)
             modules = peft_folder.modules_of(infos)
+            self.note_source(folder)
         if not any(agreement.gather(bool(survey(model, adapters=True)))):
             rules = AdapterMap(self.family, found)
             linears = tuple(name for name in modules if not (found.target_parameters and rules.is_wrapper(name)))
@@ -118,6 +119,7 @@ class HFAdapters(HFWeights):
                 verify=verify,
                 allow_nonfinite=allow_nonfinite,
                 writer=writer,
+                sources=self.sources,
                 progress=progress,
             )
 

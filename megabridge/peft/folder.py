@@ -15,7 +15,7 @@ from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.peft.lora import ALL_LINEAR, LoRA
 from megabridge.peft.rules import ENDINGS, PREFIX
 
-WEIGHTS: Final = "adapter_model.safetensors"
+WEIGHTS: Final = assets.ADAPTER_WEIGHTS
 # Keys of an adapter_config.json that change what is computed, with the values under which it is what `LoRA` says.
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "peft_type": ("LORA",),
