@@ -74,9 +74,11 @@ class HFAdapters(HFWeights):
             found, infos = peft_folder.read_config(folder), peft_folder.find_weights(folder)
             modules = peft_folder.modules_of(infos)
             self.note_source(folder)
-        if not any(agreement.gather(bool(survey(model, adapters=True)))):
             rules = AdapterMap(self.family, found)
-            linears = tuple(name for name in modules if not (found.target_parameters and rules.is_wrapper(name)))
+            stacked = {name for name in modules if found.target_parameters and rules.is_wrapper(name)}
+            peft_folder.check_rank(infos, found.r, stacked.__contains__)
+        if not any(agreement.gather(bool(survey(model, adapters=True)))):
+            linears = tuple(name for name in modules if name not in stacked)
             self.add_adapters(model, replace(found, target_modules=linears, exclude_modules=()))
         peft = self._peft_of(model)
         different = [

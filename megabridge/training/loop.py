@@ -283,9 +283,9 @@ class Trainer:
         self._clock.start(self.step)
 
     def _validation_batches(self) -> list[Batch]:
-        return self.data.validation_batches(
-            dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size()
-        )
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        with together("taking the validation batches"):
+            return self.data.validation_batches(dp_rank=rank, dp_size=size)
 
     def _last_validated(self) -> int | None:
         return self.validation_losses[-1][0] if self.validation_losses else None
