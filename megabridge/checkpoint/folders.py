@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Final
 
-from megabridge import regular
+from megabridge import locks, regular
 from megabridge.errors import CheckpointError, said
 
 NATIVE: Final = "native"
@@ -278,11 +277,14 @@ def lock(checkpoints: Path) -> IO[str]:
             f"{checkpoints} must be a folder that can be made and written, but: {reason}; set another run_dir or checkpoint.path."
         ) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.take(file.fileno(), locks.EXCLUSIVE, str(checkpoints))
     except OSError as error:
         file.close()
+        is_taken = isinstance(error, BlockingIOError)
         raise CheckpointError(
             f"{checkpoints} is in use by another run; wait for it to end, or give this run its own folder."
+            if is_taken
+            else f"{checkpoints} must be a folder that can be locked, but: {error.strerror}; set another checkpoint.path."
         ) from error
     return file
 
@@ -303,7 +305,7 @@ def claim(folder: Path) -> tuple[IO[str], str]:
             file.write(token)
             file.flush()
             recover(folder)
-            _flock(file, fcntl.LOCK_SH, folder)
+            _flock(file, locks.SHARED, folder)
         except OSError:
             release(folder, file)
             raise
@@ -315,7 +317,7 @@ def claim(folder: Path) -> tuple[IO[str], str]:
 def _won(path: Path, folder: Path) -> IO[str]:
     while True:
         file = path.open("a+")
-        _flock(file, fcntl.LOCK_EX, folder)
+        _flock(file, locks.EXCLUSIVE, folder)
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             return file
         file.close()  # the one before removed it when it was done
@@ -329,7 +331,7 @@ def join(folder: Path, token: str) -> IO[str]:
         try:
             file = path.open("r")
             if file.read() == token:
-                _flock(file, fcntl.LOCK_SH, folder)
+                _flock(file, locks.SHARED, folder)
                 return file
             file.close()
         except FileNotFoundError:
@@ -351,7 +353,7 @@ def release(folder: Path, file: IO[str]) -> None:
 
 def _flock(file: IO[str], kind: int, folder: Path) -> None:
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        locks.take(file.fileno(), kind, str(folder))
     except BlockingIOError as error:
         file.close()
         raise CheckpointError(

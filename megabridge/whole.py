@@ -1,0 +1,24 @@
+"""Files that appear whole or not at all: what a full disk cuts off leaves the one before as it was. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def write(file: Path, content: str | bytes) -> None:
+    """Writes `content` in the place of `file`. A link that bears its name is replaced, not followed. Raises OSError."""
+    partial = file.with_name(f".{file.name}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()  # a link in a folder of others would lead out of it
+        with partial.open("xb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())  # some file systems say only now that there is no room
+        partial.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
