@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 
 from megabridge import agreement
-from megabridge.checkpoint import assets, source
+from megabridge.checkpoint import assets, digests, source
 from megabridge.checkpoint.dtypes import Casts, counted, described
 from megabridge.checkpoint.dtypes import name as name_of
-from megabridge.checkpoint.hf import Way
+from megabridge.checkpoint.hf import Way, stored_as
 from megabridge.checkpoint.quantised import find_weights
 from megabridge.checkpoint.record import SourceRecord
 from megabridge.checkpoint.safetensors import TensorInfo
@@ -43,9 +43,10 @@ WeightDtype = torch.dtype | Literal["source"] | str | None
 
 
 class HFWeights(HFModel):
-    """What `AutoBridge` does with a live model's weights. `import_report` tells of the last import."""
+    """What `AutoBridge` does with a live model's weights. `import_report` and `import_digest` tell of the last import."""
 
     import_report: Report | None = None
+    import_digest: str = ""
     _told: str = ""
     _plan: tuple[tuple[int, ...], Plan] | None = None
 
@@ -69,7 +70,7 @@ class HFWeights(HFModel):
     def load_hf_weights(self, model: Model, hf_path: str | Path | None = None, *, revision: str | None = None,
                         strict: bool = True, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = (),
                         allow_bin: bool = False, allow_nonfinite: bool = False, reader: Way = "auto", dedupe: bool = False,
-                        verify: bool = True, show_progress: bool = True) -> Report:  # fmt: skip
+                        verify: bool = True, show_progress: bool = True, digest: bool = False) -> Report:  # fmt: skip
         """Fills a model from `hf_path` or the bridge's own source, and compares every copy bit for bit. Collective.
 
         What the parameters' dtypes can't hold is rounded, printed and in the report; `keep_dtypes` before has nothing rounded.
@@ -77,8 +78,8 @@ class HFWeights(HFModel):
         and trust. `allow_missing` and `allow_unexpected` are name patterns; everything else must match exactly (MappingError),
         unless `strict` is False: then parameters that no tensor feeds keep what they had. `allow_bin` takes torch's pickled files
         (tensors only) where there are no safetensors, `allow_nonfinite` takes NaN and infinity; `reader` and `dedupe` are the
-        settings conversion.reader and conversion.dedupe. An optimizer made before keeps its own copies: make it afterwards, or
-        call its `reload_model_params`.
+        settings conversion.reader and conversion.dedupe. `digest`: whether the ranks together read the files' tensors once more,
+        for `import_digest`. An optimizer made before keeps its own copies: make it afterwards, or call its `reload_model_params`.
         """
         infos = self._open(hf_path, revision, allow_bin=allow_bin)
         plan = self.plan(model)
@@ -94,6 +95,7 @@ class HFWeights(HFModel):
                 verify=verify,
                 progress=progress,
             )
+        self.import_digest = digests.of_tensors(one for info in infos.values() for one in stored_as(info)) if digest else ""
         names = [name for name in (*plan.tensors, *plan.aliases) if name in infos]
         patterns = [*self.family.ignored, *allow_missing, *allow_unexpected]
         with agreement.together("opening what exports have again"):

@@ -120,6 +120,31 @@ def test_hooks_come_in_order(ranks: RankServer, tmp_path: Path, source: Path) ->
     assert json.loads((tmp_path / "hooks.json").read_text())[:3] == ["on_start", "on_resume", "before_step"]
 
 
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_an_export_that_a_kill_left_unmade_is_made(ranks: RankServer, tmp_path: Path, source: Path, peft: str) -> None:
+    name = "hf" if peft == "none" else "adapter"
+
+    def config(run_dir: Path, **checkpoint: Any) -> dict[str, Any]:
+        made = values(run_dir, source, Topology(dp=2), checkpoint={"save_every": 2, "keep_last": 1, **checkpoint})
+        del made["callbacks"]["answer"]
+        return made | {"peft": {"name": peft}}
+
+    run(ranks, "finetune", Topology(dp=2), config(tmp_path / "whole"))
+    cut = config(tmp_path / "cut")
+    cut["callbacks"] = {"killed": {"_target_": "tests.cases.recipes.Killed", "step": 4}, **cut["callbacks"]}
+    with pytest.raises(RankError, match="SIGKILL"):
+        run(ranks, "finetune", Topology(dp=2), cut)
+    assert not (tmp_path / "cut/checkpoints/step_4" / name).exists() and (tmp_path / "cut/checkpoints/step_2").exists()
+
+    run(ranks, "finetune", Topology(dp=2), config(tmp_path / "cut", resume="auto"))
+    whole, cut_off = (sorted((tmp_path / which / "checkpoints/step_4" / name).iterdir()) for which in ("whole", "cut"))
+    assert whole and [(file.name, file.read_bytes()) for file in cut_off if file.suffix == ".safetensors"] == [
+        (file.name, file.read_bytes()) for file in whole if file.suffix == ".safetensors"
+    ]
+    assert [file.name for file in whole] == [file.name for file in cut_off]
+    assert [entry.name for entry in (tmp_path / "cut/checkpoints").glob("step_*")] == ["step_4"]
+
+
 def test_pretrain_starts_from_random_weights(ranks: RankServer, tmp_path: Path) -> None:
     shape = {**TINY, "vocab_size": 61}
     config = values(tmp_path, None, Topology(dp=2), model={"hf": shape, "load_weights": False})
