@@ -103,6 +103,15 @@ def together_where_cheap(what: str) -> AbstractContextManager[None]:
     return together(what) if carrier(torch.device("cpu")).type == "cpu" else nullcontext()
 
 
+def spread[T](what: str, count: int, work: Callable[[int], T]) -> list[T]:
+    """`work(number)` for every number below `count`, each done by one rank; all results on every rank. Collective."""
+    mine: list[T] = []
+    with together(what):
+        mine = [work(number) for number in range(rank(), count, world_size())]
+    parts = gather(mine)
+    return [parts[number % len(parts)][number // len(parts)] for number in range(count)]
+
+
 def on_rank_zero[T](what: str, work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 and returns its picklable result on every rank; where it raises, every rank raises. Collective."""
     result: T | None = None

@@ -73,6 +73,7 @@ class HFAdapters(HFWeights):
             folder = regular.place(path)
             found, infos = peft_folder.read_config(folder), peft_folder.find_weights(folder)
             modules = peft_folder.modules_of(infos)
+            self.note_source(folder)
             rules = AdapterMap(self.family, found)
             stacked = {name for name in modules if found.target_parameters and rules.is_wrapper(name)}
             peft_folder.check_rank(infos, found.r, stacked.__contains__)
@@ -120,6 +121,7 @@ class HFAdapters(HFWeights):
                 verify=verify,
                 allow_nonfinite=allow_nonfinite,
                 writer=writer,
+                sources=self.sources,
                 progress=progress,
             )
 

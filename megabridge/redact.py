@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any, Final
+
+from omegaconf import OmegaConf
 
 REDACTED: Final = "<redacted>"
 CARRIED: Final = "MEGABRIDGE_SECRET_"
@@ -51,6 +54,15 @@ def redacted(raw: Any, resolved: Any, environ: MutableMapping[str, str] = os.env
     names = set(_FROM_ENV.findall(_text(raw)))
     values = sorted({environ.get(name, "") for name in names}, key=len, reverse=True)
     return _redacted(raw, resolved, [value for value in values if len(value) >= _SHORTEST], secret=False)
+
+
+def written(run_dir: Path) -> dict[str, Any]:
+    """The config that the command left in a run's directory, with its interpolations; empty where there is none to be read."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=False)
+    except Exception:  # of others, or damaged
+        return {}
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def _text(node: Any) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from megabridge import explain
 from megabridge.errors import ConfigError
+from megabridge.launchers import claim
 from megabridge.launchers.prepare import conf_folder, resolve, write_config
 from tests.compose import compose
 
@@ -63,7 +64,8 @@ def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         "taken": "Is a dir",
     }.items():
         values, _ = resolve(cfg, tmp_path / name)
-        with pytest.raises(ConfigError, match=rf"^run_dir={tmp_path / name} must be a folder that can be made .* but: {reason}"):
+        said = rf"^run_dir={tmp_path / name} must be a folder that can be made .* but: {reason}"
+        with pytest.raises(ConfigError, match=said), claim.claimed(tmp_path / name):
             write_config(cfg, values)
     error = FileExistsError(17, "File exists", "out")
     assert explain.explain(error, conf_folder()).startswith("a run's directory must be a folder that can be made, but 'out': File")

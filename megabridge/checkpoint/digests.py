@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -19,7 +19,8 @@ import torch
 import xxhash
 
 from megabridge import regular
-from megabridge.checkpoint.safetensors import parse_json
+from megabridge.agreement import spread
+from megabridge.checkpoint.safetensors import TensorInfo, parse_json, stamp_of
 from megabridge.errors import CheckpointError
 
 FILE: Final = "megabridge_digests.json"
@@ -27,6 +28,7 @@ FORMAT: Final = 1
 METADATA: Final = ".metadata"
 _APART: Final = (".distcp", ".safetensors")  # their content has digests by box and by tensor
 _CHUNK: Final = 8 << 20  # bytes of a file that are read at once
+_PIECE: Final = 64 << 20  # bytes of a tensor that one rank reads
 
 Boxes = Mapping[str, Mapping[int, str]]
 """Digests by file and by the byte where a box begins in it."""
@@ -110,6 +112,31 @@ def of_box(value: torch.Tensor | io.BytesIO) -> str:
 
 def of_bytes(content: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def of_tensors(infos: Iterable[TensorInfo]) -> str:
+    """The digest of the tensors that files hold: names, dtypes, shapes and elements, in whichever files. Collective.
+
+    Every rank reads its part. `infos` are tensors as they are stored. Raises CheckpointError where a file has changed since its
+    header was read.
+    """
+    ordered = sorted(infos, key=lambda info: (info.file.name, info.start, info.name))
+    pieces = [(info, begin) for info in ordered for begin in range(0, max(info.nbytes, 1), _PIECE)]
+    found = spread("reading the weights' digests", len(pieces), lambda number: _of_piece(*pieces[number]))
+    lines = [f"{info.name} {info.dtype} {info.shape} {begin} {digest}" for (info, begin), digest in zip(pieces, found, strict=True)]
+    return of_bytes("\n".join(sorted(lines)).encode())
+
+
+def _of_piece(info: TensorInfo, begin: int) -> str:
+    digest, left = xxhash.xxh3_128(), min(_PIECE, info.nbytes - begin)
+    with regular.opened(info.file) as stream:
+        stream.seek(info.start + begin)
+        while left and (chunk := stream.read(min(left, _CHUNK))):
+            digest.update(chunk)
+            left -= len(chunk)
+        if left or (info.stamp is not None and stamp_of(stream.fileno()) != info.stamp):
+            raise CheckpointError(f"{info.file} is not the file that it was: it changed while being read; start again.")
+    return digest.hexdigest()
 
 
 def of_file(file: Path) -> str:

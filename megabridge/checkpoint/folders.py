@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import math
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from contextlib import suppress
@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Final
 
-from megabridge import regular
+from megabridge import locks, regular, whole
 from megabridge.errors import CheckpointError, said
 
 NATIVE: Final = "native"
@@ -45,7 +45,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def is_committed(folder: Path) -> bool:
     """Whether `folder` is a complete native checkpoint."""
-    return (folder / MARKER).is_file() and (folder / ".metadata").is_file()
+    return regular.exists(folder / MARKER) and regular.exists(folder / ".metadata")
 
 
 def committed_steps(checkpoints: Path) -> dict[int, Path]:
@@ -53,12 +53,51 @@ def committed_steps(checkpoints: Path) -> dict[int, Path]:
 
     The step in the folder's name decides, never a time stamp: clocks of two hosts differ.
     """
+    return {step: entry / NATIVE for step, entry in _steps(checkpoints).items() if is_committed(entry / NATIVE)}
+
+
+def strange(checkpoints: Path) -> dict[int, str]:
+    """What bears a step's name below `checkpoints` and can't be one, by step, lowest first: what is wrong with it.
+
+    Such is passed over by `committed_steps` and `keep`, and would be in the way of a save.
+    """
     found = {}
-    for entry in checkpoints.iterdir() if checkpoints.is_dir() else ():
-        match = _STEP.fullmatch(entry.name)
-        if match and is_committed(entry / NATIVE):
-            found[int(match[1])] = entry / NATIVE
-    return dict(sorted(found.items()))
+    for step, entry in _steps(checkpoints).items():
+        try:
+            next(entry.iterdir(), None)
+        except OSError as error:
+            kind = "a link" if entry.is_symlink() else "an entry"
+            found[step] = f"{entry.name} is {kind} that can't be read as a folder ({error.strerror})"
+            continue
+        native = entry / NATIVE
+        if (native.is_symlink() or native.exists()) and not is_committed(native):
+            found[step] = f"{entry.name}/{NATIVE} is no complete native checkpoint"
+    return found
+
+
+def _steps(checkpoints: Path) -> dict[int, Path]:
+    """Everything that bears a step's name, by step, lowest first. Raises CheckpointError where `checkpoints` can't be read."""
+    found = ((_STEP.fullmatch(entry.name), entry) for entry in _entries(checkpoints))
+    numbered = [(int(match[1]), entry) for match, entry in found if match]
+    return dict(sorted((step, entry) for step, entry in numbered if entry.name == step_folder(checkpoints, step).name))
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where there is none."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be read: {error.strerror}; see to its permissions, or name another.") from error
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, or a folder with all in it; of a link the link alone. Raises OSError."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def latest(checkpoints: Path) -> Path | None:
@@ -74,6 +113,11 @@ def partial_of(folder: Path) -> Path:
 def removed_of(folder: Path) -> Path:
     """The name under which a replaced `folder` waits for its removal, where it can't be exchanged in one step."""
     return _beside(folder, REMOVED_SUFFIX)
+
+
+def lock_of(folder: Path) -> Path:
+    """The file that is locked while `folder` is written."""
+    return _beside(folder, LOCK_SUFFIX)
 
 
 def _beside(folder: Path, suffix: str) -> Path:
@@ -119,7 +163,8 @@ def commit(folder: Path, *, replace: bool = False) -> None:
     try:
         for parent, _, files in os.walk(partial, topdown=False):
             for name in files:
-                fsync(Path(parent, name))
+                if stat.S_ISREG(Path(parent, name).lstat().st_mode):  # an export may take over git's links and sockets
+                    fsync(Path(parent, name))
             fsync(Path(parent))
         _rename(partial, folder, replace=replace and folder.exists())
     except OSError as error:
@@ -197,32 +242,34 @@ def recover(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_orphans(checkpoints: Path) -> list[Path]:
-    """Removes what killed saves and removals left below `checkpoints`; returns it. Call under `lock`."""
-    orphans = []
-    for entry in checkpoints.iterdir() if checkpoints.is_dir() else ():
-        if entry.name.endswith(REMOVED_SUFFIX):
-            orphans.append(entry)
-        elif _STEP.fullmatch(entry.name):
-            for left in entry.glob(f".*{REMOVED_SUFFIX}"):
-                recover(entry / left.name[1 : -len(REMOVED_SUFFIX)])
-            orphans += [left for left in entry.iterdir() if left.name.endswith((PARTIAL_SUFFIX, LOCK_SUFFIX))]
-    for orphan in orphans:
-        if orphan.is_file():
-            orphan.unlink()
-        else:
-            shutil.rmtree(orphan)
-        if _STEP.fullmatch(orphan.parent.name) and not any(orphan.parent.iterdir()):
-            orphan.parent.rmdir()
-    return orphans
+def remove_orphans(checkpoints: Path) -> list[str]:
+    """Removes what killed saves and removals left in `checkpoints`, under `lock`; returns what is to be said of what can't be."""
+    problems = []
+    for entry in _entries(checkpoints):
+        try:
+            if entry.name.endswith(REMOVED_SUFFIX):
+                _remove(entry)
+            elif _STEP.fullmatch(entry.name) and regular.is_folder(entry):
+                _tidy(entry)
+        except OSError as error:
+            problems.append(f"{entry} holds what a killed save left, and can't be tidied ({error.strerror}); remove that by hand")
+    return problems
+
+
+def _tidy(step: Path) -> None:
+    """Removes what killed saves left in a step's folder, and the folder where nothing else is in it. Raises OSError."""
+    for left in step.glob(f".*{REMOVED_SUFFIX}"):
+        recover(step / left.name[1 : -len(REMOVED_SUFFIX)])
+    left_over = [entry for entry in step.iterdir() if entry.name.endswith((PARTIAL_SUFFIX, LOCK_SUFFIX))]
+    for entry in left_over:
+        _remove(entry)
+    if left_over and not step.is_symlink() and not any(step.iterdir()):
+        step.rmdir()
 
 
 def note_validation(step: Path, loss: float) -> None:
-    """Leaves the validation loss of a saved step in its folder, for `keep`."""
-    partial = partial_of(step / VALIDATION)
-    partial.write_text(json.dumps({"loss": loss}) + "\n", encoding="utf-8")
-    fsync(partial)
-    partial.rename(step / VALIDATION)
+    """Leaves the validation loss of a saved step in its folder, for `keep`. Raises OSError."""
+    whole.write(step / VALIDATION, json.dumps({"loss": loss}) + "\n")
     fsync(step)
 
 
@@ -244,7 +291,7 @@ def validation_loss(step: Path) -> float:
 def keep(checkpoints: Path, *, last: int, best: int) -> list[str]:
     """Removes all committed steps, exports included, but the newest `last` and the `best` of lowest validation loss.
 
-    A step whose validation loss can't be read is kept, too. Returns what is to be said of such.
+    A step whose validation loss can't be read is kept, too, and of a link to a step what it leads to. Returns what is to be said.
     """
     steps = [native.parent for native in committed_steps(checkpoints).values()]
     losses, problems, kept = dict[Path, float](), list[str](), set(steps[-last:])
@@ -258,9 +305,13 @@ def keep(checkpoints: Path, *, last: int, best: int) -> list[str]:
     for step in steps:
         if step in kept:
             continue
-        # Renamed first: a removal that is killed half-way leaves no step that looks committed.
-        doomed = step.rename(step.with_name(step.name + REMOVED_SUFFIX))
-        shutil.rmtree(doomed)
+        if step.is_symlink():
+            problems.append(f"{step.name} is a link, which is removed; what it leads to is kept: {step.resolve()}")
+        try:
+            # Renamed first: a removal that is killed half-way leaves no step that looks committed.
+            _remove(step.rename(step.with_name(step.name + REMOVED_SUFFIX)))
+        except OSError as error:
+            problems.append(f"{step.name} can't be removed ({error.strerror}); remove it by hand")
     return problems
 
 
@@ -278,11 +329,14 @@ def lock(checkpoints: Path) -> IO[str]:
             f"{checkpoints} must be a folder that can be made and written, but: {reason}; set another run_dir or checkpoint.path."
         ) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.take(file.fileno(), locks.EXCLUSIVE, str(checkpoints))
     except OSError as error:
         file.close()
+        is_taken = isinstance(error, BlockingIOError)
         raise CheckpointError(
             f"{checkpoints} is in use by another run; wait for it to end, or give this run its own folder."
+            if is_taken
+            else f"{checkpoints} must be a folder that can be locked, but: {error.strerror}; set another checkpoint.path."
         ) from error
     return file
 
@@ -293,7 +347,7 @@ def claim(folder: Path) -> tuple[IO[str], str]:
     The lock lies beside the folder, which is renamed. It is shared as soon as it is won, so that `join` lets the other ranks of
     this save hold it too: it is free when all of them are gone. Raises CheckpointError where another process saves there.
     """
-    path = _beside(regular.place(folder), LOCK_SUFFIX)
+    path = lock_of(regular.place(folder))
     try:
         make_parents(folder)
         file = _won(path, folder)
@@ -303,7 +357,7 @@ def claim(folder: Path) -> tuple[IO[str], str]:
             file.write(token)
             file.flush()
             recover(folder)
-            _flock(file, fcntl.LOCK_SH, folder)
+            _flock(file, locks.SHARED, folder)
         except OSError:
             release(folder, file)
             raise
@@ -315,7 +369,7 @@ def claim(folder: Path) -> tuple[IO[str], str]:
 def _won(path: Path, folder: Path) -> IO[str]:
     while True:
         file = path.open("a+")
-        _flock(file, fcntl.LOCK_EX, folder)
+        _flock(file, locks.EXCLUSIVE, folder)
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             return file
         file.close()  # the one before removed it when it was done
@@ -323,13 +377,13 @@ def _won(path: Path, folder: Path) -> IO[str]:
 
 def join(folder: Path, token: str) -> IO[str]:
     """Holds the lock that another rank claimed. Raises CheckpointError where this host doesn't see that rank's files."""
-    path = _beside(folder, LOCK_SUFFIX)
+    path = lock_of(folder)
     end = time.monotonic() + _VISIBLE
     while True:
         try:
             file = path.open("r")
             if file.read() == token:
-                _flock(file, fcntl.LOCK_SH, folder)
+                _flock(file, locks.SHARED, folder)
                 return file
             file.close()
         except FileNotFoundError:
@@ -345,13 +399,13 @@ def join(folder: Path, token: str) -> IO[str]:
 def release(folder: Path, file: IO[str]) -> None:
     """Gives a claimed name back and removes the lock, once no rank writes any more."""
     with suppress(OSError):  # a lock file that stays is no harm
-        _beside(folder, LOCK_SUFFIX).unlink()
+        lock_of(folder).unlink()
     file.close()
 
 
 def _flock(file: IO[str], kind: int, folder: Path) -> None:
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        locks.take(file.fileno(), kind, str(folder))
     except BlockingIOError as error:
         file.close()
         raise CheckpointError(

@@ -56,7 +56,7 @@ class Progress:
     consumed_samples: int = 0
     """Sequences seen; the data order continues from here."""
     settings: Mapping[str, object] = field(default_factory=dict)
-    """What the run's course depends on (seed, batch size, learning rate, ...), to be compared on resume."""
+    """What the run's course depends on (every setting, digests of its inputs), to be compared on resume."""
     recent_losses: Sequence[float] = ()
     """The last steps' losses, where the run compares them with the next (config group `policy`)."""
     same_layout: bool = True
@@ -119,6 +119,7 @@ def layout() -> dict[str, int]:
         "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         "cp": parallel_state.get_context_parallel_world_size(),
         "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_world_size(),
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import override
 
-from megabridge.data import sources
+from megabridge.data import digests, sources
 from megabridge.data.batches import OVERLONG, Batching, Overlong, Sample
 from megabridge.data.examples import Examples
 from megabridge.data.module import Batch, DataModule
@@ -107,6 +107,10 @@ class Finetuning(DataModule):
     @override
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         return self.batching.validation(self.validation, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def digest(self) -> str:
+        return digests.of_samples(self.train, self.validation)
 
     @override
     def describe(self) -> str:

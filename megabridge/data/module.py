@@ -45,6 +45,13 @@ class DataModule(ABC):
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         """This rank's part of the validation samples, in batches of [micro_batch_size, seq_length], as many on every rank."""
 
+    def digest(self) -> str:
+        """A digest of the rows to learn from and to validate on, after `setup`: a run is not resumed where it has changed.
+
+        Every rank calls it; it may be collective. "" where the settings of `data` say it all, and where nothing is known.
+        """
+        return ""
+
     def left_out(self) -> str:
         """One line on what was left out since training began; empty when nothing was beyond what `describe` says."""
         return ""

@@ -16,8 +16,9 @@ from typing import Final, override
 import numpy as np
 from numpy.typing import NDArray
 
+from megabridge.data import digests
 from megabridge.data.batches import Batching, Row, text_row
-from megabridge.data.indexed import Indexed
+from megabridge.data.indexed import Indexed, files
 from megabridge.data.module import Batch, DataModule
 from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, listed
@@ -198,6 +199,10 @@ class IndexedTokens(DataModule):
     @override
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         return self._batching.fixed(self._validation, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def digest(self) -> str:
+        return digests.of_files([file for path in self._paths for file in files(path)])
 
     @override
     def describe(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, override
 
+from megabridge.data import digests
 from megabridge.data.batches import OVERLONG, Batching, Fitted, Overlong, Sample, fit
 from megabridge.data.chat import ChatEncoder
 from megabridge.data.module import Batch, DataModule
@@ -77,6 +78,10 @@ class PydocTopics(DataModule):
     @override
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         return self._batching.validation(self.validation.samples, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def digest(self) -> str:
+        return digests.of_samples(self.train.samples, self.validation.samples)
 
     @override
     def describe(self) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, override
 
-from megabridge.data import sources
+from megabridge.data import digests, sources
 from megabridge.data.batches import Batching, Row, text_row
 from megabridge.data.examples import Examples
 from megabridge.data.module import Batch, DataModule
@@ -137,6 +137,13 @@ class StreamedText(DataModule):
     @override
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         return self._batching.fixed(self._validation, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def digest(self) -> str:
+        """Of the rows that are held out, and of local files; a hub's data set is its revision's."""
+        local = sources.local_files(self._path)
+        held_out = digests.of_samples(*self._validation)
+        return held_out if local is None else f"{held_out} {digests.of_files(local)}"
 
     @override
     def describe(self) -> str:

@@ -29,14 +29,14 @@ _GRACE: Final = 4.0  # seconds between SIGTERM and SIGKILL, and again for what t
 _SETTLE: Final = 0.3  # seconds in which a rank that was killed is noticed beside the one that lost its connection to it
 
 
-def launch(values: Mapping[str, Any], *, world_size: int, platform: str) -> float | None:
+def launch(values: Mapping[str, Any], *, world_size: int, platform: str, kept: Sequence[int] = ()) -> float | None:
     """Runs the recipe of the resolved config `values` on `world_size` ranks; returns rank 0's objective.
 
-    Raises WorkerFailure with the first failure of a rank when the others have ended, and KeyboardInterrupt or
-    Terminated after ending them on SIGINT or SIGTERM. No process is left behind.
+    The ranks keep the descriptors in `kept` open. Raises WorkerFailure with the first failure of a rank when the others have
+    ended, and KeyboardInterrupt or Terminated after ending them on SIGINT or SIGTERM. No process is left behind.
     """
     places = [None] if platform == "cpu" else Place.all_on_this_host(world_size)
-    with terminable(), started(values, places, world_size=world_size, platform=platform) as workers:
+    with terminable(), started(values, places, world_size=world_size, platform=platform, kept=kept) as workers:
         found = children.wait(workers, settle=_SETTLE)
         if isinstance(found, Failure):
             raise WorkerFailure(found)
@@ -52,11 +52,12 @@ def started(
     platform: str,
     digest: str | None = None,
     held: Set[signal.Signals] = frozenset(),
+    kept: Sequence[int] = (),
 ) -> Iterator[list[Child]]:
     """The ranks at `places` of this host's `world_size`, or with [None] the process that forks them all; ended with the block.
 
     `digest` is of a config that other hosts' ranks composed, too (megabridge.worker). Signals in `held` wait until the rank takes
-    them (training.stopping); such a rank is ended by SIGKILL alone.
+    them (training.stopping); such a rank is ended by SIGKILL alone. All keep the descriptors in `kept` open.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -69,7 +70,8 @@ def started(
         for place in places:
             rank, own = (-1, {}) if place is None else (place.rank, place.environ())
             arguments = [*([f"--fork={world_size}"] if place is None else []), *([] if digest is None else [f"--digest={digest}"])]
-            workers.append(children.spawn(WORKER, arguments, rank=rank, environ=environ | own, config=config, held=held))
+            child = children.spawn(WORKER, arguments, rank=rank, environ=environ | own, config=config, held=held, kept=kept)
+            workers.append(child)
         yield workers
 
 

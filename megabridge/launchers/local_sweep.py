@@ -16,7 +16,8 @@ from typing import Final
 
 from megabridge import host
 from megabridge.errors import ConfigError
-from megabridge.launchers import local
+from megabridge.launchers import claim, local
+from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.processes import children
 from megabridge.launchers.processes.children import Child
 from megabridge.launchers.settings import LocalSettings
@@ -53,7 +54,7 @@ class LocalRunner:
     def check(self, job: Job) -> None:
         """As a single run on this host is checked."""
         found = host.visible_gpus(), host.memory_bytes()
-        job.platform = host.choose_platform(job.config, job.topology, gpus=found[0], memory=found[1], overrides=job.point.overrides)
+        job.platform = choose_platform(job.config, job.topology, gpus=found[0], memory=found[1], overrides=job.point.overrides)
 
     def run(self, jobs: Sequence[Job], folder: Path, save: Callable[[], None]) -> None:
         """Returns when all have ended. On Ctrl-C and SIGTERM the running ones are ended first."""
@@ -112,10 +113,20 @@ def _start(job: Job, gpus: list[str], cores: list[int], *, alone: bool) -> _Runn
         os.sched_setaffinity(0, cores)
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        if not alone:
-            with output.open("ab") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-        return local.launch(job.values, world_size=job.topology.world_size, platform=job.platform)
+        with claim.claimed(output.parent) as held:
+            if not alone:
+                _print_to(output)
+            return local.launch(job.values, world_size=job.topology.world_size, platform=job.platform, kept=(held,))
 
     return _Running(job, children.fork(-1, work), gpus, cores)
+
+
+def _print_to(output: Path) -> None:
+    """Has this process and its children print to a file. Raises ConfigError."""
+    try:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise claim.unusable(output.parent, "run_dir", error) from error
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)

@@ -8,8 +8,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megabridge import bounds, checks, config, explain, redact, regular
+from megabridge import bounds, checks, config, explain, redact, whole
 from megabridge.errors import ConfigError
+from megabridge.launchers import claim
 
 
 def conf_folder() -> Path:
@@ -46,12 +47,13 @@ def _resolved(cfg: DictConfig) -> Any:
 
 
 def write_config(cfg: DictConfig, values: dict[str, Any]) -> None:
-    """Leaves the resolved config, without secrets, as config.yaml in the run directory. Raises ConfigError where it can't."""
+    """Leaves the resolved config, without secrets, as config.yaml in the run directory, which the caller has claimed.
+
+    Raises ConfigError where it can't; then an earlier one is as it was.
+    """
     folder = Path(values["run_dir"])
     content = redact.redacted(OmegaConf.to_container(cfg, resolve=False), values)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
-    except (OSError, ValueError) as error:
-        reason = regular.reason(error)
-        raise ConfigError(f"run_dir={folder} must be a folder that can be made and written, but: {reason}; set another.") from error
+        whole.write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
+    except OSError as error:
+        raise claim.unusable(folder, "run_dir", error) from error

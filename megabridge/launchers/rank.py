@@ -12,11 +12,12 @@ once, too, and so does a second one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -24,12 +25,12 @@ from typing import Any, Final
 
 from megabridge import streams
 from megabridge.errors import STOPPED_EXIT_CODE, MegabridgeError
-from megabridge.launchers import local, place, spec
+from megabridge.launchers import claim, local, place, spec
 from megabridge.launchers.place import Place
 from megabridge.launchers.processes import children
 from megabridge.launchers.processes.children import Child
 from megabridge.launchers.processes.ending import send
-from megabridge.launchers.processes.outcome import Done, Failure, Outcome, WorkerFailure
+from megabridge.launchers.processes.outcome import Done, Failure, Outcome
 
 _POLL: Final = 0.05
 _SETTLE: Final = 1.0
@@ -45,23 +46,25 @@ def main() -> int:
     received = _received()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
-        values, platform = spec.read(folder, os.environ)
-    except MegabridgeError as error:
-        return _left(folder, here, Failure.of(error, here.rank))
-    _continue(values)
-    try:
-        with local.started(values, [here], world_size=here.local_world_size, platform=platform, held=_SIGNALS) as workers:
-            found = _stay(workers[0], received, lambda _: _another_failed(folder, here))
-    except WorkerFailure as error:  # it could not be started
-        found = error.failure
+        with contextlib.ExitStack() as stack:
+            values, platform = spec.read(folder, os.environ)
+            kept = [stack.enter_context(claim.claimed(Path(values["run_dir"])))] if here.rank == 0 else []
+            _continue(values)
+            ranks = local.started(values, [here], world_size=here.local_world_size, platform=platform, held=_SIGNALS, kept=kept)
+            found = _stay(stack.enter_context(ranks)[0], received, lambda _: _another_failed(folder, here))
+    except MegabridgeError as error:  # it could not be started
+        found = Failure.of(error, here.rank)
     return 1 if found is None else _left(folder, here, found)
 
 
-def beside(values: Mapping[str, Any], here: Place, *, digest: str) -> int:
-    """Starts the rank at `here`, of torchrun or srun, and stays beside it; the exit status of this process."""
+def beside(values: Mapping[str, Any], here: Place, *, digest: str, kept: Sequence[int] = ()) -> int:
+    """Starts the rank at `here`, of torchrun or srun, and stays beside it; the exit status of this process.
+
+    The rank keeps the descriptors in `kept` open.
+    """
     received = _received()
     count, platform = here.local_world_size, values["platform"]
-    with local.started(values, [here], world_size=count, platform=platform, digest=digest, held=_SIGNALS) as workers:
+    with local.started(values, [here], world_size=count, platform=platform, digest=digest, held=_SIGNALS, kept=kept) as workers:
         rank = workers[0]
         found = _stay(rank, received, lambda is_told: len(received) > 1 if is_told else not _takes_signals(rank))
     if found is None:

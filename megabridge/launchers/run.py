@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from megabridge import checks, config, explain, host, redact
 from megabridge.errors import ConfigError, MegabridgeError, plain
-from megabridge.launchers import local, place, rank, settings
+from megabridge.launchers import claim, local, place, rank, settings
+from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.prepare import conf_folder, resolve, write_config
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Terminated, WorkerFailure
 from megabridge.launchers.sweep import SweepFailure
@@ -143,9 +144,10 @@ def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | Non
     values, run_config = resolve(cfg, run_dir)
     checks.check_layout(run_config, config.topology(run_config.parallel))
     topology = config.processes(run_config)
-    platform = host.choose_platform(run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides)
-    write_config(cfg, values)
-    return local.launch(values, world_size=topology.world_size, platform=platform)
+    platform = choose_platform(run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides)
+    with claim.claimed(Path(values["run_dir"])) as held:
+        write_config(cfg, values)
+        return local.launch(values, world_size=topology.world_size, platform=platform, kept=(held,))
 
 
 def _become_rank(here: place.Place) -> int:
@@ -162,12 +164,14 @@ def _become_rank(here: place.Place) -> int:
     values, run_config = resolve(cfg)
     started = config.processes(run_config, here.world_size)
     checks.check_layout(run_config, config.topology(run_config.parallel) if run_config.recipe.single_process else started)
-    if here.rank == 0:
-        write_config(cfg, values)
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     raw.pop("run_dir")  # rank 0's counts
     digest = sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
-    return rank.beside(values, here, digest=digest)
+    if here.rank:
+        return rank.beside(values, here, digest=digest)
+    with claim.claimed(Path(values["run_dir"])) as held:
+        write_config(cfg, values)
+        return rank.beside(values, here, digest=digest, kept=(held,))
 
 
 def _compose(arguments: Any) -> DictConfig:

@@ -22,8 +22,8 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from megabridge import checks, config, regular
-from megabridge.errors import CheckpointError, ConfigError, MegabridgeError
-from megabridge.launchers import results
+from megabridge.errors import CheckpointError, MegabridgeError
+from megabridge.launchers import claim, results
 from megabridge.launchers.prepare import resolve, write_config
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Failure, Outcome
 from megabridge.topology import Topology
@@ -130,16 +130,11 @@ class _Failed(JobReturn):
 def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], first: int, runner: Runner) -> list[JobReturn]:
     """Runs a batch of points and writes the sweep's results; what a Hydra launcher returns to its sweeper.
 
-    `context` is Hydra's HydraContext, `master` the sweep's config, `first` the number of the first point.
+    `context` is Hydra's HydraContext, `master` the sweep's config, whose directory is claimed, `first` the first point's number.
     """
     setup_globals()
     configure_log(master.hydra.hydra_logging, master.hydra.verbose)
     folder = Path(str(master.hydra.sweep.dir)).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        reason = regular.reason(error)
-        raise ConfigError(f"hydra.sweep.dir={folder} must be a folder that can be made, but: {reason}; set another.") from error
     jobs = [_composed(context, master, list(each), first + index) for index, each in enumerate(overrides)]
     for job, differing in zip(jobs, results.varied([job.point.overrides for job in jobs]), strict=True):
         job.point.label = " ".join(f"{key}={value}" for key, value in differing.items())
@@ -221,7 +216,8 @@ def _check(job: Job, runner: Runner) -> None:
     job.topology = config.processes(job.config)
     job.point.world_size = job.topology.world_size
     runner.check(job)
-    write_config(job.cfg, job.values)
+    with claim.claimed(Path(job.point.run_dir)):  # until it runs
+        write_config(job.cfg, job.values)
 
 
 def _returned(job: Job, points: Sequence[Point]) -> JobReturn:

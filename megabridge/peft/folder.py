@@ -16,7 +16,7 @@ from megabridge.peft import fields
 from megabridge.peft.lora import ALL_LINEAR, LoRA
 from megabridge.peft.rules import ENDINGS, PREFIX
 
-WEIGHTS: Final = "adapter_model.safetensors"
+WEIGHTS: Final = assets.ADAPTER_WEIGHTS
 
 
 def write_config(folder: Path, lora: LoRA, *, base: str | None, revision: str | None = None, is_transposed: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,6 +17,7 @@ from megabridge.checkpoint import assets, source
 from megabridge.config import Config, PeftConfig
 from megabridge.data import DataModule
 from megabridge.data import bytes as byte_tokenizer
+from megabridge.errors import CheckpointError
 from megabridge.loggers import Logger
 from megabridge.peft import LoRA
 from megabridge.provider import ModelProvider
@@ -99,6 +101,7 @@ def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -
         allow_nonfinite=conversion.allow_nonfinite,
         reader=conversion.reader,  # type: ignore[arg-type]  # one of its choices
         dedupe=conversion.dedupe,
+        digest=config.peft.name != "none",  # adapters go on only over the weights that they began with
     )
     return chunks
 
@@ -153,12 +156,23 @@ def loggers(config: Config) -> list[Logger]:
 
 
 def _write_source(config: Config) -> Path:
+    """Each file appears whole: what a full disk cuts off leaves those of the run before. Raises CheckpointError."""
     folder = Path(config.run_dir) / "source"
-    folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(config.model.hf, indent=2, ensure_ascii=False)
-    (folder / assets.CONFIG).write_text(content + "\n", encoding="utf-8")
-    if config.model.tokenizer == BYTES:
-        byte_tokenizer.write_tokenizer(folder)
-    elif config.model.tokenizer is not None:
-        assets.write_assets(folder, assets.read_assets(source.resolve(config.model.tokenizer, config_only=True)))
+    files = {}
+    if config.model.tokenizer not in (BYTES, None):
+        files = assets.read_assets(source.resolve(str(config.model.tokenizer), config_only=True))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as made:
+            content = json.dumps(config.model.hf, indent=2, ensure_ascii=False)
+            Path(made, assets.CONFIG).write_text(content + "\n", encoding="utf-8")
+            if config.model.tokenizer == BYTES:
+                byte_tokenizer.write_tokenizer(Path(made))
+            assets.write_assets(Path(made), files)
+            for file in (file for file in Path(made).rglob("*") if file.is_file()):
+                target = folder / file.relative_to(made)
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be written ({error.strerror}); free space, or set another run_dir.") from error
     return folder

@@ -75,6 +75,8 @@ class Trainer:
         """(step, loss) of every validation in this process."""
         self.guard = Guard(config.policy)
         """Judges losses and gradients before a step is taken."""
+        self.settings: Mapping[str, Any] = {}
+        """What saves keep of all that the run depends on (megabridge.training.resume), once `fit` has begun."""
         self.skipped_steps = 0
         """Steps of this process that changed nothing: passed over by policy, or FP16 gradients that overflowed."""
         self._saved_step: int | None = None
@@ -144,8 +146,10 @@ class Trainer:
 
     def _start(self) -> None:
         self._lock = None
-        on_rank_zero("claiming the checkpoint folder", self._claim)
+        for line in on_rank_zero("claiming the checkpoint folder", self._claim):
+            self.say(line)
         self._call("on_start")
+        self.settings = resume.settings(self.config, self.bridge, self.data)
         source = on_rank_zero("looking for a checkpoint", lambda: resume.source(self.config, self.checkpoints))
         if source is not None:
             self._resume(source)
@@ -154,9 +158,11 @@ class Trainer:
         if self.bridge is not None:
             self._clock.measure(self.bridge.plan(self.chunks))
 
-    def _claim(self) -> None:
+    def _claim(self) -> list[str]:
+        """Takes the checkpoints for this run, on rank 0; returns what is to be said of what lies there."""
         self._lock = folders.lock(self.checkpoints)
-        folders.remove_orphans(self.checkpoints)
+        problems = folders.remove_orphans(self.checkpoints)
+        return problems + [f"{line}; it is passed over" for line in folders.strange(self.checkpoints).values()]
 
     def _resume(self, source: Path) -> None:
         progress = native.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
@@ -167,8 +173,8 @@ class Trainer:
         if progress.rounded:
             self.say(f"rounded, because this run's parameters can't hold what the checkpoint has: {described(progress.rounded)}")
         accepted = self.config.checkpoint.accept_changes
-        for line in resume.changes(progress.settings, resume.settings(self.config), accepted=accepted):
-            self.say(f"resumed with a changed setting, {line}")
+        if changed := resume.changes(progress.settings, self.settings, accepted=accepted):
+            self.say("resumed with changed settings:\n  " + "\n  ".join(changed))
         self.step, self.consumed_samples = progress.step, progress.consumed_samples
         self.guard.resume(progress.recent_losses)
         self._good = source
@@ -177,6 +183,8 @@ class Trainer:
         if not progress.same_layout:
             self.say("the layout has changed: dropout continues from new random states")
         self._call("on_resume", source)
+        if self._saved_step is not None:
+            saving.prune(self, source.parent)
 
     def _train(self, validation: list[Batch], stop: StopSignal) -> bool:
         """The steps that are left; returns whether a signal ended them early."""
@@ -200,11 +208,11 @@ class Trainer:
 
     def _pause(self, validation: list[Batch]) -> bool:
         """Validates and saves where it is time to, and returns whether it was."""
-        recipe, checkpoint = self.config.recipe, self.config.checkpoint
-        saves = bool(checkpoint.save_every) and self.step % (checkpoint.save_every or 1) == 0
-        saves = saves and self.step != self._saved_step and (self.step != recipe.steps or checkpoint.save_at_end)
+        recipe, settings = self.config.recipe, self.config.checkpoint
+        saves = bool(settings.save_every) and self.step % (settings.save_every or 1) == 0
+        saves = saves and self.step != self._saved_step and (self.step != recipe.steps or settings.save_at_end)
         validates = bool(recipe.eval_every) and self.step % (recipe.eval_every or 1) == 0
-        validates = self.step != self._last_validated() and (validates or (saves and bool(checkpoint.keep_best)))
+        validates = self.step != self._last_validated() and (validates or (saves and bool(settings.keep_best)))
         if validates:
             self._validate(validation)
         if saves:
@@ -255,9 +263,9 @@ class Trainer:
 
     def _reads(self, step: int) -> bool:
         """Whether results of `step` are read on the host. Elsewhere nothing waits for the device."""
-        recipe, checkpoint = self.config.recipe, self.config.checkpoint
+        recipe, settings = self.config.recipe, self.config.checkpoint
         return step == recipe.steps or any(
-            every and step % every == 0 for every in (recipe.log_every, recipe.eval_every, checkpoint.save_every)
+            every and step % every == 0 for every in (recipe.log_every, recipe.eval_every, settings.save_every)
         )
 
     def _judged(self, totals: torch.Tensor, norm: torch.Tensor | None, scale: torch.Tensor) -> Action:

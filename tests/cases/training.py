@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megabridge.checkpoint import folders, native, optimizer_state
 from megabridge.errors import CheckpointError, ConfigError
 from megabridge.layers.logits import gather_logits
 from megabridge.platform import determinism
-from megabridge.training import Callback, Trainer
+from megabridge.training import Callback, Trainer, resume
 from megabridge.training.step import forward_backward, validate
 from megabridge.training.stopping import Stopped
 from tests.cases import tiny
@@ -219,6 +220,39 @@ def read_by_megatron(folder: str) -> bool:
     theirs[0].module.load_state_dict(read["model"], strict=False)
     expected = parameters(ours)
     return all(torch.equal(expected[name], tensor) for name, tensor in parameters(theirs).items())
+
+
+def changed_settings() -> dict[str, Any]:
+    """What a resume does for each setting that is changed alone: nothing, says it, or refuses."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.yaml").write_text("optimizer: {name: '${oc.env:OPTIMIZER}'}")
+        config = tiny.config(folder, steps=2)
+        config.model.provider, config.model.hf = {"hidden_dropout": 0.5}, {"hidden_size": 4, "rope": {"theta": 1.0}}
+        config.data, config.logger = {"path": "a"}, {"mine": {"api_key": "hunter2", "name": "b"}}
+        config.optimizer.name = "from the environment"
+        data: Any = tiny.Samples(2)
+        data.digest = lambda: "3"
+        before = resume.settings(config, None, data)
+        outcomes: dict[str, list[str]] = {"silent": [], "said": [], "refused": []}
+        for name in before:
+            try:
+                lines = resume.changes(before, {**before, name: "another"})
+                assert lines == [] or lines[0].startswith(f"{name}: ")
+                outcomes["said" if lines else "silent"].append(name)
+            except ConfigError as error:
+                assert f"\n  {name}: " in str(error)
+                outcomes["refused"].append(name)
+        config.logger["mine"]["api_key"] = "hunter3"
+        is_secret = resume.settings(config, None, data) == before
+        config.optimizer.name = "of the environment"
+        changed = resume.changes(before, resume.settings(config, None, data))
+        return {
+            **{kind: set(names) for kind, names in outcomes.items()},
+            "silent": sorted(outcomes["silent"]),
+            "kept": str(before),
+            "secret": is_secret,
+            "of the environment": len(changed) == 1 and changed[0].startswith("optimizer.name: <redacted> "),
+        }
 
 
 class FullDisk(Callback):

@@ -102,7 +102,12 @@ def test_a_queued_points_rank_leaves_its_outcome(tmp_path: Path) -> None:
         ("import os; os._exit(75)", 75, None),
         ("import os; os._exit(0)", 1, None),
     ):
-        values = {"text": program, "deterministic": False, "run_dir": "r", "checkpoint": {"path": None, "resume": "none"}}
+        values = {
+            "text": program,
+            "deterministic": False,
+            "run_dir": str(tmp_path / "run"),
+            "checkpoint": {"path": None, "resume": "none"},
+        }
         (tmp_path / spec.FILE).write_text(json.dumps({"platform": "cpu", "values": values}))
         process = start(QUEUED, str(tmp_path))
         assert process.stdout is not None
@@ -117,7 +122,12 @@ def test_a_queued_points_rank_leaves_its_outcome(tmp_path: Path) -> None:
 
 
 def test_an_outcome_that_cannot_be_left_is_said(tmp_path: Path) -> None:
-    values = {"text": "result = 1.0", "deterministic": False, "run_dir": "r", "checkpoint": {"path": None, "resume": "none"}}
+    values = {
+        "text": "result = 1.0",
+        "deterministic": False,
+        "run_dir": str(tmp_path / "run"),
+        "checkpoint": {"path": None, "resume": "none"},
+    }
     (tmp_path / spec.FILE).write_text(json.dumps({"platform": "cpu", "values": values}))
     (tmp_path / "rank-0.json").mkdir()
     process = start(QUEUED, str(tmp_path))

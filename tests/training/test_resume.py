@@ -143,11 +143,30 @@ def test_fault_28_other_data_is_refused_or_accepted_and_another_rate_is_taken(ra
     result = trained(ranks, Topology(dp=2), tmp_path, steps=4, resume="auto", **settings)
     assert result[0]["rates"] == [5e-3, 5e-3]
     assert result[0]["batches"] == [16, 20] and result[1]["batches"] == [18, 22]
-    assert {line.removeprefix("resumed with a changed setting, ") for line in result[0]["said"]} >= {
+    (said,) = [line for line in result[0]["said"] if line.startswith("resumed with changed settings:")]
+    assert set(said.split("\n  ")[1:]) == {
         "recipe.global_batch_size: 8 -> 4",
         "optimizer.lr: 0.01 -> 0.005",
+        "recipe.steps: 2 -> 4",
         "parallel: single -> dp2",
     }
+
+
+def test_every_setting_that_changes_is_said(ranks: RankServer) -> None:
+    """Whatever the schema has: each leaf is changed in turn."""
+    (found,) = ranks.run("tests.cases.training:changed_settings", topology=Topology())
+    assert found["silent"] == ["checkpoint.accept_changes", "checkpoint.resume"]
+    assert found["refused"] >= {
+        "seed",
+        "recipe.seq_length",
+        "recipe.global_batch_size",
+        "data.path",
+        "model.hf.hidden_size",
+        "inputs.rows",
+    }
+    assert found["said"] >= {"parallel.etp", "recipe.micro_batch_size", "model.provider.hidden_dropout", "model.path", "run_dir"}
+    assert "hunter2" not in found["kept"] and "from the environment" not in found["kept"]
+    assert found["secret"] and found["of the environment"]
 
 
 def test_a_run_does_not_run_over_anothers_steps(ranks: RankServer, tmp_path: Path) -> None:
