@@ -325,7 +325,8 @@ def interrupted_twice(run_dir: str) -> None:
 
 
 class Beyond(tiny.Samples):
-    """The last data-parallel rank's second micro-batch for training, or its last one for validation, has a token of `number`."""
+    """The last data-parallel rank's second micro-batch for training, or its last one for validation, has a token of `number`; or
+    can't be read, where `part` is nothing."""
 
     def __init__(self, number: int, *, part: str, is_validation: bool) -> None:
         super().__init__(2)
@@ -340,6 +341,8 @@ class Beyond(tiny.Samples):
         return [*batches[:-1], self._spoilt(batches[-1])] if self.is_validation and dp_rank == dp_size - 1 else batches
 
     def _spoilt(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.part == "nothing":
+            raise ConfigError(f"file {self.number} can't be read.")
         batch[self.part][1, 0] = self.number
         batch["loss_mask"][1, 0] = float(self.part == "labels" and self.number != -100)
         return batch
