@@ -75,10 +75,9 @@ class HFAdapters(HFWeights):
             modules = peft_folder.modules_of(infos)
             self.note_source(folder)
             rules = AdapterMap(self.family, found)
-            stacked = {name for name in modules if found.target_parameters and rules.is_wrapper(name)}
-            peft_folder.check_rank(infos, found.r, stacked.__contains__)
+            peft_folder.check_rank(infos, found.r, is_stacked=bool(found.target_parameters))
         if not any(agreement.gather(bool(survey(model, adapters=True)))):
-            linears = tuple(name for name in modules if name not in stacked)
+            linears = tuple(name for name in modules if not (found.target_parameters and rules.is_wrapper(name)))
             self.add_adapters(model, replace(found, target_modules=linears, exclude_modules=()))
         peft = self._peft_of(model)
         different = [
