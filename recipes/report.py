@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.launchers import results, sweep
-from megabridge.launchers.page import page
+from megabridge.launchers.html_report import page
 from recipes.collect import sweep_folder
 
 

@@ -11,14 +11,15 @@ from typing import Any, Final
 
 import torch
 
-from megabridge.checkpoint import assets, folders
 from megabridge.conversion.parity import load_hf
 from megabridge.data.text import load_tokenizer
 from megabridge.data.vocabulary import check_tokens
 from megabridge.errors import ConfigError
 from megabridge.evaluation import harness, measures, scoring
 from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity, Task, specs
-from megabridge.families.ranges import POSITIONS
+from megabridge.families.core.ranges import POSITIONS
+from megabridge.hf import assets
+from megabridge.storage import folders
 
 FILE: Final = "evaluation.json"
 TABLE: Final = "generations"

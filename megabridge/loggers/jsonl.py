@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, override
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.loggers.logger import Logger
-from megabridge.metrics import FILE_NAME
+from megabridge.loggers.metrics_file import FILE_NAME
 
 
 class JsonLines(Logger):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.loggers.jsonl import JsonLines
-from megabridge.metrics import read
+from megabridge.loggers.metrics_file import read
 
 
 def test_lines_are_json_also_for_what_is_not_a_number(tmp_path: Path) -> None:
