@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from megabridge import config as schema
-from megabridge import families, last_words, streams
+from megabridge import families, last_words, streams, whole
 from megabridge.checks import nearest
 from megabridge.config import Config
 from megabridge.errors import ConfigError, MegabridgeError, said
@@ -113,13 +113,25 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     recipe = load_recipe(config.recipe.target)
     if config.deterministic:
         determinism.require()
-    with _losses(config.timeout):
+    with _room(), _losses(config.timeout):
         if not config.recipe.single_process:
             groups.start(schema.processes(config, groups.world_size()), seed=config.seed, timeout=config.timeout)
         objective = objective_of(recipe(config), config.recipe.target)
     groups.stop()
     streams.check()
     return objective
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """Raises MegabridgeError for a file that a full disk did not take, whichever part of a run wrote it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in whole.NO_ROOM:
+            raise
+        name = f"{error.filename} can't be written" if error.filename else "a file of the run can't be written"
+        raise MegabridgeError(f"{name} ({error.strerror}); what was saved before is whole; free space, and start again.") from error
 
 
 @contextlib.contextmanager

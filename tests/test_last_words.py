@@ -10,7 +10,8 @@ from pathlib import Path
 
 from megabridge import last_words
 from megabridge.launchers.processes import children
-from megabridge.launchers.processes.outcome import Failure
+from megabridge.launchers.processes.outcome import Done, Failure
+from tests.limits import largest_file
 
 
 def test_fault_25_the_launcher_names_the_file(tmp_path: Path) -> None:
@@ -40,3 +41,22 @@ def test_nothing_is_noted_without_a_page_and_a_torn_note_says_nothing() -> None:
         assert os.fstat(file.fileno()).st_size == last_words.SIZE and last_words.truncated(note) == ""
         note[:7] = b'[["a", '
         assert last_words.truncated(note) == ""
+
+
+def test_a_note_without_room_ends_nothing() -> None:
+    """Its bytes are reserved: a page without a block would end whoever writes it first by SIGBUS."""
+
+    def work() -> None:
+        with tempfile.TemporaryFile() as file, largest_file(4096):
+            last_words.keep(last_words.page(file.fileno()))
+            for number in range(200):
+                last_words.reading(Path(f"/a/file/with/a/long/name/{number}"), 1)
+            assert os.fstat(file.fileno()).st_blocks * 512 < last_words.SIZE
+        with tempfile.TemporaryFile() as file:
+            last_words.page(file.fileno())
+            assert os.fstat(file.fileno()).st_blocks * 512 >= last_words.SIZE
+
+    child = children.fork(0, work)
+    found = children.wait([child])
+    children.end([child], 1.0)
+    assert found == Done()

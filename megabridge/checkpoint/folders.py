@@ -236,7 +236,7 @@ def recover(folder: Path) -> None:
 
 
 def remove_orphans(checkpoints: Path) -> list[str]:
-    """Removes what killed saves and removals left below `checkpoints`, under `lock`; returns what is to be said of what can't be."""
+    """Removes what killed saves and removals left below `checkpoints`, under `lock`; returns a line for what can't be."""
     problems = []
     for entry in _entries(checkpoints):
         try:

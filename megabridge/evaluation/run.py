@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from megabridge import whole
 from megabridge.checkpoint import assets, folders
 from megabridge.conversion.parity import load_hf
 from megabridge.data.text import load_tokenizer
@@ -93,10 +94,7 @@ def write(file: Path, folder: Path, tasks: Mapping[str, Task], results: Results)
     """Writes what was found, and by what, as JSON; `file` appears whole. A figure that JSON has no number for is null."""
     figures = {name: value if math.isfinite(value) else None for name, value in results.metrics.items()}
     content = {"folder": str(folder), "tasks": specs(tasks), "metrics": figures, "generations": results.generations}
-    partial = folders.partial_of(file)
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    folders.fsync(partial)
-    partial.rename(file)
+    whole.write(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     folders.fsync(file.parent)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from megabridge import metrics, regular
+from megabridge import metrics, regular, whole
 from megabridge.errors import plain
 
 if TYPE_CHECKING:
@@ -61,12 +61,14 @@ def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 
 def write(folder: Path, points: Sequence[Point]) -> str:
-    """Leaves sweep.csv in the sweep's directory; returns the ranked table for the console."""
+    """Leaves sweep.csv in the sweep's directory; returns the ranked table for the console, which says so where that can't be."""
     found = rows(points)
-    partial = folder / f".{CSV}"
-    partial.write_text(as_csv(found), encoding="utf-8")
-    partial.replace(folder / CSV)
-    return f"{as_table(found)}\n{folder / CSV}; compare the runs: recipe=report sweep={folder}"
+    try:
+        whole.write(folder / CSV, as_csv(found))
+        said = str(folder / CSV)
+    except OSError as error:
+        said = f"{folder / CSV} can't be written ({error.strerror}); free space there, and recipe=collect sweep={folder} writes it"
+    return f"{as_table(found)}\n{said}; compare the runs: recipe=report sweep={folder}"
 
 
 def as_csv(found: Sequence[Row]) -> str:

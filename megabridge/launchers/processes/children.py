@@ -89,6 +89,7 @@ def spawn(
     with _room(rank):
         report, note = unnamed(), unnamed()
         try:
+            page = last_words.page(note)
             popen = subprocess.Popen(
                 [sys.executable, "-m", module, f"--config={config}", f"--outcome={report}", f"--note={note}", *arguments],
                 env=environ,
@@ -97,7 +98,7 @@ def spawn(
                 process_group=0,
                 preexec_fn=prepare,
             )
-            return Child(rank, popen.pid, _pidfd(popen.pid), report, last_words.page(note), popen)
+            return Child(rank, popen.pid, _pidfd(popen.pid), report, page, popen)
         finally:
             os.close(note)
 
