@@ -7,7 +7,7 @@ exchanged. Where all goes well, ranks agree by one number: texts travel only whe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 import torch
@@ -92,6 +92,15 @@ def together(what: str) -> Iterator[None]:
         if failure is not None:
             kind, text = failure
             raise _KINDS.get(kind, MegabridgeError)(f"rank {number} failed while {what}: {kind}: {text}")
+
+
+def together_where_cheap(what: str) -> AbstractContextManager[None]:
+    """`together` where ranks meet on their hosts: for what is done in every step. Collective there.
+
+    Where they meet on a device, whose work each step would wait for, an error is that of the rank that has it, and whoever started
+    the ranks ends the others.
+    """
+    return together(what) if carrier(torch.device("cpu")).type == "cpu" else nullcontext()
 
 
 def spread[T](what: str, count: int, work: Callable[[int], T]) -> list[T]:

@@ -120,6 +120,7 @@ class AutoBridge(HFAdapters):
     def load_native_weights(self, model: Model, path: str | Path) -> None:
         """Fills a model from a native checkpoint, and takes over what that keeps of its source. Collective."""
         folder = native.locate(Path(path))
+        self.note_source(folder)
         rounded = native.load_weights(folder, model)
         with agreement.together("reading what a native checkpoint carries"):
             self.remember(folder)

@@ -73,9 +73,12 @@ class HFAdapters(HFWeights):
             folder = regular.place(path)
             found, infos = peft_folder.read_config(folder), peft_folder.find_weights(folder)
             modules = peft_folder.modules_of(infos)
-        if not any(agreement.gather(bool(survey(model, adapters=True)))):
+            self.note_source(folder)
             rules = AdapterMap(self.family, found)
-            linears = tuple(name for name in modules if not (found.target_parameters and rules.is_wrapper(name)))
+            stacked = {name for name in modules if found.target_parameters and rules.is_wrapper(name)}
+            peft_folder.check_rank(infos, found.r, stacked.__contains__)
+        if not any(agreement.gather(bool(survey(model, adapters=True)))):
+            linears = tuple(name for name in modules if name not in stacked)
             self.add_adapters(model, replace(found, target_modules=linears, exclude_modules=()))
         peft = self._peft_of(model)
         different = [
@@ -118,6 +121,7 @@ class HFAdapters(HFWeights):
                 verify=verify,
                 allow_nonfinite=allow_nonfinite,
                 writer=writer,
+                sources=self.sources,
                 progress=progress,
             )
 

@@ -59,6 +59,7 @@ class HFModel:
         self.record: SourceRecord | None = None
         self.carried = Carried()
         self.peft: LoRA | None = None
+        self._read_from: list[Path] = []
 
     @classmethod
     def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None,
@@ -218,6 +219,15 @@ class HFModel:
     def folder(self) -> Path | None:
         """Where the config, tokenizer and templates were read, if anywhere."""
         return None if self.opened is None else self.opened.folder
+
+    def note_source(self, folder: Path) -> None:
+        """Has exports keep away from a folder that weights or adapters were read from."""
+        self._read_from = [*dict.fromkeys([*self._read_from, folder.absolute()])]
+
+    @property
+    def sources(self) -> list[Path]:
+        """The folders that anything of the model was read from: no export takes the place of one."""
+        return self._read_from if self.folder is None else [self.folder.absolute(), *self._read_from]
 
     def source_folder(self, *, allow_bin: bool = False) -> Path:
         """The folder of the bridge's own weights, fetched where they are on a hub. Any rank may call it.

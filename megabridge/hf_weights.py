@@ -142,13 +142,16 @@ class HFWeights(HFModel):
         with agreement.together("opening the source"):
             allow_bin = allow_bin or self.allow_bin
             if hf_path is None and revision in (None, self.revision):
-                return find_weights(self.source_folder(allow_bin=allow_bin), allow_bin=allow_bin)
+                folder = self.source_folder(allow_bin=allow_bin)
+                self.note_source(folder)
+                return find_weights(folder, allow_bin=allow_bin)
             what = f"revision={revision!r}" if hf_path is None else f"hf_path={str(hf_path)!r}"
             folder = source.resolve(
                 str(self.location if hf_path is None else hf_path),
                 revision=revision or self.revision, token=self.token, code=self.trust_remote_code, allow_bin=allow_bin,
             )  # fmt: skip
             self.check_same(assets.read_config(folder), what)
+            self.note_source(folder)
             return find_weights(folder, allow_bin=allow_bin)
 
     # ------------------------------------------------------------------ into files
@@ -164,23 +167,30 @@ class HFWeights(HFModel):
         multi-token-prediction layers that the model was built without come back as they were imported. `source_path` is
         a folder or hub id whose config and tokenizer are written in place of the bridge's own. `max_shard_size` is of one file; by
         default the files are the source's where all tensors have its names and dtypes, else of at most 5GB. The folder appears by
-        one rename, after every tensor was read back and compared. What can't be as the source had it, because a parameter that
-        held it since has less precision, is printed once and in the report. NaN and infinite values are refused unless
-        `allow_nonfinite`. After an import with strict=False, `strict` refuses to publish a model that lacks what the source had.
-        `writer="gather"` has rank 0 write everything, for ranks that share no file system. `quantization="fp8_block"` writes the
-        linears in layers as block-scaled FP8, with `weight_dtype` for the rest: as the source's config has it where that was such
-        FP8, else in blocks of 128 x 128. The weights of an adapted model have their adapters added, unless
+        one rename, after every tensor was read back and compared; an earlier export is replaced, if nobody changed it and the
+        model wasn't read from it. What can't be as the source had it, because a parameter that held it since has less precision,
+        is printed once and in the report. NaN and infinite values are refused unless `allow_nonfinite`. After an import with
+        strict=False, `strict` refuses to publish a model that lacks what the source had. `writer="gather"` has rank 0 write
+        everything, for ranks that share no file system. `quantization="fp8_block"` writes the linears in layers as block-scaled
+        FP8, with `weight_dtype` for the rest: as the source's config has it where that was such FP8, else in blocks of 128 x 128.
+        The weights of an adapted model have their adapters added, unless
         `merge_adapter_weights` is False: then they are the frozen ones.
         """
-        write = self.write_hf_assets
+        write, sources = self.write_hf_assets, self.sources
         if source_path is not None:
             with agreement.together("opening source_path"):
                 other = HFModel.from_hf_pretrained(
                     source_path, token=self.token, trust_remote_code=self.trust_remote_code, ignore_keys=self.ignore_keys
                 )
                 self.check_same(other.config, f"source_path={str(source_path)!r}")
-            write = other.write_hf_assets
-        options = {"max_shard_size": max_shard_size, "verify": verify, "allow_nonfinite": allow_nonfinite, "writer": writer}
+            write, sources = other.write_hf_assets, [*sources, *other.sources]
+        options: dict[str, Any] = {
+            "max_shard_size": max_shard_size,
+            "verify": verify,
+            "allow_nonfinite": allow_nonfinite,
+            "writer": writer,
+            "sources": sources,
+        }
         plan = self.outgoing(model, merge=merge_adapter_weights)
         return self._export(plan, Path(path), write, strict, weight_dtype, quantization, show_progress, options)
 
@@ -189,7 +199,13 @@ class HFWeights(HFModel):
                         verify: bool = True, allow_nonfinite: bool = False, writer: str = "shared",
                         quantization: str | None = None, merge_adapter_weights: bool = True) -> Report:  # fmt: skip
         """The same with weights only. Collective."""
-        options = {"max_shard_size": max_shard_size, "verify": verify, "allow_nonfinite": allow_nonfinite, "writer": writer}
+        options: dict[str, Any] = {
+            "max_shard_size": max_shard_size,
+            "verify": verify,
+            "allow_nonfinite": allow_nonfinite,
+            "writer": writer,
+            "sources": self.sources,
+        }
         plan = self.outgoing(model, merge=merge_adapter_weights)
         return self._export(plan, Path(path), lambda *_: None, strict, weight_dtype, quantization, show_progress, options)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from megabridge.checkpoint import assets
 from megabridge.checkpoint.hf import find_tensors
+from megabridge.checkpoint.inside import entries, inside
+from megabridge.conversion import manifest
 from megabridge.errors import CheckpointError
 
 
@@ -20,16 +23,16 @@ def upload(
 ) -> str:
     """Puts everything in `folder` into the model repository `repo_id`, which is made where it is missing. Returns the commit's URL.
 
-    It is one commit: nobody can download a half of the model. One rank calls it. Raises CheckpointError for a folder that is no
-    complete model, and when the hub refuses or is out of reach.
+    It is one commit: nobody can download a half of the model. Git's own files and the notes of a download stay here. One rank
+    calls it. Raises CheckpointError for a folder that is no complete model, or has links that lead out of it, and when the hub
+    refuses or is out of reach.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub import errors as hub
 
     assets.read_config(folder)
     find_tensors(folder)
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    additions = [CommitOperationAdd(path_in_repo=str(file.relative_to(folder)), path_or_fileobj=file) for file in files]
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in _files(folder).items()]
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
@@ -44,3 +47,17 @@ def upload(
             f"the hub didn't take {repo_id}: {lines[0]}; check the name and the network, and that HF_TOKEN may write."
         ) from error
     return str(done.commit_url)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """What is uploaded, by its name in the repository. Raises CheckpointError for what doesn't lie in the folder, or is no file."""
+    found, problems = dict[str, Path](), list[str]()
+    for name, state in sorted(entries(folder, apart=manifest.APART)):
+        try:
+            if not stat.S_ISDIR(state.st_mode) and name not in manifest.APART:
+                found[name] = inside(folder, name)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("\n  ".join(problems))
+    return found

@@ -13,6 +13,8 @@ from megabridge.errors import CheckpointError
 LARGEST: Final = 1 << 30
 """Bytes of a file that is read as a whole: config, index, manifest. A sparse file can say that it has more than there is memory."""
 _KINDS: Final = {
+    stat.S_IFREG: "a file",
+    stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -30,6 +32,11 @@ def place(path: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # no permission, a circle of links, a name too long, a NUL, no such home
         raise CheckpointError(f"{str(path)[:500]} can't be looked up ({reason(error)}); name another path.") from error
     return found
+
+
+def kind(mode: int) -> str:
+    """What an entry of a folder is, by its st_mode: "a file", "a link", "a pipe"."""
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 def reason(error: Exception) -> str:
@@ -60,10 +67,10 @@ def opened(path: Path) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)[:500]} can't be read: {reason(error)}; fetch it again, or name another.") from error
-    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-    if kind != stat.S_IFREG:
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise CheckpointError(f"{path} must be a regular file, not {_KINDS.get(kind, 'something else')}; fetch it again.")
+        raise CheckpointError(f"{path} must be a regular file, not {kind(mode)}; fetch it again.")
     os.set_blocking(descriptor, True)
     return os.fdopen(descriptor, "rb")
 

@@ -231,13 +231,13 @@ def _watched(subject: Subject, model: Model, own: peers.Groups, out: Path) -> di
         "export of whole tensors": lambda: peers.export_whole(plan, shards, own),
         "stream": lambda: _stream(subject, model),
     }
-    peaks, collectives, read = {}, {}, {}
+    peaks, communication, read = {}, {}, {}
     for name, walk in walks.items():
         with anonymous_peak() as peak, peers.counted() as calls:
             result = walk()
         every = agreement.gather((peak(), calls.objects, calls.tensors))
         peaks[name] = max(entry[0] for entry in every)
-        collectives[name] = {"objects": max(entry[1] for entry in every), "tensors": max(entry[2] for entry in every)}
+        communication[name] = {"objects": max(entry[1] for entry in every), "tensors": max(entry[2] for entry in every)}
         if name == "import":
             read[name] = result.bytes_copied / agreement.world_size()
         elif name == "import of whole tensors":
@@ -245,7 +245,7 @@ def _watched(subject: Subject, model: Model, own: peers.Groups, out: Path) -> di
         elif name.startswith("export"):
             _remove(out)
     owned = sum(agreement.gather(plan.owned_bytes)) / agreement.world_size()
-    return {"anonymous_peak": peaks, "collectives": collectives, "bytes_read_per_rank": {**read, "owned": owned}}
+    return {"anonymous_peak": peaks, "collectives": communication, "bytes_read_per_rank": {**read, "owned": owned}}
 
 
 def _cpu_per_tensor(narrow: Subject, out: Path) -> dict[str, float]:

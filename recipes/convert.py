@@ -35,14 +35,14 @@ def main(config: Config) -> None:
     bridge = assemble.bridge(config)
     provider = assemble.provider(config, bridge, keeps_dtypes=True)
     if conversion.mode == "export":
-        provider.register_pre_wrap_hook(partial(bridge.keep_native_dtypes, path=checkpoint(config)))
+        provider.register_pre_wrap_hook(partial(bridge.keep_native_dtypes, path=native_folder(config)))
     chunks = provider.provide_distributed_model(
         wrap_with_ddp=False, init="empty" if conversion.mode == "export" else assemble.init(config), runs=False
     )
     with Reporter(config, assemble.loggers(config)) as report:
         report.say(provider.describe(runs=False))
         if conversion.mode == "export":
-            bridge.load_native_weights(chunks, checkpoint(config))
+            bridge.load_native_weights(chunks, native_folder(config))
         else:
             assert bridge.import_report is not None
             report.log(0, {f"import/{name}": value for name, value in bridge.import_report.metrics().items()})
@@ -104,10 +104,10 @@ def is_as_imported(config: Config, bridge: AutoBridge) -> bool:
     """Whether the weights are those of the source, never trained: they are exported in its dtypes then."""
     if config.conversion.mode == "roundtrip":
         return True
-    return bridge.record is not None and not native.stored(native.locate(checkpoint(config))).is_trained
+    return bridge.record is not None and not native.stored(native.locate(native_folder(config))).is_trained
 
 
-def checkpoint(config: Config) -> Path:
+def native_folder(config: Config) -> Path:
     """The native folder to export, from checkpoint.resume."""
     if config.checkpoint.resume in ("none", "auto"):
         raise ConfigError(

@@ -22,10 +22,11 @@ def main(config: Config) -> None:
     workers = len(os.sched_getaffinity(0)) if wanted.workers is None else wanted.workers
     if workers < 1:
         raise ConfigError(f"prepare.workers={workers} must be at least 1.")
-    folder = assemble.bridge(config).folder
-    assert folder is not None  # `assemble.bridge` makes one from a folder
+    bridge = assemble.bridge(config)
+    assert bridge.folder is not None  # `assemble.bridge` makes one from a folder
     output = wanted.output or str(Path(config.run_dir) / "data")
-    rules = prepare.Rules(folder, wanted.column, wanted.text_rows == "line", wanted.append_end)
+    vocab_size = int(bridge.native["vocab_size"])
+    rules = prepare.Rules(bridge.folder, wanted.column, wanted.text_rows == "line", wanted.append_end, vocab_size)
     with Reporter(config, assemble.loggers(config)) as report:
         with bytes_bar("tokenising", show=True) as advance:
             made = prepare.prepare(

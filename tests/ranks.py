@@ -7,25 +7,34 @@
 This file has two sides. RankServer lives in the pytest process, which needs no torch for it. Run as a program, the file
 is the host: it imports the stack once and forks `topology.world_size` ranks per request. The module of a request is
 imported in the host, so it must only define things: no tensor is computed there.
+
+    done = ranks.program("recipe=plan model=tiny_llama", cwd=tmp_path)
+
+is `python -m megabridge.run ...` in a process forked from the host, whose workers are forked, too: the same functions of the same
+modules run in processes of their own, and only the interpreters' starts and imports are left out. Tests of a start itself start it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import pickle
 import selectors
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 
 from megabridge.topology import Topology
 
@@ -100,6 +109,24 @@ class RankServer:
             raise RankError(answer, output.read_text(errors="replace")[-8000:] if output.exists() else "")
         return [pickle.loads((folder / f"result_{rank}.pickle").read_bytes()) for rank in range(request["world_size"])]
 
+    def program(
+        self, arguments: str | Sequence[str], *, cwd: Path, environ: Mapping[str, str] | None = None, timeout: float = 240.0
+    ) -> subprocess.CompletedProcess[str]:
+        """`python -m megabridge.run` with `arguments`, in `cwd`; `environ` is beside this process's environment."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        given = shlex.split(arguments) if isinstance(arguments, str) else list(arguments)
+        request = {
+            "program": given,
+            "cwd": str(cwd),
+            "environ": {**os.environ, "MEGABRIDGE_PLATFORM": "cpu", **(environ or {})},
+            "folder": str(folder),
+            "timeout": timeout,
+        }
+        answer = self._ask(request, timeout + 30)
+        assert answer is not None
+        printed = [(folder / name).read_text(errors="replace") for name in ("stdout.txt", "stderr.txt")]
+        return subprocess.CompletedProcess(given, answer["status"], *printed)
+
     def _ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any] | None:
         if self.host is None or self.host.poll() is not None:
             self.host = self._started()
@@ -153,6 +180,9 @@ def serve() -> None:
     print(json.dumps(None), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        if "program" in request:
+            print(json.dumps({"status": _program(request)}), file=answers, flush=True)
+            continue
         module, _, function = request["target"].partition(":")
         try:
             importlib.import_module(module)
@@ -169,6 +199,90 @@ def serve() -> None:
 
         found = fork_ranks(request["world_size"], target, timeout=request["timeout"])
         print(json.dumps(asdict(found) if isinstance(found, Failure) else None), file=answers, flush=True)
+
+
+def _program(request: dict[str, Any]) -> int:
+    """The exit status of the command, as a shell gives it."""
+    import recipes
+    from megabridge import run, worker
+    from megabridge.launchers.processes import children
+
+    for module in worker._IMPORTED_LATE:
+        importlib.import_module(module)
+    for file in Path(recipes.__path__[0]).glob("*.py"):
+        importlib.import_module(f"recipes.{file.stem}")
+
+    def live() -> int:
+        for descriptor, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+            os.dup2(os.open(Path(request["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        children.spawn = _forked_worker
+        os.chdir(request["cwd"])
+        sys.argv = ["megabridge", *request["program"]]
+        return run.main()
+
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _become(live, request["environ"], parent, cwd=request["cwd"])
+    until = time.monotonic() + request["timeout"]
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > until:
+            os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def _forked_worker(
+    module: str, arguments: Sequence[str], *, rank: int, environ: Mapping[str, str], config: int, **more: Any
+) -> Any:
+    """`children.spawn` with a fork of this process in the place of a new interpreter."""
+    from megabridge import last_words
+    from megabridge.launchers.processes import children
+
+    report, note, parent = children.unnamed(), children.unnamed(), os.getpid()
+    held = more.get("held", frozenset())
+
+    def live() -> int:
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        main: Callable[[list[str]], int] = importlib.import_module(module).main
+        return main([f"--config={config}", f"--outcome={report}", f"--note={note}", *arguments])
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        _become(live, environ, parent)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.setpgid(pid, pid)
+    return children.Child(rank, pid, os.pidfd_open(pid), report, last_words.page(note))
+
+
+def _become(live: Callable[[], int], environ: Mapping[str, str], parent: int, *, cwd: str | None = None) -> NoReturn:
+    """A forked process's whole life as a program of its own."""
+    from megabridge.launchers.processes.ending import die_with_parent
+
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        die_with_parent(parent)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(environ)
+        paths = [str(Path.cwd()) if cwd is None else cwd, *environ.get("PYTHONPATH", "").split(os.pathsep)]
+        sys.path[:0] = [entry for entry in paths if entry and entry not in sys.path]
+        status = live()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
 
 
 def _run(rank: int, request: dict[str, Any], module: str, function: str) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from megabridge import bounds, host
+from megabridge import bounds
 from megabridge.config import Config
 from megabridge.errors import ConfigError
+from megabridge.launchers.platform_choice import choose_platform
 from megabridge.topology import Topology
 
 
@@ -76,7 +77,7 @@ def test_sizes_of_a_layout_have_bounds() -> None:
         Topology(etp=0)
     config = Config(platform="cpu")
     with pytest.raises(ConfigError, match=r"needs 1000000000 processes, and one host starts at most 1024; .*recipe=plan"):
-        host.choose_platform(config, Topology(cp=10**9), gpus=0, memory=2**40, overrides=[])
+        choose_platform(config, Topology(cp=10**9), gpus=0, memory=2**40, overrides=[])
 
 
 def test_paths_must_be_such_that_can_be_looked_up(tmp_path: Path) -> None:

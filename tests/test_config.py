@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from megabridge import checks, config, host
 from megabridge.config import Config
 from megabridge.errors import ConfigError
+from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.prepare import conf_folder, resolve
 from megabridge.topology import Topology
 from tests.compose import compose
@@ -239,7 +240,7 @@ def test_every_schema_field_is_documented() -> None:
 
 def platform_of(*overrides: str, gpus: int = 0, memory: int = 24 * GIB) -> str:
     run = typed(*overrides)
-    return host.choose_platform(run, config.processes(run), gpus=gpus, memory=memory, overrides=list(overrides))
+    return choose_platform(run, config.processes(run), gpus=gpus, memory=memory, overrides=list(overrides))
 
 
 def test_small_models_run_on_a_cpu_and_gpus_are_used_where_they_suffice() -> None:
@@ -319,6 +320,6 @@ def test_training_that_cannot_work_is_refused_before_it_starts(override: str, me
 
 def test_config_keys_are_frozen() -> None:
     """A key that appears, goes or changes its name is a change of the product: say so in CHANGELOG.md and here."""
-    schema = OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
+    keys = OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
     expected = (Path(__file__).parent / "config_keys.txt").read_text().split()
-    assert frozen(schema) == expected
+    assert frozen(keys) == expected

@@ -18,6 +18,7 @@ from megabridge.data import bytes as byte_tokenizer
 from megabridge.errors import ConfigError
 from megabridge.families import all_families
 from megabridge.families.table import renewed, table
+from tests.ranks import RankServer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,8 +49,9 @@ def run(command: list[str], folder: Path) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_compose(command: str, tmp_path: Path) -> None:
-    assert "recipe:" in run([sys.executable, *shlex.split(command)[1:], "--cfg", "job"], tmp_path)
+def test_commands_compose(ranks: RankServer, command: str, tmp_path: Path) -> None:
+    done = ranks.program([*shlex.split(command)[3:], "--cfg", "job"], cwd=tmp_path)
+    assert done.returncode == 0 and "recipe:" in done.stdout, done.stderr
 
 
 def test_every_page_was_looked_at() -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,10 +64,8 @@ def test_expected_memory_is_what_is_said(ranks: RankServer, composed: Mapping[st
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_those_for_a_cpu_run_in_tiny_form(tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-m", "megabridge.run", f"experiment={name}", *ON_CPU[name].split(), "run_dir=run"]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+def test_those_for_a_cpu_run_in_tiny_form(ranks: RankServer, tmp_path: Path, name: str) -> None:
+    done = ranks.program([f"experiment={name}", *ON_CPU[name].split(), "run_dir=run"], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     published = [file.parent.name for file in (tmp_path / "run" / "checkpoints").glob("step_*/*/*.safetensors")]
     assert set(published) == {"adapter" if name == "smollm2_lora" else "hf"}

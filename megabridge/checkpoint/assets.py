@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
 from megabridge import regular
+from megabridge.checkpoint.inside import inside
 from megabridge.checkpoint.safetensors import parse_json
 from megabridge.errors import CheckpointError, ConfigError
 from megabridge.families.unread import TOKENS
@@ -15,6 +18,7 @@ from megabridge.families.unread import TOKENS
 CONFIG: Final = "config.json"
 ADAPTER: Final = "adapter_config.json"
 """PEFT's, of a folder with adapters alone."""
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 GENERATION: Final = "generation_config.json"
 # Name patterns of files that belong to a model. Code (*.py) and weights are never among them.
 PATTERNS: Final = (
@@ -49,10 +53,10 @@ def read_object(path: Path, *, otherwise: str) -> dict[str, Any]:
 
 
 def read_file(path: Path, *, otherwise: str) -> bytes:
-    """The content of a file. Raises CheckpointError, with what to do `otherwise` where there is no such file."""
+    """The content of a file `inside` its folder. Raises CheckpointError, with what to do `otherwise` where there is none."""
     if not regular.exists(path):
         raise CheckpointError(f"{path.parent} must hold {path.name}; {otherwise}.")
-    return regular.read(path, largest=_LARGEST)
+    return regular.read(inside(path.parent, path.name), largest=_LARGEST)
 
 
 def parse_object(text: bytes, what: str) -> dict[str, Any]:
@@ -77,10 +81,36 @@ def end_tokens(folder: Path, config: Mapping[str, Any]) -> set[int]:
 
 
 def read_assets(source: Path, *, code: bool = False) -> dict[str, bytes]:
-    """Tokenizer, templates, generation config, and `code`, following links: their content by path in the folder."""
-    patterns = (*PATTERNS, *CODE) if code else PATTERNS
-    names = sorted({str(path.relative_to(source)) for pattern in patterns for path in source.glob(pattern) if path.is_file()})
-    return {name: regular.read(source / name) for name in names}
+    """Tokenizer, templates, generation config, and `code`: their content by path in the folder.
+
+    Raises CheckpointError for what is no file, and for links that lead out of the folder (see `inside`); it names them all.
+    """
+    found, problems = dict[str, bytes](), list[str]()
+    for name in sorted({name for pattern in ((*PATTERNS, *CODE) if code else PATTERNS) for name in _matching(source, pattern)}):
+        try:
+            found[name] = regular.read(inside(source, name))
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("\n  ".join(problems))
+    return found
+
+
+def _matching(folder: Path, pattern: str) -> list[str]:
+    """Paths of what is in `folder` and matches a pattern, but folders."""
+    parent = pattern.rpartition("/")[0]
+    place = folder / parent
+    try:
+        names = os.listdir(place) if regular.is_folder(place) else []  # noqa: PTH208
+    except OSError as error:
+        raise CheckpointError(f"{place} can't be read: {error.strerror}; allow it, or name another folder.") from error
+    paths = [f"{parent}/{name}" if parent else name for name in names]
+    return [path for path in paths if matches(path, pattern) and not regular.is_folder(folder / path)]
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Like fnmatch, but `*` does not reach into folders: original/ and onnx/ often hold a second copy of the weights."""
+    return path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)
 
 
 def write_assets(target: Path, files: Mapping[str, bytes]) -> None:

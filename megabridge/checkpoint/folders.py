@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from contextlib import suppress
@@ -114,6 +115,11 @@ def removed_of(folder: Path) -> Path:
     return _beside(folder, REMOVED_SUFFIX)
 
 
+def lock_of(folder: Path) -> Path:
+    """The file that is locked while `folder` is written."""
+    return _beside(folder, LOCK_SUFFIX)
+
+
 def _beside(folder: Path, suffix: str) -> Path:
     name = folder.name
     if len(os.fsencode(name)) + len(suffix) + 1 > _NAME_BYTES:
@@ -157,7 +163,8 @@ def commit(folder: Path, *, replace: bool = False) -> None:
     try:
         for parent, _, files in os.walk(partial, topdown=False):
             for name in files:
-                fsync(Path(parent, name))
+                if stat.S_ISREG(Path(parent, name).lstat().st_mode):  # an export may take over git's links and sockets
+                    fsync(Path(parent, name))
             fsync(Path(parent))
         _rename(partial, folder, replace=replace and folder.exists())
     except OSError as error:
@@ -340,7 +347,7 @@ def claim(folder: Path) -> tuple[IO[str], str]:
     The lock lies beside the folder, which is renamed. It is shared as soon as it is won, so that `join` lets the other ranks of
     this save hold it too: it is free when all of them are gone. Raises CheckpointError where another process saves there.
     """
-    path = _beside(regular.place(folder), LOCK_SUFFIX)
+    path = lock_of(regular.place(folder))
     try:
         make_parents(folder)
         file = _won(path, folder)
@@ -370,7 +377,7 @@ def _won(path: Path, folder: Path) -> IO[str]:
 
 def join(folder: Path, token: str) -> IO[str]:
     """Holds the lock that another rank claimed. Raises CheckpointError where this host doesn't see that rank's files."""
-    path = _beside(folder, LOCK_SUFFIX)
+    path = lock_of(folder)
     end = time.monotonic() + _VISIBLE
     while True:
         try:
@@ -392,7 +399,7 @@ def join(folder: Path, token: str) -> IO[str]:
 def release(folder: Path, file: IO[str]) -> None:
     """Gives a claimed name back and removes the lock, once no rank writes any more."""
     with suppress(OSError):  # a lock file that stays is no harm
-        _beside(folder, LOCK_SUFFIX).unlink()
+        lock_of(folder).unlink()
     file.close()
 
 

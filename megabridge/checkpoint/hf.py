@@ -17,6 +17,7 @@ import torch
 from megabridge import last_words, regular
 from megabridge.checkpoint.codecs import sizes_of
 from megabridge.checkpoint.filesystems import is_remote
+from megabridge.checkpoint.inside import inside
 from megabridge.checkpoint.pickles import read_pickle
 from megabridge.checkpoint.safetensors import Stamp, TensorInfo, parse_json, read_header, stamp_of
 from megabridge.checkpoint.stretches import hf_length, narrow, span_of, stretches
@@ -83,23 +84,13 @@ def find_tensors(folder: Path, *, allow_bin: bool = False) -> dict[str, TensorIn
 
 
 def _inside(folder: Path, name: str, index: str) -> Path:
-    """The file `name` directly in `folder`. Links may lead to the blobs of the same hub cache entry, nowhere else."""
+    """The file `name` directly in `folder`, which must not lead out of there (see `inside`)."""
     if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
         raise CheckpointError(
             f"{folder}: the file name {name[:500]!r} in {index} must be a plain name inside the folder; fetch it again."
         )
-    path = folder / name
-    try:
-        real, roots = path.resolve(strict=True), [folder.resolve()]
-    except (OSError, ValueError, RuntimeError) as error:  # missing, too long, not encodable, or a circle of links
-        raise CheckpointError(f"{str(path)[:1000]!r} is named in {index} and must exist ({error}); fetch it again.") from None
-    if folder.resolve().parent.name == "snapshots":
-        roots.append(folder.resolve().parent.parent / "blobs")
-    if not any(real.parent == root for root in roots):
-        raise CheckpointError(f"{path} must lie inside its folder, but leads to {real}; copy the file there.")
-    if not real.is_file():
-        raise CheckpointError(f"{path} is named in {index} and must be a file; fetch it again.")
-    return path
+    inside(folder, name)
+    return folder / name
 
 
 def parse_index(text: bytes, index: Path) -> dict[str, str]:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -157,7 +156,7 @@ def _chosen(name: str, info: ModelInfo, wanted: Patterns, weights: tuple[Pattern
     files = [sibling.rfilename for sibling in info.siblings or ()]
 
     def matching(patterns: Patterns) -> list[str]:
-        return [file for file in files if any(_matches(file, pattern) for pattern in patterns)]
+        return [file for file in files if any(assets.matches(file, pattern) for pattern in patterns)]
 
     chosen = matching(wanted)
     if "config.json" not in chosen:
@@ -170,11 +169,6 @@ def _chosen(name: str, info: ModelInfo, wanted: Patterns, weights: tuple[Pattern
             "ones with conversion.allow_bin=true, or convert them with transformers' save_pretrained and name the folder."
         )
     return [re.sub(r"([*?[])", r"[\1]", file) for file in (*chosen, *found)]
-
-
-def _matches(file: str, pattern: str) -> bool:
-    """Like fnmatch, but `*` does not reach into folders: original/ and onnx/ often hold a second copy of the weights."""
-    return file.count("/") == pattern.count("/") and fnmatchcase(file, pattern)
 
 
 def _from_cache(name: str, reason: str, weights: tuple[Patterns, ...], *, revision: str | None) -> Path:

@@ -22,6 +22,7 @@ from megabridge.checkpoint.dtypes import counted
 from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion import manifest
 from megabridge.conversion.compare import Convert, Difference, Pair, compare
+from megabridge.conversion.earlier import Earlier, check_apart, check_hidden, check_unchanged
 from megabridge.conversion.encoding import Encoder, agree, scale_owners
 from megabridge.conversion.gather import Gathered, compare_gathered
 from megabridge.conversion.importer import Progress, silent
@@ -64,6 +65,7 @@ def export_weights(
     allow_nonfinite: bool = False,
     writer: str = "shared",
     quantization: Quantization | None = None,
+    sources: Iterable[Path] = (),
     progress: Progress = silent,
 ) -> Report:
     """Publishes the model as a Hugging Face folder at `path`. Collective.
@@ -73,8 +75,9 @@ def export_weights(
 
     Everything is written into a hidden folder beside `path`, read back and compared, made durable, and renamed last;
     `write_assets(folder)` adds config and tokenizer on rank 0. `only` is the name of the one file of all weights, `files` say what
-    is in which; else `max_shard_size` decides. An earlier export at `path` is replaced. What a killed export left is used again
-    where it is right. With a `quantization`, linears are of FP8.
+    is in which; else `max_shard_size` decides. An earlier export at `path` is replaced (see `Earlier`), unless the model was read
+    from there, out of one of the folders `sources`. What a killed export left is used again where it is right. With a
+    `quantization`, linears are of FP8.
 
     Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was at `path` stays. NaN and
     infinite values are refused unless `allow_nonfinite`.
@@ -83,11 +86,12 @@ def export_weights(
         raise ConfigError(f"writer={writer!r} must be one of {', '.join(WRITERS)}.")
     begin = time.perf_counter()
     partial = folders.partial_of(path := Path(os.path.realpath(path)))
+    agreement.on_rank_zero("looking where the export goes", lambda: check_apart(path, sources))
     encoder = agree(plan, specs := export_specs(plan, dtypes, aliases), quantization, everything=writer == "gather")
     shards = plan_shards(partial, encoder.specs(specs), max_shard_size, only=only, files=files)
     infos = {name: info for shard in shards for name, info in shard.tensors.items()}
     writers = {name: [0] for name in infos} if writer == "gather" else _writers(plan, infos, encoder)
-    with _claimed(path, is_shared=writer == "shared"):
+    with _claimed(path, is_shared=writer == "shared") as earlier:
         try:
             kept = agreement.on_rank_zero("reserving space for the export", lambda: reserve(partial, shards))
             with (
@@ -102,7 +106,7 @@ def export_weights(
             found, verify_seconds = _verify(plan, partial, shards, encoder, writer) if verify else (Difference((), 0.0, 0), 0.0)
             begin = time.perf_counter()
             by_name = _digests(writers, infos, everyones)
-            agreement.on_rank_zero("publishing the export", lambda: _publish(path, shards, write_assets, by_name))
+            agreement.on_rank_zero("publishing the export", lambda: _publish(path, shards, write_assets, by_name, earlier))
         except (MegabridgeError, OSError):
             if agreement.rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -130,17 +134,20 @@ def _report(
 
 
 @contextmanager
-def _claimed(path: Path, *, is_shared: bool) -> Iterator[None]:
+def _claimed(path: Path, *, is_shared: bool) -> Iterator[Earlier | None]:
     """No other export writes to `path` meanwhile, and, where it is shared, every rank sees the folder of rank 0. Collective.
 
-    Only an end that all ranks came to removes the lock, and lets the caller remove files: where one died, others may still write.
+    Yields what is there, to rank 0. Only an end that all ranks came to removes the lock, and lets the caller remove files: where
+    one died, others may still write. Raises CheckpointError where what is there can't be replaced.
     """
     own: list[IO[str]] = []
+    found: list[Earlier] = []
 
     def claim() -> str:
-        _check_replaceable(path)
+        check_hidden(path)
         file, token = folders.claim(path)
         own.append(file)
+        found.append(Earlier.at(path))
         return token
 
     try:
@@ -148,7 +155,9 @@ def _claimed(path: Path, *, is_shared: bool) -> Iterator[None]:
         with agreement.together("opening the folder of the export"):
             if is_shared and agreement.rank() != 0:
                 own.append(folders.join(path, token))
-        yield
+        earlier = found[0] if found else None
+        check_unchanged(path, earlier, is_shared=is_shared)
+        yield earlier
     except (MegabridgeError, OSError):
         _release(path, own)
         raise
@@ -162,21 +171,6 @@ def _claimed(path: Path, *, is_shared: bool) -> Iterator[None]:
 def _release(path: Path, own: list[IO[str]]) -> None:
     if own and agreement.rank() == 0:
         folders.release(path, own[0])
-
-
-def _check_replaceable(path: Path) -> None:
-    """Raises CheckpointError where publishing at `path` would remove what no export wrote."""
-    try:
-        if path.exists() and not path.is_dir():
-            raise CheckpointError(f"{path} is a file, where the export's folder is to be; export elsewhere or remove it.")
-        foreign = sorted(entry.name for entry in path.iterdir() if not manifest.may_hold(entry.name)) if path.is_dir() else []
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be written: {error.strerror}; export elsewhere.") from error
-    if foreign:
-        raise CheckpointError(
-            f"{path} would be replaced by the export, but holds what no export writes: {', '.join(foreign[:5])}; "
-            "export elsewhere or move that away."
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,13 +242,16 @@ def _refuse_nonfinite(everyones: list[Written]) -> None:
         )
 
 
-def _publish(path: Path, shards: list[Shard], write_assets: Callable[[Path], None], found: Mapping[str, str]) -> None:
+def _publish(path: Path, shards: list[Shard], write_assets: Callable[[Path], None], found: Mapping[str, str],
+             earlier: Earlier | None) -> None:  # fmt: skip
     partial = folders.partial_of(path)
+    assert earlier is not None  # rank 0's
     with space_named(partial, shards):
         write_index(partial, shards)
         write_assets(partial)
         infos = {name: info for shard in shards for name, info in shard.tensors.items()}
         manifest.write(partial, infos, found, native.layout())
+        earlier.carry(partial)
     folders.commit(path, replace=True)
 
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+import os
+import stat
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Self
 
 import torch
 import xxhash
 
 from megabridge import agreement, regular
 from megabridge.checkpoint import assets
-from megabridge.checkpoint.hf import INDEX, Reader
+from megabridge.checkpoint.hf import INDEX, SINGLE, Reader
+from megabridge.checkpoint.inside import entries, inside
 from megabridge.checkpoint.safetensors import NAMES, TensorInfo, parse_json
 from megabridge.errors import CheckpointError
 from megabridge.version import VERSION
@@ -28,6 +30,9 @@ from megabridge.version import VERSION
 MANIFEST: Final = "megabridge.json"
 FORMAT: Final = 1
 _CHUNK: Final = 8 << 20  # bytes of a file that are read at once
+_TEXTS: Final = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt")
+_HARMLESS: Final = (*_TEXTS, ".gitattributes", ".gitignore", ".git")  # a worktree's .git is a file
+APART: Final = (".git", ".cache/huggingface")  # git's own, and the notes of a download from the hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,15 @@ class Manifest:
     files: Mapping[str, FileEntry]
     layout: Mapping[str, int]
     versions: Mapping[str, str]
+
+    def paths(self) -> set[str]:
+        """Of all files, weights included."""
+        return {*self.files, *(entry.file for entry in self.tensors.values())}
+
+    def only(self, paths: Collection[str]) -> Self:
+        """What it says of some files."""
+        tensors = {name: entry for name, entry in self.tensors.items() if entry.file in paths}
+        return replace(self, tensors=tensors, files={path: entry for path, entry in self.files.items() if path in paths})
 
 
 def entry_of(info: TensorInfo, digest: str) -> Entry:
@@ -100,12 +114,22 @@ def file_entry(file: Path) -> FileEntry:
 
 
 def write(folder: Path, infos: Mapping[str, TensorInfo], found: Mapping[str, str], layout: Mapping[str, int]) -> None:
-    """Writes the manifest of a folder that is complete but for it; `found` has every tensor's digest. One rank calls it."""
+    """Writes the manifest of a folder that is complete but for it; `found` has every tensor's digest. One rank calls it.
+
+    Raises CheckpointError for files whose names differ by case alone.
+    """
     shards = {info.file.name for info in infos.values()}
+    others = [name for name in other_files(folder) if name not in shards]
+    try:
+        _check_paths(shards, others)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder} can't have {error}, which other systems can't tell apart; rename one at the source."
+        ) from None
     content = {
         "format": FORMAT,
         "tensors": {name: asdict(entry_of(info, found[name])) for name, info in infos.items()},
-        "files": {name: asdict(file_entry(folder / name)) for name in other_files(folder) if name not in shards},
+        "files": {name: asdict(file_entry(folder / name)) for name in others},
         "layout": dict(layout),
         "versions": {"megabridge": VERSION, "megatron-core": version("megatron-core"), "torch": torch.__version__},
     }
@@ -119,17 +143,30 @@ def other_files(folder: Path) -> list[str]:
     return sorted(name for name in found if name != MANIFEST)
 
 
-def may_hold(name: str) -> bool:
-    """Whether an export's folder may hold an entry of this name: weights, their index, the manifest, what belongs to a model."""
-    patterns = (
-        "*.safetensors",
-        INDEX,
-        MANIFEST,
-        assets.CONFIG,
-        assets.ADAPTER,
-        *(pattern.partition("/")[0] for pattern in assets.PATTERNS),
-    )
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def is_written(path: str) -> bool:
+    """Whether an export may write a file of this path in its folder: weights, their index, what belongs to a model, its code."""
+    weights = (SINGLE, "model-*-of-*.safetensors", INDEX, assets.ADAPTER_WEIGHTS)
+    patterns = (*weights, MANIFEST, assets.CONFIG, assets.ADAPTER, *assets.PATTERNS, *assets.CODE)
+    return any(assets.matches(path, pattern) for pattern in patterns)
+
+
+def is_harmless(path: str, state: os.stat_result) -> bool:
+    """Whether an entry of an export's folder changes nothing that anybody loads from it: a model card, a licence, git's own."""
+    return (stat.S_ISREG(state.st_mode) and path in _HARMLESS) or (stat.S_ISDIR(state.st_mode) and path in APART)
+
+
+def unlisted(folder: Path, listed: Collection[str]) -> tuple[list[str], list[str]]:
+    """(a line for each entry of `folder` that isn't among the paths `listed` and isn't harmless; paths of those that are harmless).
+
+    Raises CheckpointError where that can't be read.
+    """
+    problems, harmless = [], []
+    for path, state in sorted(entries(folder, apart=APART)):
+        if is_harmless(path, state):
+            harmless.append(path)
+        elif path not in listed:
+            problems.append(f"{path}: the {regular.kind(state.st_mode).removeprefix('a ')} is not in the manifest")
+    return problems, harmless
 
 
 def read(folder: Path) -> Manifest:
@@ -137,14 +174,14 @@ def read(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not regular.exists(path):
         raise CheckpointError(f"{folder} must hold {MANIFEST}, which every export of megabridge writes; export the model again.")
-    content = parse_json(regular.read(path), str(path))
+    content = parse_json(regular.read(inside(folder, MANIFEST)), str(path))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
         raise CheckpointError(
             f"{path} must be a manifest of format {FORMAT}, not {found!r}; check it with the version that wrote it."
         )
     try:
-        _check_paths(content)
+        _check_paths({entry["file"] for entry in content["tensors"].values()}, content["files"].keys())
         return Manifest(
             tensors={name: Entry(**entry | {"shape": tuple(entry["shape"])}) for name, entry in content["tensors"].items()},
             files={name: FileEntry(**entry) for name, entry in content["files"].items()},
@@ -157,9 +194,13 @@ def read(folder: Path) -> Manifest:
         ) from None
 
 
-def _check_paths(content: dict[str, Any]) -> None:
-    """Raises ValueError where a file's name leads out of the folder."""
-    names = {entry["file"] for entry in content["tensors"].values()}
-    for name in (*names, *content["files"]):
-        if "\0" in name or "\\" in name or Path(name).is_absolute() or ".." in Path(name).parts or (name in names and "/" in name):
+def _check_paths(shards: Collection[str], others: Collection[str]) -> None:
+    """Raises ValueError for a file's name that leads out of the folder, is no plain path, or is another's on some file system."""
+    seen: dict[str, str] = {}
+    for name in (*shards, *others):
+        parts = name.split("/")
+        is_plain = all(part not in ("", ".", "..") for part in parts) and not set(name) & {"\0", "\\"}
+        if not is_plain or (name in shards and len(parts) > 1) or name == MANIFEST:
             raise ValueError(f"the file name {name!r}")
+        if (other := seen.setdefault(name.casefold(), name)) != name or (name in shards and name in others):
+            raise ValueError(f"the file names {other!r} and {name!r}")

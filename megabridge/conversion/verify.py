@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megabridge import agreement
 from megabridge.checkpoint import assets
 from megabridge.checkpoint.codecs import BlockFP8
 from megabridge.checkpoint.hf import PIECE, Reader, find_tensors, view
+from megabridge.checkpoint.inside import inside
 from megabridge.checkpoint.quantised import SCALE_OF, find_weights
 from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion import manifest
@@ -27,15 +29,30 @@ from megabridge.mapping import Transfer, natural, whole
 def against_manifest(folder: Path) -> list[str]:
     """Every way in which `folder` is not what its manifest says, a line each. Collective: ranks share the reading.
 
-    Raises CheckpointError where there is no manifest that can be read.
+    What isn't in the manifest is named too, but for what is harmless. Raises CheckpointError where there is no manifest that can be
+    read.
     """
     with agreement.together("reading the manifest"):
         said = manifest.read(folder)
-        found, problems = _headers(folder, said)
-        problems += [*_other_files(folder, said), *_entries(found, said)]
-        sound = [info for name, info in found.items() if name in said.tensors and _is_same_place(info, said)]
+        problems, _ = manifest.unlisted(folder, {*said.paths(), manifest.MANIFEST})
+    return problems + differences(folder, said)
+
+
+def differences(folder: Path, said: Manifest, *, ranks: Sequence[int] | None = None) -> list[str]:
+    """Every way in which the files of a manifest differ from what it says, a line each. Collective.
+
+    The ranks share the reading; with `ranks`, these alone read.
+    """
+    found: list[TensorInfo] = []
+    problems: list[str] = []
+    is_reading = ranks is None or agreement.rank() in ranks
+    with agreement.together("reading headers and other files"):
+        if is_reading:
+            found, problems = _headers(folder, said)
+            problems += [*_other_files(folder, said), *_entries(found, said)]
+        sound = [info for info in found if info.name in said.tensors and _is_same_place(info, said)]
     with agreement.together("taking digests"):
-        taken = manifest.digests(manifest.share(sound))
+        taken = manifest.digests(manifest.share(sound, None if ranks is None else {info.name: ranks for info in sound}))
     wrong = [name for name, digest in taken.items() if digest != said.tensors[name].xxh3_128]
     return problems + [f"{said.tensors[name].file}: {name} has other bytes than were written" for name in _everyones(wrong)]
 
@@ -98,48 +115,48 @@ def _parts(reader: Reader, info: TensorInfo) -> Iterator[tuple[Transfer, torch.T
         yield part, reader.fetch(info, part, lambda: buffer).box
 
 
-def _headers(folder: Path, said: Manifest) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Every tensor in the folder's files, and what is wrong with these files."""
-    found: dict[str, TensorInfo] = {}
-    problems = []
-    for file in sorted({entry.file for entry in said.tensors.values()} | {path.name for path in folder.glob("*.safetensors")}):
-        if not (folder / file).exists():
+def _headers(folder: Path, said: Manifest) -> tuple[list[TensorInfo], list[str]]:
+    """Every tensor in the manifest's files of weights, and what is wrong with these files."""
+    found, problems, names = list[TensorInfo](), list[str](), dict[str, list[str]]()
+    for name, entry in said.tensors.items():
+        names.setdefault(entry.file, []).append(name)
+    for file in sorted(names):
+        if not os.path.lexists(folder / file):
             problems.append(f"{file}: the file is missing")
             continue
         try:
-            found |= read_header(folder / file)
+            inside(folder, file)
+            infos = read_header(folder / file)
         except CheckpointError as error:
             problems.append(f"{file}: {error}")
+            continue
+        found += infos.values()
+        problems += [f"{file}: {name} is missing" for name in names[file] if name not in infos]
     return found, problems
 
 
 def _other_files(folder: Path, said: Manifest) -> Iterator[str]:
-    shards = {entry.file for entry in said.tensors.values()}
-    present = {name for name in manifest.other_files(folder) if name not in shards}
     for name, entry in said.files.items():
-        if name not in present:
+        if not os.path.lexists(folder / name):
             yield f"{name}: the file is missing"
-        elif manifest.file_entry(folder / name) != entry:
-            yield f"{name}: the file has other bytes than were written"
-    for name in sorted(present - said.files.keys()):
-        # Tensors are reported by name; a README that was added later is no damage.
-        if manifest.may_hold(name.partition("/")[0]) and not name.endswith(".safetensors"):
-            yield f"{name}: the file is not in the manifest"
+            continue
+        try:
+            if manifest.file_entry(inside(folder, name)) != entry:
+                yield f"{name}: the file has other bytes than were written"
+        except CheckpointError as error:
+            yield f"{name}: {error}"
 
 
-def _entries(found: Mapping[str, TensorInfo], said: Manifest) -> Iterator[str]:
-    files = {info.file.name for info in found.values()}
-    for name in sorted(found.keys() - said.tensors.keys(), key=natural):
-        yield f"{found[name].file.name}: {name} is not in the manifest"
-    for name, entry in said.tensors.items():
-        if name not in found:
-            if entry.file in files:  # otherwise the whole file is reported
-                yield f"{entry.file}: {name} is missing"
-        elif not _is_same_place(found[name], said):
-            is_ = manifest.entry_of(found[name], entry.xxh3_128)
+def _entries(found: Sequence[TensorInfo], said: Manifest) -> Iterator[str]:
+    for info in sorted(found, key=lambda info: natural(info.name)):
+        entry = said.tensors.get(info.name)
+        if entry is None or entry.file != info.file.name:
+            yield f"{info.file.name}: {info.name} is not in the manifest{'' if entry is None else f', but in {entry.file}'}"
+        elif not _is_same_place(info, said):
+            is_ = manifest.entry_of(info, entry.xxh3_128)
             yield (
-                f"{is_.file}: {name} is {is_.dtype} {is_.shape} at byte {is_.offset}, not {entry.dtype} {entry.shape} at byte "
-                f"{entry.offset} of {entry.file}"
+                f"{is_.file}: {info.name} is {is_.dtype} {is_.shape} at byte {is_.offset}, not {entry.dtype} {entry.shape} at byte "
+                f"{entry.offset}"
             )
 
 

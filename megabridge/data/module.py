@@ -25,6 +25,9 @@ class DataModule(ABC):
     where a run was resumed. Every rank makes its own DataModule and can compute the batches of any other.
     """
 
+    vocab_size: int | None = None
+    """How many token ids the model has; set before `setup`, so that others are refused as they are read. None: not known."""
+
     @abstractmethod
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
         """Loads and tokenises with the tokenizer in `tokenizer_folder`. Every rank calls it, once, before any batch; it may be

@@ -15,6 +15,7 @@ from megabridge.data.batches import Overlong, Sample, fit_one
 from megabridge.data.examples import DIGEST, Examples
 from megabridge.data.rows import BadRow, Tally
 from megabridge.data.sources import Found
+from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError
 
 BLOCK: Final = 256
@@ -34,7 +35,7 @@ class Read:
     truncated: int = 0
 
     def take(self, found: Found, examples: Examples, *, seq_length: int, overlong: Overlong) -> None:
-        """Tokenises one row, or counts it as bad."""
+        """Tokenises one row, or counts it as bad. Raises ConfigError for tokens that are none of the model's."""
         where, row = found
         try:
             if isinstance(row, BadRow):
@@ -44,6 +45,7 @@ class Read:
         except BadRow as bad:
             self.tally.leave_out(where, bad)
             return
+        check_ids(kept.tokens, examples.vocab_size, where)
         self.tally.good += 1
         self.truncated += len(kept.tokens) < len(sample.tokens)
         # A tenth of the memory of a list.

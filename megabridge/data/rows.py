@@ -28,6 +28,8 @@ TOO_LONG: Final = "too long"
 ENCODING: Final = "bad encoding"
 FORMAT: Final = "not readable"
 ROLES: Final = "role order"
+REFUSED: Final = "refused by the chat template"
+CONTENT: Final = "content that is not text"
 INEXACT: Final = "not exact in the chat template"
 UNANSWERED: Final = "no answer within the sequence length"
 
@@ -39,10 +41,13 @@ class Tally:
     good: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    first: str | None = None
+    """Where the first of them is."""
 
     def leave_out(self, where: str, row: BadRow) -> None:
         """Counts `row`, found at `where`."""
         self.bad[row.kind] += 1
+        self.first = self.first or where
         named = self.examples.setdefault(row.kind, [])
         if len(named) < EXAMPLES:
             named.append(f"{where}: {row.why}")
@@ -51,6 +56,7 @@ class Tally:
         """Takes over the counts of another part, which comes after this one."""
         self.good += other.good
         self.bad.update(other.bad)
+        self.first = self.first or other.first
         for kind, named in other.examples.items():
             own = self.examples.setdefault(kind, [])
             own.extend(named[: EXAMPLES - len(own)])
@@ -81,11 +87,11 @@ class Tally:
         raise ConfigError("\n  ".join(lines))
 
     def describe(self) -> str:
-        """`5 of 100 rows left out (3 empty, 2 too long)`, or nothing."""
+        """`5 of 100 rows left out (3 empty, 2 too long), the first at FILE:8`, or nothing."""
         if not self.bad:
             return ""
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.bad.most_common())
-        return f"{self.bad.total()} of {self.rows} rows left out ({kinds})"
+        return f"{self.bad.total()} of {self.rows} rows left out ({kinds}), the first at {self.first}"
 
 
 def check_share(share: float) -> None:

@@ -68,12 +68,20 @@ def decode(content: bytes) -> Mapping[str, Any] | BadRow:
 def parse(line: bytes) -> Mapping[str, Any] | BadRow:
     """A row of JSONL."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         return BadRow(ENCODING, str(error))
     except (ValueError, RecursionError) as error:
         return BadRow(FORMAT, f"no JSON: {error}")
     return row if isinstance(row, dict) else BadRow(FORMAT, f"must be a JSON object, not {type(row).__name__}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:100]!r} stands twice")
+    return found
 
 
 def read_parquet(file: Path, groups: Sequence[int] | None = None, columns: Sequence[str] | None = None) -> Iterator[Found]:

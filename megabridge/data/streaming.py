@@ -16,6 +16,7 @@ from megabridge.data.batches import Batching, Row, text_row
 from megabridge.data.examples import Examples
 from megabridge.data.module import Batch, DataModule
 from megabridge.data.rows import SOON, BadRow, Tally, check_share
+from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, listed
 
 
@@ -63,7 +64,12 @@ class StreamedText(DataModule):
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
         """Reads the documents that are held out."""
         self._examples = Examples(
-            tokenizer_folder, schema="text", columns={"text": self._column}, prompt_as_chat=False, template_arguments=None
+            tokenizer_folder,
+            schema="text",
+            columns={"text": self._column},
+            prompt_as_chat=False,
+            template_arguments=None,
+            vocab_size=self.vocab_size,
         )
         self._seed = seed
         self._batching = Batching(seq_length, micro_batch_size, global_batch_size, self._examples.pad_token, packing=self._separate)
@@ -83,13 +89,15 @@ class StreamedText(DataModule):
     def _documents_of(self, stream: Any, what: str, tally: Tally) -> Iterator[list[int]]:
         """The tokens of each document; bad rows are counted, and judged once SOON rows were seen."""
         for number, row in enumerate(sources.readable(self._path, stream)):
+            where = f"{self._path}:{what} row {number}"
             try:
                 sample = self._examples.encode(row)
             except BadRow as bad:
-                tally.leave_out(f"{self._path}:{what} row {number}", bad)
+                tally.leave_out(where, bad)
                 if tally.rows >= SOON:
                     tally.judge(self._max_bad_share, f"data.path={self._path}")
                 continue
+            check_ids(sample.tokens, self.vocab_size, where)
             tally.good += 1
             yield list(sample.tokens)
 

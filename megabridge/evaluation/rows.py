@@ -63,6 +63,7 @@ def _rows[T](path: str, read: Callable[[Mapping[str, Any]], T]) -> list[T]:
             row = json.loads(line.decode())
             if not isinstance(row, dict):
                 raise ConfigError(f"must be a JSON object, not {type(row).__name__}")
+            json.dumps(row, ensure_ascii=False).encode()  # a tokenizer takes no lone surrogates
             good.append(read(row))
         except UnicodeDecodeError:
             problems.append(f"{path}:{number}: must be UTF-8")

@@ -15,6 +15,7 @@ from megabridge import whole
 from megabridge.checkpoint import assets, folders
 from megabridge.conversion.parity import load_hf
 from megabridge.data.text import load_tokenizer
+from megabridge.data.vocabulary import check_tokens
 from megabridge.errors import ConfigError
 from megabridge.evaluation import harness, measures, scoring
 from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity, Task, specs
@@ -50,8 +51,14 @@ class Results:
 
 
 def load(folder: Path, device: str) -> tuple[Any, Any]:
-    """transformers' model of a folder, in its own precision, and its tokenizer. No code of the folder is run."""
-    return load_hf(folder, "auto").to(device), load_tokenizer(folder)
+    """transformers' model of a folder, in its own precision, and its tokenizer. No code of the folder is run.
+
+    The model raises ConfigError for tokens that it doesn't have, whoever asks it.
+    """
+    model, tokenizer = load_hf(folder, "auto").to(device), load_tokenizer(folder)
+    size = measures.vocabulary(model)
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: check_tokens(inputs[0], size, "tokens"))
+    return model, tokenizer
 
 
 def evaluate(folder: Path, tasks: Mapping[str, Task], *, batch_size: int, device: str = "cpu") -> Results:

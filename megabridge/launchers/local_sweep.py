@@ -17,6 +17,7 @@ from typing import Final
 from megabridge import host
 from megabridge.errors import ConfigError
 from megabridge.launchers import claim, local
+from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.processes import children
 from megabridge.launchers.processes.children import Child
 from megabridge.launchers.settings import LocalSettings
@@ -53,7 +54,7 @@ class LocalRunner:
     def check(self, job: Job) -> None:
         """As a single run on this host is checked."""
         found = host.visible_gpus(), host.memory_bytes()
-        job.platform = host.choose_platform(job.config, job.topology, gpus=found[0], memory=found[1], overrides=job.point.overrides)
+        job.platform = choose_platform(job.config, job.topology, gpus=found[0], memory=found[1], overrides=job.point.overrides)
 
     def run(self, jobs: Sequence[Job], folder: Path, save: Callable[[], None]) -> None:
         """Returns when all have ended. On Ctrl-C and SIGTERM the running ones are ended first."""

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from megabridge import checks, config, explain, host, redact
 from megabridge.errors import ConfigError, MegabridgeError, plain
 from megabridge.launchers import claim, local, place, rank, settings
+from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.prepare import conf_folder, resolve, write_config
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Terminated, WorkerFailure
 from megabridge.launchers.sweep import SweepFailure
@@ -143,7 +144,7 @@ def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | Non
     values, run_config = resolve(cfg, run_dir)
     checks.check_layout(run_config, config.topology(run_config.parallel))
     topology = config.processes(run_config)
-    platform = host.choose_platform(run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides)
+    platform = choose_platform(run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides)
     with claim.claimed(Path(values["run_dir"])) as held:
         write_config(cfg, values)
         return local.launch(values, world_size=topology.world_size, platform=platform, kept=(held,))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import megabridge.platform as platform
 from megabridge.checkpoint import fp8
+from megabridge.data.vocabulary import check_tokens
 from megabridge.errors import ConfigError
 
 from megatron.core import parallel_state, tensor_parallel
@@ -24,12 +25,14 @@ def gather_logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
     """Runs the model forward on `tokens` [b, s] and returns its logits [b, s, vocab_size], fp32, on every rank.
 
     Every rank calls it with its chunks, which may be wrapped, and with the same tokens; causal attention, no dropout,
-    padded vocabulary columns left out. Raises ConfigError under context parallelism: it would need the sequence cut.
+    padded vocabulary columns left out. Raises ConfigError for tokens that are none of the model's, and under context parallelism:
+    it would need the sequence cut.
     """
     if parallel_state.get_context_parallel_world_size() > 1:
         raise ConfigError("gather_logits works with context_parallel_size=1 only; build the model without cp for it.")
     config = get_model_config(chunks[0])
     vocab_size = int(get_attr_wrapped_model(chunks[0], "unpadded_vocab_size"))
+    check_tokens(tokens, vocab_size, "tokens")
     length = tokens.shape[1]
     tokens = tokens.to(platform.device())
     if config.sequence_parallel:  # the model is causal: tokens on the right don't change what is left of them

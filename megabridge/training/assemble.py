@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import torch
 
 from megabridge import one_call, targets
-from megabridge.agreement import on_rank_zero
+from megabridge.agreement import on_rank_zero, together
 from megabridge.bridge import AutoBridge
 from megabridge.checkpoint import assets, source
 from megabridge.config import Config, PeftConfig
@@ -129,15 +129,17 @@ def _adapt(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) ->
 
 def data(config: Config, bridge: AutoBridge) -> DataModule:
     """The data module of the group `data`, set up with the bridge's tokenizer. Every rank calls it."""
-    made = targets.build(config.data, DataModule, where="data")
-    assert bridge.folder is not None  # `bridge` above makes one from a folder
-    made.setup(
-        bridge.folder,
-        seq_length=config.recipe.seq_length,
-        micro_batch_size=config.recipe.micro_batch_size,
-        global_batch_size=config.recipe.global_batch_size,
-        seed=config.seed,
-    )
+    with together("preparing the data"):
+        made = targets.build(config.data, DataModule, where="data")
+        made.vocab_size = int(bridge.native["vocab_size"])
+        assert bridge.folder is not None  # `bridge` above makes one from a folder
+        made.setup(
+            bridge.folder,
+            seq_length=config.recipe.seq_length,
+            micro_batch_size=config.recipe.micro_batch_size,
+            global_batch_size=config.recipe.global_batch_size,
+            seed=config.seed,
+        )
     return made
 
 

@@ -208,11 +208,11 @@ class Trainer:
 
     def _pause(self, validation: list[Batch]) -> bool:
         """Validates and saves where it is time to, and returns whether it was."""
-        recipe, checkpoint = self.config.recipe, self.config.checkpoint
-        saves = bool(checkpoint.save_every) and self.step % (checkpoint.save_every or 1) == 0
-        saves = saves and self.step != self._saved_step and (self.step != recipe.steps or checkpoint.save_at_end)
+        recipe, settings = self.config.recipe, self.config.checkpoint
+        saves = bool(settings.save_every) and self.step % (settings.save_every or 1) == 0
+        saves = saves and self.step != self._saved_step and (self.step != recipe.steps or settings.save_at_end)
         validates = bool(recipe.eval_every) and self.step % (recipe.eval_every or 1) == 0
-        validates = self.step != self._last_validated() and (validates or (saves and bool(checkpoint.keep_best)))
+        validates = self.step != self._last_validated() and (validates or (saves and bool(settings.keep_best)))
         if validates:
             self._validate(validation)
         if saves:
@@ -263,9 +263,9 @@ class Trainer:
 
     def _reads(self, step: int) -> bool:
         """Whether results of `step` are read on the host. Elsewhere nothing waits for the device."""
-        recipe, checkpoint = self.config.recipe, self.config.checkpoint
+        recipe, settings = self.config.recipe, self.config.checkpoint
         return step == recipe.steps or any(
-            every and step % every == 0 for every in (recipe.log_every, recipe.eval_every, checkpoint.save_every)
+            every and step % every == 0 for every in (recipe.log_every, recipe.eval_every, settings.save_every)
         )
 
     def _judged(self, totals: torch.Tensor, norm: torch.Tensor | None, scale: torch.Tensor) -> Action:
@@ -291,9 +291,9 @@ class Trainer:
         self._clock.start(self.step)
 
     def _validation_batches(self) -> list[Batch]:
-        return self.data.validation_batches(
-            dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size()
-        )
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        with together("taking the validation batches"):
+            return self.data.validation_batches(dp_rank=rank, dp_size=size)
 
     def _last_validated(self) -> int | None:
         return self.validation_losses[-1][0] if self.validation_losses else None

@@ -16,14 +16,19 @@ from megabridge.data.finetuning import Finetuning
 SIZES = {"seq_length": 400, "micro_batch_size": 1, "global_batch_size": 2, "seed": 3}
 
 
-def read(path: str, tokenizer: str, *, block: int, piece: int = agreement.PIECE, **settings: Any) -> dict[str, Any]:
-    """All that a data module has after its setup, and how many rows this rank tokenised itself."""
+def read(
+    path: str, tokenizer: str, *, block: int, piece: int = agreement.PIECE, fails_at: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """All that a data module has after its setup, and how many rows this rank tokenised itself. A row with the text `fails_at`
+    makes it fail."""
     encoded = 0
     encode = Examples.encode
 
     def counted(self: Examples, row: Any) -> Any:
         nonlocal encoded
         encoded += 1
+        if fails_at is not None and f"'{fails_at}'" in str(row):
+            raise ZeroDivisionError("integer division or modulo by zero")
         return encode(self, row)
 
     with pytest.MonkeyPatch.context() as patch:

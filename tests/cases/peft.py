@@ -108,6 +108,11 @@ def again(source: str, adapter: str, out: str) -> torch.Tensor:
     return gather_logits(model, prompt(tiny.VOCABULARY, length=SEQUENCE))
 
 
+def all_again(calls: list[dict[str, str]]) -> list[torch.Tensor]:
+    """`again` with the arguments of each call."""
+    return [again(**call) for call in calls]
+
+
 def from_native(source: str, native: str, out: str) -> torch.Tensor:
     """Logits of a native checkpoint of adapters; PEFT folder and merged folder made from it in one call each."""
     bridge = AutoBridge.from_hf_pretrained(source)

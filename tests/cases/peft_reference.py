@@ -137,3 +137,38 @@ def begin(base: str, folder: str, tokens: Tensor, **settings: Any) -> Tensor:
     made.save_pretrained(folder)
     with torch.no_grad():
         return made(tokens).logits
+
+
+def begun(base: str, root: str, tokens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Adapters that PEFT began in several ways, a folder each in `root`: logits of PEFT's reading, and of what was trained.
+
+    Those that it changed the weights for are in root/plain as they were saved, and in `root` as PEFT converts them.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    found = {}
+    for kind in (True, "gaussian", "orthogonal", "mica", "pissa", "olora"):
+        torch.manual_seed(5)
+        name, folder = str(kind), Path(root) / str(kind)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        config = LoraConfig(init_lora_weights=kind, task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"])
+        made = get_peft_model(model, config).eval()
+        is_changed = kind in ("pissa", "olora")
+        if is_changed:
+            made.peft_config["default"].init_lora_weights = True  # as PEFT's examples save the beginning
+            made.save_pretrained(Path(root) / "begun" / name)
+            made.peft_config["default"].init_lora_weights = kind
+        with torch.no_grad():
+            for part, parameter in made.named_parameters():
+                if ".lora_" in part:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+            trained = made(tokens).logits
+        if is_changed:
+            made.save_pretrained(Path(root) / "plain" / name)
+            made.save_pretrained(folder, path_initial_model_for_weight_conversion=str(Path(root) / "begun" / name))
+        else:
+            made.save_pretrained(folder)
+        with torch.no_grad():
+            found[name] = (peft_model(base, str(folder))(tokens).logits, trained)
+    return found

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megabridge.checkpoint import folders, native, optimizer_state
 from megabridge.errors import CheckpointError, ConfigError
+from megabridge.layers.logits import gather_logits
 from megabridge.loggers.jsonl import JsonLines
 from megabridge.metrics import FILE_NAME
 from megabridge.platform import determinism
@@ -368,3 +369,43 @@ class InterruptTwice(Callback):
 def interrupted_twice(run_dir: str) -> None:
     """A run whose second signal comes in the middle of a file of step 4."""
     tiny.trainer(tiny.config(run_dir, steps=6, save_every=2), callbacks=[InterruptTwice()]).fit()
+
+
+class Beyond(tiny.Samples):
+    """The last data-parallel rank's second micro-batch for training, or its last one for validation, has a token of `number`."""
+
+    def __init__(self, number: int, *, part: str, is_validation: bool) -> None:
+        super().__init__(2)
+        self.number, self.part, self.is_validation = number, part, is_validation
+
+    def train_batches(self, consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[dict[str, torch.Tensor]]:
+        for count, batch in enumerate(super().train_batches(consumed_samples, dp_rank=dp_rank, dp_size=dp_size)):
+            yield self._spoilt(batch) if count == 1 and dp_rank == dp_size - 1 and not self.is_validation else batch
+
+    def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[dict[str, torch.Tensor]]:
+        batches = super().validation_batches(dp_rank=dp_rank, dp_size=dp_size)
+        return [*batches[:-1], self._spoilt(batches[-1])] if self.is_validation and dp_rank == dp_size - 1 else batches
+
+    def _spoilt(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch[self.part][1, 0] = self.number
+        batch["loss_mask"][1, 0] = float(self.part == "labels" and self.number != -100)
+        return batch
+
+
+def beyond(run_dir: str, calls: list[dict[str, Any]]) -> list[str]:
+    """What a run of two steps says of each kind of token that the model doesn't have; and `gather_logits`, last."""
+    said = []
+    trainer = tiny.trainer(tiny.config(run_dir, steps=2, save_at_end=False, log_every=100))
+    for call in calls:
+        data: Any = Beyond(**call)
+        trainer.data, trainer.step = data, 0
+        try:
+            trainer.fit()
+            said.append("")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    try:
+        gather_logits(trainer.chunks, torch.tensor([[0, 1, tiny.VOCABULARY]]))
+    except ConfigError as error:
+        said.append(str(error))
+    return said

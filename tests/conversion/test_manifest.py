@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "swapped": (swap, [": model.layers.0.input_layernorm.weight has other bytes", ": model.layers.0.post_attention_layernorm.weight has other bytes"]),
     "truncated": (lambda f: os.truncate(first_shard(f), first_shard(f).stat().st_size - 1), ["bytes by its header, but has"]),
     "no shard": (lambda f: first_shard(f).unlink(), ["model-00001-of-", "the file is missing"]),
-    "another shard": (lambda f: save_file({"x": torch.ones(2)}, f / "z.safetensors"), ["z.safetensors: x is not in the manifest"]),
+    "another shard": (lambda f: save_file({"x": torch.ones(2)}, f / "z.safetensors"), ["z.safetensors: the file is not in the manifest"]),
+    "an empty shard": (lambda f: save_file({}, first_shard(f)), ["model-00001-of-", " is missing"]),
+    "a shard twice": (lambda f: shutil.copy(first_shard(f), max(f.glob("*.safetensors"))), ["is not in the manifest, but in model-00001"]),
     "config": (lambda f: (f / "config.json").write_text("{}"), ["config.json: the file has other bytes"]),
     "template": (lambda f: (f / "chat_template.jinja").unlink(), ["chat_template.jinja: the file is missing"]),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json: the file is not in the manifest"]),
@@ -120,7 +122,67 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "format": (lambda f: edit(f, lambda c: c.update(format=7)), ["CheckpointError", "format 1, not 7"]),
     "fields": (lambda f: edit(f, lambda c: c["tensors"][NORM].pop("shape")), ["CheckpointError", "KeyError('shape')"]),
     "path": (lambda f: edit(f, lambda c: c["tensors"][NORM].update(file="../x")), ["CheckpointError", "the file name '../x'"]),
+    "case": (lambda f: edit(f, lambda c: c["files"].update({"Config.JSON": c["files"]["config.json"]})),
+             ["CheckpointError", "the file names 'config.json' and 'Config.JSON'"]),
+    "a pipe": (lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), ["config.json", "must be a file, not a pipe"]),
+    "a link out": (lambda f: outside(f, "config.json"), ["config.json", "must lie inside its folder"]),
+    "weights out": (lambda f: outside(f, first_shard(f).name), ["model-00001-of-", "must lie inside its folder"]),
+    "its manifest out": (lambda f: outside(f, "megabridge.json"), ["CheckpointError", "must lie inside its folder"]),
 }  # fmt: skip
+
+
+def outside(folder: Path, name: str) -> None:
+    """The file `name` lies beside the folder, and a link leads there."""
+    place = folder.with_name(f"{folder.name} {name}")
+    (folder / name).rename(place)
+    (folder / name).symlink_to(place)
+
+
+ADDED: dict[str, Callable[[Path], object]] = {
+    **{
+        name: lambda path: path.write_bytes(b"x")
+        for name in (
+            "modeling_x.py", "pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors", "adapter_config.json",
+            "adapter_model.safetensors", "tokenizer.json", "vocab.txt", "model.gguf", "tf_model.h5", "notes.txt", "readme.md",
+            ".cache/other", "original/consolidated.00.pth", "additional_chat_templates/x.jinja", "deep/er/x.so",
+        )
+    },
+    "empty": Path.mkdir,
+    "chat": lambda path: path.symlink_to("chat_template.jinja"),
+    "README.md": lambda path: path.symlink_to("config.json"),
+    "NOTICE": lambda path: path.mkdir(),
+    "elsewhere": lambda path: path.symlink_to(path.parent.parent),
+    "special_tokens_map.json": os.mkfifo,
+}  # fmt: skip
+HARMLESS = ("README.md", "LICENSE", ".gitattributes", ".gitignore", ".git/config", ".git/hooks/x.py", ".cache/huggingface/x.lock")
+
+
+def put(folder: Path, names: Iterable[str], make: Callable[[Path], object] = lambda path: path.write_bytes(b"x")) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make(folder / name)
+
+
+def test_what_was_added_is_named(ranks: RankServer, out: Path, tmp_path: Path) -> None:
+    more, sound, hub = (Path(shutil.copytree(out, tmp_path / name)) for name in ("more", "sound", "hub"))
+    for name, make in ADDED.items():
+        put(more, [name], make)
+    put(sound, HARMLESS)
+    (tmp_path / "other name").hardlink_to(sound / "config.json")
+    (sound / "chat_template.jinja").rename(sound / ".git/template")
+    (sound / "chat_template.jinja").symlink_to(".git/template")
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(hub.iterdir()):
+        file.rename(blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
+    folders = [str(folder) for folder in (more, sound, snapshot)]
+    ((lines, *others),) = ranks.run(f"{CASES}:checked", topology=Topology(), kwargs={"folders": folders})
+    kinds = {"empty": "folder", "NOTICE": "folder", "chat": "link", "README.md": "link", "elsewhere": "link"}
+    kinds["special_tokens_map.json"] = "pipe"
+    assert sorted(lines) == sorted(f"{name}: the {kinds.get(name, 'file')} is not in the manifest" for name in ADDED)
+    assert others == [[], []]
 
 
 def test_fault_11_every_damage_is_named(ranks: RankServer, out: Path, tmp_path: Path) -> None:
@@ -135,7 +197,7 @@ def test_fault_11_every_damage_is_named(ranks: RankServer, out: Path, tmp_path: 
     for (name, (_, parts)), lines in zip(DAMAGE.items(), first, strict=False):
         text = "\n".join(lines)
         assert all(part in text for part in parts), f"{name}: {text}"
-        if not text.startswith("CheckpointError"):
+        if not text.startswith("CheckpointError") and name not in ("an empty shard", "a shard twice"):
             assert len(lines) == (2 if name in ("two tensors", "swapped") else 1), f"{name}: {text}"
     assert first[-1] == []
 

@@ -226,6 +226,21 @@ def test_a_native_checkpoint_in_one_call(ranks: RankServer, source: Path, tmp_pa
         assert far(load_file(tmp_path / name[:2] / name), merged[1] if merge else load_file(saved)) < 1e-6
 
 
+def test_adapters_that_peft_began_in_its_ways(ranks: RankServer, source: Path, tmp_path: Path) -> None:
+    """Those that leave the weights as they are, and one that PEFT has made plain, say here what they say there; others are refused."""
+    kwargs = {"base": str(source), "root": str(tmp_path), "tokens": prompt()}
+    theirs = ranks.run("tests.cases.peft_reference:begun", kwargs=kwargs)[0]
+    assert len(theirs) == 6
+    paths = [{"source": str(source), "adapter": str(tmp_path / name), "out": str(tmp_path / f"{name}-again")} for name in theirs]
+    ours = ranks.run("tests.cases.peft:all_again", kwargs={"calls": paths})[0]
+    for (name, (logits, trained)), logits_here in zip(theirs.items(), ours, strict=True):
+        assert torch.allclose(logits_here, logits, atol=1e-4), name
+        assert torch.allclose(logits, trained, atol=1e-4), "PEFT itself reads another model than it trained"
+    calls = [("new", {"path": str(tmp_path / name)}) for name in ("plain/pissa", "plain/olora")]
+    for text in ranks.run("tests.cases.peft:refusals", kwargs={"source": str(source), "calls": calls})[0]:
+        assert text.startswith("ConfigError") and "init_lora_weights=" in text
+
+
 def test_what_is_refused(ranks: RankServer, source: Path, runs: dict[str, Any], tmp_path: Path) -> None:
     good = source.parent / f"lora{STEPS}" / "adapter"
 
@@ -251,7 +266,7 @@ def test_what_is_refused(ranks: RankServer, source: Path, runs: dict[str, Any], 
         ("lora", {"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "leaves no linear"),
         ("lora", {"r": 0, "lora_dropout": 1.0}, "r=0 must be at least 1"),
         ("import", changed("alpha", lora_alpha=16), "lora_alpha=16.0, here 8"),
-        ("import", changed("bias", bias="all", modules_to_save=["lm_head"]), "bias='all', not 'none'"),
+        ("import", changed("bias", bias="all", modules_to_save=["lm_head"]), "bias='all' can't be represented: it must be 'none'"),
         (
             "import",
             changed("missing", lambda tensors: tensors.pop(first)),
@@ -261,6 +276,9 @@ def test_what_is_refused(ranks: RankServer, source: Path, runs: dict[str, Any], 
         ("new", changed("nan", lambda tensors: tensors[first].fill_(float("nan"))), "NaN"),
         ("new", without_weights("pickled"), "it has adapter_model.bin; save it again with safe_serialization=True"),
         ("new", {"path": str(source)}, "must hold adapter_config.json"),
+        ("new", changed("pissa", init_lora_weights="pissa_niter_4"), "Save the adapter with PEFT's path_initial_model"),
+        ("new", changed("rank", r=10**9), "r=1000000000 can't be represented"),
+        ("new", changed("other", r=60000), "lora_A.weight [4, 32] must have two dimensions, number 0 of size r=60000"),
     ]
     said = ranks.run("tests.cases.peft:refusals", kwargs={"source": str(source), "calls": [case[:2] for case in cases]})[0]
     for (_, _, message), text in zip(cases, said, strict=True):

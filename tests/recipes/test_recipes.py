@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,19 +172,10 @@ def test_convert_goes_round_and_through_a_native_checkpoint(
         convert("export")
 
 
-def test_plan_runs_in_one_process_whatever_the_layout(tmp_path: Path) -> None:
-    """As a user starts it; nothing is downloaded, and only one process runs the recipe."""
+def test_plan_runs_in_one_process_whatever_the_layout(ranks: RankServer, tmp_path: Path) -> None:
+    """As a user runs it; nothing is downloaded, and only one process runs the recipe."""
     command = "recipe=plan model=llama31_8b parallel=tp8pp2 parallel.dp=128 conversion.max_shard_size=1GB logger=local platform=cpu run_dir=run"
-    root = Path(__file__).parent.parent.parent
-    environ = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "megabridge.run", *command.split()],
-        cwd=tmp_path,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    run = ranks.program(command, cwd=tmp_path, environ={"HF_HUB_OFFLINE": "1"})
     assert run.returncode == 0, run.stderr
     assert "291 tensors, 16060.5 MB: each element is written by exactly one of 2048 ranks" in run.stdout
     plan = json.loads((tmp_path / "run/plan.json").read_text())
