@@ -168,17 +168,13 @@ def _open_window(ranks: tuple[int, ...]) -> int:
     size = _PAGE + SLOTS * SLOT
     with agreement.together("making memory that the ranks of a node share"):
         if ranks[0] == agreement.rank():
-            made, path = tempfile.mkstemp(prefix="megabridge-", dir=_MEMORY)
             try:
-                os.posix_fallocate(made, 0, size)
+                path = _reserved(size)
             except OSError as error:
-                Path(path).unlink()
                 raise CheckpointError(
                     f"conversion.dedupe needs {size >> 20} MiB in {_MEMORY}, but: {error.strerror}; make it larger "
                     "(docker run --shm-size) or set conversion.dedupe=false."
                 ) from error
-            finally:
-                os.close(made)
     paths = agreement.gather(path)
     name = paths[ranks[0]]
     assert name is not None
@@ -195,6 +191,19 @@ def _open_window(ranks: tuple[int, ...]) -> int:
         if path is not None:
             Path(path).unlink()
     return fd
+
+
+def _reserved(size: int) -> str:
+    """The name of a new file in _MEMORY, all of whose bytes there are. Raises OSError."""
+    made, path = tempfile.mkstemp(prefix="megabridge-", dir=_MEMORY)
+    try:
+        os.posix_fallocate(made, 0, size)
+    except OSError:
+        Path(path).unlink()
+        raise
+    finally:
+        os.close(made)
+    return path
 
 
 def read_boxes(

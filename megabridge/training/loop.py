@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from megabridge.agreement import gather, on_rank_zero, together
-from megabridge.checkpoint import folders, native
+from megabridge.checkpoint import folders, native, steps
 from megabridge.checkpoint.dtypes import described
 from megabridge.config import Config
 from megabridge.loggers import Logger, Reporter
@@ -161,8 +161,8 @@ class Trainer:
     def _claim(self) -> list[str]:
         """Takes the checkpoints for this run, on rank 0; returns what is to be said of what lies there."""
         self._lock = folders.lock(self.checkpoints)
-        problems = folders.remove_orphans(self.checkpoints)
-        return problems + [f"{line}; it is passed over" for line in folders.strange(self.checkpoints).values()]
+        problems = steps.remove_orphans(self.checkpoints)
+        return problems + [f"{line}; it is passed over" for line in steps.strange(self.checkpoints).values()]
 
     def _resume(self, source: Path) -> None:
         progress = native.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)

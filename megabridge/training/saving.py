@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megabridge.agreement import on_rank_zero
-from megabridge.checkpoint import folders, native
+from megabridge.checkpoint import folders, native, steps
 from megabridge.config import CheckpointConfig
 from megabridge.training.policy import refuse_nonfinite_parameters
 
@@ -50,11 +50,11 @@ def prune(trainer: Trainer, folder: Path) -> None:
         said = []
         if loss is not None and saving.native:
             try:
-                folders.note_validation(folder, loss)
+                steps.note_validation(folder, loss)
             except OSError as error:
                 said.append(f"the validation loss of {folder} can't be noted there ({error.strerror}): keep_best passes it over")
         if saving.keep_last or saving.keep_best:
-            said += folders.keep(trainer.checkpoints, last=saving.keep_last or 1, best=saving.keep_best or 0)
+            said += steps.keep(trainer.checkpoints, last=saving.keep_last or 1, best=saving.keep_best or 0)
         return said
 
     for line in on_rank_zero("removing old checkpoints", work):

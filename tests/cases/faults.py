@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megabridge import AutoBridge
-from megabridge.checkpoint import folders, native
+from megabridge.checkpoint import folders, native, steps
 from megabridge.conversion.writer import Writer
 from megabridge.platform import groups
 from megabridge.topology import Topology
@@ -385,7 +385,7 @@ def native_saves(root: str, share: int) -> dict[str, list[dict[str, Any]]]:
         clear()
         code, _ = forked(lambda number=number: saves.save(2, kill=number))
         code_after, latest = forked(saves.look)
-        folders.remove_orphans(saves.live)
+        steps.remove_orphans(saves.live)
         hidden = [path.name for path in saves.live.rglob("*") if path.name.endswith((".partial", ".removed"))]
         seen["killed"].append(
             {"kind": kinds[number - 1], "code": code, "latest": latest if code_after == 0 else None, "hidden": hidden}
