@@ -16,10 +16,10 @@ import torch
 from transformers import AutoTokenizer
 
 from megabridge import AutoBridge
-from megabridge.checkpoint.assets import end_tokens
 from megabridge.errors import MegabridgeError
-from megabridge.layers.logits import gather_logits
-from megabridge.platform import groups
+from megabridge.hf.assets import end_tokens
+from megabridge.models.logits import gather_logits
+from megabridge.parallel import process_groups
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     text = tokenizer.decode(generate(model, tokens, arguments.max_new_tokens, ends=ends)[0])
     if torch.distributed.get_rank() == 0:
         print(text)
-    groups.stop()
+    process_groups.stop()
 
 
 def generate(model: list[torch.nn.Module], tokens: torch.Tensor, new_tokens: int, *, ends: set[int]) -> torch.Tensor:

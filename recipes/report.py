@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from megabridge import whole
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.launchers import results, sweep
-from megabridge.launchers.page import page
+from megabridge.launchers.html_report import page
+from megabridge.storage import atomic_files
 from recipes.collect import sweep_folder
 
 
@@ -16,7 +16,7 @@ def main(config: Config) -> None:
     text = page(f"Sweep {folder.name}", results.rows(sweep.read(folder)))
     file = folder / "report.html"
     try:
-        whole.write(file, text)
+        atomic_files.write(file, text)
     except OSError as error:
         raise ConfigError(f"{file} can't be written: {error.strerror}; copy the sweep to where you may write.") from error
     print(f"wrote {file}")

@@ -13,12 +13,12 @@ from textwrap import dedent
 
 import pytest
 
+from megabridge.conformance.families_table import renewed, table
 from megabridge.data import DataModule
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.errors import ConfigError
 from megabridge.families import all_families
-from megabridge.families.table import renewed, table
-from tests.ranks import RankServer
+from megabridge.hf import byte_tokenizer
+from tests.support.rank_server import RankServer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,7 +90,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_readmes_table_is_the_families() -> None:
-    """When it isn't: python -m megabridge.families.table README.md"""
+    """When it isn't: python -m megabridge.conformance.families_table README.md"""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     written = table(ROOT / "conf" / "model")
     assert all(f"| `{architecture}` |" in written for architecture in all_families())

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, override
 
-from megabridge import agreement, evaluation
-from megabridge.checkpoint.hf import find_tensors
+from megabridge import evaluation
 from megabridge.conversion.parity import is_readable
 from megabridge.errors import CheckpointError
+from megabridge.hf.tensor_files import find_tensors
+from megabridge.parallel import collectives
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:
-    from megabridge.bridge import AutoBridge
+    from megabridge.bridge.auto_bridge import AutoBridge
     from megabridge.training.loop import Trainer
 
 NEW_TOKENS: Final = 48
@@ -33,7 +34,7 @@ class Answer(Callback):
             trainer.say("recipe.answer_prompt is not asked: the model has no tokenizer")
             return
         lines: list[str] = []
-        with agreement.together("generating answers"):
+        with collectives.raise_together("generating answers"):
             if trainer.is_main:
                 lines.append(f"question: {prompt}")
                 if bridge.import_report is not None:

@@ -11,11 +11,11 @@ import torch
 
 import megabridge.platform as platform
 from megabridge import evaluation
-from megabridge.agreement import on_rank_zero
 from megabridge.callbacks.hf_export import FOLDER, HFExport
-from megabridge.checkpoint import assets
 from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.evaluation.process import EvaluationError, Process
+from megabridge.hf import assets
+from megabridge.parallel.collectives import on_rank_zero
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, override
 
 import torch
 
-from megabridge import agreement
-from megabridge.checkpoint.hf import find_tensors
 from megabridge.conversion.parity import is_readable, logits_parity
 from megabridge.conversion.report import Report
 from megabridge.errors import CheckpointError
-from megabridge.layers.logits import gather_logits
+from megabridge.hf.tensor_files import find_tensors
+from megabridge.models.logits import gather_logits
+from megabridge.parallel import collectives
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:
-    from megabridge.bridge import AutoBridge
+    from megabridge.bridge.auto_bridge import AutoBridge
     from megabridge.training.loop import Trainer
 
 
@@ -37,7 +37,7 @@ class ImportParity(Callback):
 def _with_source(trainer: Trainer, bridge: AutoBridge) -> str:
     """The end of a line about logits of the source, which may have gone since it was imported. Every rank calls it."""
     try:
-        with agreement.together("opening the source"):
+        with collectives.raise_together("opening the source"):
             folder = bridge.source_folder()
             find_tensors(folder, allow_bin=bridge.allow_bin)
     except CheckpointError as error:
@@ -53,7 +53,7 @@ def compare_logits(trainer: Trainer, folder: Path, *, prefix: str) -> str:
     length = trainer.config.conversion.logits_tokens
     if length == 0:
         return "; logits not compared"
-    if not agreement.on_rank_zero("looking for what reads the weights", lambda: is_readable(folder)):
+    if not collectives.on_rank_zero("looking for what reads the weights", lambda: is_readable(folder)):
         return "; logits not compared: for quantised weights transformers needs the package accelerate (pip install accelerate)"
     assert trainer.bridge is not None
     size = int(trainer.bridge.config["vocab_size"])

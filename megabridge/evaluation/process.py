@@ -18,7 +18,7 @@ from typing import Any, Final
 from megabridge.errors import MegabridgeError
 from megabridge.evaluation.run import Results
 from megabridge.evaluation.tasks import Task, specs
-from megabridge.host import cores
+from megabridge.parallel.hardware import cores
 
 _OF_RANKS: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables from which libraries conclude that they are one rank of several."""

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, override
 
-from megabridge import regular, whole
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.loggers.logger import Logger
-from megabridge.metrics import FILE_NAME
+from megabridge.loggers.metrics_file import FILE_NAME
+from megabridge.storage import atomic_files, regular_files
 
 MOST: Final = 16 << 20
 """Bytes of lines that wait in memory for room on the disk; what is logged beyond them is missing."""
@@ -76,8 +76,8 @@ class _Lines:
         try:
             self._opened()
         except OSError as error:
-            if error.errno not in whole.NO_ROOM:
-                reason = regular.reason(error)
+            if error.errno not in atomic_files.NO_ROOM:
+                reason = regular_files.reason(error)
                 raise ConfigError(
                     f"{self._path} must be a file that can be written, but: {reason}; remove it, or set another run_dir."
                 ) from error
@@ -129,6 +129,6 @@ class _Lines:
 
     def _say(self, error: OSError) -> None:
         if not self._is_said:
-            text = f"{self._path} can't be written ({regular.reason(error)}); the run goes on, and its lines wait until they can be"
-            print(text, flush=True)
+            text = f"can't be written ({regular_files.reason(error)}); the run goes on, and its lines wait until they can be"
+            print(f"{self._path} {text}", flush=True)
         self._is_said = True

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data import rendering
 from megabridge.data.chat import ChatEncoder
 from megabridge.data.text import load_tokenizer
 from megabridge.errors import CheckpointError, ConfigError, MegabridgeError
 from megabridge.evaluation.measures import generate
+from megabridge.hf import byte_tokenizer
 from tests.data.test_chat import CHATML, TURNS, byte_folder
 from tests.data.test_finetuning import chat, jsonl, made
 

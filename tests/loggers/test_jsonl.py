@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.loggers import jsonl
 from megabridge.loggers.jsonl import JsonLines
-from megabridge.metrics import read
-from tests.limits import largest_file
+from megabridge.loggers.metrics_file import read
+from tests.support.limits import largest_file
 
 
 def test_lines_are_json_also_for_what_is_not_a_number(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megabridge.topology import Topology
-from tests.ranks import RankError, RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.rank_server import RankError, RankServer
 
-RUN = "tests.cases.training:run"
+RUN = "tests.support.training:run"
 LAYOUTS = [Topology(), Topology(dp=2), Topology(tp=2), Topology(pp=2)]
 
 
@@ -72,7 +72,7 @@ def test_another_layout_reads_the_same_bits_and_goes_on(ranks: RankServer, tmp_p
     written = trained(ranks, Topology(tp=2), tmp_path / "run", steps=6, stop_after=3)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
 
-    read = ranks.run("tests.cases.training:loaded", topology=other, kwargs={"folder": str(tmp_path / "other")})
+    read = ranks.run("tests.support.training:loaded", topology=other, kwargs={"folder": str(tmp_path / "other")})
     for what in ("parameters", "optimizer"):
         assert_equal(without_padding(whole_tensors(read, what)), without_padding(whole_tensors(written, what)))
 
@@ -154,7 +154,7 @@ def test_fault_28_other_data_is_refused_or_accepted_and_another_rate_is_taken(ra
 
 def test_every_setting_that_changes_is_said(ranks: RankServer) -> None:
     """Whatever the schema has: each leaf is changed in turn."""
-    (found,) = ranks.run("tests.cases.training:changed_settings", topology=Topology())
+    (found,) = ranks.run("tests.support.training:changed_settings", topology=Topology())
     assert found["silent"] == ["checkpoint.accept_changes", "checkpoint.resume"]
     assert found["refused"] >= {
         "seed",
