@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from megabridge.hf.safetensors import read_header
 from safetensors.torch import save_file
 
 from megabridge.errors import CheckpointError
+from megabridge.hf.safetensors_format import read_header
 from megabridge.native import digests
 from megabridge.parallel.topology import Topology
 from tests.support.damage import DAMAGES
