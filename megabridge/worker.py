@@ -33,7 +33,7 @@ from megabridge.launchers.processes.forked import fork_ranks
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Failure, WorkerFailure
 from megabridge.parallel import process_groups
 from megabridge.platform import determinism
-from megabridge.storage import crash_notes
+from megabridge.storage import atomic_files, crash_notes
 
 Recipe = Callable[[Config], float | None]
 
@@ -115,13 +115,25 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     recipe = load_recipe(config.recipe.target)
     if config.deterministic:
         determinism.require()
-    with _losses(config.timeout):
+    with _room(), _losses(config.timeout):
         if not config.recipe.single_process:
             process_groups.start(schema.processes(config, process_groups.world_size()), seed=config.seed, timeout=config.timeout)
         objective = objective_of(recipe(config), config.recipe.target)
     process_groups.stop()
     standard_streams.check()
     return objective
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """Raises MegabridgeError for a file that a full disk did not take, whichever part of a run wrote it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in atomic_files.NO_ROOM:
+            raise
+        name = f"{error.filename} can't be written" if error.filename else "a file of the run can't be written"
+        raise MegabridgeError(f"{name} ({error.strerror}); what was saved before is whole; free space, and start again.") from error
 
 
 @contextlib.contextmanager

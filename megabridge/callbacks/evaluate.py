@@ -151,13 +151,23 @@ class Evaluate(Callback):
             return None, str(error)
 
     def _report(self, trainer: Trainer, step: Path, results: evaluation.Results, seconds: float) -> None:
-        on_rank_zero("writing an evaluation", lambda: evaluation.write(step / evaluation.FILE, step / FOLDER, self.tasks, results))
+        if problem := on_rank_zero("writing an evaluation", lambda: self._write(step, results)):
+            trainer.say(problem)
         figures = {f"evaluation/{name}": value for name, value in results.metrics.items()}
         trainer.log(figures | {"evaluation/seconds": seconds})
         if results.generations:
             trainer.table(evaluation.TABLE, results.generations)
         self._last = f"evaluation of step {trainer.step}: {results.line()}"
         trainer.say(self._last)
+
+    def _write(self, step: Path, results: evaluation.Results) -> str:
+        """Leaves what was found beside the export; says why where it can't, which costs the run nothing."""
+        file = step / evaluation.FILE
+        try:
+            evaluation.write(file, step / FOLDER, self.tasks, results)
+        except OSError as error:
+            return f"{file} can't be written ({error.strerror}); its figures are in the metrics, and a resumed run evaluates again"
+        return ""
 
     def _device(self) -> str:
         """Where the process computes, on rank 0."""

@@ -127,7 +127,7 @@ class CheckpointConfig:
     keep_best: int | None = None
     """How many saved steps of the lowest validation loss are kept besides. A step that is saved is then validated first."""
     accept_changes: list[str] = field(default_factory=list)
-    """Settings, as a refused resume names them, that a run may continue with although they change the order of its data."""
+    """What a refused resume names and the run may continue with: settings that change its data's order, inputs that are others."""
     path: str | None = None
     """Folder of the checkpoints. Null: `checkpoints` in the run directory."""
 

@@ -128,7 +128,7 @@ def shared_reads(
 ) -> AbstractContextManager[SharedReads | None]:
     """A context that holds what a shared walk over `jobs` needs; None where every rank reads for itself.
 
-    Collective, and to be entered outside of `agreement.together`.
+    Collective, and to be entered outside of `collectives.raise_together`.
     """
     return _sharing(infos, jobs) if dedupe else nullcontext()
 
@@ -170,17 +170,13 @@ def _open_window(ranks: tuple[int, ...]) -> int:
     size = _PAGE + SLOTS * SLOT
     with collectives.raise_together("making memory that the ranks of a node share"):
         if ranks[0] == collectives.rank():
-            made, path = tempfile.mkstemp(prefix="megabridge-", dir=_MEMORY)
             try:
-                os.posix_fallocate(made, 0, size)
+                path = _reserved(size)
             except OSError as error:
-                Path(path).unlink()
                 raise CheckpointError(
                     f"conversion.dedupe needs {size >> 20} MiB in {_MEMORY}, but: {error.strerror}; make it larger "
                     "(docker run --shm-size) or set conversion.dedupe=false."
                 ) from error
-            finally:
-                os.close(made)
     paths = collectives.all_gather(path)
     name = paths[ranks[0]]
     assert name is not None
@@ -197,6 +193,19 @@ def _open_window(ranks: tuple[int, ...]) -> int:
         if path is not None:
             Path(path).unlink()
     return fd
+
+
+def _reserved(size: int) -> str:
+    """The name of a new file in _MEMORY, all of whose bytes there are. Raises OSError."""
+    made, path = tempfile.mkstemp(prefix="megabridge-", dir=_MEMORY)
+    try:
+        os.posix_fallocate(made, 0, size)
+    except OSError:
+        Path(path).unlink()
+        raise
+    finally:
+        os.close(made)
+    return path
 
 
 def read_boxes(
@@ -220,7 +229,7 @@ def read_boxes(
 def _shared_walk(reader: Reader, shared: SharedReads, visit: Visit, device: torch.device, tick: Callable[[], None]) -> None:
     """Reads this rank's blocks into the window and calls `visit` with its parts of every block.
 
-    All ranks of the node call it at once. When one fails, the others return early, as `agreement.together` raises for them.
+    All ranks of the node call it at once. When one fails, the others return early, as `collectives.raise_together` raises for them.
     """
     state = _Counters(shared)
     lane = ReadWorker(device)

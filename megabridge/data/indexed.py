@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megabridge.errors import ConfigError
-from megabridge.storage import regular_files
+from megabridge.storage import crash_notes, regular_files
 
 _MAGIC: Final = b"MMIDIDX\x00\x00"
 _HEAD: Final = struct.Struct("<9sQBQQ")
@@ -53,6 +53,7 @@ class Indexed:
         self._check(index)
         # An empty file can't be mapped.
         size = self._bin.stat().st_size
+        crash_notes.note_mapping(self._bin, size)
         self._bytes: NDArray[np.uint8] = np.memmap(self._bin, np.uint8, "r") if size else np.zeros(0, np.uint8)
         totals = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
         self.lengths: NDArray[np.int64] = np.diff(totals[self._bounds])
@@ -99,6 +100,7 @@ def _read_index(file: Path) -> tuple[type[np.generic], NDArray[np.int32], NDArra
     wanted = _HEAD.size + sequences * 12 + bounds * 8
     if size < wanted:
         raise ConfigError(f"{file} has {size} bytes and should have {wanted}; it is cut off, make it again.")
+    crash_notes.note_mapping(file, size)
     content = np.memmap(file, np.uint8, "r")
     place = _HEAD.size
     found: list[NDArray[Any]] = []

@@ -41,8 +41,8 @@ class Process:
         # The ranks wait, so all cores are free.
         request = {"folder": str(folder), "tasks": specs(tasks), "batch_size": batch_size, "device": device, "check": check}
         environ = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
-        self._outcome, self._printed = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # closed with this
         try:
+            self._outcome, self._printed = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # closed with this
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "megabridge.evaluation"],
                 env=environ | {"OMP_NUM_THREADS": str(cores())},

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from megabridge.config import redaction
 from megabridge.errors import MegabridgeError
 from megabridge.launchers.processes.outcome import Outcome, decoded, encoded
+from megabridge.storage import atomic_files
 
 FILE: Final = "point.json"
 STOPPED: Final = "stopped"
@@ -26,11 +27,10 @@ _HIDDEN: Final = "$environment"
 
 def write(folder: Path, *, values: Mapping[str, Any], cfg: DictConfig, platform: str) -> dict[str, str]:
     """Leaves the file in `folder`; returns the environment that its secrets need. `cfg` is `values` with its interpolations."""
-    folder.mkdir(parents=True, exist_ok=True)
     secrets: dict[str, str] = {}
     open_values = redaction.redacted(OmegaConf.to_container(cfg, resolve=False), values)
     content = {"platform": platform, "values": _hidden(values, open_values, secrets)}
-    (folder / FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    leave_text(folder / FILE, json.dumps(content, indent=1) + "\n")
     return secrets
 
 
@@ -46,16 +46,23 @@ def read(folder: Path, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]
         raise MegabridgeError(f"{error.args[0]} is not in the job's environment; submit without --export=NONE.") from error
 
 
+def leave_text(file: Path, text: str) -> None:
+    """Writes a file that the queue's jobs read. Raises MegabridgeError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_files.write(file, text)
+    except OSError as error:
+        raise MegabridgeError(f"{file} can't be written ({error.strerror}); set another hydra.sweep.dir.") from error
+
+
 def rank_file(folder: Path, rank: int) -> Path:
     """Where `rank` leaves its outcome."""
     return folder / f"rank-{rank}.json"
 
 
 def leave(folder: Path, rank: int, outcome: Outcome) -> None:
-    """Leaves a rank's outcome; never half of it."""
-    partial = folder / f".rank-{rank}.json"
-    partial.write_text(encoded(outcome), encoding="utf-8")
-    partial.replace(rank_file(folder, rank))
+    """Leaves a rank's outcome; never half of it. Raises OSError."""
+    atomic_files.write(rank_file(folder, rank), encoded(outcome))
 
 
 def outcomes(folder: Path, world_size: int) -> dict[int, Outcome]:

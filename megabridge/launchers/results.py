@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from megabridge.errors import plain
 from megabridge.loggers import metrics_file
-from megabridge.storage import regular_files
+from megabridge.storage import atomic_files, regular_files
 
 if TYPE_CHECKING:
     from megabridge.launchers.sweep import SweepRun
@@ -62,12 +62,14 @@ def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 
 def write(folder: Path, points: Sequence[SweepRun]) -> str:
-    """Leaves sweep.csv in the sweep's directory; returns the ranked table for the console."""
+    """Leaves sweep.csv in the sweep's directory; returns the ranked table for the console, which says so where that can't be."""
     found = rows(points)
-    partial = folder / f".{CSV}"
-    partial.write_text(as_csv(found), encoding="utf-8")
-    partial.replace(folder / CSV)
-    return f"{as_table(found)}\n{folder / CSV}; compare the runs: recipe=report sweep={folder}"
+    try:
+        atomic_files.write(folder / CSV, as_csv(found))
+        said = str(folder / CSV)
+    except OSError as error:
+        said = f"{folder / CSV} can't be written ({error.strerror}); free space there, and recipe=collect sweep={folder} writes it"
+    return f"{as_table(found)}\n{said}; compare the runs: recipe=report sweep={folder}"
 
 
 def as_csv(found: Sequence[Row]) -> str:

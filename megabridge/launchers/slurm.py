@@ -64,7 +64,7 @@ class SlurmRunner:
         with local.terminable(), _cancelled(points):
             before: str | None = None
             for name, (text, group) in scripts.items():
-                (queue / name).write_text(text, encoding="utf-8")
+                job_files.leave_text(queue / name, text)
                 before = slurm_queue.submit(queue / name, environ, after=before if self.settings.max_concurrent else None)
                 for job in group:
                     job.point.state, job.point.job = SUBMITTED, f"{before}_{job.point.number}"

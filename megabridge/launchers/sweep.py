@@ -27,7 +27,7 @@ from megabridge.launchers import results, run_lock
 from megabridge.launchers.prepare import resolve, write_config
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Failure, Outcome
 from megabridge.parallel.topology import Topology
-from megabridge.storage import regular_files
+from megabridge.storage import atomic_files, regular_files
 
 RECORD: Final = "sweep.json"
 STATES: Final = ("waiting", "running", "done", "failed", "refused", "submitted")
@@ -146,20 +146,30 @@ def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], fi
     before = read(folder)[:first] if first else []
     points = [*before, *(job.point for job in jobs)]
     write(folder, points)
+    save = partial(_save, folder, points)
     try:
-        runner.run([job for job in jobs if job.point.state == WAITING], folder, partial(write, folder, points))
+        runner.run([job for job in jobs if job.point.state == WAITING], folder, save)
     finally:
-        write(folder, points)
+        save()
     if any(point.state not in (REFUSED, WAITING, SUBMITTED) for point in points):
         print(results.write(folder, points), flush=True)
     return [_returned(job, points) for job in jobs]
 
 
 def write(folder: Path, points: Sequence[SweepRun]) -> None:
-    """Leaves sweep.json in the sweep's directory; never half of it."""
-    unfinished = folder / f".{RECORD}"
-    unfinished.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(folder / RECORD)
+    """Leaves sweep.json in the sweep's directory, whole. Raises MegabridgeError where it can't; then the one before stays."""
+    try:
+        atomic_files.write(folder / RECORD, json.dumps([asdict(point) for point in points], indent=1) + "\n")
+    except OSError as error:
+        raise MegabridgeError(f"{folder / RECORD} can't be written ({error.strerror}); free space there.") from error
+
+
+def _save(folder: Path, points: Sequence[SweepRun]) -> None:
+    """As `write`, of a sweep that runs: what can't be written is said, and costs no point."""
+    try:
+        write(folder, points)
+    except MegabridgeError as error:
+        print(f"megabridge: {error} The sweep goes on.", file=sys.stderr, flush=True)
 
 
 def read(folder: Path) -> list[SweepRun]:

@@ -13,9 +13,16 @@ _kept: Final[list[tuple[mmap.mmap, list[tuple[str, int]]]]] = []
 
 
 def new_note(descriptor: int = -1) -> mmap.mmap:
-    """Memory for one process's note: shared with forked children, or the first SIZE bytes of an open file."""
-    if descriptor >= 0 and os.fstat(descriptor).st_size < SIZE:
-        os.truncate(descriptor, SIZE)
+    """Memory for one process's note: shared with forked children, or the first SIZE bytes of an open file.
+
+    Where there is no room for these, memory of this process alone: a note that nobody finds, and no SIGBUS.
+    """
+    if descriptor >= 0:
+        try:
+            # A page that the file system had no block for would end the process when it is first written.
+            os.posix_fallocate(descriptor, 0, SIZE)
+        except OSError:
+            descriptor = -1
     return mmap.mmap(descriptor, SIZE)
 
 

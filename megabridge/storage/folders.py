@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
-import math
 import os
 import re
 import shutil
@@ -22,17 +20,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Final
 
-from megabridge.errors import CheckpointError, said
-from megabridge.storage import atomic_files, locks, regular_files
+from megabridge.errors import CheckpointError
+from megabridge.storage import locks, regular_files
 
 NATIVE: Final = "native"
-VALIDATION: Final = "validation.json"
 PARTIAL_SUFFIX: Final = ".partial"
 REMOVED_SUFFIX: Final = ".removed"
 LOCK_SUFFIX: Final = ".lock"
 # Written last by megatron-core into a distributed checkpoint; its presence is part of "committed".
 MARKER: Final = "metadata.json"
-_STEP: Final = re.compile(r"step_(\d+)")
+STEP: Final = re.compile(r"step_(\d+)")
 _NAME_BYTES: Final = 255  # the longest file name on Linux
 _VISIBLE: Final = 5.0  # seconds that a shared file system may take to show a new file to another host
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -53,36 +50,17 @@ def committed_steps(checkpoints: Path) -> dict[int, Path]:
 
     The step in the folder's name decides, never a time stamp: clocks of two hosts differ.
     """
-    return {step: entry / NATIVE for step, entry in _steps(checkpoints).items() if is_committed(entry / NATIVE)}
+    return {step: entry / NATIVE for step, entry in numbered(checkpoints).items() if is_committed(entry / NATIVE)}
 
 
-def strange(checkpoints: Path) -> dict[int, str]:
-    """What bears a step's name below `checkpoints` and can't be one, by step, lowest first: what is wrong with it.
-
-    Such is passed over by `committed_steps` and `keep`, and would be in the way of a save.
-    """
-    found = {}
-    for step, entry in _steps(checkpoints).items():
-        try:
-            next(entry.iterdir(), None)
-        except OSError as error:
-            kind = "a link" if entry.is_symlink() else "an entry"
-            found[step] = f"{entry.name} is {kind} that can't be read as a folder ({error.strerror})"
-            continue
-        native = entry / NATIVE
-        if (native.is_symlink() or native.exists()) and not is_committed(native):
-            found[step] = f"{entry.name}/{NATIVE} is no complete native checkpoint"
-    return found
-
-
-def _steps(checkpoints: Path) -> dict[int, Path]:
+def numbered(checkpoints: Path) -> dict[int, Path]:
     """Everything that bears a step's name, by step, lowest first. Raises CheckpointError where `checkpoints` can't be read."""
-    found = ((_STEP.fullmatch(entry.name), entry) for entry in _entries(checkpoints))
-    numbered = [(int(match[1]), entry) for match, entry in found if match]
-    return dict(sorted((step, entry) for step, entry in numbered if entry.name == step_folder(checkpoints, step).name))
+    found = ((STEP.fullmatch(entry.name), entry) for entry in entries(checkpoints))
+    found_steps = [(int(match[1]), entry) for match, entry in found if match]
+    return dict(sorted((step, entry) for step, entry in found_steps if entry.name == step_folder(checkpoints, step).name))
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
     """What is in a folder; nothing where there is none."""
     try:
         return list(folder.iterdir())
@@ -92,7 +70,7 @@ def _entries(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} can't be read: {error.strerror}; see to its permissions, or name another.") from error
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Removes a file, or a folder with all in it; of a link the link alone. Raises OSError."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
@@ -240,79 +218,6 @@ def recover(folder: Path) -> None:
     if old.is_dir() and not folder.exists():
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_orphans(checkpoints: Path) -> list[str]:
-    """Removes what killed saves and removals left in `checkpoints`, under `lock`; returns what is to be said of what can't be."""
-    problems = []
-    for entry in _entries(checkpoints):
-        try:
-            if entry.name.endswith(REMOVED_SUFFIX):
-                _remove(entry)
-            elif _STEP.fullmatch(entry.name) and regular_files.is_folder(entry):
-                _tidy(entry)
-        except OSError as error:
-            problems.append(f"{entry} holds what a killed save left, and can't be tidied ({error.strerror}); remove that by hand")
-    return problems
-
-
-def _tidy(step: Path) -> None:
-    """Removes what killed saves left in a step's folder, and the folder where nothing else is in it. Raises OSError."""
-    for left in step.glob(f".*{REMOVED_SUFFIX}"):
-        recover(step / left.name[1 : -len(REMOVED_SUFFIX)])
-    left_over = [entry for entry in step.iterdir() if entry.name.endswith((PARTIAL_SUFFIX, LOCK_SUFFIX))]
-    for entry in left_over:
-        _remove(entry)
-    if left_over and not step.is_symlink() and not any(step.iterdir()):
-        step.rmdir()
-
-
-def note_validation(step: Path, loss: float) -> None:
-    """Leaves the validation loss of a saved step in its folder, for `keep`. Raises OSError."""
-    atomic_files.write(step / VALIDATION, json.dumps({"loss": loss}) + "\n")
-    fsync(step)
-
-
-def validation_loss(step: Path) -> float:
-    """The validation loss of a saved step; infinite where it was not validated. Raises CheckpointError where that can't be read."""
-    file = step / VALIDATION
-    if not file.is_file():
-        return math.inf
-    try:
-        loss = json.loads(regular_files.read(file))["loss"]
-        if type(loss) in (int, float):
-            return math.inf if math.isnan(loss) else float(loss)
-        reason = f"loss is {loss!r}"
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        reason = said(error)
-    raise CheckpointError(f'{file} must be {{"loss": a number}}, but {reason}; remove the file, or the step.')
-
-
-def keep(checkpoints: Path, *, last: int, best: int) -> list[str]:
-    """Removes all committed steps, exports included, but the newest `last` and the `best` of lowest validation loss.
-
-    A step whose validation loss can't be read is kept, too, and of a link to a step what it leads to. Returns what is to be said.
-    """
-    steps = [native.parent for native in committed_steps(checkpoints).values()]
-    losses, problems, kept = dict[Path, float](), list[str](), set(steps[-last:])
-    for step in steps:
-        try:
-            losses[step] = validation_loss(step)
-        except CheckpointError as error:
-            problems.append(f"{step.name} is kept: {error}")
-            kept.add(step)
-    kept |= set(sorted((step for step in losses if losses[step] < math.inf), key=losses.__getitem__)[:best])
-    for step in steps:
-        if step in kept:
-            continue
-        if step.is_symlink():
-            problems.append(f"{step.name} is a link, which is removed; what it leads to is kept: {step.resolve()}")
-        try:
-            # Renamed first: a removal that is killed half-way leaves no step that looks committed.
-            _remove(step.rename(step.with_name(step.name + REMOVED_SUFFIX)))
-        except OSError as error:
-            problems.append(f"{step.name} can't be removed ({error.strerror}); remove it by hand")
-    return problems
 
 
 def lock(checkpoints: Path) -> IO[str]:

@@ -15,7 +15,7 @@ from megabridge.hf.dtypes import described
 from megabridge.loggers import Logger, Reporter
 from megabridge.native import checkpoint
 from megabridge.parallel.collectives import all_gather, on_rank_zero, raise_together
-from megabridge.storage import folders
+from megabridge.storage import folders, steps
 from megabridge.training import batches, optimizer_step, resume, saving
 from megabridge.training.flags import SharedFlag
 from megabridge.training.hooks import Callback
@@ -162,8 +162,8 @@ class Trainer:
     def _claim(self) -> list[str]:
         """Takes the checkpoints for this run, on rank 0; returns what is to be said of what lies there."""
         self._lock = folders.lock(self.checkpoints)
-        problems = folders.remove_orphans(self.checkpoints)
-        return problems + [f"{line}; it is passed over" for line in folders.strange(self.checkpoints).values()]
+        problems = steps.remove_orphans(self.checkpoints)
+        return problems + [f"{line}; it is passed over" for line in steps.strange(self.checkpoints).values()]
 
     def _resume(self, source: Path) -> None:
         progress = checkpoint.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)

@@ -14,7 +14,7 @@ from megabridge.config.schema import Config
 from megabridge.errors import ConfigError, listed, plain
 from megabridge.native import checkpoint
 from megabridge.parallel.collectives import on_rank_zero
-from megabridge.storage import folders, regular_files
+from megabridge.storage import folders, regular_files, steps
 from megabridge.training import input_digests
 
 if TYPE_CHECKING:
@@ -127,11 +127,11 @@ def source(config: Config, checkpoints: Path) -> Path | None:
 
     Raises ConfigError where the run would later meet steps that another run left in `checkpoints`, or what is no step.
     """
-    steps = folders.committed_steps(checkpoints)
+    saved = folders.committed_steps(checkpoints)
     resume = config.checkpoint.resume
     if resume == "auto":
         found = folders.latest(checkpoints)
-        start = max(steps, default=0)
+        start = max(saved, default=0)
     elif resume == "none":
         found, start = None, 0
     else:
@@ -143,15 +143,15 @@ def source(config: Config, checkpoints: Path) -> Path | None:
                 f"checkpoint.resume={resume} must be none, auto or the folder of a saved step; there is no complete "
                 "native checkpoint there."
             )
-        here = [step for step, folder in steps.items() if folder.resolve() == found.resolve()]
+        here = [step for step, folder in saved.items() if folder.resolve() == found.resolve()]
         start = here[0] if here else 0
-    strange = folders.strange(checkpoints).items()
+    strange = steps.strange(checkpoints).items()
     if in_the_way := [line for step, line in strange if start < step <= config.recipe.steps]:
         raise ConfigError(
             f"{checkpoints} must have room for the steps that this run saves after step {start}; remove or rename what is in the "
             f"way:\n  {listed(in_the_way)}"
         )
-    later = [step for step in steps if step > start]
+    later = [step for step in saved if step > start]
     if later:
         raise ConfigError(
             f"checkpoint.resume={resume} would run over step_{later[0]} that is already in {checkpoints}; use "

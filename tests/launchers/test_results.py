@@ -11,11 +11,14 @@ import pytest
 
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError, MegabridgeError, plain
-from megabridge.launchers import results, sweep
+from megabridge.launchers import job_files, results, sweep
 from megabridge.launchers.html_report import page
+from megabridge.launchers.prepare import write_config
 from megabridge.launchers.processes.outcome import Failure, first
 from megabridge.launchers.sweep import DONE, FAILED, REFUSED, SweepFailure, SweepRun
 from recipes import collect, report
+from tests.support.compose import compose
+from tests.support.limits import largest_file
 
 
 def points(tmp_path: Path) -> list[SweepRun]:
@@ -186,6 +189,28 @@ def test_sweep_json_there_and_back(tmp_path: Path) -> None:
             (tmp_path / "0" / sweep.RECORD).write_text(content, encoding="latin-1")
         with pytest.raises(MegabridgeError, match=r"must be the directory of a sweep .*sweep\.json"):
             sweep.read(tmp_path / "0")
+
+
+def test_a_full_disk_costs_no_point_and_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = points(tmp_path)
+    sweep.write(tmp_path, found[:1])
+    results.write(tmp_path, found[:1])
+    before = {file: file.read_bytes() for file in (tmp_path / sweep.RECORD, tmp_path / results.CSV)}
+    with largest_file(100):
+        with pytest.raises(MegabridgeError, match=r"sweep\.json can't be written \(File too large\); free space there"):
+            sweep.write(tmp_path, found)
+        sweep._save(tmp_path, found)
+        table = results.write(tmp_path, found)
+        for write in (
+            lambda: job_files.leave_text(tmp_path / "queue" / "a", "x" * 200),
+            lambda: write_config(compose(), {"run_dir": str(tmp_path), "seed": "1" * 200}),
+        ):
+            with pytest.raises(MegabridgeError, match="File too large"):
+                write()
+    assert "sweep.json can't be written (File too large); free space there. The sweep goes on." in capsys.readouterr().err
+    assert table.startswith("rank") and "sweep.csv can't be written (File too large); free space there, and recipe=collect" in table
+    assert {file: file.read_bytes() for file in before} == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["sweep.csv", "sweep.json"]
 
 
 def test_the_status_is_that_of_a_run_before_that_of_a_refusal() -> None:

@@ -16,7 +16,7 @@ import torch
 from megabridge.errors import CheckpointError
 from megabridge.native import digests, reader, safe_unpickling
 from megabridge.parallel.topology import Topology
-from megabridge.storage import folders
+from megabridge.storage import folders, steps
 from tests.support.rank_server import RankError, RankServer
 
 CASES = "tests.support.training"
@@ -179,14 +179,56 @@ def test_keep_last_and_orphans(tmp_path: Path) -> None:
         (partial / "metadata.json").touch()
         (partial / ".metadata").touch()
         folders.commit(folder)
-    folders.keep(tmp_path, last=2, best=0)
+    steps.keep(tmp_path, last=2, best=0)
     assert list(folders.committed_steps(tmp_path)) == [2, 3]
     folders.begin(tmp_path / "step_4/native")
     (tmp_path / "step_1.removed/native").mkdir(parents=True)
-    folders.remove_orphans(tmp_path)
+    steps.remove_orphans(tmp_path)
     assert {entry.name for entry in tmp_path.iterdir()} == {"step_2", "step_3"}
     with pytest.raises(CheckpointError, match="exists already"):
         folders.begin(tmp_path / "step_3/native")
+
+
+def test_what_bears_a_steps_name_and_is_none_is_passed_over(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for folder in (checkpoints / "step_1", tmp_path / "elsewhere", checkpoints / "step_3", checkpoints / "step_05"):
+        (folder / "native").mkdir(parents=True)
+        for name in ("metadata.json", ".metadata"):
+            (folder / "native" / name).touch()
+    (checkpoints / "step_2").symlink_to(tmp_path / "elsewhere")
+    (checkpoints / "step_4").symlink_to("nowhere")
+    (checkpoints / "step_5").write_text("notes")
+    (checkpoints / "step_6").symlink_to("step_6")
+    (checkpoints / "step_7/native").mkdir(parents=True)
+    (checkpoints / "step_8.removed").symlink_to(tmp_path / "elsewhere")
+    (checkpoints / f"step_{'9' * 200}").touch()
+    (tmp_path / "elsewhere" / ".native.partial").symlink_to(tmp_path)
+
+    assert steps.remove_orphans(checkpoints) == []
+    assert list(folders.committed_steps(checkpoints)) == [1, 2, 3]
+    assert not (checkpoints / "step_8.removed").is_symlink() and not (tmp_path / "elsewhere/.native.partial").is_symlink()
+    said = steps.strange(checkpoints)
+    assert list(said)[:4] == [4, 5, 6, 7] and len(said) == 5
+    assert said[4] == "step_4 is a link that can't be read as a folder (No such file or directory)"
+    assert said[5] == "step_5 is an entry that can't be read as a folder (Not a directory)"
+    assert "Too many levels of symbolic links" in said[6] and said[7] == "step_7/native is no complete native checkpoint"
+
+    (line,) = steps.keep(checkpoints, last=1, best=0)
+    assert line == f"step_2 is a link, which is removed; what it leads to is kept: {tmp_path / 'elsewhere'}"
+    assert list(folders.committed_steps(checkpoints)) == [3] and folders.is_committed(tmp_path / "elsewhere/native")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_folders_without_permission_are_said(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step_4/native").mkdir(parents=True)
+    (tmp_path / "checkpoints/step_4").chmod(0)
+    assert "Permission denied" in steps.strange(tmp_path / "checkpoints")[4]
+    assert steps.remove_orphans(tmp_path / "checkpoints")[0].startswith(str(tmp_path / "checkpoints/step_4"))
+    (tmp_path / "checkpoints").chmod(0)
+    with pytest.raises(CheckpointError, match="checkpoints can't be read: Permission denied"):
+        folders.latest(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").chmod(0o700)
+    (tmp_path / "checkpoints/step_4").chmod(0o700)
 
 
 def test_a_step_whose_validation_cannot_be_read_is_kept(tmp_path: Path) -> None:
@@ -194,9 +236,9 @@ def test_a_step_whose_validation_cannot_be_read_is_kept(tmp_path: Path) -> None:
     for step, text in texts.items():
         native = tmp_path / f"step_{step}/native"
         native.mkdir(parents=True)
-        for name in ("metadata.json", ".metadata", f"../{folders.VALIDATION}"):
+        for name in ("metadata.json", ".metadata", f"../{steps.VALIDATION}"):
             (native / name).write_text(text)
-    said = folders.keep(tmp_path, last=1, best=1)
+    said = steps.keep(tmp_path, last=1, best=1)
     assert list(folders.committed_steps(tmp_path)) == [1, 4, 5, 6, 7]
     assert [line.partition(" is kept: ")[0] for line in said] == ["step_1", "step_4", "step_5"]
     assert all('validation.json must be {"loss": a number}, but ' in line and line.endswith("or the step.") for line in said)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from megabridge.errors import CheckpointError
+from megabridge.hf.safetensors_format import read_header
+from megabridge.native import digests
 from megabridge.parallel.topology import Topology
 from tests.support.damage import DAMAGES
 from tests.support.rank_server import RankServer
@@ -60,3 +66,30 @@ def test_without_digests_a_folder_is_taken_as_it_is(ranks: RankServer, saved: Pa
     assert said[:2] == ["nothing was raised"] * 2
     assert said[2].startswith("CheckpointError: ") and "can't be read" in said[2]
     assert said[3] == "interrupted"
+
+
+def test_tensors_have_one_digest_in_whichever_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {name: torch.arange(number, number + 3000, dtype=torch.float32) for number, name in enumerate("abc")}
+    monkeypatch.setattr(digests, "_PIECE", 4096)
+
+    def digest(name: str, **files: list[str]) -> str:
+        (tmp_path / name).mkdir()
+        for file, names in files.items():
+            save_file({each: tensors[each] for each in names}, tmp_path / name / f"{file}.safetensors")
+        headers = [read_header(path) for path in sorted((tmp_path / name).iterdir())]
+        infos = {each: info for header in headers for each, info in header.items()}
+        found = digests.of_tensors(infos.values())
+        path = next(iter(infos.values())).file
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(CheckpointError, match="is not the file that it was"):
+            digests.of_tensors(infos.values())
+        return found
+
+    base = digest("one", model=["a", "b", "c"])
+    assert digest("two", x=["c", "a"], y=["b"]) == base
+    tensors["b"][2999] += 1
+    assert digest("three", model=["a", "b", "c"]) != base
+    tensors["b"][2999] -= 1
+    tensors["b"], tensors["c"] = tensors["c"], tensors["b"]
+    assert digest("four", model=["a", "b", "c"]) != base

@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 
 from megabridge.launchers.processes import children
-from megabridge.launchers.processes.outcome import Failure
+from megabridge.launchers.processes.outcome import Done, Failure
 from megabridge.storage import crash_notes
+from tests.support.limits import largest_file
 
 
 def test_fault_25_the_launcher_names_the_file(tmp_path: Path) -> None:
@@ -40,3 +41,22 @@ def test_nothing_is_noted_without_a_page_and_a_torn_note_says_nothing() -> None:
         assert os.fstat(file.fileno()).st_size == crash_notes.SIZE and crash_notes.truncated_files(note) == ""
         note[:7] = b'[["a", '
         assert crash_notes.truncated_files(note) == ""
+
+
+def test_a_note_without_room_ends_nothing() -> None:
+    """Its bytes are reserved: a page without a block would end whoever writes it first by SIGBUS."""
+
+    def work() -> None:
+        with tempfile.TemporaryFile() as file, largest_file(4096):
+            crash_notes.set_note(crash_notes.new_note(file.fileno()))
+            for number in range(200):
+                crash_notes.note_mapping(Path(f"/a/file/with/a/long/name/{number}"), 1)
+            assert os.fstat(file.fileno()).st_blocks * 512 < crash_notes.SIZE
+        with tempfile.TemporaryFile() as file:
+            crash_notes.new_note(file.fileno())
+            assert os.fstat(file.fileno()).st_blocks * 512 >= crash_notes.SIZE
+
+    child = children.fork(0, work)
+    found = children.wait([child])
+    children.end([child], 1.0)
+    assert found == Done()

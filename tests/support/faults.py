@@ -22,7 +22,7 @@ from megabridge.conversion.file_writer import Writer
 from megabridge.native import checkpoint
 from megabridge.parallel import process_groups
 from megabridge.parallel.topology import Topology
-from megabridge.storage import folders
+from megabridge.storage import folders, steps
 from tests.support import disk, tiny
 from tests.support.convert import provide
 
@@ -390,7 +390,7 @@ def native_saves(root: str, share: int) -> dict[str, list[dict[str, Any]]]:
         clear()
         code, _ = forked(lambda number=number: saves.save(2, kill=number))
         code_after, latest = forked(saves.look)
-        folders.remove_orphans(saves.live)
+        steps.remove_orphans(saves.live)
         hidden = [path.name for path in saves.live.rglob("*") if path.name.endswith((".partial", ".removed"))]
         seen["killed"].append(
             {"kind": kinds[number - 1], "code": code, "latest": latest if code_after == 0 else None, "hidden": hidden}

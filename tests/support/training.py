@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import json
 import os
 import signal
 import tempfile
@@ -15,14 +17,17 @@ import torch
 import torch.distributed as dist
 
 from megabridge.errors import CheckpointError, ConfigError
+from megabridge.loggers.jsonl import JsonLines
+from megabridge.loggers.metrics_file import FILE_NAME
 from megabridge.models.logits import gather_logits
 from megabridge.native import checkpoint, optimizer_state
 from megabridge.platform import determinism
 from megabridge.storage import folders
-from megabridge.training import Callback, Trainer, resume
+from megabridge.training import Callback, Trainer, build, resume
 from megabridge.training.step import forward_backward, validate
 from megabridge.training.stopping import Stopped
 from tests.support import tiny
+from tests.support.limits import largest_file
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -254,6 +259,48 @@ def changed_settings() -> dict[str, Any]:
             "secret": is_secret,
             "of the environment": len(changed) == 1 and changed[0].startswith("optimizer.name: <redacted> "),
         }
+
+
+class NoRoom(Callback):
+    """The disk is full while steps 1 and 2 are taken, and from the save of step 6 on."""
+
+    def __init__(self) -> None:
+        self.limit = contextlib.ExitStack()
+
+    def before_step(self, trainer: Trainer) -> None:
+        if trainer.step == 0:
+            self.limit.enter_context(largest_file((trainer.run_dir / FILE_NAME).stat().st_size + 30))
+        if trainer.step == 2:
+            self.limit.close()
+
+    def before_save(self, trainer: Trainer, step: int) -> None:
+        if step == 6:
+            self.limit.enter_context(largest_file(2000))
+
+
+def without_room(run_dir: str) -> dict[str, Any]:
+    """A run whose disk is full for a while, and again in its last save; and a source that can't be written."""
+    config = tiny.config(run_dir, steps=6, save_every=3)
+    callback, printed = NoRoom(), io.StringIO()
+    trainer = tiny.trainer(config, callbacks=[callback], loggers=[JsonLines()])
+    failed = ""
+    with contextlib.redirect_stdout(printed), callback.limit:
+        try:
+            trainer.fit()
+        except CheckpointError as error:
+            failed = str(error)
+    config.model.hf = {"a": "x" * 4000}
+    source = Path(run_dir, "source/config.json")
+    source.parent.mkdir()
+    source.write_text("config.json before")
+    refused = ""
+    with largest_file(1000):
+        try:
+            build._write_source(config)
+        except CheckpointError as error:
+            refused = str(error)
+    metrics = [json.loads(line) for line in Path(run_dir, FILE_NAME).read_text().splitlines()]
+    return {"metrics": metrics, "printed": printed.getvalue(), "failed": failed, "refused": refused, "source": source.read_text()}
 
 
 class FullDisk(Callback):

@@ -175,6 +175,35 @@ def test_a_run_does_not_run_over_anothers_steps(ranks: RankServer, tmp_path: Pat
         trained(ranks, Topology(), tmp_path, steps=2)
 
 
+def test_a_step_may_be_a_link_and_what_is_none_is_said(ranks: RankServer, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run/checkpoints"
+    trained(ranks, Topology(), tmp_path / "run", steps=2)
+    (checkpoints / "step_2").rename(tmp_path / "elsewhere")
+    (checkpoints / "step_2").symlink_to(tmp_path / "elsewhere")
+    (checkpoints / "step_4").symlink_to("nowhere")
+    with pytest.raises(
+        RankError, match=r"(?s)must have room for the steps .* after step 2; .*step_4 is a link that can't be read as"
+    ):
+        trained(ranks, Topology(), tmp_path / "run", steps=4, resume="auto", keep_last=1)
+    (checkpoints / "step_4").rename(checkpoints / "step_9")
+    result = trained(ranks, Topology(), tmp_path / "run", steps=4, resume="auto", keep_last=1)
+    assert len(result[0]["losses"]) == 2
+    assert any(line.startswith("step_2 is a link, which is removed; what it leads to is kept") for line in result[0]["said"])
+    again = trained(ranks, Topology(), tmp_path / "run", steps=6, resume="auto", keep_last=1)
+    assert len(again[0]["losses"]) == 2 and (tmp_path / "elsewhere/native/metadata.json").exists()
+    assert sorted(entry.name for entry in checkpoints.glob("step_*")) == ["step_6", "step_9"]
+
+
+def test_a_full_disk_ends_no_training_and_takes_no_save(ranks: RankServer, tmp_path: Path) -> None:
+    (found,) = ranks.run("tests.cases.training:without_room", topology=Topology(), kwargs={"run_dir": str(tmp_path)})
+    assert [line["step"] for line in found["metrics"] if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert found["printed"].count("can't be written (File too large)") == 1 and "nothing is missing" in found["printed"]
+    assert found["source"] == "config.json before" and "source can't be written (File too large); free space" in found["refused"]
+    assert "step_6/native can't be written: " in found["failed"]
+    assert [entry.name for entry in (tmp_path / "checkpoints").glob("*/native")] == ["native"]
+    assert trained(ranks, Topology(), tmp_path, steps=6, resume="auto")[0]["step"] == 6
+
+
 def test_resume_from_a_folder(ranks: RankServer, tmp_path: Path) -> None:
     whole = trained(ranks, Topology(), tmp_path / "whole", steps=4, save_every=2)
     second = trained(ranks, Topology(), tmp_path / "other", steps=4, resume=str(tmp_path / "whole/checkpoints/step_2"))

@@ -38,7 +38,7 @@ class Child:
     report: int
     """The descriptor of the unnamed file that takes its report."""
     note: mmap.mmap
-    """What it reads, for when it can't say so itself (last_words)."""
+    """What it reads, for when it can't say so itself (crash_notes)."""
     popen: subprocess.Popen[bytes] | None = None
     """Of a program; None for a fork."""
     _outcome: Outcome | None = field(default=None, init=False)
@@ -89,6 +89,7 @@ def spawn(
     with _room(rank):
         report, note = unnamed(), unnamed()
         try:
+            page = crash_notes.new_note(note)
             popen = subprocess.Popen(
                 [sys.executable, "-m", module, f"--config={config}", f"--outcome={report}", f"--note={note}", *arguments],
                 env=environ,
@@ -97,7 +98,7 @@ def spawn(
                 process_group=0,
                 preexec_fn=prepare,
             )
-            return Child(rank, popen.pid, _pidfd(popen.pid), report, crash_notes.new_note(note), popen)
+            return Child(rank, popen.pid, _pidfd(popen.pid), report, page, popen)
         finally:
             os.close(note)
 
