@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from tests.ranks import RankServer
+from tests.support.rank_server import RankServer
 from tests.test_documentation import COMMANDS, PYTHON, ROOT, blocks
 
 PAGE = ROOT / "docs" / "adding-a-family.md"
@@ -94,7 +94,7 @@ def test_a_family_of_an_installed_package(ranks: RankServer, tmp_path: Path) -> 
     """An entry point, layers and a conf entry of its own; the package lies on PYTHONPATH as pip would have put it there."""
     files = {
         "outside/__init__.py": "",
-        "outside/layers.py": block("import megabridge.layers.attention") + dedent(LAYER_SPEC),
+        "outside/layers.py": block("import megabridge.models.layers.attention") + dedent(LAYER_SPEC),
         "outside/family.py": dedent(FAMILIES),
         "outside/conf/__init__.py": "",
         "outside/conf/model/outside_tiny.yaml": dedent(CONF),
@@ -118,7 +118,7 @@ def test_a_family_of_an_installed_package(ranks: RankServer, tmp_path: Path) -> 
 FAMILIES = """\
     from dataclasses import replace
 
-    from megabridge.families.fields import Fixed, Only
+    from megabridge.families.core.fields import Fixed, Only
     from megabridge.families.gpt2 import FAMILY as GPT2
 
     KEY = "scale_attn_by_inverse_layer_idx"
@@ -132,8 +132,8 @@ LAYER_SPEC = """
     def spec(config):
         from dataclasses import replace
 
-        from megabridge.layers.spec import layer_spec
-        from megabridge.style import Style
+        from megabridge.models.layer_specs import layer_spec
+        from megabridge.models.layer_options import Style
 
         made = layer_spec("torch", config, Style(add_attn_proj_bias=True, add_mlp_bias=True))
         attention = made.submodules.self_attention

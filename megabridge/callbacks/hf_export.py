@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, override
 
-from megabridge import regular
-from megabridge.agreement import on_rank_zero
 from megabridge.callbacks.parity import compare_logits
 from megabridge.errors import ConfigError
+from megabridge.parallel.collectives import on_rank_zero
+from megabridge.storage import regular_files
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class HFExport(Callback):
         step, peft = folder.parent, trainer.config.peft
         name = ADAPTER_FOLDER if peft.name != "none" and not peft.merge else FOLDER
         is_ours = step.parent.resolve() == trainer.checkpoints.resolve()
-        if is_ours and not on_rank_zero("looking for an export", lambda: regular.is_folder(step / name)):
+        if is_ours and not on_rank_zero("looking for an export", lambda: regular_files.is_folder(step / name)):
             self.on_save(trainer, trainer.step, step)
 
     @override

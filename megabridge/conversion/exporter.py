@@ -16,31 +16,32 @@ from typing import IO, Final
 
 import torch
 
-from megabridge import agreement
-from megabridge.checkpoint import folders, native
-from megabridge.checkpoint.dtypes import counted
-from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion import manifest
 from megabridge.conversion.compare import Convert, Difference, Pair, compare
-from megabridge.conversion.earlier import Earlier, check_apart, check_hidden, check_unchanged
-from megabridge.conversion.encoding import Encoder, agree, scale_owners
+from megabridge.conversion.earlier_export import Earlier, check_apart, check_hidden, check_unchanged
+from megabridge.conversion.encoding import Encoder, agree_on_encoder, scale_owners
+from megabridge.conversion.file_writer import Shard, Writer, plan_shards, reserve, space_named, write_index
 from megabridge.conversion.gather import Gathered, compare_gathered
 from megabridge.conversion.importer import Progress, silent
 from megabridge.conversion.manifest import digests
-from megabridge.conversion.plan import Plan, Spec
+from megabridge.conversion.plan import Plan, TensorSpec
+from megabridge.conversion.read_loop import ReadTask
 from megabridge.conversion.report import Report
-from megabridge.conversion.walk import Job
-from megabridge.conversion.writer import Shard, Writer, plan_shards, reserve, space_named, write_index
 from megabridge.errors import CheckpointError, ConfigError, MegabridgeError, ParityError, listed
-from megabridge.families.quantization import Quantization
-from megabridge.mapping import Transfer, natural, whole, woven
+from megabridge.families.core.quantization import Quantization
+from megabridge.hf.dtypes import counted
+from megabridge.hf.safetensors_format import TensorInfo, read_header
+from megabridge.mapping import Transfer, coalescible, natural, whole
+from megabridge.native import checkpoint
+from megabridge.parallel import collectives
+from megabridge.storage import folders
 
 Dtypes = Mapping[str, torch.dtype] | torch.dtype | None
 WRITERS: Final = ("shared", "gather")
 Boxes = Iterable[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]  # file, place in it, elements: what `Writer.write` takes
 
 
-def export_specs(plan: Plan, dtypes: Dtypes, aliases: frozenset[str]) -> dict[str, Spec]:
+def export_specs(plan: Plan, dtypes: Dtypes, aliases: frozenset[str]) -> dict[str, TensorSpec]:
     """The tensors to write, in natural order: in one dtype, one by name, or the parameters'; `aliases` are written besides."""
     specs = dict(plan.tensors) | {alias: plan.tensors[plan.aliases[alias]] for alias in aliases}
     if isinstance(dtypes, torch.dtype):
@@ -86,29 +87,29 @@ def export_weights(
         raise ConfigError(f"writer={writer!r} must be one of {', '.join(WRITERS)}.")
     begin = time.perf_counter()
     partial = folders.partial_of(path := Path(os.path.realpath(path)))
-    agreement.on_rank_zero("looking where the export goes", lambda: check_apart(path, sources))
-    encoder = agree(plan, specs := export_specs(plan, dtypes, aliases), quantization, everything=writer == "gather")
+    collectives.on_rank_zero("looking where the export goes", lambda: check_apart(path, sources))
+    encoder = agree_on_encoder(plan, specs := export_specs(plan, dtypes, aliases), quantization, everything=writer == "gather")
     shards = plan_shards(partial, encoder.specs(specs), max_shard_size, only=only, files=files)
     infos = {name: info for shard in shards for name, info in shard.tensors.items()}
     writers = {name: [0] for name in infos} if writer == "gather" else _writers(plan, infos, encoder)
     with _claimed(path, is_shared=writer == "shared") as earlier:
         try:
-            kept = agreement.on_rank_zero("reserving space for the export", lambda: reserve(partial, shards))
+            kept = collectives.on_rank_zero("reserving space for the export", lambda: reserve(partial, shards))
             with (
-                agreement.together("writing weights"),
+                collectives.raise_together("writing weights"),
                 space_named(partial, shards),
                 closing(Gathered(plan, infos, encoder) if writer == "gather" else _own(plan, infos)) as boxes,
             ):
                 written = _write(chain(boxes, _scales(infos, writers, encoder)), infos, writers, kept, encoder, progress)
-            everyones = agreement.gather(written)
+            everyones = collectives.all_gather(written)
             _refuse_nonfinite([] if allow_nonfinite else everyones)
             seconds = time.perf_counter() - begin
             found, verify_seconds = _verify(plan, partial, shards, encoder, writer) if verify else (Difference((), 0.0, 0), 0.0)
             begin = time.perf_counter()
             by_name = _digests(writers, infos, everyones)
-            agreement.on_rank_zero("publishing the export", lambda: _publish(path, shards, write_assets, by_name, earlier))
+            collectives.on_rank_zero("publishing the export", lambda: _publish(path, shards, write_assets, by_name, earlier))
         except (MegabridgeError, OSError):
-            if agreement.rank() == 0:
+            if collectives.rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     seconds += time.perf_counter() - begin
@@ -151,9 +152,9 @@ def _claimed(path: Path, *, is_shared: bool) -> Iterator[Earlier | None]:
         return token
 
     try:
-        token = agreement.on_rank_zero("claiming the folder of the export", claim)
-        with agreement.together("opening the folder of the export"):
-            if is_shared and agreement.rank() != 0:
+        token = collectives.on_rank_zero("claiming the folder of the export", claim)
+        with collectives.raise_together("opening the folder of the export"):
+            if is_shared and collectives.rank() != 0:
                 own.append(folders.join(path, token))
         earlier = found[0] if found else None
         check_unchanged(path, earlier, is_shared=is_shared)
@@ -169,7 +170,7 @@ def _claimed(path: Path, *, is_shared: bool) -> Iterator[Earlier | None]:
 
 
 def _release(path: Path, own: list[IO[str]]) -> None:
-    if own and agreement.rank() == 0:
+    if own and collectives.rank() == 0:
         folders.release(path, own[0])
 
 
@@ -186,7 +187,7 @@ class Written:
 def _own(plan: Plan, infos: Mapping[str, TensorInfo]) -> Generator[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]:
     """The boxes that this rank writes into a shared folder."""
     for item in plan.items:
-        for group in woven(item.transfers) if item.is_writer else ():
+        for group in coalescible(item.transfers) if item.is_writer else ():
             for name in plan.carriers(item.hf[group[0].part], infos):
                 yield infos[name], group, item.live.data
 
@@ -194,13 +195,13 @@ def _own(plan: Plan, infos: Mapping[str, TensorInfo]) -> Generator[tuple[TensorI
 def _scales(infos: Mapping[str, TensorInfo], writers: Mapping[str, list[int]], encoder: Encoder) -> Boxes:
     """The scales that this rank writes."""
     for name, tensor in encoder.scales():
-        if agreement.rank() in writers[name]:
+        if collectives.rank() in writers[name]:
             yield infos[name], (whole(tensor.shape),), tensor
 
 
 def _write(boxes: Boxes, infos: Mapping[str, TensorInfo], writers: Mapping[str, list[int]], kept: frozenset[Path],
            encoder: Encoder, progress: Progress) -> Written:  # fmt: skip
-    mine = [infos[name] for name, ranks in writers.items() if agreement.rank() in ranks]
+    mine = [infos[name] for name, ranks in writers.items() if collectives.rank() in ranks]
     total = sum(info.nbytes // len(writers[info.name]) for info in mine)  # ranks have about equal parts
     with Writer([info for info in mine if info.file in kept], encoder.encode) as writer:
         for info, group, data in boxes:
@@ -226,9 +227,9 @@ def _writers(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encoder) -> d
 def _digests(writers: Mapping[str, list[int]], infos: Mapping[str, TensorInfo], everyones: list[Written]) -> dict[str, str]:
     """Every tensor's digest. Collective: those that several ranks wrote are taken now, by these ranks in turn."""
     several = [infos[name] for name, ranks in writers.items() if len(ranks) > 1]
-    with agreement.together("taking digests"):
+    with collectives.raise_together("taking digests"):
         found = digests(manifest.share(several, writers))
-    parts = [*agreement.gather(found), *(written.digests for written in everyones)]
+    parts = [*collectives.all_gather(found), *(written.digests for written in everyones)]
     return {name: digest for part in parts for name, digest in part.items()}
 
 
@@ -250,20 +251,20 @@ def _publish(path: Path, shards: list[Shard], write_assets: Callable[[Path], Non
         write_index(partial, shards)
         write_assets(partial)
         infos = {name: info for shard in shards for name, info in shard.tensors.items()}
-        manifest.write(partial, infos, found, native.layout())
+        manifest.write(partial, infos, found, checkpoint.layout())
         earlier.carry(partial)
     folders.commit(path, replace=True)
 
 
 def _verify(plan: Plan, partial: Path, shards: list[Shard], encoder: Encoder, writer: str) -> tuple[Difference, float]:
     begin = time.perf_counter()
-    with agreement.together("reading the export back"):
-        is_seen = writer == "shared" or agreement.rank() == 0
+    with collectives.raise_together("reading the export back"):
+        is_seen = writer == "shared" or collectives.rank() == 0
         infos = {name: info for shard in shards for name, info in (_headers(partial, shard) if is_seen else shard.tensors).items()}
     if writer == "gather":
         found = compare_gathered(plan, infos, encoder)
     else:
-        scales = [Job(infos[name], whole(tensor.shape), tensor) for name, tensor in encoder.scales()]
+        scales = [ReadTask(infos[name], whole(tensor.shape), tensor) for name, tensor in encoder.scales()]
         found = compare(plan, infos, bound(_to_file, encoder), more=scales)
     if found.mismatched:
         raise ParityError(
@@ -272,7 +273,7 @@ def _verify(plan: Plan, partial: Path, shards: list[Shard], encoder: Encoder, wr
     return found, time.perf_counter() - begin
 
 
-def _to_file(encoder: Encoder, job: Job, part: Transfer, pair: Pair, convert: Convert) -> Pair:
+def _to_file(encoder: Encoder, job: ReadTask, part: Transfer, pair: Pair, convert: Convert) -> Pair:
     """The parameter's box as the file should hold it; quantised ones are compared on the CPU."""
     ours, theirs = pair
     if job.info.name in encoder.dtypes:

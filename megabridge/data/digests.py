@@ -9,9 +9,9 @@ from typing import Final
 
 import xxhash
 
-from megabridge import regular
-from megabridge.agreement import spread
 from megabridge.data.batches import Sample
+from megabridge.parallel.collectives import spread
+from megabridge.storage import regular_files
 
 WHOLE: Final = 4 << 30
 """Bytes of files that are read to the last one; of more, evenly spread pieces are, WHOLE bytes in all."""
@@ -44,7 +44,7 @@ def of_files(files: Sequence[Path]) -> str:
 
     def work(number: int) -> str:
         file, begin = pieces[number]
-        with regular.opened(file) as stream:
+        with regular_files.opened(file) as stream:
             stream.seek(begin)
             return xxhash.xxh3_128_hexdigest(stream.read(_PIECE))
 

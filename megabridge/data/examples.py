@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from megabridge.checks import nearest
+from megabridge.config.validation import nearest
 from megabridge.data.batches import Sample
 from megabridge.data.chat import ChatEncoder
+from megabridge.data.invalid_rows import CONTENT, EMPTY, ENCODING, FORMAT, INEXACT, MISSING, REFUSED, ROLES, BadRow
 from megabridge.data.rendering import Refused, TemplateError
-from megabridge.data.rows import CONTENT, EMPTY, ENCODING, FORMAT, INEXACT, MISSING, REFUSED, ROLES, BadRow
 from megabridge.data.text import TextEncoder, pad_token
 from megabridge.errors import ConfigError
 

@@ -9,9 +9,9 @@ from typing import override
 from megabridge.data import digests, sources
 from megabridge.data.batches import OVERLONG, Batching, Overlong, Sample
 from megabridge.data.examples import Examples
+from megabridge.data.invalid_rows import check_share
 from megabridge.data.module import Batch, DataModule
 from megabridge.data.reading import Read, read
-from megabridge.data.rows import check_share
 from megabridge.errors import ConfigError, listed
 
 

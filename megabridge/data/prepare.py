@@ -15,12 +15,12 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from megabridge import regular
 from megabridge.data import indexed, sources
-from megabridge.data.rows import EMPTY, ENCODING, FORMAT, MISSING, BadRow, Tally
+from megabridge.data.invalid_rows import EMPTY, ENCODING, FORMAT, MISSING, BadRow, Tally
 from megabridge.data.text import TextEncoder
 from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, MegabridgeError
+from megabridge.storage import regular_files
 
 RANGE: Final = 8 << 20
 """Bytes of a file of lines that are tokenised at once."""
@@ -196,7 +196,7 @@ class _Worker:
         if part.group is not None:
             yield from sources.read_parquet(part.file, [part.group], [self._rules.column])
         elif part.file.suffix == ".txt" and not self._rules.text_lines:
-            with regular.opened(part.file) as text:
+            with regular_files.opened(part.file) as text:
                 yield str(part.file), self._plain(text.read())
         else:
             take = self._plain if part.file.suffix == ".txt" else sources.parse
@@ -229,7 +229,7 @@ class _Worker:
 
 def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
     """(place in the file, line without its end) of the lines that begin in the part's bytes."""
-    with regular.opened(part.file) as stream:
+    with regular_files.opened(part.file) as stream:
         if part.begin:
             stream.seek(part.begin - 1)
             stream.readline()  # it began before, or is the end of the line before

@@ -27,7 +27,7 @@ _STRETCH: Final = 4096
 """Positions whose share among the sets is worked out at once."""
 
 
-class Windows:
+class TokenWindows:
     """Rows of seq_length + 1 tokens over some documents of one set, put one after the other in a new order each epoch.
 
     A window begins with the last token of the one before it, so that every token but an epoch's first is a label; what is left at
@@ -153,7 +153,7 @@ class IndexedTokens(DataModule):
         self._batching = Batching(seq_length, micro_batch_size, global_batch_size, 0, packing=self._separate)
         sets = [Indexed(path) for path in self._paths]
         self._train = [
-            Windows(indexed, parts[0], seq_length, f"{seed}/{number}/train", self.vocab_size)
+            TokenWindows(indexed, parts[0], seq_length, f"{seed}/{number}/train", self.vocab_size)
             for number, indexed in enumerate(sets)
             for parts in [split_documents(len(indexed), self._split)]
         ]
@@ -164,14 +164,14 @@ class IndexedTokens(DataModule):
             )
         self._blend = Blend([windows.tokens for windows in self._train] if self._weights is None else self._weights)
         held_out = [
-            Windows(
+            TokenWindows(
                 indexed, split_documents(len(indexed), self._split)[1], seq_length, f"{seed}/{number}/validation", self.vocab_size
             )
             for number, indexed in enumerate(sets)
         ]
         self._validation = self._held_out(held_out)
 
-    def _held_out(self, sets: Sequence[Windows]) -> list[Row]:
+    def _held_out(self, sets: Sequence[TokenWindows]) -> list[Row]:
         """Rows of the held-out documents, blended as those for training, none twice."""
         shares = [(windows, weight) for windows, weight in zip(sets, self._blend.weights, strict=True) if windows.per_epoch]
         if not shares:

@@ -14,8 +14,8 @@ from typing import Any, override
 from megabridge.data import digests, sources
 from megabridge.data.batches import Batching, Row, text_row
 from megabridge.data.examples import Examples
+from megabridge.data.invalid_rows import SOON, BadRow, Tally, check_share
 from megabridge.data.module import Batch, DataModule
-from megabridge.data.rows import SOON, BadRow, Tally, check_share
 from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, listed
 

@@ -10,26 +10,26 @@ from typing import Any, Final
 # More than a second to import: here, so that ranks forked by one process share it.
 from transformers import AutoTokenizer
 
-from megabridge import regular
 from megabridge.data.batches import Sample
 from megabridge.errors import CheckpointError, ConfigError, said
+from megabridge.storage import regular_files
 
 _SUFFIXES: Final = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 def _check_file(file: Path) -> None:
     """Raises CheckpointError for a file that can't be read at all, or is larger than any tokenizer's."""
-    with regular.opened(file) as opened:
+    with regular_files.opened(file) as opened:
         size = os.fstat(opened.fileno()).st_size
-    if size > regular.LARGEST:
-        raise CheckpointError(f"{file} has {size} bytes, and may have {regular.LARGEST}; fetch it again.")
+    if size > regular_files.LARGEST:
+        raise CheckpointError(f"{file} has {size} bytes, and may have {regular_files.LARGEST}; fetch it again.")
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; no code of the folder is run. Raises CheckpointError where transformers can't load it."""
     with suppress(OSError):  # transformers says what is wrong with a folder
         for file in sorted(folder.iterdir()):
-            if file.exists() and not file.is_dir() and (file.suffix in _SUFFIXES or not regular.exists(file)):
+            if file.exists() and not file.is_dir() and (file.suffix in _SUFFIXES or not regular_files.exists(file)):
                 _check_file(file)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

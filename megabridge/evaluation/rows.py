@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megabridge import regular
 from megabridge.errors import CheckpointError, ConfigError, listed
+from megabridge.storage import regular_files
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 def _content(path: str) -> bytes:
     try:
-        with regular.opened(Path(path)) as file:
+        with regular_files.opened(Path(path)) as file:
             return file.read()
     except CheckpointError as error:
         raise ConfigError(f"path={error}") from error

@@ -11,14 +11,15 @@ from typing import Any, Final
 
 import torch
 
-from megabridge.checkpoint import assets, folders
 from megabridge.conversion.parity import load_hf
 from megabridge.data.text import load_tokenizer
 from megabridge.data.vocabulary import check_tokens
 from megabridge.errors import ConfigError
 from megabridge.evaluation import harness, measures, scoring
 from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity, Task, specs
-from megabridge.families.ranges import POSITIONS
+from megabridge.families.core.ranges import POSITIONS
+from megabridge.hf import assets
+from megabridge.storage import atomic_files, folders
 
 FILE: Final = "evaluation.json"
 TABLE: Final = "generations"
@@ -100,10 +101,7 @@ def write(file: Path, folder: Path, tasks: Mapping[str, Task], results: Results)
     """Writes what was found, and by what, as JSON; `file` appears whole. A figure that JSON has no number for is null."""
     figures = {name: value if math.isfinite(value) else None for name, value in results.metrics.items()}
     content = {"folder": str(folder), "tasks": specs(tasks), "metrics": figures, "generations": results.generations}
-    partial = folders.partial_of(file)
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    folders.fsync(partial)
-    partial.rename(file)
+    atomic_files.write(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     folders.fsync(file.parent)
 
 

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from types import FrameType
 from typing import Any, Final
 
-from megabridge.host import cores
-from megabridge.launchers.place import Place
+from megabridge.config.redaction import CARRIED
 from megabridge.launchers.processes import children, ending
 from megabridge.launchers.processes.children import Child
 from megabridge.launchers.processes.outcome import Failure, Terminated, WorkerFailure
-from megabridge.redact import CARRIED
+from megabridge.launchers.rank_environment import RankEnvironment
+from megabridge.parallel.hardware import cores
 
 WORKER: Final = "megabridge.worker"
 _GRACE: Final = 4.0  # seconds between SIGTERM and SIGKILL, and again for what the workers left behind
@@ -35,7 +35,7 @@ def launch(values: Mapping[str, Any], *, world_size: int, platform: str, kept: S
     The ranks keep the descriptors in `kept` open. Raises WorkerFailure with the first failure of a rank when the others have
     ended, and KeyboardInterrupt or Terminated after ending them on SIGINT or SIGTERM. No process is left behind.
     """
-    places = [None] if platform == "cpu" else Place.all_on_this_host(world_size)
+    places = [None] if platform == "cpu" else RankEnvironment.all_on_this_host(world_size)
     with terminable(), started(values, places, world_size=world_size, platform=platform, kept=kept) as workers:
         found = children.wait(workers, settle=_SETTLE)
         if isinstance(found, Failure):
@@ -46,7 +46,7 @@ def launch(values: Mapping[str, Any], *, world_size: int, platform: str, kept: S
 @contextlib.contextmanager
 def started(
     values: Mapping[str, Any],
-    places: Sequence[Place | None],
+    places: Sequence[RankEnvironment | None],
     *,
     world_size: int,
     platform: str,

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from math import ceil
 from typing import Final
 
-from megabridge.checks import Shape, allowed_tp, known_shape
-from megabridge.config import Config
+from megabridge.config.schema import Config
+from megabridge.config.validation import ModelShape, allowed_tp, known_shape
 from megabridge.errors import ConfigError
-from megabridge.topology import Topology
+from megabridge.parallel.topology import Topology
 
 LARGEST_ON_CPU: Final = 500_000_000
 """Parameters above which platform=auto does not fall back to a CPU: a step would take minutes."""
@@ -85,7 +85,7 @@ def _commands(config: Config, topology: Topology, *, gpus: int, on_cpu: bool, ov
     return [line.rstrip() for line in lines]
 
 
-def _smaller(shape: Shape, topology: Topology, gpus: int) -> list[str]:
+def _smaller(shape: ModelShape, topology: Topology, gpus: int) -> list[str]:
     """Overrides for the largest layout of the same kind on `gpus` GPUs; empty without a GPU or a known shape."""
     if gpus == 0 or shape.heads is None:
         return []

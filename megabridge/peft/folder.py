@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from megabridge.checkpoint import assets
-from megabridge.checkpoint.assets import ADAPTER as CONFIG
-from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.errors import CheckpointError, ConfigError, listed
-from megabridge.peft import fields
+from megabridge.hf import assets
+from megabridge.hf.assets import ADAPTER as CONFIG
+from megabridge.hf.safetensors_format import TensorInfo, read_header
+from megabridge.peft import config_fields
 from megabridge.peft.lora import ALL_LINEAR, LoRA
 from megabridge.peft.rules import ENDINGS, PREFIX
 
@@ -62,7 +62,7 @@ def read_config(folder: Path) -> LoRA:
     """The settings in `folder`. Raises CheckpointError, and ConfigError with all that adapters here don't do."""
     path = folder / CONFIG
     content = assets.read_object(path, otherwise="name the folder of an adapter that PEFT or megabridge saved")
-    if problems := fields.problems(content):
+    if problems := config_fields.problems(content):
         raise ConfigError(
             f"{path} asks for what adapters here don't do; train or save the adapter without it:\n  {listed(problems)}"
         )

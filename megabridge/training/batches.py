@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from itertools import islice
 
 import megabridge.platform as platform
-from megabridge.agreement import together_where_cheap
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
+from megabridge.parallel.collectives import together_where_cheap
 from megabridge.training.step import Batch
 
 from megatron.core import parallel_state

@@ -10,17 +10,18 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from megabridge.agreement import gather, on_rank_zero, together
-from megabridge.checkpoint import folders, native
-from megabridge.checkpoint.dtypes import described
-from megabridge.config import Config
+from megabridge.config.schema import Config
+from megabridge.hf.dtypes import described
 from megabridge.loggers import Logger, Reporter
-from megabridge.training import batches, resume, saving, update
+from megabridge.native import checkpoint
+from megabridge.parallel.collectives import all_gather, on_rank_zero, raise_together
+from megabridge.storage import folders, steps
+from megabridge.training import batches, optimizer_step, resume, saving
 from megabridge.training.flags import SharedFlag
-from megabridge.training.gathering import Gathering
 from megabridge.training.hooks import Callback
+from megabridge.training.moe_metrics import MoEMetrics
+from megabridge.training.parameter_gather import ParameterGather
 from megabridge.training.policy import Action, Guard, TrainingError, refuse_nonfinite
-from megabridge.training.routers import RouterStatistics
 from megabridge.training.step import Batch, forward_backward, prepare, validate
 from megabridge.training.stopping import Stopped, StopSignal
 from megabridge.training.throughput import Clock
@@ -32,7 +33,7 @@ from megatron.core.utils import get_model_config
 if TYPE_CHECKING:
     import torch
 
-    from megabridge.bridge import AutoBridge
+    from megabridge.bridge.auto_bridge import AutoBridge
     from megabridge.data import DataModule
 
 
@@ -87,9 +88,9 @@ class Trainer:
         self._stop_flag = SharedFlag()
         self.stop = StopSignal()
         """Whether a signal has asked this rank to stop, while `fit` runs: long work beside the loop looks at it."""
-        self._routers = RouterStatistics(self.chunks)
+        self._routers = MoEMetrics(self.chunks)
         prepare(self.chunks, optimizer)
-        self._gathering = Gathering(self.chunks)
+        self._gathering = ParameterGather(self.chunks)
 
     @property
     def is_main(self) -> bool:
@@ -161,15 +162,13 @@ class Trainer:
     def _claim(self) -> list[str]:
         """Takes the checkpoints for this run, on rank 0; returns what is to be said of what lies there."""
         self._lock = folders.lock(self.checkpoints)
-        problems = folders.remove_orphans(self.checkpoints)
-        return problems + [f"{line}; it is passed over" for line in folders.strange(self.checkpoints).values()]
+        problems = steps.remove_orphans(self.checkpoints)
+        return problems + [f"{line}; it is passed over" for line in steps.strange(self.checkpoints).values()]
 
     def _resume(self, source: Path) -> None:
-        progress = native.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
+        progress = checkpoint.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
         if self.bridge is not None:
-            with together("reading what a native checkpoint carries"):
-                self.bridge.remember(source)
-            self.bridge.note_rounding(self.chunks, progress.rounded)
+            self.bridge.adopt_checkpoint(self.chunks, source, progress.rounded)
         if progress.rounded:
             self.say(f"rounded, because this run's parameters can't hold what the checkpoint has: {described(progress.rounded)}")
         accepted = self.config.checkpoint.accept_changes
@@ -228,14 +227,18 @@ class Trainer:
         reads = self._reads(self.step + 1)
         self._routers.begin(is_logged=reads)
         totals = forward_backward(self.chunks, batches.take(data, self._micro_batches), forward_only=False)
-        scale = update.loss_scale(self.optimizer)
-        norm = update.gradient_norm(self.optimizer)
+        scale = optimizer_step.loss_scale(self.optimizer)
+        norm = optimizer_step.gradient_norm(self.optimizer)
         action = self._judged(totals, norm, scale) if reads or self.guard.reads_every_step else "go"
         if action == "rollback":
             self._roll_back()
             return {}
         rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
-        if norm is not None and action == "go" and update.step(self.optimizer, norm, clip=self.config.optimizer.clip_grad):
+        if (
+            norm is not None
+            and action == "go"
+            and optimizer_step.optimizer_step(self.optimizer, norm, clip=self.config.optimizer.clip_grad)
+        ):
             self.scheduler.step(1)
         else:
             self.skipped_steps += 1
@@ -257,7 +260,7 @@ class Trainer:
         if self.skipped_steps:
             metrics["train/skipped_steps"] = float(self.skipped_steps)
         if get_model_config(self.chunks[0]).fp16:
-            metrics["train/loss_scale"] = float(update.loss_scale(self.optimizer))
+            metrics["train/loss_scale"] = float(optimizer_step.loss_scale(self.optimizer))
         self.log(metrics)
         return metrics
 
@@ -271,7 +274,7 @@ class Trainer:
     def _judged(self, totals: torch.Tensor, norm: torch.Tensor | None, scale: torch.Tensor) -> Action:
         """What the policy makes of the step in hand; says so where it isn't taken."""
         total, count = totals.tolist()
-        size = update.size_of(norm, scale, least_scale=self.config.optimizer.min_loss_scale)
+        size = optimizer_step.size_of(norm, scale, least_scale=self.config.optimizer.min_loss_scale)
         action, fault = self.guard.judge(self.step + 1, total / max(count, 1.0), size)
         if action != "go":
             self.say(f"{fault}: " + ("the step is skipped" if action == "skip" else "back to the last saved step"))
@@ -284,7 +287,7 @@ class Trainer:
                 "policy.nonfinite or policy.spike is rollback, but no step was saved yet; set checkpoint.save_every, or skip."
             )
         self._gathering.pause(sync=False)
-        progress = native.load(self._good, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
+        progress = checkpoint.load(self._good, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
         self.guard.resume(progress.recent_losses)
         self.step = progress.step
         self.consumed_samples += self.config.recipe.global_batch_size
@@ -292,14 +295,14 @@ class Trainer:
 
     def _validation_batches(self) -> list[Batch]:
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        with together("taking the validation batches"):
+        with raise_together("taking the validation batches"):
             return self.data.validation_batches(dp_rank=rank, dp_size=size)
 
     def _last_validated(self) -> int | None:
         return self.validation_losses[-1][0] if self.validation_losses else None
 
     def _validate(self, batches: list[Batch]) -> None:
-        if not any(gather(bool(batches))):
+        if not any(all_gather(bool(batches))):
             return
         self._gathering.pause()
         self._call("before_validation")

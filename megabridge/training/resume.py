@@ -9,15 +9,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from megabridge import redact, regular
-from megabridge.agreement import on_rank_zero
-from megabridge.checkpoint import folders, native
-from megabridge.config import Config
+from megabridge.config import redaction
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError, listed, plain
-from megabridge.training import inputs
+from megabridge.native import checkpoint
+from megabridge.parallel.collectives import on_rank_zero
+from megabridge.storage import folders, regular_files, steps
+from megabridge.training import input_digests
 
 if TYPE_CHECKING:
-    from megabridge.bridge import AutoBridge
+    from megabridge.bridge.auto_bridge import AutoBridge
     from megabridge.data import DataModule
 
 # With another value of these, "consumed samples" no longer says where in the data a run is, or what was learned was learned beside
@@ -29,10 +30,10 @@ _FIXED: Final = (
     "data",
     "model.name",
     "model.hf",
-    inputs.WEIGHTS,
-    inputs.MODEL,
-    inputs.TOKENIZER,
-    inputs.ROWS,
+    input_digests.WEIGHTS,
+    input_digests.MODEL,
+    input_digests.TOKENIZER,
+    input_digests.ROWS,
 )
 _OF_RESUMING: Final = ("checkpoint.resume", "checkpoint.accept_changes")
 """Settings that say how a run is resumed, and nothing about the run: the only ones that are not compared."""
@@ -45,11 +46,11 @@ def settings(config: Config, bridge: AutoBridge | None, data: DataModule) -> dic
     A secret is never in it, and of what came from the environment a short digest.
     """
     values = on_rank_zero("collecting the settings", lambda: _open(config))
-    layout = native.layout()
+    layout = checkpoint.layout()
     if layout["etp"] == layout["tp"]:
         del layout["etp"]
     values["parallel"] = "".join(f"{name}{size}" for name, size in layout.items() if size > 1 or name == "etp") or "single"
-    return values | inputs.found(config, bridge, data)
+    return values | input_digests.found(config, bridge, data)
 
 
 def changes(saved: Mapping[str, Any], current: Mapping[str, Any], *, accepted: Sequence[str] = ()) -> list[str]:
@@ -96,15 +97,15 @@ def _text(values: Mapping[str, Any], name: str) -> str:
 def _open(config: Config) -> dict[str, Any]:
     """The settings of a run without its secrets, plain and flat. config.yaml in its directory knows what is of the environment."""
     values = dataclasses.asdict(config)
-    own, written = _flat(redact.redacted(values, values)), _flat(redact.written(Path(config.run_dir)))
+    own, written = _flat(redaction.redacted(values, values)), _flat(redaction.written(Path(config.run_dir)))
     out = {}
     for name, value in _flat(values).items():
         text = str(written.get(name, ""))
         if own[name] != value:
             out[name] = own[name]
-        elif redact.REDACTED in text or "${oc.env" in text:
+        elif redaction.REDACTED in text or "${oc.env" in text:
             # 16 bits of it: enough to notice a change, and too few to find it out.
-            out[name] = f"{redact.REDACTED} {sha256(_text({name: value}, name).encode()).hexdigest()[:4]}"
+            out[name] = f"{redaction.REDACTED} {sha256(_text({name: value}, name).encode()).hexdigest()[:4]}"
         else:
             out[name] = json.loads(_text({name: value}, name))
     return out
@@ -126,15 +127,15 @@ def source(config: Config, checkpoints: Path) -> Path | None:
 
     Raises ConfigError where the run would later meet steps that another run left in `checkpoints`, or what is no step.
     """
-    steps = folders.committed_steps(checkpoints)
+    saved = folders.committed_steps(checkpoints)
     resume = config.checkpoint.resume
     if resume == "auto":
         found = folders.latest(checkpoints)
-        start = max(steps, default=0)
+        start = max(saved, default=0)
     elif resume == "none":
         found, start = None, 0
     else:
-        found = regular.place(resume)
+        found = regular_files.place(resume)
         if not folders.is_committed(found) and folders.is_committed(found / folders.NATIVE):
             found = found / folders.NATIVE
         if not folders.is_committed(found):
@@ -142,15 +143,15 @@ def source(config: Config, checkpoints: Path) -> Path | None:
                 f"checkpoint.resume={resume} must be none, auto or the folder of a saved step; there is no complete "
                 "native checkpoint there."
             )
-        here = [step for step, folder in steps.items() if folder.resolve() == found.resolve()]
+        here = [step for step, folder in saved.items() if folder.resolve() == found.resolve()]
         start = here[0] if here else 0
-    strange = folders.strange(checkpoints).items()
+    strange = steps.strange(checkpoints).items()
     if in_the_way := [line for step, line in strange if start < step <= config.recipe.steps]:
         raise ConfigError(
             f"{checkpoints} must have room for the steps that this run saves after step {start}; remove or rename what is in the "
             f"way:\n  {listed(in_the_way)}"
         )
-    later = [step for step in steps if step > start]
+    later = [step for step in saved if step > start]
     if later:
         raise ConfigError(
             f"checkpoint.resume={resume} would run over step_{later[0]} that is already in {checkpoints}; use "

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 import megabridge.platform as platform
-from megabridge.agreement import together_where_cheap
-from megabridge.checkpoint import fp8
 from megabridge.data.vocabulary import check_batch
 from megabridge.errors import ConfigError
-from megabridge.layers.packed import Packed, packed
+from megabridge.models.layers.packed import Packed, packed
+from megabridge.native import fp8_scales
+from megabridge.parallel.collectives import together_where_cheap
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
@@ -155,7 +155,7 @@ def validate(chunks: Sequence[Any], batches: Sequence[Batch], *, micro_batch_siz
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    with torch.no_grad(), fp8.preserved(chunks):
+    with torch.no_grad(), fp8_scales.preserved(chunks):
         totals = forward_backward(chunks, filled, forward_only=True)
     for chunk, training in zip(chunks, modes, strict=True):
         chunk.train(training)

@@ -16,13 +16,13 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from megabridge.checkpoint.hf import find_tensors
-from megabridge.topology import Topology
-from tests.cases.models import TINY, changed_model
+from megabridge.hf.tensor_files import find_tensors
+from megabridge.parallel.topology import Topology
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankServer
+from tests.support.models import TINY, changed_model
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.export"
+CASES = "tests.support.export"
 QKV = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.norm.weight"
 
@@ -30,7 +30,7 @@ NORM = "model.norm.weight"
 @pytest.fixture(scope="module")
 def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "source"
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": folder, "config": TINY})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": folder, "config": TINY})
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
 

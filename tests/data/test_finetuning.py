@@ -11,12 +11,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data.finetuning import Finetuning
 from megabridge.data.module import Batch
 from megabridge.data.show import stretches
 from megabridge.data.text import load_tokenizer
 from megabridge.errors import ConfigError
+from megabridge.hf import byte_tokenizer
 
 
 def chat(number: int) -> dict[str, Any]:

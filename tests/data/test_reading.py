@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data import reading
-from megabridge.topology import Topology
-from tests.cases import data as case
+from megabridge.hf import byte_tokenizer
+from megabridge.parallel.topology import Topology
 from tests.data.test_finetuning import BAD, chat, jsonl
-from tests.ranks import RankServer
+from tests.support import data as case
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.data"
+CASES = "tests.support.data"
 GOOD = [chat(number) for number in range(60)]
 UNUSABLE = [row for rows in BAD.values() for row in rows]
 MIXED = [row for pair in zip(GOOD, UNUSABLE, strict=False) for row in pair] + GOOD[len(UNUSABLE) :] + GOOD[:5]

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from megabridge.callbacks.answer import answer
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data import rendering
 from megabridge.data.chat import ChatEncoder
 from megabridge.data.text import load_tokenizer
-from megabridge.data.tiny import write_random_model
 from megabridge.errors import CheckpointError, ConfigError, MegabridgeError
 from megabridge.evaluation.measures import generate
-from tests.cases.models import TINY
+from megabridge.hf import byte_tokenizer
+from megabridge.hf.random_models import write_random_model
 from tests.data.test_chat import CHATML, TURNS, byte_folder
 from tests.data.test_finetuning import chat, jsonl, made
+from tests.support.models import TINY
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 BOMBS = {

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data import indexed, prepare
 from megabridge.data.finetuning import Finetuning
 from megabridge.data.module import DataModule
@@ -22,8 +21,9 @@ from megabridge.data.text import load_tokenizer, pad_token
 from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError
 from megabridge.evaluation import evaluate, load, parsed
-from tests.cases.models import TINY
+from megabridge.hf import byte_tokenizer
 from tests.data.test_finetuning import jsonl
+from tests.support.models import TINY
 
 ASCII = 4 + 128
 """Ids of the byte-level tokenizer that plain English needs."""
@@ -89,7 +89,7 @@ def test_ids() -> None:
 
 
 def test_evaluations_refuse_them(tmp_path: Path) -> None:
-    from megabridge.data.tiny import write_random_model
+    from megabridge.hf.random_models import write_random_model
 
     folder = write_random_model(tmp_path / "model", {**TINY, "vocab_size": ASCII}, tokenizer=False)
     byte_tokenizer.write_tokenizer(folder)

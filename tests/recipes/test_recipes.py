@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from megabridge.metrics import read
-from megabridge.topology import Topology
-from tests.cases.models import TINY
-from tests.ranks import RankError, RankServer
+from megabridge.loggers.metrics_file import read
+from megabridge.parallel.topology import Topology
+from tests.support.models import TINY
+from tests.support.rank_server import RankError, RankServer
 
-CASES = "tests.cases.recipes"
+CASES = "tests.support.recipes"
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +32,19 @@ def values(run_dir: Path, source: Path | None, topology: Topology, **groups: Any
         "recipe": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "seq_length": 16, **groups.pop("recipe", {})},
         "optimizer": {"lr": 1e-2},
         "scheduler": {"name": "constant"},
-        "data": {"_target_": "tests.cases.recipes.TinyData"},
+        "data": {"_target_": "tests.support.recipes.TinyData"},
         "callbacks": {
             "import_parity": {"_target_": "megabridge.callbacks.parity.ImportParity"},
             "hf_export": {"_target_": "megabridge.callbacks.hf_export.HFExport"},
             "progress": {"_target_": "megabridge.callbacks.progress.Progress"},
             "answer": {"_target_": "megabridge.callbacks.answer.Answer", "max_new_tokens": 4},
-            "order": {"_target_": "tests.cases.recipes.HookOrder"},
+            "order": {"_target_": "tests.support.recipes.HookOrder"},
         },
         "logger": {
             "jsonl": {"_target_": "megabridge.loggers.jsonl.JsonLines"},
             "console": {"_target_": "megabridge.loggers.console.Console"},
             "wandb": None,
-            "lines": {"_target_": "tests.cases.loggers.Lines"},
+            "lines": {"_target_": "tests.support.loggers.Lines"},
         },
         "run_dir": str(run_dir),
         **groups,
@@ -128,7 +128,7 @@ def test_an_export_that_a_kill_left_unmade_is_made(ranks: RankServer, tmp_path: 
 
     run(ranks, "finetune", Topology(dp=2), config(tmp_path / "whole"))
     cut = config(tmp_path / "cut")
-    cut["callbacks"] = {"killed": {"_target_": "tests.cases.recipes.Killed", "step": 4}, **cut["callbacks"]}
+    cut["callbacks"] = {"killed": {"_target_": "tests.support.recipes.Killed", "step": 4}, **cut["callbacks"]}
     with pytest.raises(RankError, match="SIGKILL"):
         run(ranks, "finetune", Topology(dp=2), cut)
     assert not (tmp_path / "cut/checkpoints/step_4" / name).exists() and (tmp_path / "cut/checkpoints/step_2").exists()

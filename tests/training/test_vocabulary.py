@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megabridge.topology import Topology
-from tests.cases.tiny import VOCABULARY
-from tests.ranks import RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.rank_server import RankServer
+from tests.support.tiny import VOCABULARY
 
 CALLS: list[dict[str, Any]] = [
     {"number": number, "part": part, "is_validation": is_validation}
@@ -30,7 +30,7 @@ CALLS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=2), Topology(pp=2), Topology(dp=2)], ids=str)
 def test_ids_beyond_the_vocabulary(ranks: RankServer, tmp_path: Path, topology: Topology) -> None:
     given = {"run_dir": str(tmp_path), "calls": CALLS}
-    said = ranks.run("tests.cases.training:beyond", topology=topology, kwargs=given)
+    said = ranks.run("tests.support.training:beyond", topology=topology, kwargs=given)
     last = len(said) - 1 if topology.dp > 1 else 0
     for number, call in enumerate(CALLS[:-1]):
         where = "micro-batch 0" if call["is_validation"] and topology.dp > 1 else f"micro-batch {2 if call['is_validation'] else 1}"

@@ -24,9 +24,9 @@ class _Sweeping(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Claims the sweep's directory for this process, before its sweeper writes there."""
-        from megabridge.launchers import claim
+        from megabridge.launchers import run_lock
 
-        claim.take(Path(str(config.hydra.sweep.dir)).absolute(), "hydra.sweep.dir")
+        run_lock.take(Path(str(config.hydra.sweep.dir)).absolute(), "hydra.sweep.dir")
         self.hydra_context = hydra_context
         self.config = config
 
