@@ -71,12 +71,13 @@ def misfit(config: Config, layout: Topology) -> str | None:
 
 def write_configs(config: Config, run_dir: Path) -> tuple[Path, Path]:
     """Folders with the config of the measured model, and of one as deep and very narrow."""
-    hf = config.model.hf or (AutoBridge.from_hf_pretrained(config.model.path or "", ignore_keys=config.model.ignore_keys).config)
-    bridge = AutoBridge.from_hf_config({key: value for key, value in hf.items() if key not in config.model.ignore_keys})
-    names = {"architectures": [bridge.family.architecture], "model_type": bridge.family.model_type}
-    narrow = {**names, **bridge.family.tiny, "num_hidden_layers": bridge.native["num_layers"]}
+    ignored = config.model.ignore_keys
+    hf = config.model.hf or AutoBridge.from_hf_pretrained(config.model.path or "", ignore_keys=ignored).source.config
+    bridge = AutoBridge.from_hf_config({key: value for key, value in hf.items() if key not in ignored})
+    names = {"architectures": [bridge.source.family.architecture], "model_type": bridge.source.family.model_type}
+    narrow = {**names, **bridge.source.family.tiny, "num_hidden_layers": bridge.source.native["num_layers"]}
     folders = []
-    for name, content in (("source", bridge.config), ("narrow", narrow)):
+    for name, content in (("source", bridge.source.config), ("narrow", narrow)):
         folder = run_dir / name
         folder.mkdir(parents=True)
         (folder / assets.CONFIG).write_text(json.dumps({**content, "dtype": config.model.dtype}, indent=2) + "\n")

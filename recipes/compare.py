@@ -39,4 +39,4 @@ def main(config: Config) -> None:
         for line in found.lines():
             report.say(line)
     if found.fault is not None:
-        raise ParityError(f"{bridge.family.architecture}: first difference in {found.fault.module}: {found.fault.why}")
+        raise ParityError(f"{bridge.source.family.architecture}: first difference in {found.fault.module}: {found.fault.why}")

@@ -106,7 +106,7 @@ def is_as_imported(config: Config, bridge: AutoBridge) -> bool:
     """Whether the weights are those of the source, never trained: they are exported in its dtypes then."""
     if config.conversion.mode == "roundtrip":
         return True
-    return bridge.record is not None and not checkpoint.read_info(checkpoint.locate(native_folder(config))).is_trained
+    return bridge.state.record is not None and not checkpoint.read_info(checkpoint.locate(native_folder(config))).is_trained
 
 
 def native_folder(config: Config) -> Path:

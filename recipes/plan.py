@@ -36,7 +36,7 @@ def main(config: Config) -> None:
     with Reporter(config, build.loggers(config)) as report:
         report.say(provider.describe())
         begin = time.perf_counter()
-        world = plan_all_ranks(bridge.family, bridge.native, provider, schema.topology(config.parallel))
+        world = plan_all_ranks(bridge.source.family, bridge.source.native, provider, schema.topology(config.parallel))
         shares = world.shares(config.conversion.max_shard_size)
         report.say(
             f"{len(world.tensors)} tensors, {world.bytes / 1e6:.1f} MB: each element is written by exactly one of "

@@ -20,10 +20,10 @@ from megabridge.training import build
 def main(config: Config) -> None:
     """One process calls it, without process groups."""
     bridge = build.bridge(config)
-    assert bridge.folder is not None  # `assemble.bridge` makes one from a folder
+    assert bridge.source.folder is not None  # `assemble.bridge` makes one from a folder
     config.recipe.micro_batch_size = 1
     data = build.data(config, bridge)
-    tokenizer = load_tokenizer(bridge.folder)
+    tokenizer = load_tokenizer(bridge.source.folder)
     count = int(config.recipe.options.get("samples", 3))
     with Reporter(config, build.loggers(config)) as report:
         report.say(data.describe())

@@ -83,10 +83,20 @@ def test_python_of_the_page_on_data(tmp_path: Path) -> None:
     assert data.describe().startswith("pairs: 1 samples") and "1 too long" in data.describe()
 
 
+def headings(page: Path) -> set[str]:
+    """What links call the sections of a page."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+        if target.startswith("https://"):
+            continue
+        name, _, section = target.partition("#")
+        there = page.parent / name if name else page
+        assert there.exists() and (not section or section in headings(there)), target
 
 
 def test_the_readmes_table_is_the_families() -> None:

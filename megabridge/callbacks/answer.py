@@ -28,7 +28,7 @@ class Answer(Callback):
     @override
     def on_end(self, trainer: Trainer) -> None:
         prompt, bridge = trainer.config.recipe.answer_prompt, trainer.bridge
-        if prompt is None or bridge is None or bridge.location is None or not trainer.exports:
+        if prompt is None or bridge is None or bridge.source.location is None or not trainer.exports:
             return
         if not any(trainer.exports[-1].glob("tokenizer*")):
             trainer.say("recipe.answer_prompt is not asked: the model has no tokenizer")
@@ -45,8 +45,8 @@ class Answer(Callback):
 
     def _source_answer(self, bridge: AutoBridge, prompt: str) -> str:
         try:
-            folder = bridge.source_folder()
-            find_tensors(folder, allow_bin=bridge.allow_bin)
+            folder = bridge.weights_folder()
+            find_tensors(folder, allow_bin=bridge.source.allow_bin)
         except CheckpointError as error:  # the run is at its end, and everything is saved
             return f"(not asked: {error})"
         return answer(folder, prompt, max_new_tokens=self.max_new_tokens)

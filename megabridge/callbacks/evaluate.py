@@ -198,8 +198,8 @@ class Evaluate(Callback):
         on_the_way = bool(self.every and saving.save_every and self.every * saving.save_every <= config.recipe.steps)
         if not on_the_way and not (self.at_end and saving.save_at_end):
             problems.append(f"{where} would evaluate no save of this run; set checkpoint.save_every, or at_end=true")
-        if trainer.bridge is not None and trainer.bridge.folder is not None:
-            problems += [f"{where}: {problem}" for problem in evaluation.problems(trainer.bridge.folder, tasks)]
+        if trainer.bridge is not None and trainer.bridge.source.folder is not None:
+            problems += [f"{where}: {problem}" for problem in evaluation.problems(trainer.bridge.source.folder, tasks)]
         return tasks, problems
 
     def _look_up_names(self, trainer: Trainer) -> list[str]:

@@ -71,7 +71,7 @@ def _check_headers(config: Config, bridge: AutoBridge, where: str, infos: Mappin
     try:
         provider = build.provider(replace(config, model=replace(config.model, load_weights=False)), bridge)
         chunks = provider.provide_distributed_model(wrap_with_ddp=False, init="meta")
-        plan = make_plan(bridge.family, bridge.native, collect_parameters(chunks))
+        plan = make_plan(bridge.source.family, bridge.source.native, collect_parameters(chunks))
         with collectives.raise_together("comparing headers"):
             check_source(plan, infos)
     except MegabridgeError as error:
@@ -94,7 +94,7 @@ def _check_weights(config: Config, layout: ParallelLayout, folder: Path, scratch
         shutil.rmtree(scratch)
     found = [Finding(where, "bytes", f"{exported.bytes:,}", tuple(problems))]
     generator = torch.Generator().manual_seed(config.seed)
-    tokens = torch.randint(0, bridge.native["vocab_size"], (1, 64), generator=generator)
+    tokens = torch.randint(0, bridge.source.native["vocab_size"], (1, 64), generator=generator)
     ours = gather_logits(chunks, tokens).cpu()
 
     def distance() -> float:

@@ -79,8 +79,8 @@ def tokens_for(native: Mapping[str, Any], *, length: int, tp: int, seed: int) ->
 
 def compare_model(config: Config, bridge: AutoBridge, chunks: Sequence[torch.nn.Module], file: Path) -> Comparison:
     """`compare_folder` with the bridge's own folder, as `config` says. Collective."""
-    tokens = tokens_for(bridge.native, length=config.recipe.seq_length, tp=config.parallel.tp, seed=config.seed)
-    folder = resolve.resolve(str(bridge.location), revision=bridge.revision)
+    tokens = tokens_for(bridge.source.native, length=config.recipe.seq_length, tp=config.parallel.tp, seed=config.seed)
+    folder = resolve.resolve(str(bridge.source.location), revision=bridge.source.revision)
     tolerance = float(config.recipe.options.get("tolerance", TOLERANCES[config.model.dtype]))
     return compare_folder(
         bridge.plan(chunks), chunks, folder, tokens=tokens, dtype=config.model.dtype, tolerance=tolerance, file=file

@@ -35,7 +35,7 @@ def legal_layouts(config: Config, bridge: AutoBridge, world_size: int) -> list[P
     dp takes what the other sizes leave; vpp is 1 or 2; tensor parallelism alone comes with sequence parallelism too, and always
     where there are experts.
     """
-    has_experts = bridge.native.get("num_moe_experts") is not None
+    has_experts = bridge.source.native.get("num_moe_experts") is not None
     return [layout for layout in _candidates(world_size, has_experts=has_experts) if _is_legal(layout.config(config), bridge)]
 
 

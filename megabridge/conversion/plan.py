@@ -8,10 +8,11 @@ import sys
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -68,12 +69,13 @@ class WrittenBox:
 
 @dataclass(frozen=True)
 class Plan:
-    """This rank's items, and all ranks' tensors in natural order.
+    """This rank's entries, bound to parameters in `items`, and all ranks' tensors in natural order.
 
     `sources` says by tensor which boxes tile it and who writes them: by rank, then in module order, equal on every rank. `aliases`
     maps tensors that files may hold besides to the tensors they equal. `records` are, by rank, of what it writes.
     """
 
+    entries: tuple[PlannedParameter, ...]
     items: tuple[LocalItem, ...]
     tensors: Mapping[str, TensorSpec]
     sources: Mapping[str, tuple[WrittenBox, ...]]
@@ -81,6 +83,15 @@ class Plan:
     family: Family
     dims: Dims
     records: tuple[tuple[ParameterRecord, ...], ...]
+
+    def unbound(self) -> Plan:
+        """The plan without any parameter, to be kept."""
+        return replace(self, items=())
+
+    def bound(self, parameters: Sequence[LocalParameter]) -> Plan:
+        """The plan for parameters with the records that it was made for, in their order."""
+        pairs = zip(self.entries, parameters, strict=True)
+        return replace(self, items=tuple(LocalItem(**_fields(entry), live=parameter) for entry, parameter in pairs))
 
     @cached_property
     def has_mtp(self) -> bool:
@@ -171,13 +182,12 @@ def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Loca
         records = tuple(_unpacked(packed) for packed, _ in gathered)
         tensors, sources = tile(expansion, records)
         check_fits({line for lines in collectives.all_gather(_contradictions(own, tensors, set())) for line in lines})
-    by_name = {live.name: live for live in lives}
-    items = tuple(
-        LocalItem(entry.record, entry.hf, entry.shapes, entry.transfers, entry.is_tied_copy, by_name[entry.record.name])
-        for entry in own
-    )
     aliases = family.weights.aliases(expansion.dims, tensors)
-    return Plan(items, tensors, sources, aliases, family, expansion.dims, records)
+    return Plan(tuple(own), (), tensors, sources, aliases, family, expansion.dims, records).bound(lives)
+
+
+def _fields(entry: PlannedParameter) -> dict[str, Any]:
+    return {field.name: getattr(entry, field.name) for field in fields(PlannedParameter)}
 
 
 @contextmanager

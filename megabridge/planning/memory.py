@@ -69,7 +69,7 @@ def _check_names(config: Config, bridge: AutoBridge, provider: ModelProvider, to
     for pp in range(topology.pp if config.peft.name != "none" or config.optimizer.freeze else 0):
         with fake_stage(provider, topology, pp) as chunks:
             if config.peft.name != "none":
-                adapters.append(attach.names(chunks, bridge.family, bridge.native, build.lora(config.peft)))
+                adapters.append(attach.names(chunks, bridge.source.family, bridge.source.native, build.lora(config.peft)))
             else:
                 frozen.append(freezing.choose(_entries(bridge, chunks), config.optimizer.freeze)[1])
     if adapters:
@@ -79,7 +79,7 @@ def _check_names(config: Config, bridge: AutoBridge, provider: ModelProvider, to
 
 
 def _entries(bridge: AutoBridge, chunks: Sequence[Any]) -> list[PlannedParameter]:
-    expansion = Expansion(bridge.family, Dims.of(bridge.native))
+    expansion = Expansion(bridge.source.family, Dims.of(bridge.source.native))
     return [expansion.entry(live.record) for live in collect_parameters(chunks)]
 
 
@@ -116,7 +116,7 @@ def _stage(config: Config, bridge: AutoBridge, provider: ModelProvider, topology
 def _freeze(config: Config, bridge: AutoBridge, chunks: Sequence[Any]) -> None:
     """Leaves only that to train which the config trains."""
     if config.peft.name != "none":
-        attach.inject(chunks, bridge.family, bridge.native, build.lora(config.peft))
+        attach.inject(chunks, bridge.source.family, bridge.source.native, build.lora(config.peft))
     elif config.optimizer.freeze:
         frozen, _ = freezing.choose(_entries(bridge, chunks), config.optimizer.freeze)
         freezing.freeze_parameters(chunks, [live.parameter for live in collect_parameters(chunks) if live.name in frozen])

@@ -131,10 +131,10 @@ def data(config: Config, bridge: AutoBridge) -> DataModule:
     """The data module of the group `data`, set up with the bridge's tokenizer. Every rank calls it."""
     with raise_together("preparing the data"):
         made = instantiate.build(config.data, DataModule, where="data")
-        made.vocab_size = int(bridge.native["vocab_size"])
-        assert bridge.folder is not None  # `bridge` above makes one from a folder
+        made.vocab_size = int(bridge.source.native["vocab_size"])
+        assert bridge.source.folder is not None  # `bridge` above makes one from a folder
         made.setup(
-            bridge.folder,
+            bridge.source.folder,
             seq_length=config.recipe.seq_length,
             micro_batch_size=config.recipe.micro_batch_size,
             global_batch_size=config.recipe.global_batch_size,

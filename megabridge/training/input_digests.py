@@ -34,7 +34,7 @@ def found(config: Config, bridge: AutoBridge | None, data: DataModule) -> dict[s
             sizes = {name: size for name, size in checkpoint.layout().items() if name not in ("dp", "cp")}
             out[WEIGHTS] = f"random, of seed {config.seed} under {sizes}"
     if bridge is not None and config.model.path is not None:
-        out |= {f"{MODEL}.{name}": json.loads(json.dumps(value, default=str)) for name, value in bridge.native.items()}
+        out |= {f"{MODEL}.{name}": json.loads(json.dumps(value, default=str)) for name, value in bridge.source.native.items()}
     if (digest := on_rank_zero("reading the tokenizer", lambda: _tokenizer(bridge))) is not None:
         out[TOKENIZER] = digest
     if digest := data.digest():
@@ -44,7 +44,7 @@ def found(config: Config, bridge: AutoBridge | None, data: DataModule) -> dict[s
 
 def _tokenizer(bridge: AutoBridge | None) -> str | None:
     """Of the tokenizer's files and templates; None where there are none. On rank 0, which keeps them."""
-    files = {} if bridge is None or bridge.opened is None else bridge.opened.files or {}
+    files = {} if bridge is None or bridge.source.opened is None else bridge.source.opened.files or {}
     own = {name: content for name, content in files.items() if name != assets.GENERATION and not name.endswith(".py")}
     digest = xxhash.xxh3_128()
     for name, content in sorted(own.items()):

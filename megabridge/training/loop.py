@@ -168,9 +168,7 @@ class Trainer:
     def _resume(self, source: Path) -> None:
         progress = checkpoint.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
         if self.bridge is not None:
-            with raise_together("reading what a native checkpoint carries"):
-                self.bridge.remember(source)
-            self.bridge.note_rounding(self.chunks, progress.rounded)
+            self.bridge.adopt_checkpoint(self.chunks, source, progress.rounded)
         if progress.rounded:
             self.say(f"rounded, because this run's parameters can't hold what the checkpoint has: {described(progress.rounded)}")
         accepted = self.config.checkpoint.accept_changes

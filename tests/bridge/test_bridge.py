@@ -46,4 +46,5 @@ def test_every_name_without_set_up(ranks: RankServer, tmp_path: Path) -> None:
     assert seen["refusals"].keys() == EXPECTED.keys()
     for name, part in EXPECTED.items():
         assert part in seen["refusals"][name], f"{name}: {seen['refusals'][name]}"
+    assert ranks.run("tests.support.bridge:released", world_size=1, kwargs={"source": kwargs["source"]}) == [[]]
     assert not marker.exists(), "code that came with the checkpoint was run"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megabridge import AutoBridge
+from megabridge.bridge import source as source_of
 from megabridge.errors import CheckpointError, ConfigError
 from megabridge.families.llama import FAMILY
 from megabridge.hf.assets import end_tokens
@@ -75,8 +76,8 @@ def test_keys_to_ignore_hold_wherever_the_config_is_read(tmp_path: Path) -> None
     keys = ["attn_output_gate"]
     assert AutoBridge.supports(GATED, ignore_keys=keys) and AutoBridge.can_handle(source, ignore_keys=keys)
     bridge = AutoBridge.from_hf_pretrained(source, ignore_keys=keys)
-    assert bridge.native == FAMILY.native(TINY) and bridge.unread == ["attn_output_gate", "sliding_window"]
-    bridge.check_same(GATED, "the same")
+    assert bridge.source.native == FAMILY.native(TINY) and bridge.source.unread == ["attn_output_gate", "sliding_window"]
+    source_of.check_same(bridge.source, GATED, "the same")
     provider = bridge.provider()
     provider.finalize()
     assert provider.describe().endswith("; nothing reads config.json's 'attn_output_gate', 'sliding_window'")
@@ -84,7 +85,7 @@ def test_keys_to_ignore_hold_wherever_the_config_is_read(tmp_path: Path) -> None
     target.mkdir()
     bridge.write_hf_assets(target)
     assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
-    assert AutoBridge.from_hf_config(GATED, ignore_keys=keys[0]).ignore_keys == keys[0], "one name is a collection too"
+    assert AutoBridge.from_hf_config(GATED, ignore_keys=keys[0]).source.ignore_keys == keys[0], "one name is a collection too"
 
 
 def test_contradicting_names_of_the_architecture_are_refused() -> None:

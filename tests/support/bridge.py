@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,23 @@ def trusted(source: str, out: Path) -> list[list[str]]:
     return found
 
 
+def released(source: str) -> list[int]:
+    """Parameters that are left of a model after it was imported, planned, exported and streamed, and went; its bridge lives."""
+    bridge = AutoBridge.from_hf_pretrained(source)
+    model = bridge.to_megatron_model()
+    known = [weakref.ref(parameter) for chunk in model for parameter in chunk.parameters()]
+    bridge.get_conversion_tasks(model)
+    assert sum(1 for _ in bridge.export_hf_weights(model, show_progress=False)) > 1
+    with tempfile.TemporaryDirectory() as out:
+        bridge.save_hf_weights(model, Path(out) / "weights", show_progress=False)
+    tensors = bridge.plan(model).tensors
+    del model
+    gc.collect()
+    left = [number for number, parameter in enumerate(known) if parameter() is not None]
+    assert bridge.plan(bridge.to_megatron_model(load_weights=False)).tensors is tensors  # it was kept all the same
+    return left
+
+
 def surface(source: str, out: str) -> dict[str, Any]:
     """Every public name that needs no second rank, used once."""
     other = Path(out) / "other"
@@ -52,7 +72,8 @@ def surface(source: str, out: str) -> dict[str, Any]:
         "supports": [AutoBridge.supports(TINY), AutoBridge.supports(LlamaConfig()), AutoBridge.supports(MambaConfig())],
         "not every head": AutoBridge.supports({**TINY, "num_key_value_heads": 3}),
         "dtypes": [
-            str(AutoBridge.from_hf_pretrained(source, torch_dtype=name, device_map="cpu").dtype) for name in ("auto", "float16")
+            str(AutoBridge.from_hf_pretrained(source, torch_dtype=name, device_map="cpu").source.dtype)
+            for name in ("auto", "float16")
         ],
         "trusted": trusted(source, Path(out)),
         "hidden_size": from_config.transformer_config.hidden_size,

@@ -20,7 +20,7 @@ def provide(bridge: AutoBridge, *, load_weights: bool = True, **settings: Any) -
     """The model under the groups that run now, with sequence parallelism where megatron-core asks for it."""
     topology = process_groups.current()
     assert topology is not None
-    if topology.tp > 1 and "num_moe_experts" in bridge.native:
+    if topology.tp > 1 and "num_moe_experts" in bridge.source.native:
         settings.setdefault("sequence_parallel", True)
     sizes = {
         "tensor_model_parallel_size": topology.tp,
@@ -49,7 +49,7 @@ def round_trips(root: str, out: str, seeds: list[int]) -> list[dict[str, Any]]:
         model = provide(bridge, sequence_parallel=number % 2 == 1 and bridge_tp() > 1)
         report = bridge.import_report
         assert report is not None
-        logits = gather_logits(model, prompt(bridge.config["vocab_size"]))
+        logits = gather_logits(model, prompt(bridge.source.config["vocab_size"]))
         expected = torch.load(Path(root) / f"{number}.logits")
         owned = bridge.plan(model).owned_bytes
         export = bridge.save_hf_pretrained(model, target, show_progress=False, max_shard_size="40KB" if number % 3 == 0 else "5GB")

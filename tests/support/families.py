@@ -134,7 +134,7 @@ def _losses(source: Path, steps: int) -> list[float]:
     for _ in range(steps):
         for chunk in model:
             chunk.zero_grad_buffer()
-        out.append(_forward_backward(model, batches(0, bridge.config["vocab_size"]), micro=4))
+        out.append(_forward_backward(model, batches(0, bridge.source.config["vocab_size"]), micro=4))
         optimizer.step()
     return out
 

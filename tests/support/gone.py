@@ -90,13 +90,13 @@ def other_rank(source: str, out: str) -> dict[str, Any]:
     os.environ["RANK"] = "3"
     bridge = AutoBridge.from_hf_pretrained(source)
     del os.environ["RANK"]
-    assert bridge.opened is not None
+    assert bridge.source.opened is not None
     first = AutoBridge.from_hf_pretrained(source)
-    kept = first.opened is not None and first.opened.files is not None and sorted(first.opened.files)
+    kept = first.source.opened is not None and first.source.opened.files is not None and sorted(first.source.opened.files)
     Path(out, "there").mkdir(parents=True)
     bridge.write_hf_assets(Path(out, "there"))
     seen = {
-        "holds": bridge.opened.files,
+        "holds": bridge.source.opened.files,
         "first holds": kept,
         "written": sorted(path.name for path in Path(out, "there").iterdir()),
     }

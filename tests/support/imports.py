@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megabridge import AutoBridge
+from megabridge.bridge import weights
 from megabridge.conformance.layer_parity import compare_folder
 from megabridge.conformance.pairing import LOGITS
 from megabridge.conversion import read_loop, shared_reads
@@ -197,7 +198,7 @@ def changed_while_loading(source: str, how: str) -> tuple[str, str, float]:
     bridge = AutoBridge.from_hf_pretrained(source)
     model = provide(bridge, load_weights=False)
     file = Path(source) / "model.safetensors"
-    opened = bridge._open
+    opened = weights.find_weights
 
     def and_change(*args: Any, **kwargs: Any) -> Any:
         infos = opened(*args, **kwargs)
@@ -212,7 +213,7 @@ def changed_while_loading(source: str, how: str) -> tuple[str, str, float]:
         dist.barrier()
         return infos
 
-    bridge._open = and_change  # type: ignore[method-assign]
+    weights.find_weights = and_change
     return caught(lambda: bridge.load_hf_weights(model, show_progress=False))
 
 
@@ -238,7 +239,7 @@ def localised(good: str, bad: list[str], file: str) -> list[tuple[float, str | N
 
 
 def first_module(bridge: AutoBridge, model: list[torch.nn.Module], folder: str, file: str) -> tuple[float, str | None]:
-    tokens = prompt(bridge.config["vocab_size"], batch=1, length=22)
+    tokens = prompt(bridge.source.config["vocab_size"], batch=1, length=22)
     found = compare_folder(bridge.plan(model), model, Path(folder), tokens=tokens, dtype="float32", tolerance=1e-4, file=Path(file))
     assert not found.not_compared
     (logits,) = (row.difference for row in found.rows if row.point.module == LOGITS)
@@ -266,7 +267,8 @@ def mutations(rule: Rule) -> Iterator[tuple[str, Rule]]:
 def broken_rules(source: str, file: str) -> list[tuple[str, str, list[str], str, str | None]]:
     """(native name, mutation, names of layer 0 on both sides, error, first module that differs) of every rule of the family broken once."""
     bridge = AutoBridge.from_hf_pretrained(source)
-    whole: Family = bridge.family
+    source_of = bridge.source
+    whole: Family = source_of.family
     model = provide(bridge)
     here = {re.sub(r"(?<=layers\.)\d+", "{layer}", live.name) for live in collect_parameters(model)}
     out = []
@@ -275,10 +277,9 @@ def broken_rules(source: str, file: str) -> list[tuple[str, str, list[str], str,
             continue  # of another backend's, or another norm's, parameter
         for name, broken in [*mutations(rule), ("none", rule)][: None if number == 0 else -1]:
             rules = (*whole.weights.rules[:number], broken, *whole.weights.rules[number + 1 :])
-            bridge.family = replace(whole, weights=WeightMap(rules))
-            bridge._plan = None
+            bridge.source, bridge.state.plan = replace(source_of, family=replace(whole, weights=WeightMap(rules))), None
             _, message, _ = caught(lambda: bridge.load_hf_weights(model, show_progress=False))
-            bridge.family, bridge._plan = whole, None
+            bridge.source, bridge.state.plan = source_of, None
             place = None if message else first_module(bridge, model, source, file)[1]
             tensors = [tensor.format(layer=0) for tensor in dict.fromkeys((*rule.native, *rule.hf, *broken.hf))]
             out.append((rule.native[0], name, tensors, message, place))

@@ -80,7 +80,7 @@ def round_trips(root: str, out: str, names: list[str]) -> list[dict[str, Any]]:
     for number, name in enumerate(names):
         bridge = AutoBridge.from_hf_pretrained(Path(root) / name)
         model = provide(bridge, backend="local" if number % 2 and topology.tp == 1 else "torch")
-        logits = gather_logits(model, prompt(bridge.config["vocab_size"]))
+        logits = gather_logits(model, prompt(bridge.source.config["vocab_size"]))
         expected = torch.load(Path(root) / f"{name}.logits")
         report = bridge.save_hf_pretrained(model, Path(out) / name, show_progress=False)
         difference, scale = (logits - expected).abs().max().item(), expected.abs().max().item()
@@ -193,7 +193,7 @@ def moved_bias(source: str, out: str) -> dict[str, Any]:
         counts = _counted(model)
         statistics = MoEMetrics(model)
         statistics.begin(is_logged=True)
-        forward_backward(model, [_random_batch(bridge.config["vocab_size"])], forward_only=False)
+        forward_backward(model, [_random_batch(bridge.source.config["vocab_size"])], forward_only=False)
         metrics = statistics.metrics(1)
         live = {live.name: live.data.clone() for live in collect_parameters(model) if live.name.endswith("expert_bias")}
         assert len(live) == len(before) > 0

@@ -78,7 +78,7 @@ def _refusals(bridge: AutoBridge, root: Path, config: dict[str, Any], model: lis
     damaged = refusal(lambda: bridge.export_ckpt(broken, root / "x"))
     as_foreign(broken)
     other = AutoBridge.from_hf_config({**config, "rms_norm_eps": 1e-3})
-    assert AutoBridge.from_auto_config(foreign, root / "kept").record is None
+    assert AutoBridge.from_auto_config(foreign, root / "kept").state.record is None
     return {
         "taken": refusal(lambda: AutoBridge.import_ckpt(root / "kept", root / "native")),
         "nothing there": refusal(lambda: bridge.export_ckpt(root / "kept", root / "x")),
@@ -168,12 +168,14 @@ def uploaded(source: str, endpoint: str, cache: str) -> dict[str, Any]:
     answers["no folder"] = refusal(lambda: bridge.push_to_hub("me/folder", folder=cache, token="writer"))
     answers["handles"] = AutoBridge.can_handle("me/folder")
     answers["code"] = [
-        sorted(path.name for path in AutoBridge.from_hf_pretrained("me/code", trust_remote_code=trust).folder.glob("*.py"))  # type: ignore[union-attr]
+        sorted(path.name for path in AutoBridge.from_hf_pretrained("me/code", trust_remote_code=trust).source.folder.glob("*.py"))  # type: ignore[union-attr]
         for trust in (False, True)
     ]
     bridge = AutoBridge.from_hf_pretrained("me/model", revision="main")
-    answers["revision"] = bridge.revision
+    answers["revision"] = bridge.source.revision
     answers["imported"] = bridge.load_hf_weights(model, show_progress=False).mismatched
     answers["gated"] = refusal(lambda: bridge.load_hf_weights(model, "org/gated"))
-    answers["config"] = json.loads((Path(source) / "config.json").read_text()) == AutoBridge.from_hf_pretrained("me/model").config
+    answers["config"] = (
+        json.loads((Path(source) / "config.json").read_text()) == AutoBridge.from_hf_pretrained("me/model").source.config
+    )
     return answers

@@ -154,7 +154,7 @@ def families(root: str, out: str, names: list[str], *, use_dora: bool = False) -
 
 def _family(source: Path, out: Path, sequence_parallel: bool, use_dora: bool) -> dict[str, Any]:
     bridge = AutoBridge.from_hf_pretrained(source)
-    parameters = () if bridge.family.parameters is None else ("experts.gate_up_proj", "experts.down_proj")
+    parameters = () if bridge.source.family.parameters is None else ("experts.gate_up_proj", "experts.down_proj")
     lora = LoRA(r=3, lora_alpha=6, use_dora=use_dora, target_parameters=parameters)
     settings: dict[str, Any] = {"sequence_parallel": sequence_parallel}
     model = provide(bridge, wrap_with_ddp=True, peft=lora, **settings)
@@ -163,7 +163,7 @@ def _family(source: Path, out: Path, sequence_parallel: bool, use_dora: bool) ->
     for _ in range(3):
         for chunk in model:
             chunk.zero_grad_buffer()
-        losses.append(_forward_backward(model, batches(0, bridge.config["vocab_size"])))
+        losses.append(_forward_backward(model, batches(0, bridge.source.config["vocab_size"])))
         norms.append(float(optimizer.step()[1]))
     tokens = tiny_model.read_reference(source).prompt
     logits = gather_logits(model, tokens)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megabridge import AutoBridge
+from megabridge.bridge import weights
 from megabridge.conversion import exporter, read_loop, verify
 from megabridge.hf.tensor_files import stored_as
 from tests.support.convert import bridge_tp, provide
@@ -84,7 +85,7 @@ def imports(fp8: str, plain: str, out: str) -> list[dict[str, Any]]:
         model = provide(bridge, load_weights=False, sequence_parallel=bridge_tp() > 1)
         with small_window():
             report = bridge.load_hf_weights(model, show_progress=False, **settings)
-        infos = bridge._open(None, None, allow_bin=False)
+        infos = weights.open_weights(bridge.source, bridge.state, None, None, allow_bin=False)
         pairs = [(item.hf[transfer.part], transfer.elements) for item in bridge.plan(model).items for transfer in item.transfers]
         seen.append(
             {

@@ -159,9 +159,9 @@ def changed(source: str, out: str) -> list[Seen]:
 
     def look() -> None:
         looks.append(seen(bridge.export_hf_weights(model, show_progress=False, bucket_bytes=SMALL)))
-        assert bridge.plan(model) is plan
+        assert bridge.plan(model).tensors is plan.tensors  # planned once
         fresh = AutoBridge.from_hf_pretrained(source)
-        fresh.record = bridge.record
+        fresh.state.record = bridge.state.record
         fresh.save_hf_weights(model, Path(out) / str(len(looks)), show_progress=False)
 
     look()

@@ -32,7 +32,7 @@ def seen_by_ranks(config: dict[str, Any], dtype: str, **settings: Any) -> dict[s
     bridge = AutoBridge.from_hf_config(config, dtype=dtype)
     topology = process_groups.current()
     assert topology is not None
-    if bridge.native.get("num_moe_experts") is not None:
+    if bridge.source.native.get("num_moe_experts") is not None:
         settings["sequence_parallel"] = topology.tp > 1
     model = provide(bridge, load_weights=False, **settings)
     plan = bridge.plan(model)
@@ -78,7 +78,7 @@ def plain(record: ParameterRecord) -> tuple[Any, ...]:
 
 def planned(config: dict[str, Any], dtype: str, layout: Topology, **settings: Any) -> AllRanksPlan:
     bridge = AutoBridge.from_hf_config(config, dtype=dtype)
-    return plan_all_ranks(bridge.family, bridge.native, finalized(bridge, layout, **settings), layout)
+    return plan_all_ranks(bridge.source.family, bridge.source.native, finalized(bridge, layout, **settings), layout)
 
 
 def finalized(bridge: AutoBridge, layout: Topology, **settings: Any) -> ModelProvider:
@@ -87,7 +87,7 @@ def finalized(bridge: AutoBridge, layout: Topology, **settings: Any) -> ModelPro
     provider.pipeline_model_parallel_size = layout.pp
     provider.virtual_pipeline_model_parallel_size = layout.vpp if layout.vpp > 1 else None
     provider.expert_model_parallel_size, provider.expert_tensor_parallel_size = layout.ep, layout.etp
-    provider.sequence_parallel = layout.tp > 1 and bridge.native.get("num_moe_experts") is not None
+    provider.sequence_parallel = layout.tp > 1 and bridge.source.native.get("num_moe_experts") is not None
     for name, value in settings.items():
         setattr(provider, name, value)
     provider.finalize()
@@ -100,7 +100,7 @@ def published(model: str, parallel: list[str]) -> dict[str, Any]:
     run.model.load_weights = False
     bridge = AutoBridge.from_hf_config(run.model.hf, dtype=run.model.dtype)
     begin = time.process_time()
-    world = plan_all_ranks(bridge.family, bridge.native, build.provider(run, bridge), schema.topology(run.parallel))
+    world = plan_all_ranks(bridge.source.family, bridge.source.native, build.provider(run, bridge), schema.topology(run.parallel))
     shares = world.shares()
     return {
         "seconds": time.process_time() - begin,
@@ -149,7 +149,7 @@ def damaged(config: dict[str, Any]) -> dict[str, str]:
     for name, damage in DAMAGES.items():
         records = [[new for record in world.records(rank) for new in damage(rank, record)] for rank in range(2)]
         try:
-            tile(Expansion(bridge.family, Dims.of(bridge.native)), records)
+            tile(Expansion(bridge.source.family, Dims.of(bridge.source.native)), records)
             said[name] = ""
         except MegabridgeError as error:
             said[name] = f"{type(error).__name__}: {error}"
