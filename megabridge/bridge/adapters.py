@@ -10,7 +10,8 @@ import torch
 from megabridge.bridge.source import ModelSource, dtype_named
 from megabridge.bridge.state import BridgeState, read_folders
 from megabridge.bridge.weights import Model, model_plan
-from megabridge.conversion.exporter import export_specs, export_weights
+from megabridge.conversion.export_plan import export_specs, plan_export
+from megabridge.conversion.exporter import export_weights
 from megabridge.conversion.importer import import_weights
 from megabridge.conversion.parameters import ADAPTER, collect_parameters
 from megabridge.conversion.plan import Plan, make_plan
@@ -100,19 +101,16 @@ def save(source: ModelSource, state: BridgeState, model: Model, path: Path, *, b
     def write(folder: Path) -> None:
         peft_folder.write_config(folder, named, base=base, revision=source.revision, is_transposed=is_transposed)
 
+    export = plan_export(
+        plan,
+        path,
+        dtypes=dtype_named(weight_dtype),
+        only=peft_folder.WEIGHTS,
+        writer=writer,
+        sources=read_folders(source, state),
+    )
     with bytes_bar("export", show=show_progress and collectives.rank() == 0) as progress:
-        return export_weights(
-            plan,
-            path,
-            write_assets=write,
-            dtypes=dtype_named(weight_dtype),
-            only=peft_folder.WEIGHTS,
-            verify=verify,
-            allow_nonfinite=allow_nonfinite,
-            writer=writer,
-            sources=read_folders(source, state),
-            progress=progress,
-        )
+        return export_weights(export, write_assets=write, verify=verify, allow_nonfinite=allow_nonfinite, progress=progress)
 
 
 def _named(source: ModelSource, state: BridgeState, model: Model, plan: Plan) -> tuple[list[AdapterTarget], LoRA]:

@@ -20,7 +20,8 @@ from megabridge.bridge.source import ModelSource, dtype_named
 from megabridge.bridge.state import BridgeState, plan_of, read_folders
 from megabridge.conversion import source_dtypes, tasks
 from megabridge.conversion.encoding import quantization_for
-from megabridge.conversion.exporter import Dtypes, export_specs, export_weights
+from megabridge.conversion.export_plan import Dtypes, export_specs, plan_export
+from megabridge.conversion.exporter import export_weights
 from megabridge.conversion.importer import import_weights
 from megabridge.conversion.parameters import collect_parameters
 from megabridge.conversion.passthrough import Passthrough, with_passthrough
@@ -206,20 +207,23 @@ def _export(source: ModelSource, state: BridgeState, plan: Plan, path: Path, wri
     name = None if options.weight_dtype == "source" else _most(specs)
     with collectives.raise_together("choosing what to quantise"):
         quantized, said = quantization_for(plan, options.quantization, source.config)
+    export = plan_export(
+        plan,
+        path,
+        dtypes=dtypes,
+        aliases=aliases,
+        files=_files(state, specs) if quantized is None and options.max_shard_size is None else None,
+        max_shard_size=options.max_shard_size,
+        writer=options.writer,
+        quantization=quantized,
+        sources=read_from,
+    )
     with bytes_bar("export", show=options.show_progress and collectives.rank() == 0) as progress:
         report = export_weights(
-            plan,
-            path,
+            export,
             write_assets=lambda folder: write(folder, name, said),
-            quantization=quantized,
-            dtypes=dtypes,
-            aliases=aliases,
-            files=_files(state, specs) if quantized is None and options.max_shard_size is None else None,
-            max_shard_size=options.max_shard_size,
             verify=options.verify,
             allow_nonfinite=options.allow_nonfinite,
-            writer=options.writer,
-            sources=read_from,
             progress=progress,
         )
     return replace(report, rounded=casts)

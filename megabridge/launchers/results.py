@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from megabridge.errors import plain
-from megabridge.loggers import metrics_file
-from megabridge.storage import atomic_files, regular_files
+from megabridge.storage import atomic_files, metrics_file, regular_files
 
 if TYPE_CHECKING:
     from megabridge.launchers.sweep import SweepRun

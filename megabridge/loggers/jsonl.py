@@ -14,8 +14,8 @@ from typing import Final, override
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.loggers.logger import Logger
-from megabridge.loggers.metrics_file import FILE_NAME
 from megabridge.storage import atomic_files, regular_files
+from megabridge.storage.metrics_file import FILE_NAME
 
 MOST: Final = 16 << 20
 """Bytes of lines that wait in memory for room on the disk; what is logged beyond them is missing."""

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from megabridge.errors import ConfigError
-from megabridge.loggers.metrics_file import read
 from megabridge.parallel.topology import Topology
+from megabridge.storage.metrics_file import read
 from tests.recipes.test_recipes import source, values
 from tests.support.rank_server import RankError, RankServer
 

@@ -67,7 +67,7 @@ def test_it_says_what_is_in_the_folder(out: Path, source: Path) -> None:
     for name, entry in said["files"].items():
         data = (out / name).read_bytes()
         assert entry == {"size": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
-    assert said["layout"] == {"tp": 2, "pp": 2, "vpp": 1, "cp": 1, "ep": 1, "dp": 1}
+    assert said["layout"] == {"tp": 2, "pp": 2, "vpp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1}
     assert said["versions"].keys() == {"megabridge", "megatron-core", "torch"}
 
 

@@ -88,7 +88,7 @@ COMMAND = (
 
 def rows(run_dir: Path, *arguments: str) -> list[dict[str, Any]]:
     """What a run of the command logs."""
-    from megabridge.loggers import metrics_file
+    from megabridge.storage import metrics_file
 
     command = [sys.executable, "-m", "megabridge.run", *COMMAND.split(), f"run_dir={run_dir}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -16,17 +16,17 @@ from tests.test_run import ROOT, environ
 
 BESIDE = """
 import sys
-from megabridge.launchers import local, rank
-from megabridge.launchers.rank_environment import Place
+from megabridge.launchers import local, slurm_task
+from megabridge.launchers.rank_environment import RankEnvironment
 local.WORKER = "tests.launchers.processes.program"
 values = {"text": sys.argv[1], "deterministic": False, "platform": "cpu"}
-sys.exit(rank.beside(values, Place(3, 4, 1, 2, "127.0.0.1", 29500), digest="0"))
+sys.exit(slurm_task.beside(values, RankEnvironment(3, 4, 1, 2, "127.0.0.1", 29500), digest="0"))
 """
 QUEUED = """
 import sys
-from megabridge.launchers import local, rank
+from megabridge.launchers import local, slurm_task
 local.WORKER = "tests.launchers.processes.program"
-sys.exit(rank.main())
+sys.exit(slurm_task.main())
 """
 # What a training loop does with the signals that it lets through (megabridge.training.stopping), then without saving at all.
 TRAINS = """

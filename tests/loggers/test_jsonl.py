@@ -12,7 +12,7 @@ from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.loggers import jsonl
 from megabridge.loggers.jsonl import JsonLines
-from megabridge.loggers.metrics_file import read
+from megabridge.storage.metrics_file import read
 from tests.support.limits import largest_file
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from megabridge.config import schema
 from megabridge.hf.random_models import write_random_model
-from megabridge.loggers import metrics_file
 from megabridge.parallel.topology import Topology
+from megabridge.storage import metrics_file
 from recipes import show_data
 from tests.support.rank_server import RankServer
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from megabridge.loggers.metrics_file import read
 from megabridge.parallel.topology import Topology
+from megabridge.storage.metrics_file import read
 from tests.support.models import TINY
 from tests.support.rank_server import RankError, RankServer
 

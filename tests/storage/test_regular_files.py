@@ -24,9 +24,8 @@ from megabridge.hf.tensor_files import find_tensors
 from megabridge.launchers import sweep
 from megabridge.launchers.processes import children
 from megabridge.launchers.processes.outcome import Done
-from megabridge.loggers import metrics_file
 from megabridge.native.reader import open_folder
-from megabridge.storage import regular_files
+from megabridge.storage import metrics_file, regular_files
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

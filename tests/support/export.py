@@ -9,6 +9,7 @@ import torch
 
 from megabridge import AutoBridge
 from megabridge.conversion import verify
+from megabridge.conversion.export_plan import plan_export
 from megabridge.conversion.exporter import export_weights
 from megabridge.errors import MegabridgeError
 from megabridge.peft import LoRA
@@ -45,7 +46,7 @@ def meddled(source: str, out: str) -> list[str]:
         def write_assets(folder: Path, name: str = name) -> None:
             Path(out, name).write_text("mine")
 
-        seen.append(refusal(lambda: export_weights(bridge.plan(model), Path(out), write_assets=write_assets)))
+        seen.append(refusal(lambda: export_weights(plan_export(bridge.plan(model), Path(out)), write_assets=write_assets)))
         if name != "README.md":
             Path(out, name).unlink()
     return seen

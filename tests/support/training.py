@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from megabridge.errors import CheckpointError, ConfigError
 from megabridge.loggers.jsonl import JsonLines
-from megabridge.loggers.metrics_file import FILE_NAME
 from megabridge.models.logits import gather_logits
 from megabridge.native import checkpoint, optimizer_state
 from megabridge.platform import determinism
 from megabridge.storage import folders
+from megabridge.storage.metrics_file import FILE_NAME
 from megabridge.training import Callback, Trainer, build, resume
 from megabridge.training.step import forward_backward, validate
 from megabridge.training.stopping import Stopped

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from megabridge.loggers import metrics_file
 from megabridge.parallel.topology import Topology
+from megabridge.storage import metrics_file
 from tests.recipes.test_recipes import values
 from tests.support.models import TINY
 from tests.support.rank_server import RankError, RankServer

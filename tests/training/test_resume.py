@@ -195,7 +195,7 @@ def test_a_step_may_be_a_link_and_what_is_none_is_said(ranks: RankServer, tmp_pa
 
 
 def test_a_full_disk_ends_no_training_and_takes_no_save(ranks: RankServer, tmp_path: Path) -> None:
-    (found,) = ranks.run("tests.cases.training:without_room", topology=Topology(), kwargs={"run_dir": str(tmp_path)})
+    (found,) = ranks.run("tests.support.training:without_room", topology=Topology(), kwargs={"run_dir": str(tmp_path)})
     assert [line["step"] for line in found["metrics"] if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
     assert found["printed"].count("can't be written (File too large)") == 1 and "nothing is missing" in found["printed"]
     assert found["source"] == "config.json before" and "source can't be written (File too large); free space" in found["refused"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.loggers import metrics_file
 from megabridge.parallel.topology import Topology
+from megabridge.storage import metrics_file
 from tests.recipes.test_recipes import values
 from tests.support.models import TINY
 from tests.support.rank_server import RankServer
