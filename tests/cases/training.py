@@ -19,7 +19,7 @@ from megabridge.platform import determinism
 from megabridge.training import Callback, Trainer
 from megabridge.training.step import forward_backward, validate
 from megabridge.training.stopping import Stopped
-from tests.cases import tiny
+from tests.cases import steady, tiny
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -44,9 +44,10 @@ def run(
     callbacks = [recorder] if stop_after is None else [recorder, Interrupt(stop_after)]
     trainer = tiny.trainer(tiny.config(run_dir, steps=steps, **settings), callbacks=callbacks, **(options or {}))
     loss = None
-    with contextlib.suppress(Stopped):
+    with contextlib.suppress(Stopped), steady.watched() as routed:
         loss = trainer.fit()
     return {
+        "steady": all(routed),
         "validation_losses": trainer.validation_losses,
         "metrics": recorder.steps,
         "losses": [step["train/loss"] for step in recorder.steps],
