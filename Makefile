@@ -55,7 +55,7 @@ test-curves: venv  ## The real model on real text: the same losses under every l
 	@MEGABRIDGE_CURVES=1 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/training/test_smollm2.py $(ARGS)
 
 test-plans: venv  ## Plans the largest published models for hundreds and thousands of ranks
-	@MEGABRIDGE_PLANS=1 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/conversion/test_plans.py $(ARGS)
+	@MEGABRIDGE_PLANS=1 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/planning/test_plans.py $(ARGS)
 
 test-shapes: venv  ## Round trips of 54 random shapes under every layout; make test draws 18
 	@MEGABRIDGE_SHAPES=54 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/conversion/test_round_trip.py $(ARGS)

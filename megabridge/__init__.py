@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from megabridge.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from megabridge.bridge import AutoBridge
+    from megabridge.bridge.auto_bridge import AutoBridge
 
 __all__ = ["AutoBridge", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "AutoBridge":
-        from megabridge.bridge import AutoBridge
+        from megabridge.bridge.auto_bridge import AutoBridge
 
         return AutoBridge
     raise AttributeError(f"module 'megabridge' has no attribute {name!r}")

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 
-from megabridge import streams
 from megabridge.errors import MegabridgeError
+from megabridge.launchers.processes import standard_streams
 
 
 def main() -> None:
@@ -22,12 +22,12 @@ def main() -> None:
 
 def _status() -> int:
     try:
-        streams.settle(quiet=True)
+        standard_streams.settle(quiet=True)
         from megabridge.launchers import run  # here, so that a Ctrl-C during the imports is one like any other
 
         status = run.main()
         if status == 0:
-            streams.check()
+            standard_streams.check()
     except KeyboardInterrupt:
         return 130
     except MegabridgeError as error:

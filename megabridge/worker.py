@@ -22,16 +22,18 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from megabridge import config as schema
-from megabridge import families, last_words, streams
-from megabridge.checks import nearest
-from megabridge.config import Config
+from megabridge import families
+from megabridge.config import schema
+from megabridge.config.schema import Config
+from megabridge.config.validation import nearest
 from megabridge.errors import ConfigError, MegabridgeError, said
-from megabridge.launchers import local, place
-from megabridge.launchers.processes import outcome
+from megabridge.launchers import local, rank_environment
+from megabridge.launchers.processes import outcome, standard_streams
 from megabridge.launchers.processes.forked import fork_ranks
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Failure, WorkerFailure
-from megabridge.platform import determinism, groups
+from megabridge.parallel import process_groups
+from megabridge.platform import determinism
+from megabridge.storage import atomic_files, crash_notes
 
 Recipe = Callable[[Config], float | None]
 
@@ -69,7 +71,7 @@ _stores: Final[list[PrefixStore]] = []
 
 def main(arguments: list[str] | None = None) -> int:
     """The process's exit status: 0 where all that it stands for is done."""
-    streams.settle()
+    standard_streams.settle()
     parser = argparse.ArgumentParser(prog="python -m megabridge.worker")
     parser.add_argument("--config", type=int, required=True, help="descriptor of the resolved config, JSON")
     parser.add_argument("--outcome", type=int, required=True, help="descriptor of the file that takes the outcome")
@@ -77,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--digest", help="of the config, where torchrun or srun started the ranks")
     parser.add_argument("--fork", type=int, help="number of ranks to fork")
     given = parser.parse_args(arguments)
-    last_words.keep(last_words.page(given.note))
+    crash_notes.set_note(crash_notes.new_note(given.note))
 
     def work() -> float | None:
         values = json.loads(os.pread(given.config, os.fstat(given.config).st_size, 0))
@@ -113,13 +115,25 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     recipe = load_recipe(config.recipe.target)
     if config.deterministic:
         determinism.require()
-    with _losses(config.timeout):
+    with _room(), _losses(config.timeout):
         if not config.recipe.single_process:
-            groups.start(schema.processes(config, groups.world_size()), seed=config.seed, timeout=config.timeout)
+            process_groups.start(schema.processes(config, process_groups.world_size()), seed=config.seed, timeout=config.timeout)
         objective = objective_of(recipe(config), config.recipe.target)
-    groups.stop()
-    streams.check()
+    process_groups.stop()
+    standard_streams.check()
     return objective
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """Raises MegabridgeError for a file that a full disk did not take, whichever part of a run wrote it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in atomic_files.NO_ROOM:
+            raise
+        name = f"{error.filename} can't be written" if error.filename else "a file of the run can't be written"
+        raise MegabridgeError(f"{name} ({error.strerror}); what was saved before is whole; free space, and start again.") from error
 
 
 @contextlib.contextmanager
@@ -173,7 +187,7 @@ def _fork(values: Mapping[str, Any], world_size: int) -> float | None:
         importlib.import_module(module)
 
     def target(rank: int, listener: socket.socket) -> float | None:
-        groups.become_forked_rank(listener, threads=local.threads_each(world_size))
+        process_groups.become_forked_rank(listener, threads=local.threads_each(world_size))
         return run_rank(values)
 
     found = fork_ranks(world_size, target)
@@ -196,7 +210,7 @@ def _agreed(values: dict[str, Any], digest: str) -> dict[str, Any]:
     `digest` stands for this rank's config before its interpolations were resolved: clocks and hosts may differ. When it
     differs, rank 0 says which ranks, once, and all exit.
     """
-    here = place.find(os.environ)
+    here = rank_environment.find(os.environ)
     if here is None or here.world_size == 1:
         return values
     wait = timedelta(seconds=_AGREE_SECONDS)

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 import megabridge.platform as platform
-from megabridge import checks, host
-from megabridge.bridge import AutoBridge
-from megabridge.checkpoint import assets
-from megabridge.config import Config
+from megabridge.bridge.auto_bridge import AutoBridge
+from megabridge.config import validation
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
+from megabridge.hf import assets
 from megabridge.launchers import local
 from megabridge.loggers import Reporter
-from megabridge.topology import Topology
-from megabridge.training import assemble
+from megabridge.parallel import hardware
+from megabridge.parallel.topology import Topology
+from megabridge.training import build
 
 # measure, what it is compared with, and the least ratio of speeds that we want (None: only told)
 RATIOS = (
@@ -40,7 +41,7 @@ RATIOS = (
 def main(config: Config) -> None:
     """One process calls it, without process groups."""
     run_dir = Path(config.run_dir)
-    with Reporter(config, assemble.loggers(config)) as report:
+    with Reporter(config, build.loggers(config)) as report:
         source, narrow = write_configs(config, run_dir)
         results: dict[str, Any] = {}
         for layout in map(Topology.parse, config.bench.layouts):
@@ -59,10 +60,10 @@ def main(config: Config) -> None:
 
 def misfit(config: Config, layout: Topology) -> str | None:
     """Why the model, or this host, can't have `layout`."""
-    if not platform.is_cpu() and layout.world_size > host.visible_gpus():
-        return f"it needs {layout.world_size} GPUs, and this host has {host.visible_gpus()}"
+    if not platform.is_cpu() and layout.world_size > hardware.visible_gpus():
+        return f"it needs {layout.world_size} GPUs, and this host has {hardware.visible_gpus()}"
     try:
-        checks.check_layout(config, layout)
+        validation.check_layout(config, layout)
     except ConfigError as error:
         return str(error)
     return None
@@ -70,12 +71,13 @@ def misfit(config: Config, layout: Topology) -> str | None:
 
 def write_configs(config: Config, run_dir: Path) -> tuple[Path, Path]:
     """Folders with the config of the measured model, and of one as deep and very narrow."""
-    hf = config.model.hf or (AutoBridge.from_hf_pretrained(config.model.path or "", ignore_keys=config.model.ignore_keys).config)
-    bridge = AutoBridge.from_hf_config({key: value for key, value in hf.items() if key not in config.model.ignore_keys})
-    names = {"architectures": [bridge.family.architecture], "model_type": bridge.family.model_type}
-    narrow = {**names, **bridge.family.tiny, "num_hidden_layers": bridge.native["num_layers"]}
+    ignored = config.model.ignore_keys
+    hf = config.model.hf or AutoBridge.from_hf_pretrained(config.model.path or "", ignore_keys=ignored).source.config
+    bridge = AutoBridge.from_hf_config({key: value for key, value in hf.items() if key not in ignored})
+    names = {"architectures": [bridge.source.family.architecture], "model_type": bridge.source.family.model_type}
+    narrow = {**names, **bridge.source.family.tiny, "num_hidden_layers": bridge.source.native["num_layers"]}
     folders = []
-    for name, content in (("source", bridge.config), ("narrow", narrow)):
+    for name, content in (("source", bridge.source.config), ("narrow", narrow)):
         folder = run_dir / name
         folder.mkdir(parents=True)
         (folder / assets.CONFIG).write_text(json.dumps({**content, "dtype": config.model.dtype}, indent=2) + "\n")
@@ -124,4 +126,4 @@ def table(layout: str, result: dict[str, Any]) -> list[str]:
 def describe_host() -> dict[str, Any]:
     """What the figures were measured on."""
     device = "cpu" if platform.is_cpu() else torch.cuda.get_device_name()
-    return {"device": device, "cores": host.cores(), "torch": torch.__version__, "load_at_end": os.getloadavg()[0]}
+    return {"device": device, "cores": hardware.cores(), "torch": torch.__version__, "load_at_end": os.getloadavg()[0]}

@@ -21,13 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import megabridge.platform as platform
-from megabridge.checkpoint.hf import native_box, view
-from megabridge.checkpoint.safetensors import TensorInfo
-from megabridge.conversion.native import Record
-from megabridge.conversion.plan import Expansion, Item, Plan
-from megabridge.conversion.writer import Shard
+from megabridge.conversion.file_writer import Shard
+from megabridge.conversion.parameters import ParameterRecord
+from megabridge.conversion.plan import Expansion, LocalItem, Plan
+from megabridge.hf.safetensors_format import TensorInfo
+from megabridge.hf.tensor_files import native_box, view
 from megabridge.mapping import Transfer
-from megabridge.topology import Topology
+from megabridge.parallel.topology import Topology
 
 BLOCK: Final = 256 << 20  # bytes of the buffer that plain copies and writes take from: larger than any cache
 PIECE: Final = 8 << 20
@@ -126,7 +126,7 @@ class Groups:
                     self.pp, self.pp_ranks = group, ranks
 
 
-def _moves(plan: Plan, record: Record) -> tuple[tuple[str, ...], tuple[Transfer, ...]]:
+def _moves(plan: Plan, record: ParameterRecord) -> tuple[tuple[str, ...], tuple[Transfer, ...]]:
     """The tensors of a whole, uncut parameter and its transfers."""
     entry = Expansion(plan.family, plan.dims).entry(replace(record, cuts=()))
     return entry.hf, entry.transfers
@@ -160,7 +160,7 @@ def import_whole(plan: Plan, infos: Mapping[str, TensorInfo], groups: Groups) ->
     return read
 
 
-def _scatter(record: Record, whole: torch.Tensor | None, target: torch.Tensor, groups: Groups) -> None:
+def _scatter(record: ParameterRecord, whole: torch.Tensor | None, target: torch.Tensor, groups: Groups) -> None:
     received = torch.empty_like(target, memory_format=torch.contiguous_format) if whole is None or record.cuts else whole
     cut = record.cuts[0] if record.cuts else None
     if cut is None:
@@ -197,7 +197,7 @@ def export_whole(plan: Plan, shards: list[Shard], groups: Groups) -> None:
         sync_files(file.parent)
 
 
-def _from_stage(item: Item | None, owner: int, groups: Groups) -> tuple[Record, torch.Tensor]:
+def _from_stage(item: LocalItem | None, owner: int, groups: Groups) -> tuple[ParameterRecord, torch.Tensor]:
     """A stage's parameter on every stage: who has it, what it is, then its elements. `item` is None where it isn't."""
     if len(groups.pp_ranks) == 1:
         assert item is not None
@@ -214,7 +214,7 @@ def _from_stage(item: Item | None, owner: int, groups: Groups) -> tuple[Record, 
     return record, shard
 
 
-def _joined(record: Record, shard: torch.Tensor, groups: Groups) -> torch.Tensor:
+def _joined(record: ParameterRecord, shard: torch.Tensor, groups: Groups) -> torch.Tensor:
     cut = record.cuts[0] if record.cuts else None
     if cut is None:
         return shard
@@ -227,7 +227,7 @@ def _joined(record: Record, shard: torch.Tensor, groups: Groups) -> torch.Tensor
     return whole
 
 
-def _put_together(plan: Plan, record: Record, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+def _put_together(plan: Plan, record: ParameterRecord, whole: torch.Tensor) -> dict[str, torch.Tensor]:
     names, moves = _moves(plan, record)
     out = {name: torch.empty(plan.tensors[name].shape, dtype=whole.dtype, device=whole.device) for name in names}
     for move in moves:

@@ -22,14 +22,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 import megabridge.platform as platform
-from megabridge import agreement
-from megabridge.bridge import AutoBridge
-from megabridge.checkpoint.hf import find_tensors
-from megabridge.config import Config
+from megabridge.bridge.auto_bridge import AutoBridge
+from megabridge.config.schema import Config
+from megabridge.conversion.file_writer import plan_shards, write_index
 from megabridge.conversion.plan import Plan
-from megabridge.conversion.writer import plan_shards, write_index
-from megabridge.platform import groups
-from megabridge.training import assemble
+from megabridge.hf.tensor_files import find_tensors
+from megabridge.parallel import collectives, process_groups
+from megabridge.training import build
 from recipes import bench_peers as peers
 
 Model = list[torch.nn.Module]
@@ -45,7 +44,7 @@ class Subject:
 
     def fresh(self) -> Model:
         """The model in memory that nothing has touched. Every rank calls it."""
-        provider = assemble.provider(self.config, self.bridge)
+        provider = build.provider(self.config, self.bridge)
         return provider.provide_distributed_model(wrap_with_ddp=False, init="empty")
 
     def load(self, model: Model, *, verify: bool = False) -> Any:
@@ -59,7 +58,7 @@ def make_subject(config: Config, folder: Path) -> Subject:
     """The model of `folder`'s config.json; writes random weights beside it where there are none. Every rank calls it."""
     made = Subject(config, folder, AutoBridge.from_hf_pretrained(folder, dtype=config.model.dtype))
     plan = made.bridge.plan(made.fresh())
-    agreement.on_rank_zero("writing random weights", lambda: _write_weights(plan, folder))
+    collectives.on_rank_zero("writing random weights", lambda: _write_weights(plan, folder))
     return made
 
 
@@ -133,11 +132,11 @@ def main(config: Config) -> None:
     config.model.load_weights = False
     subject = make_subject(config, Path(options["source"]))
     narrow = make_subject(config, Path(options["narrow"]))
-    topology = groups.current()
+    topology = process_groups.current()
     assert topology is not None
     own = peers.Groups(topology)
     out = Path(config.run_dir) / "out"
-    agreement.on_rank_zero("making a folder", lambda: out.parent.mkdir(parents=True, exist_ok=True))
+    collectives.on_rank_zero("making a folder", lambda: out.parent.mkdir(parents=True, exist_ok=True))
     clock = Clock()
     for _ in range(config.bench.repeats):
         _time_import(clock, subject, own)
@@ -156,7 +155,7 @@ def main(config: Config) -> None:
         **_watched(subject, model, own, out),
         "cpu_microseconds_per_tensor": _cpu_per_tensor(narrow, out),
     }
-    agreement.on_rank_zero("writing the result", lambda: (out.parent / "result.json").write_text(json.dumps(result, indent=2)))
+    collectives.on_rank_zero("writing the result", lambda: (out.parent / "result.json").write_text(json.dumps(result, indent=2)))
 
 
 def _time_import(clock: Clock, subject: Subject, own: peers.Groups) -> None:
@@ -231,21 +230,21 @@ def _watched(subject: Subject, model: Model, own: peers.Groups, out: Path) -> di
         "export of whole tensors": lambda: peers.export_whole(plan, shards, own),
         "stream": lambda: _stream(subject, model),
     }
-    peaks, collectives, read = {}, {}, {}
+    peaks, communication, read = {}, {}, {}
     for name, walk in walks.items():
         with anonymous_peak() as peak, peers.counted() as calls:
             result = walk()
-        every = agreement.gather((peak(), calls.objects, calls.tensors))
+        every = collectives.all_gather((peak(), calls.objects, calls.tensors))
         peaks[name] = max(entry[0] for entry in every)
-        collectives[name] = {"objects": max(entry[1] for entry in every), "tensors": max(entry[2] for entry in every)}
+        communication[name] = {"objects": max(entry[1] for entry in every), "tensors": max(entry[2] for entry in every)}
         if name == "import":
-            read[name] = result.bytes_copied / agreement.world_size()
+            read[name] = result.bytes_copied / collectives.world_size()
         elif name == "import of whole tensors":
-            read[name] = sum(agreement.gather(result)) / agreement.world_size()
+            read[name] = sum(collectives.all_gather(result)) / collectives.world_size()
         elif name.startswith("export"):
             _remove(out)
-    owned = sum(agreement.gather(plan.owned_bytes)) / agreement.world_size()
-    return {"anonymous_peak": peaks, "collectives": collectives, "bytes_read_per_rank": {**read, "owned": owned}}
+    owned = sum(collectives.all_gather(plan.owned_bytes)) / collectives.world_size()
+    return {"anonymous_peak": peaks, "collectives": communication, "bytes_read_per_rank": {**read, "owned": owned}}
 
 
 def _cpu_per_tensor(narrow: Subject, out: Path) -> dict[str, float]:
@@ -260,7 +259,7 @@ def _cpu_per_tensor(narrow: Subject, out: Path) -> dict[str, float]:
     for name, walk in walks.items():
         begin = time.process_time()
         walk()
-        found[name] = max(agreement.gather(time.process_time() - begin))
+        found[name] = max(collectives.all_gather(time.process_time() - begin))
     _remove(out)
     count = len(narrow.bridge.plan(model).tensors)
     return {name: seconds / count * 1e6 for name, seconds in found.items()}

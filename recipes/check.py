@@ -11,31 +11,31 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from megabridge.agreement import on_rank_zero
-from megabridge.config import Config
+from megabridge.config.schema import Config
+from megabridge.conformance import check_family, check_model, findings
 from megabridge.errors import ConfigError, ParityError
 from megabridge.families import family_for, register_named
 from megabridge.loggers import Reporter
-from megabridge.platform import groups
-from megabridge.training import assemble
-from megabridge.workbench import battery, findings, real
+from megabridge.parallel import process_groups
+from megabridge.parallel.collectives import on_rank_zero
+from megabridge.training import build
 
 
 def main(config: Config) -> None:
     """Every rank calls it, in running process groups, which it ends and starts. Raises ParityError with all that failed."""
-    folder, world_size = Path(config.run_dir) / "check", groups.world_size()
+    folder, world_size = Path(config.run_dir) / "check", process_groups.world_size()
     folder.mkdir(parents=True, exist_ok=True)
-    with Reporter(config, assemble.loggers(config)) as report:
+    with Reporter(config, build.loggers(config)) as report:
         given = config.model.path is not None or bool(config.model.hf)
-        family = family_for(assemble.model_config(config)) if config.family is None else register_named(config.family)
-        if given and family_for(assemble.model_config(config)) is not family:
+        family = family_for(build.model_config(config)) if config.family is None else register_named(config.family)
+        if given and family_for(build.model_config(config)) is not family:
             raise ConfigError(f"family={config.family} is for {family.architecture}, which model.path is not; name one that fits.")
-        found = battery.check_family(config, family, folder / "tiny", world_size, report.say)
+        found = check_family.check_family(config, family, folder / "tiny", world_size, report.say)
         if given:
-            found += real.check_model(config, world_size, folder / "exported")
+            found += check_model.check_model(config, world_size, folder / "exported")
         for line in findings.table(found):
             report.say(line)
     content = json.dumps([asdict(finding) for finding in found], indent=2) + "\n"
     on_rank_zero("writing the findings", lambda: (folder / "findings.json").write_text(content))
-    if problems := battery.verdict(family.architecture, found):
+    if problems := check_family.verdict(family.architecture, found):
         raise ParityError(problems)

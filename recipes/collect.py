@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.launchers import results, slurm, sweep
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megabridge.agreement import on_rank_zero
-from megabridge.config import Config
+from megabridge.config.schema import Config
+from megabridge.conformance import check_family, layer_parity, tiny_model
 from megabridge.errors import ConfigError, ParityError
 from megabridge.families import register_named
 from megabridge.loggers import Reporter
-from megabridge.training import assemble
-from megabridge.workbench import battery, modulewise, trial
+from megabridge.parallel.collectives import on_rank_zero
+from megabridge.training import build
 
 
 def main(config: Config) -> None:
@@ -27,16 +27,16 @@ def main(config: Config) -> None:
                 "family=<module:NAME> for its tiny model; set one of them."
             )
         family = register_named(config.family)
-        tiny = trial.tiny_config(family, battery.LAYERS)
-        on_rank_zero("making the trial model", lambda: trial.write_trial(folder / "tiny", tiny, family).exists())
-        config = battery.trial_config(config, folder / "tiny")
-    with Reporter(config, assemble.loggers(config)) as report:
-        bridge = assemble.bridge(config)
-        provider = assemble.provider(config, bridge)
-        chunks = provider.provide_distributed_model(wrap_with_ddp=False, init=assemble.init(config))
+        tiny = tiny_model.tiny_config(family, check_family.LAYERS)
+        on_rank_zero("making the trial model", lambda: tiny_model.write_trial(folder / "tiny", tiny, family).exists())
+        config = check_family.tiny_model_config(config, folder / "tiny")
+    with Reporter(config, build.loggers(config)) as report:
+        bridge = build.bridge(config)
+        provider = build.provider(config, bridge)
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False, init=build.init(config))
         report.say(provider.describe())
-        found = modulewise.compare_model(config, bridge, chunks, folder / "events.pt")
+        found = layer_parity.compare_model(config, bridge, chunks, folder / "events.pt")
         for line in found.lines():
             report.say(line)
     if found.fault is not None:
-        raise ParityError(f"{bridge.family.architecture}: first difference in {found.fault.module}: {found.fault.why}")
+        raise ParityError(f"{bridge.source.family.architecture}: first difference in {found.fault.module}: {found.fault.why}")

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
-from megabridge import AutoBridge, agreement
-from megabridge.checkpoint import native, source
-from megabridge.config import Config
+from megabridge import AutoBridge
+from megabridge.config.schema import Config
 from megabridge.conversion import verify as verify_folder
 from megabridge.conversion.report import Report
 from megabridge.errors import CheckpointError, ConfigError
+from megabridge.hf import resolve
 from megabridge.loggers import Reporter
-from megabridge.training import assemble
+from megabridge.native import checkpoint
+from megabridge.parallel import collectives
+from megabridge.training import build
 
 
 def main(config: Config) -> None:
@@ -32,23 +34,23 @@ def main(config: Config) -> None:
     output = Path(conversion.output) if conversion.output else Path(config.run_dir)
     has_adapters = config.peft.name != "none"
     config.model.load_weights = conversion.mode != "export" or has_adapters  # a native checkpoint of adapters has nothing else
-    bridge = assemble.bridge(config)
-    provider = assemble.provider(config, bridge, keeps_dtypes=True)
+    bridge = build.bridge(config)
+    provider = build.provider(config, bridge, keeps_dtypes=True)
     if conversion.mode == "export":
-        provider.register_pre_wrap_hook(partial(bridge.keep_native_dtypes, path=checkpoint(config)))
+        provider.register_pre_wrap_hook(partial(bridge.keep_native_dtypes, path=native_folder(config)))
     chunks = provider.provide_distributed_model(
-        wrap_with_ddp=False, init="empty" if conversion.mode == "export" else assemble.init(config), runs=False
+        wrap_with_ddp=False, init="empty" if conversion.mode == "export" else build.init(config), runs=False
     )
-    with Reporter(config, assemble.loggers(config)) as report:
+    with Reporter(config, build.loggers(config)) as report:
         report.say(provider.describe(runs=False))
         if conversion.mode == "export":
-            bridge.load_native_weights(chunks, checkpoint(config))
+            bridge.load_native_weights(chunks, native_folder(config))
         else:
             assert bridge.import_report is not None
             report.log(0, {f"import/{name}": value for name, value in bridge.import_report.metrics().items()})
             report.say(f"import: {bridge.import_report}")
         if conversion.mode == "import":
-            native.save(output / "native", chunks, progress=native.Progress(), write_assets=bridge.write_assets)
+            checkpoint.save(output / "native", chunks, progress=checkpoint.TrainingProgress(), write_assets=bridge.write_assets)
             report.say(f"native checkpoint: {output / 'native'}")
         else:
             target = output / ("adapter" if has_adapters and not config.peft.merge else "hf")
@@ -88,15 +90,15 @@ def verify(config: Config) -> None:
     checked = f"{folder} is what its manifest says"
     problems = verify_folder.against_manifest(folder)
     if conversion.source is not None:
-        with agreement.together("fetching the source"):
-            origin = source.resolve(conversion.source)
+        with collectives.raise_together("fetching the source"):
+            origin = resolve.resolve(conversion.source)
         problems += verify_folder.against_source(folder, origin)
         checked += f", and its tensors are those of {conversion.source}"
     if problems:
-        if agreement.rank() == 0:
+        if collectives.rank() == 0:
             print(*problems, sep="\n", flush=True)
         raise CheckpointError(f"{folder} differs in {len(problems)} places from what it should be; export it again.")
-    with Reporter(config, assemble.loggers(config)) as report:
+    with Reporter(config, build.loggers(config)) as report:
         report.say(checked)
 
 
@@ -104,10 +106,10 @@ def is_as_imported(config: Config, bridge: AutoBridge) -> bool:
     """Whether the weights are those of the source, never trained: they are exported in its dtypes then."""
     if config.conversion.mode == "roundtrip":
         return True
-    return bridge.record is not None and not native.stored(native.locate(checkpoint(config))).is_trained
+    return bridge.state.record is not None and not checkpoint.read_info(checkpoint.locate(native_folder(config))).is_trained
 
 
-def checkpoint(config: Config) -> Path:
+def native_folder(config: Config) -> Path:
     """The native folder to export, from checkpoint.resume."""
     if config.checkpoint.resume in ("none", "auto"):
         raise ConfigError(

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megabridge.checkpoint import assets, source
-from megabridge.checkpoint.quantised import find_weights
-from megabridge.config import Config
+from megabridge.config.schema import Config
+from megabridge.conformance import draft
 from megabridge.errors import ConfigError
+from megabridge.hf import assets, resolve
+from megabridge.hf.quantised_weights import find_weights
 from megabridge.loggers import Reporter
-from megabridge.training import assemble
-from megabridge.workbench import draft
+from megabridge.training import build
 
 
 def main(config: Config) -> None:
     """One process calls it, without process groups."""
     if config.model.path is None:
         raise ConfigError("recipe=draft needs model.path=<folder or hub id>; set it.")
-    folder = source.resolve(config.model.path, revision=config.model.revision)
+    folder = resolve.resolve(config.model.path, revision=config.model.revision)
     hf = assets.read_config(folder)
     shapes = {name: info.shape for name, info in find_weights(folder).items()}
     text, todo = draft.draft(hf, shapes, Path(config.model.path).name)
@@ -29,7 +29,7 @@ def main(config: Config) -> None:
     if file.exists():
         raise ConfigError(f"{file} exists; remove it, or name another file with +recipe.options.output=<file>.")
     file.write_text(text, encoding="utf-8")
-    with Reporter(config, assemble.loggers(config)) as report:
+    with Reporter(config, build.loggers(config)) as report:
         report.say(f"family file: {file}")
         for line in todo:
             report.say(f"TODO {line}")

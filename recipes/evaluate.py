@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from megabridge import evaluation
-from megabridge.checkpoint import source
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError, listed
 from megabridge.evaluation import harness
+from megabridge.hf import resolve
 from megabridge.loggers import Reporter
-from megabridge.training import assemble
+from megabridge.training import build
 
 
 def main(config: Config) -> None:
@@ -25,10 +25,10 @@ def main(config: Config) -> None:
         problems.append("model.path must name the folder or hub id to evaluate")
     if problems:
         raise ConfigError(listed(problems))
-    folder = source.resolve(str(model.path), revision=model.revision)
+    folder = resolve.resolve(str(model.path), revision=model.revision)
     if problems := evaluation.problems(folder, tasks) + harness.problems(tasks):
         raise ConfigError(listed(problems))
-    with Reporter(config, assemble.loggers(config)) as report:
+    with Reporter(config, build.loggers(config)) as report:
         results = evaluation.evaluate(folder, tasks, batch_size=options["batch_size"], device=device)
         evaluation.write(Path(config.run_dir) / evaluation.FILE, folder, tasks, results)
         report.log(0, {f"evaluation/{name}": value for name, value in results.metrics.items()})

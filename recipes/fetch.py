@@ -6,10 +6,10 @@ import dataclasses
 import json
 import tempfile
 
-from megabridge import config as schema
-from megabridge.checkpoint import source
-from megabridge.config import Config
-from megabridge.training import assemble
+from megabridge.config import schema
+from megabridge.config.schema import Config
+from megabridge.hf import resolve
+from megabridge.training import build
 
 
 def main(config: Config) -> None:
@@ -27,7 +27,7 @@ def fetch(config: Config) -> None:
     """One point's model and tokenizer; and its data, where it trains, by setting it up as the ranks will."""
     model = config.model
     if model.path is not None:
-        source.resolve(
+        resolve.resolve(
             model.path,
             revision=model.revision,
             config_only=not model.load_weights,
@@ -38,4 +38,4 @@ def fetch(config: Config) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         config.run_dir = folder
-        assemble.data(config, assemble.bridge(config))
+        build.data(config, build.bridge(config))

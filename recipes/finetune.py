@@ -5,25 +5,25 @@ Run it with `python -m megabridge.run`, or copy it and name your copy with `reci
 
 from __future__ import annotations
 
-from megabridge.config import Config
-from megabridge.training import Trainer, assemble, build_optimizer, ddp_settings
+from megabridge.config.schema import Config
+from megabridge.training import Trainer, build, build_optimizer, ddp_settings
 
 
 def main(config: Config) -> float | None:
     """Every rank calls it, in running process groups. Returns the validation loss at the end."""
-    bridge = assemble.bridge(config)
-    provider = assemble.provider(config, bridge)
-    chunks = provider.provide_distributed_model(ddp_config=ddp_settings(config.optimizer), init=assemble.init(config))
+    bridge = build.bridge(config)
+    provider = build.provider(config, bridge)
+    chunks = provider.provide_distributed_model(ddp_config=ddp_settings(config.optimizer), init=build.init(config))
     optimizer, scheduler = build_optimizer(chunks, config.optimizer, config.scheduler, steps=config.recipe.steps)
     trainer = Trainer(
         config,
         chunks=chunks,
         optimizer=optimizer,
         scheduler=scheduler,
-        data=assemble.data(config, bridge),
+        data=build.data(config, bridge),
         bridge=bridge,
-        callbacks=assemble.callbacks(config),
-        loggers=assemble.loggers(config),
+        callbacks=build.callbacks(config),
+        loggers=build.loggers(config),
     )
     trainer.say(provider.describe())
     trainer.say(trainer.data.describe())

@@ -16,10 +16,10 @@ import torch
 from transformers import AutoTokenizer
 
 from megabridge import AutoBridge
-from megabridge.checkpoint.assets import end_tokens
 from megabridge.errors import MegabridgeError
-from megabridge.layers.logits import gather_logits
-from megabridge.platform import groups
+from megabridge.hf.assets import end_tokens
+from megabridge.models.logits import gather_logits
+from megabridge.parallel import process_groups
 
 
 def main() -> None:
@@ -30,15 +30,15 @@ def main() -> None:
     bridge = AutoBridge.from_hf_pretrained(
         arguments.hf_model_path, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
     )
-    assert bridge.folder is not None  # it is from a folder or the hub
+    assert bridge.source.folder is not None  # it is from a folder or the hub
     model = bridge.to_megatron_model(tp=arguments.tp, pp=pp)
-    tokenizer = AutoTokenizer.from_pretrained(bridge.folder, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(bridge.source.folder, trust_remote_code=arguments.trust_remote_code)
     tokens = tokenizer(arguments.prompt, return_tensors="pt")["input_ids"]
-    ends = end_tokens(bridge.folder, bridge.config)
+    ends = end_tokens(bridge.source.folder, bridge.source.config)
     text = tokenizer.decode(generate(model, tokens, arguments.max_new_tokens, ends=ends)[0])
     if torch.distributed.get_rank() == 0:
         print(text)
-    groups.stop()
+    process_groups.stop()
 
 
 def generate(model: list[torch.nn.Module], tokens: torch.Tensor, new_tokens: int, *, ends: set[int]) -> torch.Tensor:

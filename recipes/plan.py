@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from megabridge import config as schema
-from megabridge.bridge import AutoBridge
-from megabridge.config import Config
-from megabridge.conversion.world import Share, WorldPlan, plan_world
+from megabridge.bridge.auto_bridge import AutoBridge
+from megabridge.config import schema
+from megabridge.config.schema import Config
 from megabridge.loggers import Reporter
-from megabridge.training import assemble, memory
-from megabridge.training.memory import Expected
+from megabridge.planning import memory
+from megabridge.planning.all_ranks import AllRanksPlan, RankCost, plan_all_ranks
+from megabridge.planning.memory import ExpectedMemory
+from megabridge.training import build
 from megabridge.training.throughput import GIB
 
 
@@ -29,13 +30,13 @@ def main(config: Config) -> None:
     bridge = (
         AutoBridge.from_hf_config(hf, dtype=config.model.dtype, ignore_keys=config.model.ignore_keys)
         if hf
-        else assemble.bridge(config)
+        else build.bridge(config)
     )
-    provider = assemble.provider(config, bridge)
-    with Reporter(config, assemble.loggers(config)) as report:
+    provider = build.provider(config, bridge)
+    with Reporter(config, build.loggers(config)) as report:
         report.say(provider.describe())
         begin = time.perf_counter()
-        world = plan_world(bridge.family, bridge.native, provider, schema.topology(config.parallel))
+        world = plan_all_ranks(bridge.source.family, bridge.source.native, provider, schema.topology(config.parallel))
         shares = world.shares(config.conversion.max_shard_size)
         report.say(
             f"{len(world.tensors)} tensors, {world.bytes / 1e6:.1f} MB: each element is written by exactly one of "
@@ -43,7 +44,7 @@ def main(config: Config) -> None:
         )
         for line in table(world, shares):
             report.say(line)
-        expected = memory.expect(config, bridge, provider)
+        expected = memory.expected_memory(config, bridge, provider)
         for line in memory_table(expected, config):
             report.say(line)
         file = Path(config.run_dir) / "plan.json"
@@ -51,7 +52,7 @@ def main(config: Config) -> None:
         report.say(f"every rank: {file}")
 
 
-def table(world: WorldPlan, shares: dict[int, Share]) -> list[str]:
+def table(world: AllRanksPlan, shares: dict[int, RankCost]) -> list[str]:
     """A line per pipeline stage: the range over its tensor parallel ranks. Replicas hold the same and write nothing."""
     columns = ("stage", "holds MB", "reads MB", "in pieces", "writes MB", "into files", "staging MB")
     lines = [" ".join(f"{column:>17}" for column in columns)]
@@ -70,10 +71,10 @@ def table(world: WorldPlan, shares: dict[int, Share]) -> list[str]:
     return lines
 
 
-def memory_table(expected: Sequence[Expected], config: Config) -> list[str]:
+def memory_table(expected: Sequence[ExpectedMemory], config: Config) -> list[str]:
     """A line per pipeline stage: what training is expected to need on each of its devices."""
     recipe = config.recipe
-    columns = [each.name for each in fields(Expected)] + ["total"]
+    columns = [each.name for each in fields(ExpectedMemory)] + ["total"]
     lines = [f"expected memory of a device in GiB, micro_batch_size {recipe.micro_batch_size}, seq_length {recipe.seq_length}"]
     lines.append(" ".join(f"{column:>12}" for column in ("stage", *columns)))
     for stage, one in enumerate(expected):
@@ -88,7 +89,7 @@ def _span(values: Iterable[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def content(world: WorldPlan, shares: dict[int, Share], expected: Sequence[Expected]) -> dict[str, object]:
+def content(world: AllRanksPlan, shares: dict[int, RankCost], expected: Sequence[ExpectedMemory]) -> dict[str, object]:
     """What plan.json holds: sizes in bytes, shares by rank for the ranks that write."""
     return {
         "parallel": str(world.topology),

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.data import prepare
 from megabridge.errors import ConfigError
 from megabridge.loggers import Reporter
 from megabridge.loggers.bars import bytes_bar
-from megabridge.training import assemble
+from megabridge.training import build
 
 
 def main(config: Config) -> None:
@@ -22,11 +22,12 @@ def main(config: Config) -> None:
     workers = len(os.sched_getaffinity(0)) if wanted.workers is None else wanted.workers
     if workers < 1:
         raise ConfigError(f"prepare.workers={workers} must be at least 1.")
-    folder = assemble.bridge(config).folder
-    assert folder is not None  # `assemble.bridge` makes one from a folder
+    bridge = build.bridge(config)
+    assert bridge.source.folder is not None  # `assemble.bridge` makes one from a folder
     output = wanted.output or str(Path(config.run_dir) / "data")
-    rules = prepare.Rules(folder, wanted.column, wanted.text_rows == "line", wanted.append_end)
-    with Reporter(config, assemble.loggers(config)) as report:
+    vocab_size = int(bridge.source.native["vocab_size"])
+    rules = prepare.Rules(bridge.source.folder, wanted.column, wanted.text_rows == "line", wanted.append_end, vocab_size)
+    with Reporter(config, build.loggers(config)) as report:
         with bytes_bar("tokenising", show=True) as advance:
             made = prepare.prepare(
                 wanted.paths, output, rules, workers=workers, max_bad_share=wanted.max_bad_share, advance=advance

@@ -5,7 +5,7 @@ The program is finetune's; what differs is in the config: the data, which asks f
 
 from __future__ import annotations
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from recipes import finetune
 
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from itertools import islice
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.data.show import stretches
 from megabridge.data.text import load_tokenizer
 from megabridge.loggers import Reporter
 from megabridge.loggers.console import stdout
-from megabridge.training import assemble
+from megabridge.training import build
 
 
 def main(config: Config) -> None:
     """One process calls it, without process groups."""
-    bridge = assemble.bridge(config)
-    assert bridge.folder is not None  # `assemble.bridge` makes one from a folder
+    bridge = build.bridge(config)
+    assert bridge.source.folder is not None  # `assemble.bridge` makes one from a folder
     config.recipe.micro_batch_size = 1
-    data = assemble.data(config, bridge)
-    tokenizer = load_tokenizer(bridge.folder)
+    data = build.data(config, bridge)
+    tokenizer = load_tokenizer(bridge.source.folder)
     count = int(config.recipe.options.get("samples", 3))
-    with Reporter(config, assemble.loggers(config)) as report:
+    with Reporter(config, build.loggers(config)) as report:
         report.say(data.describe())
         for number, batch in enumerate(islice(data.train_batches(0, dp_rank=0, dp_size=1), count)):
             found = stretches(batch, tokenizer)

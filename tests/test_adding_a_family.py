@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
-from tests.test_documentation import COMMANDS, ENVIRONMENT, PYTHON, ROOT, blocks
+from tests.support.rank_server import RankServer
+from tests.test_documentation import COMMANDS, PYTHON, ROOT, blocks
 
 PAGE = ROOT / "docs" / "adding-a-family.md"
 BLOCKS = blocks(PAGE)
@@ -34,10 +30,8 @@ def block(beginning: str) -> str:
     return found
 
 
-def run(arguments: str, folder: Path, *, path: str = "", fails: bool = False) -> str:
-    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(part for part in (str(ROOT), path) if part)}
-    command = [sys.executable, "-m", "megabridge.run", *shlex.split(arguments)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+def run(ranks: RankServer, arguments: str, folder: Path, *, path: str = "", fails: bool = False) -> str:
+    done = ranks.program(arguments, cwd=folder, environ={"PYTHONPATH": path})
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -59,18 +53,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_pages_commands_and_a_draft_that_passes_unchanged(work: Path, tmp_path: Path) -> None:
+def test_the_pages_commands_and_a_draft_that_passes_unchanged(ranks: RankServer, work: Path, tmp_path: Path) -> None:
     assert len(OWN) == 5 and set(OWN) <= set(COMMANDS)
     (draft,) = [line for line in OWN if "recipe=draft" in line]
-    with ThreadPoolExecutor(2) as pool:  # each command in a folder of its own, where nothing waits for another
-        drafted = pool.submit(check_draft, draft, shutil.copytree(work, tmp_path / "draft"))
-        broken = pool.submit(check_broken, shutil.copytree(work, tmp_path / "broken"))
-        folders = {line: shutil.copytree(work, tmp_path / str(number)) for number, line in enumerate(OWN) if line != draft}
-        printed = {line: pool.submit(run, line.removeprefix(PROGRAM), folder) for line, folder in folders.items()}
-    drafted.result()
-    broken.result()
-    for line, output in printed.items():
-        text = output.result()
+    check_draft(ranks, draft, shutil.copytree(work, tmp_path / "draft"))
+    check_broken(ranks, shutil.copytree(work, tmp_path / "broken"))
+    for number, line in enumerate(OWN):
+        if line == draft:
+            continue
+        text = run(ranks, line.removeprefix(PROGRAM), shutil.copytree(work, tmp_path / str(number)))
         if "parallel.dp=2" in line:
             rows = {row.split("] ")[1].split("  ")[0] for row in text.splitlines() if "] " in row}
             assert {"tiny config", "dp2", "tp2", "tp2sp", "pp2", "pp2vpp2", "model", "model, dp2", "model, pp2"} <= rows
@@ -78,32 +69,32 @@ def test_the_pages_commands_and_a_draft_that_passes_unchanged(work: Path, tmp_pa
             assert "no module differs" in text and "not compared" not in text
 
 
-def check_draft(line: str, folder: Path) -> None:
-    output = run(line.removeprefix(PROGRAM), folder)
+def check_draft(ranks: RankServer, line: str, folder: Path) -> None:
+    output = run(ranks, line.removeprefix(PROGRAM), folder)
     assert "TODO" not in output and "next: PYTHONPATH=" in output
-    run("recipe=check model.path=path/to/cwm family=drafted:FAMILY", folder)
+    run(ranks, "recipe=check model.path=path/to/cwm family=drafted:FAMILY", folder)
 
 
-def check_broken(folder: Path) -> None:
+def check_broken(ranks: RankServer, folder: Path) -> None:
     broken = (folder / "my_family.py").read_text().replace("layer % 4 != 0", "layer % 4 == 0").replace("GATED_SILU,", "", 1)
     (folder / "broken.py").write_text(
         broken.replace("*GATED_SILU", 'Fixed("gated_linear_unit", False)').replace("Field\n", "Field, Fixed\n")
     )
-    output = run("recipe=check family=broken:FAMILY", folder, fails=True)
+    output = run(ranks, "recipe=check family=broken:FAMILY", folder, fails=True)
     assert "checks of CwmForCausalLM failed" in output and "single, bijection: " in output
 
 
-def test_the_pages_conf_entry_trains(work: Path) -> None:
+def test_the_pages_conf_entry_trains(ranks: RankServer, work: Path) -> None:
     arguments = "--config-dir my_conf model=cwm_tiny family=my_family:FAMILY recipe=pretrain data=random_tokens"
-    output = run(f"{arguments} recipe.steps=2 recipe.seq_length=32 logger=local callbacks=none checkpoint=none", work)
+    output = run(ranks, f"{arguments} recipe.steps=2 recipe.seq_length=32 logger=local callbacks=none checkpoint=none", work)
     assert "CwmForCausalLM: single" in output and "step 2/2" in output
 
 
-def test_a_family_of_an_installed_package(tmp_path: Path) -> None:
+def test_a_family_of_an_installed_package(ranks: RankServer, tmp_path: Path) -> None:
     """An entry point, layers and a conf entry of its own; the package lies on PYTHONPATH as pip would have put it there."""
     files = {
         "outside/__init__.py": "",
-        "outside/layers.py": block("import megabridge.layers.attention") + dedent(LAYER_SPEC),
+        "outside/layers.py": block("import megabridge.models.layers.attention") + dedent(LAYER_SPEC),
         "outside/family.py": dedent(FAMILIES),
         "outside/conf/__init__.py": "",
         "outside/conf/model/outside_tiny.yaml": dedent(CONF),
@@ -116,20 +107,18 @@ def test_a_family_of_an_installed_package(tmp_path: Path) -> None:
     site = str(tmp_path / "site")
     for name in "abc":
         (tmp_path / name).mkdir()
-    with ThreadPoolExecutor(2) as pool:
-        own = "hydra.searchpath=[pkg://outside.conf] model=outside_tiny recipe=check parallel=tp2"
-        checked = pool.submit(run, own, tmp_path / "a", path=site)
-        by_spec = pool.submit(run, "recipe=check family=outside.family:BY_SPEC parallel=pp2", tmp_path / "b", path=site)
-        plain = pool.submit(run, "recipe=compare family=outside.family:PLAIN", tmp_path / "c", path=site, fails=True)
-    assert "tp2sp" in checked.result() and "pp2vpp2" in checked.result()
-    by_spec.result()
-    assert "first difference in transformer.h.1.attn: what it computes before transformer.h.1.attn.c_proj" in plain.result()
+    own = "hydra.searchpath=[pkg://outside.conf] model=outside_tiny recipe=check parallel=tp2"
+    checked = run(ranks, own, tmp_path / "a", path=site)
+    assert "tp2sp" in checked and "pp2vpp2" in checked
+    run(ranks, "recipe=check family=outside.family:BY_SPEC parallel=pp2", tmp_path / "b", path=site)
+    plain = run(ranks, "recipe=compare family=outside.family:PLAIN", tmp_path / "c", path=site, fails=True)
+    assert "first difference in transformer.h.1.attn: what it computes before transformer.h.1.attn.c_proj" in plain
 
 
 FAMILIES = """\
     from dataclasses import replace
 
-    from megabridge.families.fields import Fixed, Only
+    from megabridge.families.core.fields import Fixed, Only
     from megabridge.families.gpt2 import FAMILY as GPT2
 
     KEY = "scale_attn_by_inverse_layer_idx"
@@ -143,8 +132,8 @@ LAYER_SPEC = """
     def spec(config):
         from dataclasses import replace
 
-        from megabridge.layers.spec import layer_spec
-        from megabridge.style import Style
+        from megabridge.models.layer_specs import layer_spec
+        from megabridge.models.layer_options import Style
 
         made = layer_spec("torch", config, Style(add_attn_proj_bias=True, add_mlp_bias=True))
         attention = made.submodules.self_attention

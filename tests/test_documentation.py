@@ -13,11 +13,12 @@ from textwrap import dedent
 
 import pytest
 
+from megabridge.conformance.families_table import renewed, table
 from megabridge.data import DataModule
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.errors import ConfigError
 from megabridge.families import all_families
-from megabridge.families.table import renewed, table
+from megabridge.hf import byte_tokenizer
+from tests.support.rank_server import RankServer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,8 +49,9 @@ def run(command: list[str], folder: Path) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_compose(command: str, tmp_path: Path) -> None:
-    assert "recipe:" in run([sys.executable, *shlex.split(command)[1:], "--cfg", "job"], tmp_path)
+def test_commands_compose(ranks: RankServer, command: str, tmp_path: Path) -> None:
+    done = ranks.program([*shlex.split(command)[3:], "--cfg", "job"], cwd=tmp_path)
+    assert done.returncode == 0 and "recipe:" in done.stdout, done.stderr
 
 
 def test_every_page_was_looked_at() -> None:
@@ -81,14 +83,24 @@ def test_python_of_the_page_on_data(tmp_path: Path) -> None:
     assert data.describe().startswith("pairs: 1 samples") and "1 too long" in data.describe()
 
 
+def headings(page: Path) -> set[str]:
+    """What links call the sections of a page."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+        if target.startswith("https://"):
+            continue
+        name, _, section = target.partition("#")
+        there = page.parent / name if name else page
+        assert there.exists() and (not section or section in headings(there)), target
 
 
 def test_the_readmes_table_is_the_families() -> None:
-    """When it isn't: python -m megabridge.families.table README.md"""
+    """When it isn't: python -m megabridge.conformance.families_table README.md"""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     written = table(ROOT / "conf" / "model")
     assert all(f"| `{architecture}` |" in written for architecture in all_families())

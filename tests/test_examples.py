@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankServer
+from tests.support.rank_server import RankServer
 from tests.test_documentation import ENVIRONMENT, ROOT, blocks
 
 PAGE = [block.lstrip() for block in blocks(ROOT / "docs" / "autobridge.md")]
@@ -24,13 +24,13 @@ LAYOUT = next(block for block in PYTHON if "tensor_model_parallel_size = 8" in b
 @pytest.fixture(scope="module")
 def model(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples") / "model"
-    ranks.run("tests.cases.examples:make_source", kwargs={"folder": str(folder)})
+    ranks.run("tests.support.examples:make_source", kwargs={"folder": str(folder)})
     return folder
 
 
 def python(ranks: RankServer, code: list[str], model: Path, folder: Path, *, world_size: int = 1) -> list[list[str]]:
     kwargs = {"code": [block.replace(MODEL, str(model)) for block in code], "folder": str(folder)}
-    return ranks.run("tests.cases.examples:blocks", world_size=world_size, kwargs=kwargs)
+    return ranks.run("tests.support.examples:blocks", world_size=world_size, kwargs=kwargs)
 
 
 def shell(command: str, model: Path, folder: Path) -> str:
@@ -90,6 +90,6 @@ def test_shell_and_native_checkpoints(ranks: RankServer, model: Path, tmp_path: 
             assert (tmp_path / folder / name).read_bytes() == (model / name).read_bytes()
     assert (tmp_path / "native-float32" / ".metadata").is_file()
     text = ranks.run(
-        "tests.cases.examples:greedy", kwargs={"folder": str(model), "prompt": "The capital of France is", "new_tokens": 20}
+        "tests.support.examples:greedy", kwargs={"folder": str(model), "prompt": "The capital of France is", "new_tokens": 20}
     )[0]
     assert len(text) > len("The capital of France is") and text in shell(generating, model, tmp_path)

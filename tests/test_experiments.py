@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from megabridge import checks, config
-from tests.compose import compose
-from tests.ranks import RankServer
+from megabridge.config import schema, validation
+from tests.support.compose import compose
+from tests.support.rank_server import RankServer
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "conf" / "experiment"
@@ -44,18 +41,24 @@ def test_all_are_of_one_kind() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_composed_can_run(composed: Mapping[str, dict[str, Any]], name: str) -> None:
-    made = config.typed(composed[name])
-    for check in (checks.check_choices, checks.check_targets, checks.check_model, checks.check_peft, checks.check_training):
+    made = schema.typed(composed[name])
+    for check in (
+        validation.check_choices,
+        validation.check_targets,
+        validation.check_model,
+        validation.check_peft,
+        validation.check_training,
+    ):
         check(made)
-    checks.check_layout(made, config.topology(made.parallel))
+    validation.check_layout(made, schema.topology(made.parallel))
 
 
 def test_expected_memory_is_what_is_said(ranks: RankServer, composed: Mapping[str, dict[str, Any]]) -> None:
     found, said = {}, {}
     for name in ON_GPUS:
         values = composed[name]
-        (stages,) = ranks.run("tests.cases.expected_memory:expected", world_size=1, kwargs={"values": values})
-        world = config.topology(config.typed(values).parallel).world_size
+        (stages,) = ranks.run("tests.support.expected_memory:expected", world_size=1, kwargs={"values": values})
+        world = schema.topology(schema.typed(values).parallel).world_size
         found[name] = (f"{max(sum(stage.values()) for stage in stages) / 2**30:.1f}", str(world))
         match = SAID.search((FOLDER / f"{name}.yaml").read_text())
         assert match is not None
@@ -67,10 +70,8 @@ def test_expected_memory_is_what_is_said(ranks: RankServer, composed: Mapping[st
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_those_for_a_cpu_run_in_tiny_form(tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-m", "megabridge.run", f"experiment={name}", *ON_CPU[name].split(), "run_dir=run"]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+def test_those_for_a_cpu_run_in_tiny_form(ranks: RankServer, tmp_path: Path, name: str) -> None:
+    done = ranks.program([f"experiment={name}", *ON_CPU[name].split(), "run_dir=run"], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     published = [file.parent.name for file in (tmp_path / "run" / "checkpoints").glob("step_*/*/*.safetensors")]
     assert set(published) == {"adapter" if name == "smollm2_lora" else "hf"}

@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def convert(folder: Path, gigabytes: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.cases.memory", str(folder), str(gigabytes)]
+    command = [sys.executable, "-m", "tests.support.memory", str(folder), str(gigabytes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -163,7 +163,7 @@ def test_a_run_and_a_sweep_leave_one_directory_each_and_no_secret(tmp_path: Path
     )
     out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
-    written = sorted(file for file in tmp_path.rglob("*") if file.is_file() and file.name != "rank0")
+    written = sorted(file for file in tmp_path.rglob("*") if file.is_file() and file.name not in ("rank0", ".run.lock"))
     names = [str(file.relative_to(tmp_path).parent.name + "/" + file.name) for file in written]
     assert names[:2] == ["0/config.yaml", "1/config.yaml"] and written[2].name == "multirun.yaml" and len(written) == 3
     for file in written:
@@ -194,7 +194,7 @@ def test_ranks_of_srun_share_rank_zeros_directory(tmp_path: Path) -> None:
     ]
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
-    assert sorted(file.name for file in tmp_path.rglob("*")) == ["config.yaml", "rank0", "rank1", "run0"]
+    assert sorted(file.name for file in tmp_path.rglob("*")) == [".run.lock", "config.yaml", "rank0", "rank1", "run0"]
 
 
 def test_a_rank_of_torchrun_that_vanishes_counts_as_failed(tmp_path: Path) -> None:

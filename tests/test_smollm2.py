@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.topology import Topology
+from megabridge.parallel.topology import Topology
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankServer
+from tests.support.rank_server import RankServer
 
 
 @pytest.fixture(scope="module")
-def source() -> Path:
-    from megabridge.checkpoint import quickstart, source
+def resolve() -> Path:
+    from megabridge.hf import quickstart, resolve
 
-    return source.resolve(quickstart.HUB_ID)
+    return resolve.resolve(quickstart.HUB_ID)
 
 
 @pytest.fixture(scope="module")
 def expected(ranks: RankServer, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("smollm2") / "logits"
-    ranks.run("tests.cases.smollm2:reference", kwargs={"source": str(source), "out": str(path)}, threads_each=2)
+    ranks.run("tests.support.smollm2:reference", kwargs={"source": str(source), "out": str(path)}, threads_each=2)
     return path
 
 
@@ -37,7 +37,7 @@ def test_round_trip_and_logits(
 ) -> None:
     out = tmp_path / "out"
     kwargs = {"source": str(source), "out": str(out), "expected": str(expected) if compares else None}
-    distances = ranks.run("tests.cases.smollm2:round_trip", topology=layout, kwargs=kwargs, timeout=300)
+    distances = ranks.run("tests.support.smollm2:round_trip", topology=layout, kwargs=kwargs, timeout=300)
     assert payload(out) == payload(source)
     assert json.loads((out / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     assert all((out / name).read_bytes() == (source / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json"))

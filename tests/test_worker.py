@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megabridge.errors import ConfigError
+from megabridge import worker
+from megabridge.errors import ConfigError, MegabridgeError
 from megabridge.worker import objective_of
 
 
@@ -18,3 +19,17 @@ def test_an_objective_is_a_number_or_none() -> None:
     for returned in ("2", b"2", [2.0], {}, object(), torch.ones(2), 10**400, 2j):
         with pytest.raises(ConfigError, match=r"recipe.target=a:b must return a number or None, not such a \w+; return one\."):
             objective_of(returned, "a:b")
+
+
+def test_a_full_disk_is_one_sentence_whatever_was_written() -> None:
+    for error, said in (
+        (OSError(28, "No space left on device", "plan.json"), r"plan\.json can't be written \(No space left on device\)"),
+        (
+            OSError(122, "Disk quota exceeded"),
+            r"a file of the run can't be written \(Disk quota exceeded\); what was saved before is",
+        ),
+    ):
+        with pytest.raises(MegabridgeError, match=said), worker._room():
+            raise error
+    with pytest.raises(PermissionError), worker._room():
+        raise PermissionError(13, "Permission denied")

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, override
 
-from megabridge import agreement, evaluation
-from megabridge.checkpoint.hf import find_tensors
+from megabridge import evaluation
 from megabridge.conversion.parity import is_readable
 from megabridge.errors import CheckpointError
+from megabridge.hf.tensor_files import find_tensors
+from megabridge.parallel import collectives
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:
-    from megabridge.bridge import AutoBridge
+    from megabridge.bridge.auto_bridge import AutoBridge
     from megabridge.training.loop import Trainer
 
 NEW_TOKENS: Final = 48
@@ -27,13 +28,13 @@ class Answer(Callback):
     @override
     def on_end(self, trainer: Trainer) -> None:
         prompt, bridge = trainer.config.recipe.answer_prompt, trainer.bridge
-        if prompt is None or bridge is None or bridge.location is None or not trainer.exports:
+        if prompt is None or bridge is None or bridge.source.location is None or not trainer.exports:
             return
         if not any(trainer.exports[-1].glob("tokenizer*")):
             trainer.say("recipe.answer_prompt is not asked: the model has no tokenizer")
             return
         lines: list[str] = []
-        with agreement.together("generating answers"):
+        with collectives.raise_together("generating answers"):
             if trainer.is_main:
                 lines.append(f"question: {prompt}")
                 if bridge.import_report is not None:
@@ -44,8 +45,8 @@ class Answer(Callback):
 
     def _source_answer(self, bridge: AutoBridge, prompt: str) -> str:
         try:
-            folder = bridge.source_folder()
-            find_tensors(folder, allow_bin=bridge.allow_bin)
+            folder = bridge.weights_folder()
+            find_tensors(folder, allow_bin=bridge.source.allow_bin)
         except CheckpointError as error:  # the run is at its end, and everything is saved
             return f"(not asked: {error})"
         return answer(folder, prompt, max_new_tokens=self.max_new_tokens)

@@ -11,11 +11,11 @@ import torch
 
 import megabridge.platform as platform
 from megabridge import evaluation
-from megabridge.agreement import on_rank_zero
 from megabridge.callbacks.hf_export import FOLDER, HFExport
-from megabridge.checkpoint import assets
 from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.evaluation.process import EvaluationError, Process
+from megabridge.hf import assets
+from megabridge.parallel.collectives import on_rank_zero
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:
@@ -151,13 +151,23 @@ class Evaluate(Callback):
             return None, str(error)
 
     def _report(self, trainer: Trainer, step: Path, results: evaluation.Results, seconds: float) -> None:
-        on_rank_zero("writing an evaluation", lambda: evaluation.write(step / evaluation.FILE, step / FOLDER, self.tasks, results))
+        if problem := on_rank_zero("writing an evaluation", lambda: self._write(step, results)):
+            trainer.say(problem)
         figures = {f"evaluation/{name}": value for name, value in results.metrics.items()}
         trainer.log(figures | {"evaluation/seconds": seconds})
         if results.generations:
             trainer.table(evaluation.TABLE, results.generations)
         self._last = f"evaluation of step {trainer.step}: {results.line()}"
         trainer.say(self._last)
+
+    def _write(self, step: Path, results: evaluation.Results) -> str:
+        """Leaves what was found beside the export; says why where it can't, which costs the run nothing."""
+        file = step / evaluation.FILE
+        try:
+            evaluation.write(file, step / FOLDER, self.tasks, results)
+        except OSError as error:
+            return f"{file} can't be written ({error.strerror}); its figures are in the metrics, and a resumed run evaluates again"
+        return ""
 
     def _device(self) -> str:
         """Where the process computes, on rank 0."""
@@ -188,8 +198,8 @@ class Evaluate(Callback):
         on_the_way = bool(self.every and saving.save_every and self.every * saving.save_every <= config.recipe.steps)
         if not on_the_way and not (self.at_end and saving.save_at_end):
             problems.append(f"{where} would evaluate no save of this run; set checkpoint.save_every, or at_end=true")
-        if trainer.bridge is not None and trainer.bridge.folder is not None:
-            problems += [f"{where}: {problem}" for problem in evaluation.problems(trainer.bridge.folder, tasks)]
+        if trainer.bridge is not None and trainer.bridge.source.folder is not None:
+            problems += [f"{where}: {problem}" for problem in evaluation.problems(trainer.bridge.source.folder, tasks)]
         return tasks, problems
 
     def _look_up_names(self, trainer: Trainer) -> list[str]:

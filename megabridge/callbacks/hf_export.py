@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, override
 
 from megabridge.callbacks.parity import compare_logits
 from megabridge.errors import ConfigError
+from megabridge.parallel.collectives import on_rank_zero
+from megabridge.storage import regular_files
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ ADAPTER_FOLDER: Final = "adapter"
 class HFExport(Callback):
     """Writes checkpoints/step_N/hf on every save, unless checkpoint.hf is false; of adapters alone a PEFT folder, step_N/adapter.
 
+    A resumed run writes that of the step that it goes on from where it is missing.
+
     Logs the export's report as `export/*` and the logits' comparison as `parity/*`. The rules are those of the group
     `conversion`: export_dtype, export_quantization, max_shard_size, writer, verify, allow_nonfinite, logits_tokens.
     """
@@ -27,6 +31,15 @@ class HFExport(Callback):
     def on_start(self, trainer: Trainer) -> None:
         if trainer.config.checkpoint.hf and trainer.bridge is None:
             raise ConfigError("checkpoint.hf=true needs a bridge to export with; give Trainer(bridge=...) or set it to false.")
+
+    @override
+    def on_resume(self, trainer: Trainer, folder: Path) -> None:
+        """Publishes what a run that ended after the native checkpoint of its step did not."""
+        step, peft = folder.parent, trainer.config.peft
+        name = ADAPTER_FOLDER if peft.name != "none" and not peft.merge else FOLDER
+        is_ours = step.parent.resolve() == trainer.checkpoints.resolve()
+        if is_ours and not on_rank_zero("looking for an export", lambda: regular_files.is_folder(step / name)):
+            self.on_save(trainer, trainer.step, step)
 
     @override
     def on_save(self, trainer: Trainer, step: int, folder: Path) -> None:

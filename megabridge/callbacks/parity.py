@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, override
 
 import torch
 
-from megabridge import agreement
-from megabridge.checkpoint.hf import find_tensors
 from megabridge.conversion.parity import is_readable, logits_parity
 from megabridge.conversion.report import Report
 from megabridge.errors import CheckpointError
-from megabridge.layers.logits import gather_logits
+from megabridge.hf.tensor_files import find_tensors
+from megabridge.models.logits import gather_logits
+from megabridge.parallel import collectives
 from megabridge.training.hooks import Callback
 
 if TYPE_CHECKING:
-    from megabridge.bridge import AutoBridge
+    from megabridge.bridge.auto_bridge import AutoBridge
     from megabridge.training.loop import Trainer
 
 
@@ -28,7 +28,7 @@ class ImportParity(Callback):
         trainer.log({f"import/{name}": value for name, value in report.metrics().items()})
         line = f"import: {report}"
         bridge = trainer.bridge
-        if bridge is not None and bridge.location is not None:
+        if bridge is not None and bridge.source.location is not None:
             line += _with_source(trainer, bridge)
         trainer.say(line)
         trainer.summary.append(line)
@@ -37,9 +37,9 @@ class ImportParity(Callback):
 def _with_source(trainer: Trainer, bridge: AutoBridge) -> str:
     """The end of a line about logits of the source, which may have gone since it was imported. Every rank calls it."""
     try:
-        with agreement.together("opening the source"):
-            folder = bridge.source_folder()
-            find_tensors(folder, allow_bin=bridge.allow_bin)
+        with collectives.raise_together("opening the source"):
+            folder = bridge.weights_folder()
+            find_tensors(folder, allow_bin=bridge.source.allow_bin)
     except CheckpointError as error:
         return f"; logits not compared: {error}"
     return compare_logits(trainer, folder, prefix="import")
@@ -53,10 +53,10 @@ def compare_logits(trainer: Trainer, folder: Path, *, prefix: str) -> str:
     length = trainer.config.conversion.logits_tokens
     if length == 0:
         return "; logits not compared"
-    if not agreement.on_rank_zero("looking for what reads the weights", lambda: is_readable(folder)):
+    if not collectives.on_rank_zero("looking for what reads the weights", lambda: is_readable(folder)):
         return "; logits not compared: for quantised weights transformers needs the package accelerate (pip install accelerate)"
     assert trainer.bridge is not None
-    size = int(trainer.bridge.config["vocab_size"])
+    size = int(trainer.bridge.source.config["vocab_size"])
     # 7919 is a prime that no vocabulary size is a multiple of, so neighbours are far apart.
     tokens = (torch.arange(length) * 7919 % size)[None]
     figures = logits_parity(gather_logits(trainer.chunks, tokens), folder, tokens, dtype=trainer.config.model.dtype)

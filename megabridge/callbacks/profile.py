@@ -70,7 +70,11 @@ class Profile(Callback):
         self._running = None
         tracer.stop()
         folder = trainer.run_dir / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"steps_{first}-{max(trainer.step, first)}_rank_{dist.get_rank()}.json"
-        tracer.export_chrome_trace(str(file))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tracer.export_chrome_trace(str(file))
+        except OSError as error:  # a trace is worth no run
+            print(f"{file} can't be written ({error.strerror}); the run goes on without it", flush=True)
+            return
         trainer.say(f"trace of steps {first} to {max(trainer.step, first)}: {file}")

@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from megabridge.conversion.plan import Plan, Source, Spec
+from megabridge.conversion.plan import Plan, TensorSpec, WrittenBox
 from megabridge.mapping import Axis, Transfer
 from megabridge.mapping.boxes import clip
 
@@ -50,7 +50,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class WireBox:
     """One box of a tensor on the wire, from byte `offset` on: contiguous, in the order of the tensor's dimensions."""
 
     entry: BucketEntry
@@ -71,7 +71,7 @@ class Section:
     rank: int
     start: int
     stop: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[WireBox, ...]
 
     @property
     def travels(self) -> bool:
@@ -83,7 +83,7 @@ def aligned(position: int) -> int:
     return -(-position // ALIGNMENT) * ALIGNMENT
 
 
-def plan_buckets(specs: Mapping[str, Spec], bucket_bytes: int, *, in_rows: bool = False) -> list[Bucket]:
+def plan_buckets(specs: Mapping[str, TensorSpec], bucket_bytes: int, *, in_rows: bool = False) -> list[Bucket]:
     """Buckets of whole tensors, in order, each of at most `bucket_bytes`; a larger tensor travels alone, or `in_rows`."""
     out: list[Bucket] = []
     held: list[BucketEntry] = []
@@ -99,7 +99,7 @@ def plan_buckets(specs: Mapping[str, Spec], bucket_bytes: int, *, in_rows: bool 
     return [*out, Bucket(tuple(held), size)] if held else out
 
 
-def _blocks(spec: Spec, most: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+def _blocks(spec: TensorSpec, most: int) -> Iterator[tuple[int, tuple[int, ...]]]:
     """(first row, shape) of blocks of rows of at most `most` bytes each, never less than a row."""
     row_bytes = prod(spec.shape[1:]) * spec.dtype.itemsize
     if not spec.shape or spec.shape[0] * row_bytes <= most:
@@ -110,9 +110,9 @@ def _blocks(spec: Spec, most: int) -> Iterator[tuple[int, tuple[int, ...]]]:
         yield row, (min(step, spec.shape[0] - row), *spec.shape[1:])
 
 
-def lay_out(bucket: Bucket, plan: Plan, rank: int, consumers: Collection[int]) -> tuple[list[Section], int]:
+def layout_of_bucket(bucket: Bucket, plan: Plan, rank: int, consumers: Collection[int]) -> tuple[list[Section], int]:
     """The sections of `bucket` that `rank` sends, receives or keeps, by rank, and the length of its wire in bytes."""
-    by_rank: dict[int, list[tuple[Source, BucketEntry]]] = {}
+    by_rank: dict[int, list[tuple[WrittenBox, BucketEntry]]] = {}
     for entry in bucket.entries:
         for source in plan.sources[plan.aliases.get(entry.name, entry.name)]:
             by_rank.setdefault(source.rank, []).append((source, entry))
@@ -123,7 +123,7 @@ def lay_out(bucket: Bucket, plan: Plan, rank: int, consumers: Collection[int]) -
         start, pieces = position, []
         for source, entry in by_rank[giver]:
             for transfer in _rows(source.transfer, entry):
-                pieces.append(Piece(entry, source.native, transfer, position))
+                pieces.append(WireBox(entry, source.native, transfer, position))
                 position = aligned(position + transfer.elements * entry.dtype.itemsize)
         if all(consumer == giver for consumer in consumers):
             position = start  # the only one who wants it has it

@@ -8,13 +8,13 @@ from typing import Final
 
 import torch
 
-from megabridge import agreement
-from megabridge.checkpoint.hf import PIECE, Fetched, Reader, Way, native_box
-from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion.plan import Plan
-from megabridge.conversion.shared import Sharing, read_boxes, sharing
-from megabridge.conversion.walk import Job, Lane, bytes_of
+from megabridge.conversion.read_loop import ReadTask, ReadWorker, bytes_of
+from megabridge.conversion.shared_reads import SharedReads, read_boxes, shared_reads
+from megabridge.hf.safetensors_format import TensorInfo
+from megabridge.hf.tensor_files import PIECE, Fetched, Reader, Way, native_box
 from megabridge.mapping import Transfer
+from megabridge.parallel import collectives
 
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AT_ONCE: Final = PIECE // 4  # bytes compared at once on a CPU: what its cache holds
@@ -22,7 +22,7 @@ _AT_ONCE: Final = PIECE // 4  # bytes compared at once on a CPU: what its cache 
 
 Convert = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor]
-Cast = Callable[[Job, Transfer, Pair, Convert], Pair]
+Cast = Callable[[ReadTask, Transfer, Pair, Convert], Pair]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def compare(
     cast: Cast,
     *,
     absent: frozenset[str] = frozenset(),
-    more: Sequence[Job] = (),
+    more: Sequence[ReadTask] = (),
     way: Way = "auto",
     dedupe: bool = False,
 ) -> Difference:
@@ -85,34 +85,34 @@ def compare(
     jobs = [*_jobs(plan, infos, absent), *more]
     distances: dict[str, float] = {}
     with (
-        sharing(infos, jobs, dedupe=dedupe) as shared,
-        agreement.together("comparing weights"),
+        shared_reads(infos, jobs, dedupe=dedupe) as shared,
+        collectives.raise_together("comparing weights"),
         Reader(infos.values(), way=way) as reader,
     ):
         differing = _differing(reader, jobs, cast, shared)
         for job in differing:
             distances[job.info.name] = max(distances.get(job.info.name, 0.0), _distance(reader, job, cast))
         reader.finish()
-    found = agreement.gather((distances, bytes_of(jobs)))
+    found = collectives.all_gather((distances, bytes_of(jobs)))
     merged = sorted({name for names, _ in found for name in names})
     return Difference(tuple(merged), max((d for names, _ in found for d in names.values()), default=0.0), sum(n for _, n in found))
 
 
-def _jobs(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[Job]:
+def _jobs(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[ReadTask]:
     out = []
     for item in plan.items:
         target = item.live.data
         for transfer in item.transfers:
             names = plan.carriers(item.hf[transfer.part], infos)
-            out += [Job(infos[name], transfer, target) for name in names if name not in absent]
+            out += [ReadTask(infos[name], transfer, target) for name in names if name not in absent]
     return out
 
 
-def _differing(reader: Reader, jobs: list[Job], cast: Cast, shared: Sharing | None) -> list[Job]:
+def _differing(reader: Reader, jobs: list[ReadTask], cast: Cast, shared: SharedReads | None) -> list[ReadTask]:
     """The jobs whose boxes differ. The parameters' device compares; it is asked once, at the end."""
-    verdicts: list[tuple[Job, torch.Tensor | bool]] = []
+    verdicts: list[tuple[ReadTask, torch.Tensor | bool]] = []
 
-    def visit(lane: Lane, job: Job, part: Transfer, fetched: Fetched) -> None:
+    def visit(lane: ReadWorker, job: ReadTask, part: Transfer, fetched: Fetched) -> None:
         ours, theirs = _integers(*cast(job, part, (native_box(job.target, part), lane.on_device(fetched)), lane.converted))
         equal = torch.equal(ours, theirs) if ours.device.type == "cpu" else (ours == theirs).all()
         verdicts.append((job, equal))
@@ -124,10 +124,10 @@ def _differing(reader: Reader, jobs: list[Job], cast: Cast, shared: Sharing | No
     return list(dict.fromkeys(job for job, equal in verdicts if not (equal if isinstance(equal, bool) else next(answers))))
 
 
-def _distance(reader: Reader, job: Job, cast: Cast) -> float:
+def _distance(reader: Reader, job: ReadTask, cast: Cast) -> float:
     """The largest difference of a value; infinite where one is NaN, 0 where only signs of zeros differ."""
     largest = 0.0
-    lane = Lane(job.target.device)
+    lane = ReadWorker(job.target.device)
     for part in reader.parts(job.info, job.transfer, _AT_ONCE):
         with lane.stream():
             fetched = reader.fetch(job.info, part, lane.buffer)
@@ -137,7 +137,7 @@ def _distance(reader: Reader, job: Job, cast: Cast) -> float:
     return largest
 
 
-def to_native(job: Job, part: Transfer, pair: Pair, convert: Convert) -> Pair:
+def to_native(job: ReadTask, part: Transfer, pair: Pair, convert: Convert) -> Pair:
     """The file's box as the parameter's dtype."""
     ours, theirs = pair
     return ours, convert(theirs, ours.dtype)

@@ -16,15 +16,15 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from megabridge import agreement
-from megabridge.checkpoint.codecs import E4M3, E4M3_MAX, BlockFP8, factors_of, largest_of, runs_of, scales_of, sizes_of, spread
-from megabridge.checkpoint.hf import native_box
-from megabridge.checkpoint.quantised import SCALE_OF
-from megabridge.checkpoint.safetensors import TensorInfo
-from megabridge.conversion.plan import Plan, Spec
+from megabridge.conversion.plan import Plan, TensorSpec
 from megabridge.errors import ConfigError, listed
-from megabridge.families.quantization import Quantization, quantization_of
+from megabridge.families.core.quantization import Quantization, quantization_of
+from megabridge.hf.codecs import E4M3, E4M3_MAX, BlockFP8, factors_of, largest_of, runs_of, scales_of, sizes_of, spread
+from megabridge.hf.quantised_weights import SCALE_OF
+from megabridge.hf.safetensors_format import TensorInfo
+from megabridge.hf.tensor_files import native_box
 from megabridge.mapping import Transfer, natural
+from megabridge.parallel import collectives
 
 METHODS: Final = ("fp8_block",)
 _AT_ONCE: Final = 1 << 20  # elements whose magnitudes are compared at once
@@ -44,19 +44,19 @@ class Encoder:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     largest: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    def specs(self, specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    def specs(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """What is written for the tensors `specs`, in natural order."""
         codec = BlockFP8(self.quantization.block)
         out = dict(specs)
         for name in self.dtypes:
             out[name] = replace(out[name], dtype=E4M3)
-            out[name + SCALE_OF] = Spec(codec.scales_shape(out[name].shape), torch.float32)
+            out[name + SCALE_OF] = TensorSpec(codec.scales_shape(out[name].shape), torch.float32)
         return {name: out[name] for name in sorted(out, key=natural)}
 
-    def unquantised(self, infos: Mapping[str, TensorInfo]) -> dict[str, Spec]:
+    def unquantised(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorSpec]:
         """The tensors of files `infos` as they are before they are encoded."""
         names = (name for name in infos if name.removesuffix(SCALE_OF) not in self.dtypes or name in self.dtypes)
-        return {name: Spec(infos[name].shape, self.dtypes.get(name, infos[name].dtype)) for name in names}
+        return {name: TensorSpec(infos[name].shape, self.dtypes.get(name, infos[name].dtype)) for name in names}
 
     def encode(self, info: TensorInfo, part: Transfer, ours: torch.Tensor) -> torch.Tensor:
         """`ours`, the native side of `part`, as the file has it, on the CPU if it is quantised, else where it was."""
@@ -76,7 +76,7 @@ class Encoder:
             yield name + SCALE_OF, scales_of(largest, ue8m0=self.quantization.ue8m0)
 
 
-def chosen(plan: Plan, quantization: Quantization) -> list[str]:
+def tensors_to_quantise(plan: Plan, quantization: Quantization) -> list[str]:
     """The tensors of `plan` to quantise, in its order: the linears in layers that `quantization` doesn't exclude.
 
     Raises ConfigError for a model whose linears have no published form in block FP8.
@@ -113,7 +113,7 @@ def quantization_for(
     if said is not None and said.method == "fp8":
         return said, dict(config["quantization_config"])
     plain = Quantization("fp8")
-    names = set(chosen(plan, plain))
+    names = set(tensors_to_quantise(plan, plain))
     others = [name.removesuffix(".weight") for name, spec in plan.tensors.items() if len(spec.shape) > 1 and name not in names]
     content = {
         "activation_scheme": "dynamic",
@@ -125,20 +125,22 @@ def quantization_for(
     return plain, content
 
 
-def agree(plan: Plan, specs: Mapping[str, Spec], quantization: Quantization | None, *, everything: bool) -> Encoder:
+def agree_on_encoder(
+    plan: Plan, specs: Mapping[str, TensorSpec], quantization: Quantization | None, *, everything: bool
+) -> Encoder:
     """The encoder for `specs`, which knows the tensors that this rank holds, or on rank 0 with `everything` all. Collective."""
     if quantization is None:
         return Encoder()
-    with agreement.together("choosing what to quantise"):
-        names = chosen(plan, quantization)
+    with collectives.raise_together("choosing what to quantise"):
+        names = tensors_to_quantise(plan, quantization)
     encoder = Encoder(quantization, {name: specs[name].dtype for name in names}, {})
-    held = {name for item in plan.items for name in item.hf} | (set(names) if everything and agreement.rank() == 0 else set())
+    held = {name for item in plan.items for name in item.hf} | (set(names) if everything and collectives.rank() == 0 else set())
     grids = {name: BlockFP8(quantization.block).scales_shape(specs[name].shape) for name in names}
     largest: dict[str, torch.Tensor] = {}
     for batch in _batches(grids):
         flat = torch.zeros(sum(prod(grids[name]) for name in batch))
         parts = dict(zip(batch, torch.split(flat, [prod(grids[name]) for name in batch]), strict=True))
-        with agreement.together("finding the largest weights"):
+        with collectives.raise_together("finding the largest weights"):
             _fill(plan, {name: part.view(grids[name]) for name, part in parts.items()}, encoder)
         flat.copy_(_most(flat, plan))
         largest |= {name: part.view(grids[name]).clone() for name, part in parts.items() if name in held}
@@ -175,9 +177,9 @@ def raise_to(grid: torch.Tensor, part: Transfer, values: torch.Tensor, block: tu
 
 def _most(flat: torch.Tensor, plan: Plan) -> torch.Tensor:
     """The largest of every rank's entries. Collective."""
-    if agreement.world_size() == 1:
+    if collectives.world_size() == 1:
         return flat
-    moved = flat.to(agreement.carrier(plan.items[0].live.data.device if plan.items else torch.device("cpu")))
+    moved = flat.to(collectives.communication_device(plan.items[0].live.data.device if plan.items else torch.device("cpu")))
     dist.all_reduce(moved, op=dist.ReduceOp.MAX)
     return moved.cpu()
 

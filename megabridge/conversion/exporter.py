@@ -2,117 +2,77 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial as bound
 from itertools import chain
 from pathlib import Path
-from typing import IO, Final
+from typing import IO
 
 import torch
 
-from megabridge import agreement
-from megabridge.checkpoint import folders, native
-from megabridge.checkpoint.dtypes import counted
-from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion import manifest
 from megabridge.conversion.compare import Convert, Difference, Pair, compare
-from megabridge.conversion.earlier import Earlier, check_apart, check_hidden, check_unchanged
-from megabridge.conversion.encoding import Encoder, agree, scale_owners
+from megabridge.conversion.earlier_export import Earlier, check_hidden, check_unchanged
+from megabridge.conversion.encoding import Encoder
+from megabridge.conversion.export_plan import ExportPlan
+from megabridge.conversion.file_writer import Shard, Writer, reserve, space_named, write_index
 from megabridge.conversion.gather import Gathered, compare_gathered
 from megabridge.conversion.importer import Progress, silent
 from megabridge.conversion.manifest import digests
-from megabridge.conversion.plan import Plan, Spec
+from megabridge.conversion.read_loop import ReadTask
 from megabridge.conversion.report import Report
-from megabridge.conversion.walk import Job
-from megabridge.conversion.writer import Shard, Writer, plan_shards, reserve, space_named, write_index
-from megabridge.errors import CheckpointError, ConfigError, MegabridgeError, ParityError, listed
-from megabridge.families.quantization import Quantization
-from megabridge.mapping import Transfer, natural, whole, woven
+from megabridge.errors import CheckpointError, MegabridgeError, ParityError, listed
+from megabridge.hf.dtypes import counted
+from megabridge.hf.safetensors_format import TensorInfo, read_header
+from megabridge.mapping import Transfer, coalescible, natural, whole
+from megabridge.native import checkpoint
+from megabridge.parallel import collectives
+from megabridge.storage import folders
 
-Dtypes = Mapping[str, torch.dtype] | torch.dtype | None
-WRITERS: Final = ("shared", "gather")
 Boxes = Iterable[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]  # file, place in it, elements: what `Writer.write` takes
-
-
-def export_specs(plan: Plan, dtypes: Dtypes, aliases: frozenset[str]) -> dict[str, Spec]:
-    """The tensors to write, in natural order: in one dtype, one by name, or the parameters'; `aliases` are written besides."""
-    specs = dict(plan.tensors) | {alias: plan.tensors[plan.aliases[alias]] for alias in aliases}
-    if isinstance(dtypes, torch.dtype):
-        specs = {name: replace(spec, dtype=dtypes) for name, spec in specs.items()}
-    elif dtypes is not None:
-        specs = {name: replace(spec, dtype=dtypes.get(name, spec.dtype)) for name, spec in specs.items()}
-    return {name: specs[name] for name in sorted(specs, key=natural)}
 
 
 @torch.no_grad()
 def export_weights(
-    plan: Plan,
-    path: Path,
+    export: ExportPlan,
     *,
     write_assets: Callable[[Path], None],
-    dtypes: Dtypes = None,
-    aliases: frozenset[str] = frozenset(),
-    max_shard_size: str | int | None = None,
-    files: Mapping[str, Sequence[str]] | None = None,
-    only: str | None = None,
     verify: bool = True,
     allow_nonfinite: bool = False,
-    writer: str = "shared",
-    quantization: Quantization | None = None,
-    sources: Iterable[Path] = (),
     progress: Progress = silent,
 ) -> Report:
-    """Publishes the model as a Hugging Face folder at `path`. Collective.
+    """Publishes the model as a Hugging Face folder at the plan's path. Collective.
 
-    With `writer="shared"` every rank writes what it owns, and all must see the same file system; with "gather" rank 0 is sent
-    everything, and its file system alone counts.
+    Everything is written into a hidden folder beside it, read back and compared, made durable, and renamed last;
+    `write_assets(folder)` adds config and tokenizer on rank 0. An earlier export there is replaced (see `Earlier`). What a killed
+    export left is used again where it is right.
 
-    Everything is written into a hidden folder beside `path`, read back and compared, made durable, and renamed last;
-    `write_assets(folder)` adds config and tokenizer on rank 0. `only` is the name of the one file of all weights, `files` say what
-    is in which; else `max_shard_size` decides. An earlier export at `path` is replaced (see `Earlier`), unless the model was read
-    from there, out of one of the folders `sources`. What a killed export left is used again where it is right. With a
-    `quantization`, linears are of FP8.
-
-    Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was at `path` stays. NaN and
+    Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was there stays. NaN and
     infinite values are refused unless `allow_nonfinite`.
     """
-    if writer not in WRITERS:
-        raise ConfigError(f"writer={writer!r} must be one of {', '.join(WRITERS)}.")
     begin = time.perf_counter()
-    partial = folders.partial_of(path := Path(os.path.realpath(path)))
-    agreement.on_rank_zero("looking where the export goes", lambda: check_apart(path, sources))
-    encoder = agree(plan, specs := export_specs(plan, dtypes, aliases), quantization, everything=writer == "gather")
-    shards = plan_shards(partial, encoder.specs(specs), max_shard_size, only=only, files=files)
-    infos = {name: info for shard in shards for name, info in shard.tensors.items()}
-    writers = {name: [0] for name in infos} if writer == "gather" else _writers(plan, infos, encoder)
-    with _claimed(path, is_shared=writer == "shared") as earlier:
+    with _claimed(export.path, is_shared=export.is_shared) as earlier:
         try:
-            kept = agreement.on_rank_zero("reserving space for the export", lambda: reserve(partial, shards))
-            with (
-                agreement.together("writing weights"),
-                space_named(partial, shards),
-                closing(Gathered(plan, infos, encoder) if writer == "gather" else _own(plan, infos)) as boxes,
-            ):
-                written = _write(chain(boxes, _scales(infos, writers, encoder)), infos, writers, kept, encoder, progress)
-            everyones = agreement.gather(written)
+            kept = collectives.on_rank_zero("reserving space for the export", lambda: reserve(export.partial, export.shards))
+            written = _write(export, kept, progress)
+            everyones = collectives.all_gather(written)
             _refuse_nonfinite([] if allow_nonfinite else everyones)
             seconds = time.perf_counter() - begin
-            found, verify_seconds = _verify(plan, partial, shards, encoder, writer) if verify else (Difference((), 0.0, 0), 0.0)
+            found, verify_seconds = _verify(export) if verify else (Difference((), 0.0, 0), 0.0)
             begin = time.perf_counter()
-            by_name = _digests(writers, infos, everyones)
-            agreement.on_rank_zero("publishing the export", lambda: _publish(path, shards, write_assets, by_name, earlier))
+            by_name = _digests(export, everyones)
+            collectives.on_rank_zero("publishing the export", lambda: _publish(export, write_assets, by_name, earlier))
         except (MegabridgeError, OSError):
-            if agreement.rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+            if collectives.rank() == 0:
+                shutil.rmtree(export.partial, ignore_errors=True)
             raise
     seconds += time.perf_counter() - begin
-    return _report(infos, everyones, found, seconds, verify_seconds, is_verified=verify)
+    return _report(export.infos, everyones, found, seconds, verify_seconds, is_verified=verify)
 
 
 def _report(
@@ -151,9 +111,9 @@ def _claimed(path: Path, *, is_shared: bool) -> Iterator[Earlier | None]:
         return token
 
     try:
-        token = agreement.on_rank_zero("claiming the folder of the export", claim)
-        with agreement.together("opening the folder of the export"):
-            if is_shared and agreement.rank() != 0:
+        token = collectives.on_rank_zero("claiming the folder of the export", claim)
+        with collectives.raise_together("opening the folder of the export"):
+            if is_shared and collectives.rank() != 0:
                 own.append(folders.join(path, token))
         earlier = found[0] if found else None
         check_unchanged(path, earlier, is_shared=is_shared)
@@ -169,7 +129,7 @@ def _claimed(path: Path, *, is_shared: bool) -> Iterator[Earlier | None]:
 
 
 def _release(path: Path, own: list[IO[str]]) -> None:
-    if own and agreement.rank() == 0:
+    if own and collectives.rank() == 0:
         folders.release(path, own[0])
 
 
@@ -183,52 +143,50 @@ class Written:
     digests: Mapping[str, str]
 
 
-def _own(plan: Plan, infos: Mapping[str, TensorInfo]) -> Generator[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]:
+def _own(export: ExportPlan) -> Generator[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]:
     """The boxes that this rank writes into a shared folder."""
+    plan, infos = export.plan, export.infos
     for item in plan.items:
-        for group in woven(item.transfers) if item.is_writer else ():
+        for group in coalescible(item.transfers) if item.is_writer else ():
             for name in plan.carriers(item.hf[group[0].part], infos):
                 yield infos[name], group, item.live.data
 
 
-def _scales(infos: Mapping[str, TensorInfo], writers: Mapping[str, list[int]], encoder: Encoder) -> Boxes:
+def _scales(export: ExportPlan) -> Boxes:
     """The scales that this rank writes."""
-    for name, tensor in encoder.scales():
-        if agreement.rank() in writers[name]:
-            yield infos[name], (whole(tensor.shape),), tensor
+    for name, tensor in export.encoder.scales():
+        if collectives.rank() in export.writers[name]:
+            yield export.infos[name], (whole(tensor.shape),), tensor
 
 
-def _write(boxes: Boxes, infos: Mapping[str, TensorInfo], writers: Mapping[str, list[int]], kept: frozenset[Path],
-           encoder: Encoder, progress: Progress) -> Written:  # fmt: skip
-    mine = [infos[name] for name, ranks in writers.items() if agreement.rank() in ranks]
+def _write(export: ExportPlan, kept: frozenset[Path], progress: Progress) -> Written:
+    """Writes this rank's boxes into the reserved files, of which those in `kept` may hold some of them. Collective."""
+    plan, infos, writers, encoder = export.plan, export.infos, export.writers, export.encoder
+    mine = [infos[name] for name, ranks in writers.items() if collectives.rank() in ranks]
+    alone = [info for info in mine if len(writers[info.name]) == 1]
     total = sum(info.nbytes // len(writers[info.name]) for info in mine)  # ranks have about equal parts
-    with Writer([info for info in mine if info.file in kept], encoder.encode) as writer:
-        for info, group, data in boxes:
+    with (
+        collectives.raise_together("writing weights"),
+        space_named(export.partial, export.shards),
+        closing(_own(export) if export.is_shared else Gathered(plan, infos, encoder)) as boxes,
+        Writer([info for info in mine if info.file in kept], encoder.encode) as writer,
+    ):
+        for info, group, data in chain(boxes, _scales(export)):
             writer.write(info, group, data)
             progress(writer.bytes_written + writer.bytes_kept, total)
-        alone = [info for info in mine if len(writers[info.name]) == 1]
         with ThreadPoolExecutor(1) as thread:  # the disk and a core work at the same time
             synced = thread.submit(writer.sync)
             found = digests(alone)
             synced.result()
-        return Written(writer.bytes_written, writer.bytes_kept, writer.nonfinite, found)
+    return Written(writer.bytes_written, writer.bytes_kept, writer.nonfinite, found)
 
 
-def _writers(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encoder) -> dict[str, list[int]]:
-    """The ranks that write each tensor into a shared folder."""
-    owners = scale_owners(plan, encoder.dtypes)
-    return {
-        name: [owners[name]] if name in owners else sorted({source.rank for source in plan.sources[plan.aliases.get(name, name)]})
-        for name in infos
-    }
-
-
-def _digests(writers: Mapping[str, list[int]], infos: Mapping[str, TensorInfo], everyones: list[Written]) -> dict[str, str]:
+def _digests(export: ExportPlan, everyones: list[Written]) -> dict[str, str]:
     """Every tensor's digest. Collective: those that several ranks wrote are taken now, by these ranks in turn."""
-    several = [infos[name] for name, ranks in writers.items() if len(ranks) > 1]
-    with agreement.together("taking digests"):
-        found = digests(manifest.share(several, writers))
-    parts = [*agreement.gather(found), *(written.digests for written in everyones)]
+    several = [export.infos[name] for name, ranks in export.writers.items() if len(ranks) > 1]
+    with collectives.raise_together("taking digests"):
+        found = digests(manifest.share(several, export.writers))
+    parts = [*collectives.all_gather(found), *(written.digests for written in everyones)]
     return {name: digest for part in parts for name, digest in part.items()}
 
 
@@ -242,29 +200,27 @@ def _refuse_nonfinite(everyones: list[Written]) -> None:
         )
 
 
-def _publish(path: Path, shards: list[Shard], write_assets: Callable[[Path], None], found: Mapping[str, str],
-             earlier: Earlier | None) -> None:  # fmt: skip
-    partial = folders.partial_of(path)
+def _publish(export: ExportPlan, write_assets: Callable[[Path], None], found: Mapping[str, str], earlier: Earlier | None) -> None:
     assert earlier is not None  # rank 0's
-    with space_named(partial, shards):
-        write_index(partial, shards)
-        write_assets(partial)
-        infos = {name: info for shard in shards for name, info in shard.tensors.items()}
-        manifest.write(partial, infos, found, native.layout())
-        earlier.carry(partial)
-    folders.commit(path, replace=True)
+    with space_named(export.partial, export.shards):
+        write_index(export.partial, export.shards)
+        write_assets(export.partial)
+        manifest.write(export.partial, export.infos, found, checkpoint.layout())
+        earlier.carry(export.partial)
+    folders.commit(export.path, replace=True)
 
 
-def _verify(plan: Plan, partial: Path, shards: list[Shard], encoder: Encoder, writer: str) -> tuple[Difference, float]:
+def _verify(export: ExportPlan) -> tuple[Difference, float]:
     begin = time.perf_counter()
-    with agreement.together("reading the export back"):
-        is_seen = writer == "shared" or agreement.rank() == 0
-        infos = {name: info for shard in shards for name, info in (_headers(partial, shard) if is_seen else shard.tensors).items()}
-    if writer == "gather":
-        found = compare_gathered(plan, infos, encoder)
+    with collectives.raise_together("reading the export back"):
+        is_seen = export.is_shared or collectives.rank() == 0
+        headers = [_headers(export.partial, shard) if is_seen else shard.tensors for shard in export.shards]
+    infos = {name: info for tensors in headers for name, info in tensors.items()}
+    if export.is_shared:
+        scales = [ReadTask(infos[name], whole(tensor.shape), tensor) for name, tensor in export.encoder.scales()]
+        found = compare(export.plan, infos, bound(_to_file, export.encoder), more=scales)
     else:
-        scales = [Job(infos[name], whole(tensor.shape), tensor) for name, tensor in encoder.scales()]
-        found = compare(plan, infos, bound(_to_file, encoder), more=scales)
+        found = compare_gathered(export.plan, infos, export.encoder)
     if found.mismatched:
         raise ParityError(
             "these tensors differ from the model after the export; nothing was published:\n  " + listed(list(found.mismatched))
@@ -272,7 +228,7 @@ def _verify(plan: Plan, partial: Path, shards: list[Shard], encoder: Encoder, wr
     return found, time.perf_counter() - begin
 
 
-def _to_file(encoder: Encoder, job: Job, part: Transfer, pair: Pair, convert: Convert) -> Pair:
+def _to_file(encoder: Encoder, job: ReadTask, part: Transfer, pair: Pair, convert: Convert) -> Pair:
     """The parameter's box as the file should hold it; quantised ones are compared on the CPU."""
     ours, theirs = pair
     if job.info.name in encoder.dtypes:

@@ -8,15 +8,15 @@ from typing import Final
 import torch
 import xxhash
 
-from megabridge import agreement
-from megabridge.checkpoint.hf import STAGING, Reader, native_box
-from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion.buckets import BucketEntry
 from megabridge.conversion.compare import Difference
 from megabridge.conversion.encoding import Encoder
 from megabridge.conversion.plan import Plan
 from megabridge.conversion.stream import Stream
+from megabridge.hf.safetensors_format import TensorInfo
+from megabridge.hf.tensor_files import STAGING, Reader, native_box
 from megabridge.mapping import Axis, Run, Transfer, whole
+from megabridge.parallel import collectives
 
 BUCKET_BYTES: Final = 48 << 20  # two of them stay below 128 MiB
 
@@ -60,9 +60,9 @@ def compare_gathered(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encod
 
     How far a differing tensor is off isn't known: the largest difference is then infinite.
     """
-    with agreement.together("comparing weights"):
+    with collectives.raise_together("comparing weights"):
         own = _digests(plan, infos, encoder)
-    everyone = agreement.gather(own)
+    everyone = collectives.all_gather(own)
 
     def compare() -> set[str]:
         known: dict[tuple[str, Transfer], bytes] = {}
@@ -73,7 +73,7 @@ def compare_gathered(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encod
             reader.finish()
         return {name for records in everyone for name, transfer, digest in records if known[name, transfer] != digest}
 
-    names = agreement.on_rank_zero("comparing weights", compare)
+    names = collectives.on_rank_zero("comparing weights", compare)
     seen = sum(transfer.elements * infos[name].dtype.itemsize for records in everyone for name, transfer, _ in records)
     return Difference(tuple(sorted(names)), float("inf") if names else 0.0, seen)
 

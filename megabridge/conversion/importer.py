@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from megabridge import agreement
-from megabridge.checkpoint.hf import PAGE, PIECE, Reader, Way, native_box
-from megabridge.checkpoint.safetensors import TensorInfo
 from megabridge.conversion.compare import compare, is_finite, to_native
 from megabridge.conversion.plan import Plan, check_source
+from megabridge.conversion.read_loop import Progress, ReadTask, device_of, fill, silent
 from megabridge.conversion.report import Report
-from megabridge.conversion.shared import node_of_this_rank, read_boxes, sharing
-from megabridge.conversion.walk import Job, Progress, device_of, fill, silent
+from megabridge.conversion.shared_reads import node_of_this_rank, read_boxes, shared_reads
 from megabridge.errors import CheckpointError, ParityError, listed
+from megabridge.hf.safetensors_format import TensorInfo
+from megabridge.hf.tensor_files import PAGE, PIECE, Reader, Way, native_box
+from megabridge.parallel import collectives
 
 __all__ = ["Progress", "import_weights", "silent"]
 Spans = dict[str, list[tuple[int, int]]]  # by file, first page and one past the last
@@ -46,13 +46,13 @@ def import_weights(
     CheckpointError for damaged files and for NaN or infinite weights, ParityError when a copy differs; the same on every rank.
     """
     begin = time.perf_counter()
-    with agreement.together("checking the source"):
+    with collectives.raise_together("checking the source"):
         absent = check_source(plan, infos, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
         _check_dtypes([infos[name] for name in (*plan.tensors, *plan.aliases) if name in infos])
     jobs = _jobs(plan, infos, absent)
     with (
-        sharing(infos, jobs, dedupe=dedupe) as shared,
-        agreement.together("reading weights"),
+        shared_reads(infos, jobs, dedupe=dedupe) as shared,
+        collectives.raise_together("reading weights"),
         Reader(infos.values(), way=way) as reader,
     ):
         _zero_unfed(plan, absent)
@@ -60,7 +60,7 @@ def import_weights(
         read_boxes(reader, jobs, fill, shared=shared, straight=True, limit=limit, progress=progress)
         reader.finish()
         _synchronize(jobs)
-    counts = agreement.gather((reader.bytes_copied, node_of_this_rank(), _merged(reader.fetched)))
+    counts = collectives.all_gather((reader.bytes_copied, node_of_this_rank(), _merged(reader.fetched)))
     seconds = time.perf_counter() - begin
     names = [name for name in plan.tensors if name not in absent]
     copied = tuple(count for count, _, _ in counts)
@@ -104,9 +104,9 @@ def _check_dtypes(infos: Sequence[TensorInfo]) -> None:
         )
 
 
-def _jobs(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[Job]:
+def _jobs(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[ReadTask]:
     named = ((item, transfer, item.hf[transfer.part]) for item in plan.items for transfer in item.transfers)
-    return [Job(infos[name], transfer, item.live.data) for item, transfer, name in named if name not in absent]
+    return [ReadTask(infos[name], transfer, item.live.data) for item, transfer, name in named if name not in absent]
 
 
 def _zero_unfed(plan: Plan, absent: frozenset[str]) -> None:
@@ -116,7 +116,7 @@ def _zero_unfed(plan: Plan, absent: frozenset[str]) -> None:
             item.live.data.zero_()
 
 
-def _synchronize(jobs: Sequence[Job]) -> None:
+def _synchronize(jobs: Sequence[ReadTask]) -> None:
     for device in {job.target.device for job in jobs if job.target.device.type == "cuda"}:
         torch.cuda.synchronize(device)
 
@@ -140,7 +140,7 @@ def refuse_nonfinite(plan: Plan, absent: frozenset[str] = frozenset()) -> None:
     items = [item for item, finite in zip(plan.items, answers, strict=True) if not finite]
     boxes = [(item.hf[t.part], native_box(item.live.data, t)) for item in items for t in item.transfers if t.elements]
     bad = [name for name, box in boxes if name not in absent and not box.float().isfinite().all()]
-    names = sorted(set(chain.from_iterable(agreement.gather(bad))))
+    names = sorted(set(chain.from_iterable(collectives.all_gather(bad))))
     if names:
         raise CheckpointError(
             "weights must be finite numbers; these hold NaN or infinity, or values too large for the parameters' dtype; mend the "

@@ -19,12 +19,13 @@ from typing import Final, Self
 import torch
 import xxhash
 
-from megabridge import agreement, regular
-from megabridge.checkpoint import assets
-from megabridge.checkpoint.hf import INDEX, SINGLE, Reader
-from megabridge.checkpoint.inside import entries, inside
-from megabridge.checkpoint.safetensors import NAMES, TensorInfo, parse_json
 from megabridge.errors import CheckpointError
+from megabridge.hf import assets
+from megabridge.hf.safetensors_format import NAMES, TensorInfo, parse_json
+from megabridge.hf.tensor_files import INDEX, SINGLE, Reader
+from megabridge.parallel import collectives
+from megabridge.storage import regular_files
+from megabridge.storage.inside_folder import entries, inside
 from megabridge.version import VERSION
 
 MANIFEST: Final = "megabridge.json"
@@ -36,7 +37,7 @@ APART: Final = (".git", ".cache/huggingface")  # git's own, and the notes of a d
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """A tensor: `offset` is where its bytes begin in `file`, `dtype` is safetensors' name, `xxh3_128` the digest of its bytes."""
 
     file: str
@@ -58,7 +59,7 @@ class FileEntry:
 class Manifest:
     """Tensors in the order of the files, other files (config, tokenizer, index) by their path in the folder."""
 
-    tensors: Mapping[str, Entry]
+    tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry]
     layout: Mapping[str, int]
     versions: Mapping[str, str]
@@ -73,19 +74,19 @@ class Manifest:
         return replace(self, tensors=tensors, files={path: entry for path, entry in self.files.items() if path in paths})
 
 
-def entry_of(info: TensorInfo, digest: str) -> Entry:
+def entry_of(info: TensorInfo, digest: str) -> TensorEntry:
     """What the manifest says of a tensor."""
-    return Entry(info.file.name, info.start, NAMES[info.dtype], info.shape, digest)
+    return TensorEntry(info.file.name, info.start, NAMES[info.dtype], info.shape, digest)
 
 
 def share(infos: Iterable[TensorInfo], ranks: Mapping[str, Sequence[int]] | None = None) -> list[TensorInfo]:
     """This rank's share of tensors, about the same number of bytes on every rank; `ranks` says by name who may take one."""
-    load = [0] * agreement.world_size()
+    load = [0] * collectives.world_size()
     mine = []
     for info in infos:
         least = min(range(len(load)) if ranks is None else ranks[info.name], key=lambda rank: load[rank])
         load[least] += info.nbytes
-        if least == agreement.rank():
+        if least == collectives.rank():
             mine.append(info)
     return mine
 
@@ -107,7 +108,7 @@ def digest(tensor: torch.Tensor) -> str:
 def file_entry(file: Path) -> FileEntry:
     """The size and digest of a file. Raises CheckpointError where it is no regular file."""
     digest = xxhash.xxh3_128()
-    with regular.opened(file) as stream:
+    with regular_files.opened(file) as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
         return FileEntry(stream.tell(), digest.hexdigest())
@@ -165,16 +166,16 @@ def unlisted(folder: Path, listed: Collection[str]) -> tuple[list[str], list[str
         if is_harmless(path, state):
             harmless.append(path)
         elif path not in listed:
-            problems.append(f"{path}: the {regular.kind(state.st_mode).removeprefix('a ')} is not in the manifest")
+            problems.append(f"{path}: the {regular_files.kind(state.st_mode).removeprefix('a ')} is not in the manifest")
     return problems, harmless
 
 
 def read(folder: Path) -> Manifest:
     """The manifest of `folder`. Raises CheckpointError where there is none or it isn't one."""
     path = folder / MANIFEST
-    if not regular.exists(path):
+    if not regular_files.exists(path):
         raise CheckpointError(f"{folder} must hold {MANIFEST}, which every export of megabridge writes; export the model again.")
-    content = parse_json(regular.read(inside(folder, MANIFEST)), str(path))
+    content = parse_json(regular_files.read(inside(folder, MANIFEST)), str(path))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
         raise CheckpointError(
@@ -183,7 +184,7 @@ def read(folder: Path) -> Manifest:
     try:
         _check_paths({entry["file"] for entry in content["tensors"].values()}, content["files"].keys())
         return Manifest(
-            tensors={name: Entry(**entry | {"shape": tuple(entry["shape"])}) for name, entry in content["tensors"].items()},
+            tensors={name: TensorEntry(**entry | {"shape": tuple(entry["shape"])}) for name, entry in content["tensors"].items()},
             files={name: FileEntry(**entry) for name, entry in content["files"].items()},
             layout=dict(content["layout"]),
             versions=dict(content["versions"]),

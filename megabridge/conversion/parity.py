@@ -7,9 +7,10 @@ from typing import Any, Final
 
 import torch
 
-from megabridge import agreement, extras
-from megabridge.checkpoint import assets
-from megabridge.families.quantization import KEY
+from megabridge.config import optional_packages
+from megabridge.families.core.quantization import KEY
+from megabridge.hf import assets
+from megabridge.parallel import collectives
 
 _FOR_QUANTISED: Final = "accelerate"
 
@@ -21,7 +22,7 @@ def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor, *, dty
     whose most likely token agrees. Collective: rank 0 loads the model on the CPU and computes in `dtype`, which is the parameters'
     ("float32"); every rank gets the figures.
     """
-    return agreement.on_rank_zero(
+    return collectives.on_rank_zero(
         "comparing logits with transformers", lambda: _compare(ours.float().cpu(), _logits(folder, tokens.cpu(), dtype))
     )
 
@@ -33,7 +34,7 @@ def load_hf(folder: Path, dtype: str) -> Any:
     Raises ConfigError where transformers lacks the package that it wants for quantised weights.
     """
     if not is_readable(folder):
-        extras.require(_FOR_QUANTISED)
+        optional_packages.require(_FOR_QUANTISED)
     from transformers import AutoModelForCausalLM  # seconds to import, and needed here only
     from transformers.utils.logging import disable_progress_bar
 
@@ -44,7 +45,7 @@ def load_hf(folder: Path, dtype: str) -> Any:
 
 def is_readable(folder: Path) -> bool:
     """Whether transformers can read the weights of `folder` here: quantised ones it dequantises, given a package."""
-    return assets.read_config(folder).get(KEY) is None or extras.is_installed(_FOR_QUANTISED)
+    return assets.read_config(folder).get(KEY) is None or optional_packages.is_installed(_FOR_QUANTISED)
 
 
 def _logits(folder: Path, tokens: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -8,30 +8,31 @@ import sys
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
 import torch
 
-from megabridge import agreement
-from megabridge.checkpoint.safetensors import TensorInfo
-from megabridge.conversion.native import Live, Record
+from megabridge.conversion.parameters import LocalParameter, ParameterRecord
 from megabridge.errors import MappingError, listed
 from megabridge.families import Family
+from megabridge.hf.safetensors_format import TensorInfo
 from megabridge.mapping import Cut, Dims, Resolved, Transfer, natural, transfers
 from megabridge.mapping.tiling import Flaw, flaw, hf_boxes
+from megabridge.parallel import collectives
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class PlannedParameter:
     """A parameter of any rank and the transfers that fill it.
 
     `hf` names the tensors that the transfers' part numbers stand for, `shapes` are these tensors' whole shapes.
     """
 
-    record: Record
+    record: ParameterRecord
     hf: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     transfers: tuple[Transfer, ...]
@@ -43,14 +44,14 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Item(Entry):
+class LocalItem(PlannedParameter):
     """An entry whose parameter lives on this rank."""
 
-    live: Live
+    live: LocalParameter
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
+class TensorSpec:
     """A Hugging Face tensor as the model determines it: whole shape, and the dtype of the parameter behind it."""
 
     shape: tuple[int, ...]
@@ -58,7 +59,7 @@ class Spec:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class WrittenBox:
     """A box of a tensor, the rank that writes it, and that rank's parameter (canonical name) that holds it."""
 
     rank: int
@@ -68,19 +69,29 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """This rank's items, and all ranks' tensors in natural order.
+    """This rank's entries, bound to parameters in `items`, and all ranks' tensors in natural order.
 
     `sources` says by tensor which boxes tile it and who writes them: by rank, then in module order, equal on every rank. `aliases`
     maps tensors that files may hold besides to the tensors they equal. `records` are, by rank, of what it writes.
     """
 
-    items: tuple[Item, ...]
-    tensors: Mapping[str, Spec]
-    sources: Mapping[str, tuple[Source, ...]]
+    entries: tuple[PlannedParameter, ...]
+    items: tuple[LocalItem, ...]
+    tensors: Mapping[str, TensorSpec]
+    sources: Mapping[str, tuple[WrittenBox, ...]]
     aliases: Mapping[str, str]
     family: Family
     dims: Dims
-    records: tuple[tuple[Record, ...], ...]
+    records: tuple[tuple[ParameterRecord, ...], ...]
+
+    def unbound(self) -> Plan:
+        """The plan without any parameter, to be kept."""
+        return replace(self, items=())
+
+    def bound(self, parameters: Sequence[LocalParameter]) -> Plan:
+        """The plan for parameters with the records that it was made for, in their order."""
+        pairs = zip(self.entries, parameters, strict=True)
+        return replace(self, items=tuple(LocalItem(**_fields(entry), live=parameter) for entry, parameter in pairs))
 
     @cached_property
     def has_mtp(self) -> bool:
@@ -113,14 +124,14 @@ class Expansion:
         self.dims = dims
         self._resolved: dict[str, Resolved | None] = {}
         self._names: dict[tuple[tuple[str, ...], int], tuple[str, ...]] = {}  # of 256 experts' tensors, one tuple for all ranks
-        self._first: dict[tuple[int, tuple[int, ...], tuple[Cut, ...]], Entry] = {}
+        self._first: dict[tuple[int, tuple[int, ...], tuple[Cut, ...]], PlannedParameter] = {}
 
     @property
-    def distinct(self) -> list[Entry]:
+    def distinct(self) -> list[PlannedParameter]:
         """One entry for each arrangement seen: parameters of one layout, shape and cut share their transfers."""
         return list(self._first.values())
 
-    def entry(self, record: Record) -> Entry:
+    def entry(self, record: ParameterRecord) -> PlannedParameter:
         """What fills the parameter of `record`. Raises MappingError when no rule does, or its rule contradicts the shape."""
         name = record.name
         if name not in self._resolved:
@@ -136,8 +147,8 @@ class Expansion:
                 shapes = tuple(rule.layout.part_shapes(record.shape, self.dims))
             except MappingError as error:
                 raise MappingError(f"{name}: {error}") from error
-            first = self._first[key] = Entry(record, self._named(rule, len(shapes)), shapes, moves, rule.is_tied_copy)
-        return Entry(record, self._named(rule, len(first.shapes)), first.shapes, first.transfers, rule.is_tied_copy)
+            first = self._first[key] = PlannedParameter(record, self._named(rule, len(shapes)), shapes, moves, rule.is_tied_copy)
+        return PlannedParameter(record, self._named(rule, len(first.shapes)), first.shapes, first.transfers, rule.is_tied_copy)
 
     def _named(self, rule: Resolved, count: int) -> tuple[str, ...]:
         found = self._names.get((rule.hf, count))
@@ -145,9 +156,9 @@ class Expansion:
             found = self._names[rule.hf, count] = rule.names(count)
         return found
 
-    def entries(self, records: Iterable[Record]) -> tuple[list[Entry], list[str]]:
+    def entries(self, records: Iterable[ParameterRecord]) -> tuple[list[PlannedParameter], list[str]]:
         """The entries of `records`, and a line for each that has none."""
-        out: list[Entry] = []
+        out: list[PlannedParameter] = []
         problems: list[str] = []
         for record in records:
             try:
@@ -157,7 +168,7 @@ class Expansion:
         return out, problems
 
 
-def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live]) -> Plan:
+def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[LocalParameter]) -> Plan:
     """The plan for this rank's parameters. Collective: ranks exchange the records of what they write once.
 
     Raises the same MappingError on every rank, with every parameter that no rule feeds and every contradiction between shapes, and
@@ -166,17 +177,17 @@ def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Live
     expansion = Expansion(family, Dims.of(native))
     with uncollected():
         own, problems = expansion.entries(live.record for live in lives)
-        gathered = agreement.gather((_packed([live.record for live in lives if live.record.is_writer]), problems))
+        gathered = collectives.all_gather((_packed([live.record for live in lives if live.record.is_writer]), problems))
         check_fits({problem for _, rank_problems in gathered for problem in rank_problems})
         records = tuple(_unpacked(packed) for packed, _ in gathered)
         tensors, sources = tile(expansion, records)
-        check_fits({line for lines in agreement.gather(_contradictions(own, tensors, set())) for line in lines})
-    by_name = {live.name: live for live in lives}
-    items = tuple(
-        Item(entry.record, entry.hf, entry.shapes, entry.transfers, entry.is_tied_copy, by_name[entry.record.name]) for entry in own
-    )
+        check_fits({line for lines in collectives.all_gather(_contradictions(own, tensors, set())) for line in lines})
     aliases = family.weights.aliases(expansion.dims, tensors)
-    return Plan(items, tensors, sources, aliases, family, expansion.dims, records)
+    return Plan(tuple(own), (), tensors, sources, aliases, family, expansion.dims, records).bound(lives)
+
+
+def _fields(entry: PlannedParameter) -> dict[str, Any]:
+    return {field.name: getattr(entry, field.name) for field in fields(PlannedParameter)}
 
 
 @contextmanager
@@ -197,13 +208,15 @@ def check_fits(problems: Iterable[str]) -> None:
         raise MappingError("the model doesn't fit its architecture's rules:\n  " + listed(found))
 
 
-def tile(expansion: Expansion, records: Iterable[Iterable[Record]]) -> tuple[dict[str, Spec], dict[str, tuple[Source, ...]]]:
+def tile(
+    expansion: Expansion, records: Iterable[Iterable[ParameterRecord]]
+) -> tuple[dict[str, TensorSpec], dict[str, tuple[WrittenBox, ...]]]:
     """The tensors, in natural order, that ranks' records make up, and the boxes that tile each. `records` are by rank.
 
     Proves, box by box, that every element of every tensor is written exactly once; raises MappingError otherwise.
     """
-    specs: dict[str, Spec] = {}
-    boxes: dict[str, list[Source]] = {}
+    specs: dict[str, TensorSpec] = {}
+    boxes: dict[str, list[WrittenBox]] = {}
     problems: list[str] = []
     agreed: set[tuple[int, int, torch.dtype]] = set()
     for rank, held in enumerate(records):
@@ -211,14 +224,16 @@ def tile(expansion: Expansion, records: Iterable[Iterable[Record]]) -> tuple[dic
         problems += unfed + _contradictions(found, specs, agreed)
         for entry in found:
             for transfer in entry.transfers if entry.is_writer else ():
-                boxes.setdefault(entry.hf[transfer.part], []).append(Source(rank, entry.record.name, transfer))
+                boxes.setdefault(entry.hf[transfer.part], []).append(WrittenBox(rank, entry.record.name, transfer))
     check_fits(set(problems))
     names = sorted(specs, key=natural)
     _check_tiling(specs, boxes)
     return {name: specs[name] for name in names}, {name: tuple(boxes[name]) for name in names}
 
 
-def _contradictions(found: Iterable[Entry], specs: dict[str, Spec], agreed: set[tuple[int, int, torch.dtype]]) -> list[str]:
+def _contradictions(
+    found: Iterable[PlannedParameter], specs: dict[str, TensorSpec], agreed: set[tuple[int, int, torch.dtype]]
+) -> list[str]:
     """A line for each tensor of `found` that `specs` has otherwise; one that it lacks is added.
 
     `agreed` are the names, shapes and dtypes that were compared before, by identity: one expansion's entries share theirs.
@@ -232,7 +247,7 @@ def _contradictions(found: Iterable[Entry], specs: dict[str, Spec], agreed: set[
         for name, shape in zip(entry.hf, entry.shapes, strict=True):
             known = specs.get(name)
             if known is None:
-                specs[name] = Spec(shape, dtype)
+                specs[name] = TensorSpec(shape, dtype)
             elif known.shape != shape or known.dtype != dtype:
                 problems.append(
                     f"{entry.record.name} wants {name} as {dtype} {shape}, another rank or parameter as {known.dtype} {known.shape}"
@@ -240,7 +255,7 @@ def _contradictions(found: Iterable[Entry], specs: dict[str, Spec], agreed: set[
     return problems
 
 
-def _check_tiling(specs: Mapping[str, Spec], boxes: Mapping[str, Sequence[Source]]) -> None:
+def _check_tiling(specs: Mapping[str, TensorSpec], boxes: Mapping[str, Sequence[WrittenBox]]) -> None:
     proven: dict[tuple[object, ...], Flaw | None] = {}  # layers repeat: the same transfers of the same shape are proven once
     problems = []
     for name, spec in specs.items():
@@ -254,7 +269,7 @@ def _check_tiling(specs: Mapping[str, Spec], boxes: Mapping[str, Sequence[Source
         raise MappingError("the ranks' parameters must tile every tensor exactly once:\n  " + listed(problems))
 
 
-def _packed(records: Iterable[Record]) -> bytes:
+def _packed(records: Iterable[ParameterRecord]) -> bytes:
     """Records to send: a gather takes as much memory as the largest answer times the ranks, and names compress well."""
     rows = [
         (record.name, record.shape, record.dtype, tuple(map(astuple, record.cuts)), record.is_writer, record.is_expert)
@@ -263,10 +278,10 @@ def _packed(records: Iterable[Record]) -> bytes:
     return zlib.compress(pickle.dumps(rows), 1)
 
 
-def _unpacked(packed: bytes) -> tuple[Record, ...]:
+def _unpacked(packed: bytes) -> tuple[ParameterRecord, ...]:
     rows = pickle.loads(zlib.decompress(packed))
     known = {cuts: tuple(Cut(*cut) for cut in cuts) for _, _, _, cuts, _, _ in rows}
-    return tuple(Record(sys.intern(name), shape, dtype, known[cuts], *flags) for name, shape, dtype, cuts, *flags in rows)
+    return tuple(ParameterRecord(sys.intern(name), shape, dtype, known[cuts], *flags) for name, shape, dtype, cuts, *flags in rows)
 
 
 def check_source(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megabridge.checkpoint.dtypes import Casts
+from megabridge.hf.dtypes import Casts
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from megabridge import agreement
-from megabridge.checkpoint.hf import native_box, view
-from megabridge.conversion.buckets import Bucket, Entries, Piece, Section, lay_out, plan_buckets
-from megabridge.conversion.plan import Plan, Spec
+from megabridge.conversion.buckets import Bucket, Entries, Section, WireBox, layout_of_bucket, plan_buckets
+from megabridge.conversion.plan import Plan, TensorSpec
 from megabridge.errors import ConfigError, MegabridgeError, listed
+from megabridge.hf.tensor_files import native_box, view
 from megabridge.loggers.bars import bytes_bar
+from megabridge.parallel import collectives
 
 BUCKET_BYTES: Final = 512 << 20
 GO, CLOSED, FAILED = 0, 1, 2
@@ -42,14 +42,14 @@ class Stream:
     def __init__(
         self,
         plan: Plan,
-        specs: Mapping[str, Spec],
+        specs: Mapping[str, TensorSpec],
         *,
         cpu: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
         consumers: Collection[int] | None = None,
         in_rows: bool = False,
     ) -> None:
-        self._rank, self._world = agreement.rank(), agreement.world_size()
+        self._rank, self._world = collectives.rank(), collectives.world_size()
         self._consumers = _agreed(specs, bucket_bytes, consumers, self._world)
         self._is_consumer = self._rank in self._consumers
         self._plan = plan
@@ -58,7 +58,7 @@ class Stream:
         self._delivered = 0  # tensors that the caller was given
         self._parameters = {item.record.name: item.live for item in plan.items}
         self._home = plan.items[0].live.data.device if plan.items else torch.device("cpu")
-        self._carrier = agreement.carrier(self._home)  # where the wire lies
+        self._carrier = collectives.communication_device(self._home)  # where the wire lies
         self._to_host = cpu and self._home.type != "cpu"
         self._buffers: dict[str, torch.Tensor] = {}
         self._sections: list[Section] = []  # of the bucket that is on the wire
@@ -157,8 +157,8 @@ class Stream:
 
     def _end(self) -> None:
         """Says why the stream ends: raises on every rank, except where it was closed and where nobody waits for tensors."""
-        states = agreement.gather((self._is_leaving, self._delivered))
-        with agreement.together("streaming weights"):
+        states = collectives.all_gather((self._is_leaving, self._delivered))
+        with collectives.raise_together("streaming weights"):
             if self._error is not None:
                 raise self._error
         if self._is_consumer and not self._is_leaving:
@@ -183,7 +183,7 @@ class Stream:
     # ------------------------------------------------------------------ packing, sending, joining
 
     def _pack(self, bucket: Bucket) -> None:
-        self._sections, size = lay_out(bucket, self._plan, self._rank, self._consumers)
+        self._sections, size = layout_of_bucket(bucket, self._plan, self._rank, self._consumers)
         wire = self._buffer("wire", size, self._carrier)
         for section in self._sections:
             if section.rank == self._rank and section.travels:
@@ -225,7 +225,7 @@ class Stream:
             host.copy_(self._buffers["flat"][: bucket.size], non_blocking=True)
             torch.cuda.current_stream(self._home).synchronize()
 
-    def _own(self, piece: Piece) -> torch.Tensor:
+    def _own(self, piece: WireBox) -> torch.Tensor:
         return native_box(self._parameters[piece.native].data, piece.transfer)
 
     def _buffer(self, name: str, size: int, device: torch.device) -> torch.Tensor:
@@ -242,16 +242,16 @@ def _primed[T](generator: Generator[T]) -> Generator[T]:
     return generator
 
 
-def _agreed(specs: Mapping[str, Spec], bucket_bytes: int, consumers: Collection[int] | None, world: int) -> frozenset[int]:
+def _agreed(specs: Mapping[str, TensorSpec], bucket_bytes: int, consumers: Collection[int] | None, world: int) -> frozenset[int]:
     """The consumers, after every rank was found to ask for the same. Collective."""
-    with agreement.together("starting the stream"):
+    with collectives.raise_together("starting the stream"):
         if bucket_bytes < 1:
             raise ConfigError(f"bucket_bytes={bucket_bytes} must be a number of bytes from 1.")
         wanted = frozenset(range(world) if consumers is None else consumers)
         if not wanted or not wanted <= set(range(world)):
             raise ConfigError(f"consumers={sorted(wanted)} must name one or more of the ranks 0 to {world - 1}.")
     text = repr((list(specs.items()), bucket_bytes, sorted(wanted)))
-    _check_equal(agreement.gather(hashlib.sha256(text.encode()).hexdigest()))
+    _check_equal(collectives.all_gather(hashlib.sha256(text.encode()).hexdigest()))
     return wanted
 
 

@@ -8,11 +8,11 @@ from math import prod
 
 import torch
 
-from megabridge.checkpoint.hf import native_box, view
-from megabridge.conversion.native import Live, survey, unwrap
-from megabridge.conversion.plan import Entry, Expansion, Plan, Source, Spec
+from megabridge.conversion.parameters import LocalParameter, collect_parameters, unwrap
+from megabridge.conversion.plan import Expansion, Plan, PlannedParameter, TensorSpec, WrittenBox
 from megabridge.errors import ConfigError, MappingError, listed
 from megabridge.families import Family
+from megabridge.hf.tensor_files import native_box, view
 from megabridge.mapping import Dims, Run, Transfer
 
 
@@ -55,7 +55,7 @@ class ConversionTask:
     """Their shapes before any cut."""
     source_ranks: tuple[int, ...]
     """Ranks that give a part of it."""
-    mapping: tuple[Source, ...]
+    mapping: tuple[WrittenBox, ...]
     """The boxes that tile it, each with its rank and parameter."""
     param_name: str | None
     """The parameter's name in its chunk here."""
@@ -76,18 +76,18 @@ class ConversionTask:
         return self.global_param_names[0]
 
 
-def make_tasks(plan: Plan, model: Sequence[torch.nn.Module], specs: Mapping[str, Spec]) -> list[ConversionTask]:
+def make_tasks(plan: Plan, model: Sequence[torch.nn.Module], specs: Mapping[str, TensorSpec]) -> list[ConversionTask]:
     """A task for each of `specs`, in their order. Nothing is exchanged."""
     shapes = {record.name: record.shape for records in plan.records for record in records}
-    here: dict[str, Live] = {}
+    here: dict[str, LocalParameter] = {}
     for item in sorted(plan.items, key=lambda item: item.is_tied_copy):
         for name in item.hf:
             here.setdefault(name, item.live)
     return [_task(plan, model, name, spec, shapes, here) for name, spec in specs.items()]
 
 
-def _task(plan: Plan, model: Sequence[torch.nn.Module], name: str, spec: Spec, shapes: Mapping[str, tuple[int, ...]],
-          here: Mapping[str, Live]) -> ConversionTask:  # fmt: skip
+def _task(plan: Plan, model: Sequence[torch.nn.Module], name: str, spec: TensorSpec, shapes: Mapping[str, tuple[int, ...]],
+          here: Mapping[str, LocalParameter]) -> ConversionTask:  # fmt: skip
     target = plan.aliases.get(name, name)
     sources = plan.sources[target]
     natives = tuple(dict.fromkeys(source.native for source in sources))
@@ -109,12 +109,12 @@ def _task(plan: Plan, model: Sequence[torch.nn.Module], name: str, spec: Spec, s
 
 def task_specs(
     plan: Plan, tasks: Sequence[ConversionTask], dtype: torch.dtype | Mapping[str, torch.dtype] | None
-) -> dict[str, Spec]:
+) -> dict[str, TensorSpec]:
     """What `tasks` ask for, in their order; `dtype`, one for all or by name, goes before theirs.
 
     Raises ConfigError for what is no tensor of `plan`, and for one that stands twice.
     """
-    out: dict[str, Spec] = {}
+    out: dict[str, TensorSpec] = {}
     problems = []
     for task in tasks:
         known = plan.tensors.get(plan.aliases.get(task.hf_name, task.hf_name))
@@ -123,7 +123,7 @@ def task_specs(
         elif task.hf_name in out:
             problems.append(f"{task.hf_name} stands twice")
         wanted = dtype if isinstance(dtype, torch.dtype) else (dtype or {}).get(task.hf_name, task.dtype)
-        out[task.hf_name] = Spec(task.shape, wanted)
+        out[task.hf_name] = TensorSpec(task.shape, wanted)
     if problems:
         raise ConfigError("conversion_tasks must be tasks of get_conversion_tasks(model), each once:\n  " + listed(problems))
     return out
@@ -136,7 +136,7 @@ def shards(
 
     The view shows the parameter's own memory. Raises MappingError for parameters that no rule feeds.
     """
-    lives = survey(model)
+    lives = collect_parameters(model)
     found, problems = Expansion(family, Dims.of(native)).entries(live.record for live in lives)
     if problems:
         raise MappingError("the model doesn't fit its architecture's rules:\n  " + listed(problems))
@@ -144,7 +144,7 @@ def shards(
     return _shards([entry for entry in found if replicas or entry.is_writer], by_name)
 
 
-def _shards(found: Sequence[Entry], lives: Mapping[str, Live]) -> Iterator[tuple[str, Box, torch.Tensor]]:
+def _shards(found: Sequence[PlannedParameter], lives: Mapping[str, LocalParameter]) -> Iterator[tuple[str, Box, torch.Tensor]]:
     for entry in found:
         for transfer in entry.transfers:
             yield entry.hf[transfer.part], Box(transfer), native_box(lives[entry.record.name].data, transfer)

@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from megabridge import agreement
-from megabridge.checkpoint import assets
-from megabridge.checkpoint.codecs import BlockFP8
-from megabridge.checkpoint.hf import PIECE, Reader, find_tensors, view
-from megabridge.checkpoint.inside import inside
-from megabridge.checkpoint.quantised import SCALE_OF, find_weights
-from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.conversion import manifest
 from megabridge.conversion.compare import same_bits
 from megabridge.conversion.encoding import Encoder, raise_to
 from megabridge.conversion.manifest import Manifest
 from megabridge.errors import CheckpointError
 from megabridge.families import family_for
-from megabridge.families.quantization import Quantization, quantization_of
+from megabridge.families.core.quantization import Quantization, quantization_of
+from megabridge.hf import assets
+from megabridge.hf.codecs import BlockFP8
+from megabridge.hf.quantised_weights import SCALE_OF, find_weights
+from megabridge.hf.safetensors_format import TensorInfo, read_header
+from megabridge.hf.tensor_files import PIECE, Reader, find_tensors, view
 from megabridge.mapping import Transfer, natural, whole
+from megabridge.parallel import collectives
+from megabridge.storage.inside_folder import inside
 
 
 def against_manifest(folder: Path) -> list[str]:
@@ -32,7 +32,7 @@ def against_manifest(folder: Path) -> list[str]:
     What isn't in the manifest is named too, but for what is harmless. Raises CheckpointError where there is no manifest that can be
     read.
     """
-    with agreement.together("reading the manifest"):
+    with collectives.raise_together("reading the manifest"):
         said = manifest.read(folder)
         problems, _ = manifest.unlisted(folder, {*said.paths(), manifest.MANIFEST})
     return problems + differences(folder, said)
@@ -45,13 +45,13 @@ def differences(folder: Path, said: Manifest, *, ranks: Sequence[int] | None = N
     """
     found: list[TensorInfo] = []
     problems: list[str] = []
-    is_reading = ranks is None or agreement.rank() in ranks
-    with agreement.together("reading headers and other files"):
+    is_reading = ranks is None or collectives.rank() in ranks
+    with collectives.raise_together("reading headers and other files"):
         if is_reading:
             found, problems = _headers(folder, said)
             problems += [*_other_files(folder, said), *_entries(found, said)]
         sound = [info for info in found if info.name in said.tensors and _is_same_place(info, said)]
-    with agreement.together("taking digests"):
+    with collectives.raise_together("taking digests"):
         taken = manifest.digests(manifest.share(sound, None if ranks is None else {info.name: ranks for info in sound}))
     wrong = [name for name, digest in taken.items() if digest != said.tensors[name].xxh3_128]
     return problems + [f"{said.tensors[name].file}: {name} has other bytes than were written" for name in _everyones(wrong)]
@@ -64,7 +64,7 @@ def against_source(folder: Path, source: Path) -> list[str]:
     quantised folder, numbers and scales must be those that an export makes of the source. Raises CheckpointError where a folder
     can't be read.
     """
-    with agreement.together("opening both folders"):
+    with collectives.raise_together("opening both folders"):
         ours, theirs = find_tensors(folder), find_weights(source)
         is_ignored = family_for(assets.read_config(source)).is_ignored
         said = assets.read_config(folder) if (folder / assets.CONFIG).is_file() else {}
@@ -76,7 +76,7 @@ def against_source(folder: Path, source: Path) -> list[str]:
     problems += [
         f"{name} is {ours[name].shape}, not {theirs[name].shape}" for name in both if ours[name].shape != theirs[name].shape
     ]
-    with agreement.together("comparing tensors"):
+    with collectives.raise_together("comparing tensors"):
         share = manifest.share([ours[name] for name in both if ours[name].shape == theirs[name].shape])
         with Reader([*share, *scales.values()]) as left, Reader(theirs[info.name] for info in share) as right:
             wrong = []
@@ -166,4 +166,4 @@ def _is_same_place(info: TensorInfo, said: Manifest) -> bool:
 
 
 def _everyones(names: list[str]) -> list[str]:
-    return sorted((name for found in agreement.gather(names) for name in found), key=natural)
+    return sorted((name for found in collectives.all_gather(names) for name in found), key=natural)

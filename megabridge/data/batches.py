@@ -9,9 +9,9 @@ from typing import Final, Literal
 
 import torch
 
+from megabridge.data.invalid_rows import TOO_LONG, UNANSWERED, BadRow
 from megabridge.data.module import Batch
 from megabridge.data.packing import pack
-from megabridge.data.rows import TOO_LONG, UNANSWERED, BadRow
 from megabridge.errors import ConfigError, listed
 
 type Overlong = Literal["truncate", "drop"]

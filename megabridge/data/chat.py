@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from megabridge.data.batches import Sample
+from megabridge.data.rendering import Template
 from megabridge.data.text import load_tokenizer, pad_token
 from megabridge.errors import ConfigError
 
 type Message = Mapping[str, Any]
-"""{"role": "system" | "user" | "assistant", "content": text}; templates may know more keys."""
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; templates may know more keys. An assistant's message with
+"tool_calls" may have no text."""
 
 # The tag as transformers looks for it (utils/chat_template_utils.py).
 _TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -37,14 +39,12 @@ class ChatEncoder:
         self.tokenizer: Any = load_tokenizer(folder)
         self._folder = folder
         self._arguments = dict(template_arguments or {})
-        if self.tokenizer.chat_template is None:
-            raise ConfigError(
-                f"the tokenizer in {folder} must have a chat template for chat data; set model.tokenizer to one that has."
-            )
-        self._has_tag = bool(_TAG.search(self.tokenizer.get_chat_template()))
+        self._template = Template(self.tokenizer, folder)
+        self._has_tag = bool(_TAG.search(self._template.source))
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         special.update(self.tokenizer.all_special_tokens)
         alternatives = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or r"(?!)"
+        self._ended = re.compile(rf"(?:{alternatives})\Z")
         self._tail = re.compile(rf"((?:\s*(?:{alternatives}))*)\s*")
 
     @property
@@ -53,7 +53,8 @@ class ChatEncoder:
         return pad_token(self.tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> Sample:
-        """The whole conversation. Raises ConfigError when the assistant's tokens can't be told apart exactly."""
+        """The whole conversation. Raises ConfigError when the assistant's tokens can't be told apart exactly, and what
+        `Template.apply` raises."""
         if self._has_tag:
             return self._by_tag(messages)
         text = self._render(messages)
@@ -67,8 +68,8 @@ class ChatEncoder:
         return Sample(tokens, mask)
 
     def _by_tag(self, messages: Sequence[Message]) -> Sample:
-        encoded = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self._arguments
+        encoded = self._template.apply(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self._arguments
         )
         sample = Sample(list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]])
         if not any(sample.mask) and any(message["role"] == "assistant" for message in messages):
@@ -87,8 +88,10 @@ class ChatEncoder:
             raise ConfigError(
                 f"with the chat template of {self._folder}, message {number} {why}: its tokens can't be told apart; {_REMEDY}."
             )
-        content = message_text(messages[number], number)
         added = through[len(before) :]
+        if messages[number].get("tool_calls"):
+            return len(before), len(before) + self._end_of_calls(added, number)
+        content = message_text(messages[number], number)
         lead = len(added) - len(added.lstrip())
         # Templates may trim the text, and may begin it with a space.
         if added.startswith(content):
@@ -105,6 +108,16 @@ class ChatEncoder:
             )
         return len(before), len(before) + tail.end(1)
 
+    def _end_of_calls(self, added: str, number: int) -> int:
+        """Where the end-of-turn token of `added`, an answer that calls tools, ends: how a call is written, the template says."""
+        end = len(added.rstrip())
+        if not self._ended.search(added[:end]):
+            raise ConfigError(
+                f"the chat template of {self._folder} must close assistant message {number}, which calls tools, by an end-of-turn "
+                f"token, and writes {added[-40:]!r}; {_REMEDY}."
+            )
+        return end
+
     def _boundary(self, text: str, tokens: list[int], place: int, number: int) -> int:
         """How many tokens `text[:place]` has. They must begin `tokens`: a token may not reach over the boundary."""
         before = self._tokens(text[:place])
@@ -117,17 +130,7 @@ class ChatEncoder:
         return len(before)
 
     def _render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt, **self._arguments
-            )
-        except TemplateError as error:
-            roles = ", ".join(str(message["role"]) for message in messages)
-            raise ConfigError(
-                f"the chat template of {self._folder} refuses the roles {roles}: {error}; change the messages."
-            ) from error
+        text: str = self._template.apply(messages, tokenize=False, add_generation_prompt=prompt, **self._arguments)
         return text
 
     def _tokens(self, text: str) -> list[int]:

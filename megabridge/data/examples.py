@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from megabridge.checks import nearest
+from megabridge.config.validation import nearest
 from megabridge.data.batches import Sample
 from megabridge.data.chat import ChatEncoder
-from megabridge.data.rows import EMPTY, ENCODING, FORMAT, INEXACT, MISSING, ROLES, BadRow
-from megabridge.data.text import TextEncoder
+from megabridge.data.invalid_rows import CONTENT, EMPTY, ENCODING, FORMAT, INEXACT, MISSING, REFUSED, ROLES, BadRow
+from megabridge.data.rendering import Refused, TemplateError
+from megabridge.data.text import TextEncoder, pad_token
 from megabridge.errors import ConfigError
 
 FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -45,8 +46,12 @@ class Examples:
         columns: Mapping[str, str],
         prompt_as_chat: bool,
         template_arguments: Mapping[str, object] | None,
+        vocab_size: int | None,
     ) -> None:
-        """`columns` says where a field has another name: {"prompt": "question"}. Raises ConfigError for an unknown field."""
+        """`columns` says where a field has another name: {"prompt": "question"}; `vocab_size`: see `DataModule`.
+
+        Raises ConfigError for an unknown field.
+        """
         known = sorted({field for fields in FIELDS.values() for field in fields})
         for field in columns:
             if field not in known:
@@ -56,6 +61,7 @@ class Examples:
         self.schema = schema
         self._folder, self._columns = folder, columns
         self._prompt_as_chat, self._arguments = prompt_as_chat, template_arguments
+        self.vocab_size = vocab_size
         self._chat: ChatEncoder | None = None
         self._text: TextEncoder | None = None
 
@@ -63,7 +69,7 @@ class Examples:
     def pad_token(self) -> int:
         """The id that fills up rows. After the first row."""
         is_chat = self.schema == "messages" or (self.schema == "prompt_completion" and self._prompt_as_chat)
-        return (self.chat if is_chat else self.text).pad_token
+        return pad_token((self.chat if is_chat else self.text).tokenizer, self.vocab_size)
 
     @property
     def text(self) -> TextEncoder:
@@ -122,8 +128,10 @@ class Examples:
         chat = self.chat
         try:
             return chat.encode(messages)
+        except TemplateError as error:  # not the row's fault
+            raise ConfigError(str(error)) from error
         except ConfigError as error:
-            raise BadRow(INEXACT, str(error)) from error
+            raise BadRow(REFUSED if isinstance(error, Refused) else INEXACT, str(error)) from error
 
 
 def _text(field: str, value: object) -> str:
@@ -144,12 +152,15 @@ def _messages(value: object) -> list[Mapping[str, Any]]:
         raise BadRow(FORMAT, "messages must be a list of objects")
     if not value:
         raise BadRow(EMPTY, "messages has none")
+    _check_encoding(value)
     before: str | None = None
+    messages = []
     for number, message in enumerate(value):
-        for key in ("role", "content"):
-            if key not in message:
-                raise BadRow(MISSING, f"{key} of message {number}")
-        role = message["role"]
+        role = message.get("role")
+        if role is None:
+            raise BadRow(MISSING, f"role of message {number}")
+        if not isinstance(role, str):
+            raise BadRow(FORMAT, f"role of message {number} must be text, not {type(role).__name__}")
         if role in _SYSTEM and before is None:
             pass
         elif role not in _BEFORE:
@@ -161,8 +172,41 @@ def _messages(value: object) -> list[Mapping[str, Any]]:
             raise BadRow(ROLES, f"message {number} is by {role} after {before or 'nothing'}")
         else:
             before = role
-        if isinstance(message["content"], str) and not (role == "assistant" and message.get("tool_calls")):
-            _text(f"content of message {number}", message["content"])
+        messages.append(_message(number, message))
     if before != "assistant":
         raise BadRow(ROLES, f"the last message is by {value[-1]['role']}, not by the assistant")
-    return value
+    return messages
+
+
+def _message(number: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its content as text. Columns of a table that say nothing in this row are left out."""
+    content, calls, where = message.get("content"), message.get("tool_calls"), f"of message {number}"
+    given = {key: value for key, value in message.items() if value is not None}
+    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise BadRow(FORMAT, f"tool_calls {where} must be a list of objects")
+    if isinstance(content, list):
+        content = "".join(_part(part, where) for part in content)
+    is_call = bool(calls) and message["role"] == "assistant"
+    if content is None and not is_call:
+        raise BadRow(MISSING, f"content {where}")
+    if not (is_call and (content is None or content == "")):
+        _text(f"content {where}", content)
+    return given | {"content": content}
+
+
+def _part(part: object, where: str) -> str:
+    """The text of one part of a content that is a list of such."""
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise BadRow(CONTENT, f"content {where} has a part that is no text: {str(kind)[:40]}")
+    return str(part["text"])
+
+
+def _check_encoding(value: object) -> None:
+    """Raises BadRow where a text anywhere in `value` can't be encoded, or lists and objects stand in each other too deeply."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(ENCODING, f"messages: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadRow(FORMAT, f"messages: {error}") from error

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import override
 
-from megabridge.data import sources
+from megabridge.data import digests, sources
 from megabridge.data.batches import OVERLONG, Batching, Overlong, Sample
 from megabridge.data.examples import Examples
+from megabridge.data.invalid_rows import check_share
 from megabridge.data.module import Batch, DataModule
 from megabridge.data.reading import Read, read
-from megabridge.data.rows import check_share
 from megabridge.errors import ConfigError, listed
 
 
@@ -66,24 +66,24 @@ class Finetuning(DataModule):
 
     @override
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
-        examples = Examples(tokenizer_folder, **self._examples)  # type: ignore[arg-type]  # each has its own type
+        examples = Examples(tokenizer_folder, vocab_size=self.vocab_size, **self._examples)  # type: ignore[arg-type]  # each has its own type
         self._seed = seed
-        self._reads = {"train": self._read(examples, seq_length, self._source)}
+        self._reads = {"train": self._read(examples, seq_length, self._source, f"data.path={self._source['path']}")}
         path, split = self._validation
         train = self._reads["train"]
         if path is None and split is None:
             self.train, self.validation = self._held_out(train)
         else:
             source = {**self._source, "split": split} if path is None else {"path": path, "split": split}
-            self._reads["validation"] = self._read(examples, seq_length, source)
+            named = "data.validation_split" if path is None else "data.validation_path"
+            self._reads["validation"] = self._read(examples, seq_length, source, f"{named}={split if path is None else path}")
             self.train, self.validation = train.samples, self._reads["validation"].samples
         self._schema = examples.schema
         sizes = (seq_length, micro_batch_size, global_batch_size, examples.pad_token)
         self.batching = Batching(*sizes, **self._filling)  # type: ignore[arg-type]  # each has its own type
 
-    def _read(self, examples: Examples, seq_length: int, source: Mapping[str, str | None]) -> Read:
-        """Reads and tokenises all rows, with the other ranks; raises ConfigError where too many are bad."""
-        what = f"data.path={source['path']}"
+    def _read(self, examples: Examples, seq_length: int, source: Mapping[str, str | None], what: str) -> Read:
+        """Reads and tokenises all rows of `what`, with the other ranks; raises ConfigError where too many are bad."""
         rows = sources.rows(**source)  # type: ignore[arg-type]  # a path is never None
         found = read(rows, examples, seq_length=seq_length, overlong=self._overlong, what=what)
         found.tally.judge(self._max_bad_share, what)
@@ -107,6 +107,10 @@ class Finetuning(DataModule):
     @override
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         return self.batching.validation(self.validation, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def digest(self) -> str:
+        return digests.of_samples(self.train, self.validation)
 
     @override
     def describe(self) -> str:

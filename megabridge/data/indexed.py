@@ -18,8 +18,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from megabridge import regular
 from megabridge.errors import ConfigError
+from megabridge.storage import crash_notes, regular_files
 
 _MAGIC: Final = b"MMIDIDX\x00\x00"
 _HEAD: Final = struct.Struct("<9sQBQQ")
@@ -28,7 +28,7 @@ _DTYPES: Final[dict[int, type[np.generic]]] = {1: np.uint8, 2: np.int8, 3: np.in
 
 def files(prefix: str | Path) -> tuple[Path, Path]:
     """(.bin, .idx) of a prefix; one of the two files is taken for it, too."""
-    name = str(regular.place(prefix))
+    name = str(regular_files.place(prefix))
     for suffix in (".bin", ".idx"):
         name = name.removesuffix(suffix)
     return Path(f"{name}.bin"), Path(f"{name}.idx")
@@ -46,13 +46,14 @@ class Indexed:
         self.prefix = str(prefix)
         self._bin, index = files(prefix)
         for file in (self._bin, index):
-            if not regular.exists(file):
+            if not regular_files.exists(file):
                 raise ConfigError(f"data.paths: {file} does not exist; make it with recipe=prepare_data, or mend the path.")
         dtype, self._lengths, self._offsets, self._bounds = _read_index(index)
         self._dtype = np.dtype(dtype)
         self._check(index)
         # An empty file can't be mapped.
         size = self._bin.stat().st_size
+        crash_notes.note_mapping(self._bin, size)
         self._bytes: NDArray[np.uint8] = np.memmap(self._bin, np.uint8, "r") if size else np.zeros(0, np.uint8)
         totals = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
         self.lengths: NDArray[np.int64] = np.diff(totals[self._bounds])
@@ -89,7 +90,7 @@ class Indexed:
 
 def _read_index(file: Path) -> tuple[type[np.generic], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     size = file.stat().st_size
-    with regular.opened(file) as stream:
+    with regular_files.opened(file) as stream:
         head = stream.read(_HEAD.size)
     if len(head) < _HEAD.size or not head.startswith(_MAGIC):
         raise ConfigError(f"{file} is no index of megatron-core's; name the prefix of a pair of .bin and .idx.")
@@ -99,6 +100,7 @@ def _read_index(file: Path) -> tuple[type[np.generic], NDArray[np.int32], NDArra
     wanted = _HEAD.size + sequences * 12 + bounds * 8
     if size < wanted:
         raise ConfigError(f"{file} has {size} bytes and should have {wanted}; it is cut off, make it again.")
+    crash_notes.note_mapping(file, size)
     content = np.memmap(file, np.uint8, "r")
     place = _HEAD.size
     found: list[NDArray[Any]] = []

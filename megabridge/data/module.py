@@ -25,6 +25,9 @@ class DataModule(ABC):
     where a run was resumed. Every rank makes its own DataModule and can compute the batches of any other.
     """
 
+    vocab_size: int | None = None
+    """How many token ids the model has; set before `setup`, so that others are refused as they are read. None: not known."""
+
     @abstractmethod
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
         """Loads and tokenises with the tokenizer in `tokenizer_folder`. Every rank calls it, once, before any batch; it may be
@@ -41,6 +44,13 @@ class DataModule(ABC):
     @abstractmethod
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         """This rank's part of the validation samples, in batches of [micro_batch_size, seq_length], as many on every rank."""
+
+    def digest(self) -> str:
+        """A digest of the rows to learn from and to validate on, after `setup`: a run is not resumed where it has changed.
+
+        Every rank calls it; it may be collective. "" where the settings of `data` say it all, and where nothing is known.
+        """
+        return ""
 
     def left_out(self) -> str:
         """One line on what was left out since training began; empty when nothing was beyond what `describe` says."""

@@ -15,11 +15,12 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from megabridge import regular
 from megabridge.data import indexed, sources
-from megabridge.data.rows import EMPTY, ENCODING, FORMAT, MISSING, BadRow, Tally
+from megabridge.data.invalid_rows import EMPTY, ENCODING, FORMAT, MISSING, BadRow, Tally
 from megabridge.data.text import TextEncoder
+from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, MegabridgeError
+from megabridge.storage import regular_files
 
 RANGE: Final = 8 << 20
 """Bytes of a file of lines that are tokenised at once."""
@@ -48,6 +49,8 @@ class Rules:
     """Whether each line of a plain text file is a document, and not the whole file."""
     append_end: bool = True
     """Whether the tokenizer's end-of-text token closes a document."""
+    vocab_size: int | None = None
+    """How many token ids the model has that the data is for. None: any."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def prepare(
 ) -> Prepared:
     """Writes `output`.bin and .idx from the files that `paths` name, documents in their order.
 
-    Both files appear only when all is done. Raises ConfigError where nothing is named, the output exists, or too many rows are bad.
+    Both files appear only when all is done. Raises ConfigError where nothing is named, the output exists, too many rows are
+    bad, or a token is none of the model's.
     """
     places = indexed.files(output)
     for place in places:
@@ -86,8 +90,7 @@ def prepare(
         unfinished = Path(work) / "all.bin", Path(work) / "all.idx"
         prepared, lengths = _tokenise(parts, unfinished[0], rules, workers, advance)
         prepared.tally.judge(max_bad_share, f"prepare.paths={','.join(paths)}", "prepare.max_bad_share")
-        encoder = TextEncoder(rules.tokenizer)
-        indexed.write_index(unfinished[1], lengths, indexed.token_dtype(len(encoder.tokenizer)))
+        indexed.write_index(unfinished[1], lengths, _dtype(TextEncoder(rules.tokenizer)))
         for source, place in zip(unfinished, places, strict=True):
             source.replace(place)
     return prepared
@@ -145,6 +148,11 @@ def _results(jobs: Sequence[tuple[Part, Path]], rules: Rules, workers: int) -> I
             ) from error
 
 
+def _dtype(encoder: TextEncoder) -> type[np.generic]:
+    """What holds every id of the tokenizer, whose ids may have gaps."""
+    return indexed.token_dtype(max(encoder.tokenizer.get_vocab().values(), default=0) + 1)
+
+
 _worker: _Worker | None = None
 """Of a process of the pool."""
 
@@ -165,7 +173,7 @@ class _Worker:
 
     def __init__(self, rules: Rules) -> None:
         self._rules, self._encoder = rules, TextEncoder(rules.tokenizer)
-        self._dtype = indexed.token_dtype(len(self._encoder.tokenizer))
+        self._dtype = _dtype(self._encoder)
 
     def run(self, part: Part, output: Path) -> tuple[np.ndarray[Any, Any], Tally]:
         """Writes the tokens of a part's documents into `output`; returns their lengths, and what was left out."""
@@ -177,6 +185,7 @@ class _Worker:
                 except BadRow as bad:
                     tally.leave_out(where, bad)
                     continue
+                check_ids(tokens, self._rules.vocab_size, where)
                 tally.good += 1
                 stream.write(np.asarray(tokens, self._dtype).tobytes())
                 lengths.append(len(tokens))
@@ -187,7 +196,7 @@ class _Worker:
         if part.group is not None:
             yield from sources.read_parquet(part.file, [part.group], [self._rules.column])
         elif part.file.suffix == ".txt" and not self._rules.text_lines:
-            with regular.opened(part.file) as text:
+            with regular_files.opened(part.file) as text:
                 yield str(part.file), self._plain(text.read())
         else:
             take = self._plain if part.file.suffix == ".txt" else sources.parse
@@ -220,7 +229,7 @@ class _Worker:
 
 def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
     """(place in the file, line without its end) of the lines that begin in the part's bytes."""
-    with regular.opened(part.file) as stream:
+    with regular_files.opened(part.file) as stream:
         if part.begin:
             stream.seek(part.begin - 1)
             stream.readline()  # it began before, or is the end of the line before

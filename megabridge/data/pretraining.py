@@ -15,31 +15,37 @@ from typing import Final, override
 import numpy as np
 from numpy.typing import NDArray
 
+from megabridge.data import digests
 from megabridge.data.batches import Batching, Row, text_row
-from megabridge.data.indexed import Indexed
+from megabridge.data.indexed import Indexed, files
 from megabridge.data.module import Batch, DataModule
+from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, listed
 
 _STRETCH: Final = 4096
 """Positions whose share among the sets is worked out at once."""
 
 
-class Windows:
+class TokenWindows:
     """Rows of seq_length + 1 tokens over some documents of one set, put one after the other in a new order each epoch.
 
     A window begins with the last token of the one before it, so that every token but an epoch's first is a label; what is left at
     the end of an epoch, less than a window, is left out in that epoch.
     """
 
-    def __init__(self, indexed: Indexed, documents: range, seq_length: int, seed: str) -> None:
+    def __init__(self, indexed: Indexed, documents: range, seq_length: int, seed: str, vocab_size: int | None = None) -> None:
         self._indexed, self._documents, self._length, self._seed = indexed, documents, seq_length, seed
+        self._vocab_size = vocab_size
         self._sizes = indexed.lengths[documents.start : documents.stop]
         self.tokens = int(self._sizes.sum())
         self.per_epoch = max(0, self.tokens - 1) // seq_length
         self._epoch = -1
 
     def window(self, number: int) -> list[NDArray[np.int64]]:
-        """Window `number` >= 0 of the run: seq_length + 1 tokens, cut where a document begins."""
+        """Window `number` >= 0 of the run: seq_length + 1 tokens, cut where a document begins.
+
+        Raises ConfigError for tokens that are none of the model's, which has `vocab_size` of them.
+        """
         epoch, place = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             self._shuffle(epoch)
@@ -52,7 +58,10 @@ class Windows:
             stop = min(end, int(self._ends[which]))
             if stop > begin:
                 document = self._documents[int(self._shuffled[which])]
-                found.append(self._indexed.tokens(document, begin - first, stop - first))
+                piece = self._indexed.tokens(document, begin - first, stop - first)
+                if self._vocab_size is not None and not (piece.min() >= 0 and piece.max() < self._vocab_size):
+                    check_ids(piece.tolist(), self._vocab_size, f"data.paths: document {document} of {self._indexed.prefix}")
+                found.append(piece)
             begin, which = stop, which + 1
         return found
 
@@ -143,7 +152,7 @@ class IndexedTokens(DataModule):
         self._batching = Batching(seq_length, micro_batch_size, global_batch_size, 0, packing=self._separate)
         sets = [Indexed(path) for path in self._paths]
         self._train = [
-            Windows(indexed, parts[0], seq_length, f"{seed}/{number}/train")
+            TokenWindows(indexed, parts[0], seq_length, f"{seed}/{number}/train", self.vocab_size)
             for number, indexed in enumerate(sets)
             for parts in [split_documents(len(indexed), self._split)]
         ]
@@ -154,12 +163,14 @@ class IndexedTokens(DataModule):
             )
         self._blend = Blend([windows.tokens for windows in self._train] if self._weights is None else self._weights)
         held_out = [
-            Windows(indexed, split_documents(len(indexed), self._split)[1], seq_length, f"{seed}/{number}/validation")
+            TokenWindows(
+                indexed, split_documents(len(indexed), self._split)[1], seq_length, f"{seed}/{number}/validation", self.vocab_size
+            )
             for number, indexed in enumerate(sets)
         ]
         self._validation = self._held_out(held_out)
 
-    def _held_out(self, sets: Sequence[Windows]) -> list[Row]:
+    def _held_out(self, sets: Sequence[TokenWindows]) -> list[Row]:
         """Rows of the held-out documents, blended as those for training, none twice."""
         shares = [(windows, weight) for windows, weight in zip(sets, self._blend.weights, strict=True) if windows.per_epoch]
         if not shares:
@@ -187,6 +198,10 @@ class IndexedTokens(DataModule):
     @override
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         return self._batching.fixed(self._validation, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def digest(self) -> str:
+        return digests.of_files([file for path in self._paths for file in files(path)])
 
     @override
     def describe(self) -> str:

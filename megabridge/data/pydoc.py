@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, override
 
+from megabridge.data import digests
 from megabridge.data.batches import OVERLONG, Batching, Fitted, Overlong, Sample, fit
 from megabridge.data.chat import ChatEncoder
 from megabridge.data.module import Batch, DataModule
+from megabridge.data.text import pad_token
+from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError
 
 CHARACTERS: Final = 16
@@ -51,7 +54,8 @@ class PydocTopics(DataModule):
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
         encoder = ChatEncoder(tokenizer_folder, template_arguments=self._template_arguments)
         self._seed = seed
-        self._batching = Batching(seq_length, micro_batch_size, global_batch_size, encoder.pad_token, self._pad_to)
+        pad = pad_token(encoder.tokenizer, self.vocab_size)
+        self._batching = Batching(seq_length, micro_batch_size, global_batch_size, pad, self._pad_to)
         train, validation = split(self._validation_share)
         self.train = self._fitted(encoder, train)
         self.validation = self._fitted(encoder, validation)
@@ -64,6 +68,7 @@ class PydocTopics(DataModule):
     def _sample(self, encoder: ChatEncoder, topic: str, text: str, characters: int) -> Sample:
         question = {"role": "user", "content": self._prompt.replace("{topic}", topic)}
         sample = encoder.encode([question, {"role": "assistant", "content": text.strip()[:characters].rstrip()}])
+        check_ids(sample.tokens, self.vocab_size, f"the topic {topic!r} of pydoc")
         return sample if self._answers_only else Sample(sample.tokens, [True] * len(sample.tokens))
 
     @override
@@ -73,6 +78,10 @@ class PydocTopics(DataModule):
     @override
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         return self._batching.validation(self.validation.samples, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def digest(self) -> str:
+        return digests.of_samples(self.train.samples, self.validation.samples)
 
     @override
     def describe(self) -> str:

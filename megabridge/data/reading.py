@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
 
-from megabridge.agreement import gather, gather_bytes, rank, together, world_size
 from megabridge.data.batches import Overlong, Sample, fit_one
 from megabridge.data.examples import DIGEST, Examples
-from megabridge.data.rows import BadRow, Tally
+from megabridge.data.invalid_rows import BadRow, Tally
 from megabridge.data.sources import Found
+from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError
+from megabridge.parallel.collectives import all_gather, all_gather_bytes, raise_together, rank, world_size
 
 BLOCK: Final = 256
 """Rows that a rank tokenises, one after the other, before it meets the others."""
@@ -34,7 +35,7 @@ class Read:
     truncated: int = 0
 
     def take(self, found: Found, examples: Examples, *, seq_length: int, overlong: Overlong) -> None:
-        """Tokenises one row, or counts it as bad."""
+        """Tokenises one row, or counts it as bad. Raises ConfigError for tokens that are none of the model's."""
         where, row = found
         try:
             if isinstance(row, BadRow):
@@ -44,6 +45,7 @@ class Read:
         except BadRow as bad:
             self.tally.leave_out(where, bad)
             return
+        check_ids(kept.tokens, examples.vocab_size, where)
         self.tally.good += 1
         self.truncated += len(kept.tokens) < len(sample.tokens)
         # A tenth of the memory of a list.
@@ -88,16 +90,16 @@ def read(rows: Iterable[Found], examples: Examples, *, seq_length: int, overlong
     told, begun, before = time.monotonic(), time.monotonic(), 0
     while True:
         part, seen = Read(), 0
-        with together(f"reading {what}"):
+        with raise_together(f"reading {what}"):
             for found in islice(remaining, stride):
                 if seen // BLOCK == own:
                     part.take(found, examples, seq_length=seq_length, overlong=overlong)
                 else:
                     examples.settle(found[1])
                 seen += 1
-        parts = gather((seen, part.tally, part.truncated))
+        parts = all_gather((seen, part.tally, part.truncated))
         _check([count for count, _, _ in parts], before, stride, what)
-        for content, (_, tally, truncated) in zip(gather_bytes(part.content()), parts, strict=True):
+        for content, (_, tally, truncated) in zip(all_gather_bytes(part.content()), parts, strict=True):
             whole.add(content, tally, truncated)
         before += seen
         if seen < stride:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from megabridge import regular
-from megabridge.data.rows import ENCODING, FORMAT, BadRow
+from megabridge.data.invalid_rows import ENCODING, FORMAT, BadRow
 from megabridge.errors import ConfigError
+from megabridge.storage import regular_files
 
 type Found = tuple[str, Mapping[str, Any] | BadRow]
 """(where it is: file:line or file:row, the row)."""
@@ -29,14 +29,14 @@ def local_files(path: str) -> list[Path] | None:
     A folder without them is none: `datasets` may know it. Raises ConfigError for a file of another kind, and
     CheckpointError for what is no regular file.
     """
-    place = regular.place(path)
+    place = regular_files.place(path)
     if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and regular.exists(file))
+        found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and regular_files.exists(file))
         return found or None
     # Path.glob takes no absolute pattern.
     found = [place] if place.is_file() else sorted(Path(name) for name in glob.glob(str(place), recursive=True))  # noqa: PTH207
     for file in found:
-        regular.opened(file).close()
+        regular_files.opened(file).close()
     others = [str(file) for file in found if file.suffix not in SUFFIXES]
     if others:
         raise ConfigError(f"{others[0]} must be {', '.join(SUFFIXES)}; convert it.")
@@ -50,10 +50,10 @@ def read(file: Path) -> Iterator[Found]:
     if file.suffix == ".parquet":
         yield from read_parquet(file)
     elif file.suffix == ".txt":
-        with regular.opened(file) as text:
+        with regular_files.opened(file) as text:
             yield str(file), decode(text.read())
     else:
-        with regular.opened(file) as lines:
+        with regular_files.opened(file) as lines:
             yield from ((f"{file}:{number}", parse(line)) for number, line in enumerate(lines, 1) if line.strip())
 
 
@@ -68,12 +68,20 @@ def decode(content: bytes) -> Mapping[str, Any] | BadRow:
 def parse(line: bytes) -> Mapping[str, Any] | BadRow:
     """A row of JSONL."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         return BadRow(ENCODING, str(error))
     except (ValueError, RecursionError) as error:
         return BadRow(FORMAT, f"no JSON: {error}")
     return row if isinstance(row, dict) else BadRow(FORMAT, f"must be a JSON object, not {type(row).__name__}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:100]!r} stands twice")
+    return found
 
 
 def read_parquet(file: Path, groups: Sequence[int] | None = None, columns: Sequence[str] | None = None) -> Iterator[Found]:

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, override
 
-from megabridge.data import sources
+from megabridge.data import digests, sources
 from megabridge.data.batches import Batching, Row, text_row
 from megabridge.data.examples import Examples
+from megabridge.data.invalid_rows import SOON, BadRow, Tally, check_share
 from megabridge.data.module import Batch, DataModule
-from megabridge.data.rows import SOON, BadRow, Tally, check_share
+from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, listed
 
 
@@ -63,7 +64,12 @@ class StreamedText(DataModule):
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
         """Reads the documents that are held out."""
         self._examples = Examples(
-            tokenizer_folder, schema="text", columns={"text": self._column}, prompt_as_chat=False, template_arguments=None
+            tokenizer_folder,
+            schema="text",
+            columns={"text": self._column},
+            prompt_as_chat=False,
+            template_arguments=None,
+            vocab_size=self.vocab_size,
         )
         self._seed = seed
         self._batching = Batching(seq_length, micro_batch_size, global_batch_size, self._examples.pad_token, packing=self._separate)
@@ -83,13 +89,15 @@ class StreamedText(DataModule):
     def _documents_of(self, stream: Any, what: str, tally: Tally) -> Iterator[list[int]]:
         """The tokens of each document; bad rows are counted, and judged once SOON rows were seen."""
         for number, row in enumerate(sources.readable(self._path, stream)):
+            where = f"{self._path}:{what} row {number}"
             try:
                 sample = self._examples.encode(row)
             except BadRow as bad:
-                tally.leave_out(f"{self._path}:{what} row {number}", bad)
+                tally.leave_out(where, bad)
                 if tally.rows >= SOON:
                     tally.judge(self._max_bad_share, f"data.path={self._path}")
                 continue
+            check_ids(sample.tokens, self.vocab_size, where)
             tally.good += 1
             yield list(sample.tokens)
 
@@ -129,6 +137,13 @@ class StreamedText(DataModule):
     @override
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         return self._batching.fixed(self._validation, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def digest(self) -> str:
+        """Of the rows that are held out, and of local files; a hub's data set is its revision's."""
+        local = sources.local_files(self._path)
+        held_out = digests.of_samples(*self._validation)
+        return held_out if local is None else f"{held_out} {digests.of_files(local)}"
 
     @override
     def describe(self) -> str:

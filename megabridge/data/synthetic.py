@@ -10,6 +10,7 @@ import torch
 
 from megabridge.data.batches import Batching, Sample
 from megabridge.data.module import Batch, DataModule
+from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError
 
 
@@ -26,6 +27,7 @@ class RandomTokens(DataModule):
     @override
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
         """The tokenizer is not looked at."""
+        check_ids([self._vocab_size - 1], self.vocab_size, f"data.vocab_size={self._vocab_size}")
         self._seed = seed
         self._batching = Batching(seq_length, micro_batch_size, global_batch_size, pad_token=0)
         count, held_out = self._counts

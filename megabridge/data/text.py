@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 # More than a second to import: here, so that ranks forked by one process share it.
 from transformers import AutoTokenizer
 
 from megabridge.data.batches import Sample
 from megabridge.errors import CheckpointError, ConfigError, said
+from megabridge.storage import regular_files
+
+_SUFFIXES: Final = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+
+
+def _check_file(file: Path) -> None:
+    """Raises CheckpointError for a file that can't be read at all, or is larger than any tokenizer's."""
+    with regular_files.opened(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+    if size > regular_files.LARGEST:
+        raise CheckpointError(f"{file} has {size} bytes, and may have {regular_files.LARGEST}; fetch it again.")
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; no code of the folder is run. Raises CheckpointError where transformers can't load it."""
+    with suppress(OSError):  # transformers says what is wrong with a folder
+        for file in sorted(folder.iterdir()):
+            if file.exists() and not file.is_dir() and (file.suffix in _SUFFIXES or not regular_files.exists(file)):
+                _check_file(file)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
@@ -26,10 +43,11 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def pad_token(tokenizer: Any) -> int:
-    """The id that fills up rows; it is never a label that counts."""
+def pad_token(tokenizer: Any, vocab_size: int | None = None) -> int:
+    """The id that fills up rows; it is never a label that counts. With `vocab_size` it is below that: some tokenizers were given a
+    padding token that their model has no row for."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and (vocab_size is None or 0 <= token < vocab_size):
             return int(token)
     return 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from megabridge import extras
+from megabridge.config import optional_packages
 from megabridge.evaluation.tasks import Harness, Task
 
 _BOOTSTRAP: Final = 1000
@@ -39,7 +39,7 @@ def problems(tasks: Mapping[str, Task]) -> list[str]:
 
 def evaluate(task: Harness, model: Any, tokenizer: Any, *, batch_size: int) -> dict[str, float]:
     """The harness's metrics as TASK/METRIC, or TASK/METRIC_FILTER where it filtered answers; standard errors as METRIC_stderr."""
-    extras.require("lm_eval")
+    optional_packages.require("lm_eval")
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 
+from megabridge.data.rendering import Template
+from megabridge.data.vocabulary import check_ids, check_tokens
 from megabridge.evaluation import rows, scoring
 from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity
+
+
+def vocabulary(model: Any) -> int:
+    """How many token ids a model of transformers has."""
+    return int(model.get_input_embeddings().num_embeddings)
 
 
 def perplexity(task: Perplexity, model: Any, tokenizer: Any, *, batch_size: int) -> dict[str, float]:
@@ -17,7 +24,10 @@ def perplexity(task: Perplexity, model: Any, tokenizer: Any, *, batch_size: int)
     assert task.seq_length is not None  # tasks.parsed has set it
     stride = task.stride or max(1, task.seq_length // 2)
     texts = rows.documents(task.path, task.column)
-    pieces = [piece for text in texts for piece in scoring.windows(scoring.document(tokenizer, text), task.seq_length, stride)]
+    encoded = [scoring.document(tokenizer, text) for text in texts]
+    for number, ids in enumerate(encoded):
+        check_ids(ids, vocabulary(model), f"document {number} of {task.path}")
+    pieces = [piece for ids in encoded for piece in scoring.windows(ids, task.seq_length, stride)]
     nats = -sum(scoring.log_likelihoods(model, pieces, batch_size=batch_size))
     tokens, size = sum(piece.scored for piece in pieces), sum(len(text.encode()) for text in texts)
     mean = nats / tokens
@@ -39,6 +49,9 @@ def multiple_choice(task: MultipleChoice, model: Any, tokenizer: Any, *, batch_s
         for question in asked
         for choice in question.choices
     ]
+    questions = [number for number, question in enumerate(asked) for _ in question.choices]
+    for number, piece in zip(questions, pieces, strict=True):
+        check_ids(piece.tokens, vocabulary(model), f"question {number} of {task.path}")
     found = iter(scoring.log_likelihoods(model, pieces, batch_size=batch_size))
     right = {"acc": 0, "acc_norm": 0, "acc_bytes": 0}
     for question in asked:
@@ -68,12 +81,14 @@ def generations(task: Generations, model: Any, tokenizer: Any) -> list[dict[str,
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
     """The greedy answer to each prompt, asked through the chat template where the tokenizer has one; without special tokens."""
     texts = []
+    template = Template(tokenizer, tokenizer.name_or_path) if tokenizer.chat_template else None
     for prompt in prompts:
-        if tokenizer.chat_template:
+        if template is not None:
             messages = [{"role": "user", "content": prompt}]
-            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            inputs = template.apply(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         else:
             inputs = tokenizer(prompt, return_tensors="pt")
+        check_tokens(inputs["input_ids"], vocabulary(model), f"the prompt {prompt[:80]!r}")
         filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         with torch.no_grad():
             tokens = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=filler)

@@ -18,7 +18,7 @@ from typing import Any, Final
 from megabridge.errors import MegabridgeError
 from megabridge.evaluation.run import Results
 from megabridge.evaluation.tasks import Task, specs
-from megabridge.host import cores
+from megabridge.parallel.hardware import cores
 
 _OF_RANKS: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables from which libraries conclude that they are one rank of several."""
@@ -41,8 +41,8 @@ class Process:
         # The ranks wait, so all cores are free.
         request = {"folder": str(folder), "tasks": specs(tasks), "batch_size": batch_size, "device": device, "check": check}
         environ = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
-        self._outcome, self._printed = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # closed with this
         try:
+            self._outcome, self._printed = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # closed with this
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "megabridge.evaluation"],
                 env=environ | {"OMP_NUM_THREADS": str(cores())},

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megabridge import regular
 from megabridge.errors import CheckpointError, ConfigError, listed
+from megabridge.storage import regular_files
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def _rows[T](path: str, read: Callable[[Mapping[str, Any]], T]) -> list[T]:
             row = json.loads(line.decode())
             if not isinstance(row, dict):
                 raise ConfigError(f"must be a JSON object, not {type(row).__name__}")
+            json.dumps(row, ensure_ascii=False).encode()  # a tokenizer takes no lone surrogates
             good.append(read(row))
         except UnicodeDecodeError:
             problems.append(f"{path}:{number}: must be UTF-8")
@@ -86,7 +87,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 def _content(path: str) -> bytes:
     try:
-        with regular.opened(Path(path)) as file:
+        with regular_files.opened(Path(path)) as file:
             return file.read()
     except CheckpointError as error:
         raise ConfigError(f"path={error}") from error

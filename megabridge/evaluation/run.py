@@ -11,13 +11,15 @@ from typing import Any, Final
 
 import torch
 
-from megabridge.checkpoint import assets, folders
 from megabridge.conversion.parity import load_hf
 from megabridge.data.text import load_tokenizer
+from megabridge.data.vocabulary import check_tokens
 from megabridge.errors import ConfigError
 from megabridge.evaluation import harness, measures, scoring
 from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity, Task, specs
-from megabridge.families.ranges import POSITIONS
+from megabridge.families.core.ranges import POSITIONS
+from megabridge.hf import assets
+from megabridge.storage import atomic_files, folders
 
 FILE: Final = "evaluation.json"
 TABLE: Final = "generations"
@@ -49,8 +51,14 @@ class Results:
 
 
 def load(folder: Path, device: str) -> tuple[Any, Any]:
-    """transformers' model of a folder, in its own precision, and its tokenizer. No code of the folder is run."""
-    return load_hf(folder, "auto").to(device), load_tokenizer(folder)
+    """transformers' model of a folder, in its own precision, and its tokenizer. No code of the folder is run.
+
+    The model raises ConfigError for tokens that it doesn't have, whoever asks it.
+    """
+    model, tokenizer = load_hf(folder, "auto").to(device), load_tokenizer(folder)
+    size = measures.vocabulary(model)
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: check_tokens(inputs[0], size, "tokens"))
+    return model, tokenizer
 
 
 def evaluate(folder: Path, tasks: Mapping[str, Task], *, batch_size: int, device: str = "cpu") -> Results:
@@ -93,10 +101,7 @@ def write(file: Path, folder: Path, tasks: Mapping[str, Task], results: Results)
     """Writes what was found, and by what, as JSON; `file` appears whole. A figure that JSON has no number for is null."""
     figures = {name: value if math.isfinite(value) else None for name, value in results.metrics.items()}
     content = {"folder": str(folder), "tasks": specs(tasks), "metrics": figures, "generations": results.generations}
-    partial = folders.partial_of(file)
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    folders.fsync(partial)
-    partial.rename(file)
+    atomic_files.write(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     folders.fsync(file.parent)
 
 

@@ -16,7 +16,7 @@ from megabridge.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Piece:
+class ScoredTokens:
     """Tokens, of which the last `scored` have their likelihood taken, each given all before it."""
 
     tokens: Sequence[int]
@@ -44,7 +44,7 @@ def document(tokenizer: Any, text: str) -> list[int]:
     return tokens if tokens[:1] == [first] else [first, *tokens]
 
 
-def windows(tokens: Sequence[int], seq_length: int, stride: int) -> Iterator[Piece]:
+def windows(tokens: Sequence[int], seq_length: int, stride: int) -> Iterator[ScoredTokens]:
     """Pieces that score every token but the first exactly once.
 
     The model is given at most `seq_length` tokens at once. The first piece scores as many, each further one the next `stride`
@@ -53,11 +53,11 @@ def windows(tokens: Sequence[int], seq_length: int, stride: int) -> Iterator[Pie
     done, total = 1, len(tokens)
     while done < total:
         end = min(total, done + (seq_length if done == 1 else stride))
-        yield Piece(tokens[max(0, end - 1 - seq_length) : end], end - done)
+        yield ScoredTokens(tokens[max(0, end - 1 - seq_length) : end], end - done)
         done = end
 
 
-def continuation(tokenizer: Any, prompt: str, text: str, *, longest: int) -> Piece:
+def continuation(tokenizer: Any, prompt: str, text: str, *, longest: int) -> ScoredTokens:
     """`text` after `prompt`, of which the tokens of `text` are scored.
 
     Spaces at the end of the prompt belong to the text. Both are encoded as one, and cut after as many tokens as the prompt alone
@@ -70,10 +70,10 @@ def continuation(tokenizer: Any, prompt: str, text: str, *, longest: int) -> Pie
     else:
         whole, before = document(tokenizer, prompt + text), 1
     tokens = whole[-(longest + 1) :]
-    return Piece(tokens, min(len(whole) - before, len(tokens) - 1))
+    return ScoredTokens(tokens, min(len(whole) - before, len(tokens) - 1))
 
 
-def log_likelihoods(model: Any, pieces: Sequence[Piece], *, batch_size: int) -> list[float]:
+def log_likelihoods(model: Any, pieces: Sequence[ScoredTokens], *, batch_size: int) -> list[float]:
     """The sum of natural log-probabilities over each piece's scored tokens, in the order of `pieces`.
 
     Softmax in float32, sums in float64. Pieces of like length share a batch; the shorter ones are filled up on the right, where
@@ -97,7 +97,7 @@ def log_likelihoods(model: Any, pieces: Sequence[Piece], *, batch_size: int) -> 
     return totals
 
 
-def _score(logits: torch.Tensor, piece: Piece) -> float:
+def _score(logits: torch.Tensor, piece: ScoredTokens) -> float:
     """The log-likelihood of one piece from its row of logits [longest, vocabulary]."""
     if piece.scored < 1:
         return 0.0

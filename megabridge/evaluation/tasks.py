@@ -12,8 +12,8 @@ from typing import Any, Final
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megabridge import extras
-from megabridge.checks import nearest
+from megabridge.config import optional_packages
+from megabridge.config.validation import nearest
 from megabridge.errors import ConfigError
 from megabridge.evaluation import rows
 
@@ -75,7 +75,7 @@ class Harness:
         if self.include_path is not None and not Path(self.include_path).is_dir():
             found.append(f"include_path={self.include_path} must be a folder with task files")
         try:
-            extras.require("lm_eval")
+            optional_packages.require("lm_eval")
         except ConfigError as error:
             found.append(str(error))
         return found
@@ -165,4 +165,4 @@ def specs(tasks: Mapping[str, Task]) -> dict[str, Any]:
 
 def asks_harness(tasks: Mapping[str, Task]) -> bool:
     """Whether lm-evaluation-harness is needed, and there: where it is missing, `parsed` has said so."""
-    return extras.is_installed("lm_eval") and any(isinstance(task, Harness) for task in tasks.values())
+    return optional_packages.is_installed("lm_eval") and any(isinstance(task, Harness) for task in tasks.values())

@@ -1,9 +1,9 @@
 """ArceeForCausalLM: AFM (transformers models/arcee/modeling_arcee.py): Llama with a squared-ReLU MLP without a gate."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Fixed
-from megabridge.families.parts import LAYER, UNTIED, attention, biases, embeddings, plain_mlp, pre_norms, rms, sizes
-from megabridge.families.positions import Rope
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Choice, Fixed
+from megabridge.families.core.parts import LAYER, UNTIED, attention, biases, embeddings, plain_mlp, pre_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off

@@ -5,11 +5,22 @@ Attention stands beside the MLP.
 
 from dataclasses import replace
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, Fixed, Repeats, Unread, given
-from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, biases, embeddings, gated_mlp, pre_norms, qk_norms, sizes
-from megabridge.families.positions import Rope, Windows, every
-from megabridge.families.ranges import STEP
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Choice, Field, Fixed, Repeats, Unread, given
+from megabridge.families.core.parts import (
+    GATED_SILU,
+    LAYER,
+    TIED,
+    attention,
+    biases,
+    embeddings,
+    gated_mlp,
+    pre_norms,
+    qk_norms,
+    sizes,
+)
+from megabridge.families.core.ranges import STEP
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow, every
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -43,7 +54,7 @@ COHERE2 = replace(
     model_type="cohere2",
     fields=(
         *SHARED,
-        Windows(every("sliding_window_pattern", 4), default=4096, nope_elsewhere="always",
+        SlidingWindow(every("sliding_window_pattern", 4), default=4096, nope_elsewhere="always",
                 pattern_keys=("sliding_window_pattern",), pattern=STEP),
         Rope(),
         Repeats("layer_switch",                    lambda hf: given(hf, "sliding_window_pattern", 4)),

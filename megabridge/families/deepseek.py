@@ -5,10 +5,10 @@ Kimi K2 has the shape of V3 and the class name KimiK2ForCausalLM, which transfor
 
 from __future__ import annotations
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Field, FieldLike, Fixed, Only
-from megabridge.families.latent import latent_attention, latent_sizes
-from megabridge.families.mixtures import (
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Field, FieldLike, Fixed, RequiredValue
+from megabridge.families.core.mla import mla_attention, mla_sizes
+from megabridge.families.core.moe import (
     MTP_COPIES,
     MTP_NAMES,
     DenseFirst,
@@ -23,14 +23,14 @@ from megabridge.families.mixtures import (
     shared_expert,
     sigmoid_router,
 )
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms
-from megabridge.families.positions import Rope
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 from megabridge.mapping.rules import Rules
 
 
 def _layer(gate: Rules) -> Rules:
-    return (*pre_norms(), *latent_attention(), *gated_mlp(), *gate, *experts(), *shared_expert("mlp.shared_experts"))
+    return (*pre_norms(), *mla_attention(), *gated_mlp(), *gate, *experts(), *shared_expert("mlp.shared_experts"))
 
 
 # fmt: off
@@ -48,7 +48,7 @@ V2 = Family(
     architecture="DeepseekV2ForCausalLM",
     model_type="deepseek_v2",
     fields=(
-        *latent_sizes(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128, positions=2048),
+        *mla_sizes(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128, positions=2048),
         *mixture(experts="n_routed_experts", aux=None, defaults=(64, None, 1407)),
         Fixed("moe_router_score_function",         "softmax"),
         Fixed("moe_router_pre_softmax",            True),
@@ -56,8 +56,8 @@ V2 = Family(
         Field("moe_router_topk_scaling_factor",    "routed_scaling_factor", 1.0),
         DenseFirst(),
         SharedExperts(default=2, width=("moe_intermediate_size", 1407)),
-        Only("norm_topk_prob",                     (False,)),
-        Only("mlp_bias",                           (False,)),
+        RequiredValue("norm_topk_prob",                     (False,)),
+        RequiredValue("mlp_bias",                           (False,)),
         *routing_notes("softmax"),
         *SHARED,
     ),
@@ -69,13 +69,13 @@ V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     model_type="deepseek_v3",
     fields=(
-        *latent_sizes(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128, positions=4096, heads=128),
+        *mla_sizes(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128, positions=4096, heads=128),
         *mixture(experts="n_routed_experts", aux=None, defaults=(256, 8, 2048)),
         *sigmoid_router(groups=(8, 4), topk=8, scale=2.5),
         DenseFirst(default=3),
         MtpLayers(default=1),
         SharedExperts(width=("moe_intermediate_size", 2048)),
-        Only("rope_interleave",                    (True,)),
+        RequiredValue("rope_interleave",                    (True,)),
         *routing_notes("sigmoid", "noaux_tc"),
         *SHARED,
     ),

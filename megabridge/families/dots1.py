@@ -1,8 +1,8 @@
 """Dots1ForCausalLM: dots.llm1 (transformers models/dots1)."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Fixed, Json
-from megabridge.families.mixtures import (
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Fixed, Json
+from megabridge.families.core.moe import (
     DenseFirst,
     SharedExperts,
     experts,
@@ -12,7 +12,7 @@ from megabridge.families.mixtures import (
     shared_expert,
     sigmoid_router,
 )
-from megabridge.families.parts import (
+from megabridge.families.core.parts import (
     GATED_SILU,
     LAYER,
     UNTIED,
@@ -25,8 +25,8 @@ from megabridge.families.parts import (
     rms,
     sizes,
 )
-from megabridge.families.positions import Rope, Windows
-from megabridge.families.ranges import COUNT
+from megabridge.families.core.ranges import COUNT
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow
 from megabridge.mapping import WeightMap, block
 
 
@@ -48,7 +48,7 @@ FAMILY = Family(
         *sigmoid_router(normalize=False),
         DenseFirst(),
         SharedExperts(default=0, width=("moe_intermediate_size", 1408)),
-        Windows(_is_windowed, default=4096, pattern_keys=("max_window_layers",), pattern=COUNT),
+        SlidingWindow(_is_windowed, default=4096, pattern_keys=("max_window_layers",), pattern=COUNT),
         Rope(),
         UNTIED,
         *routing_notes("sigmoid", "noaux_tc"),

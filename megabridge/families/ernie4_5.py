@@ -1,9 +1,9 @@
 """Ernie4_5ForCausalLM: ERNIE 4.5, dense (transformers models/ernie4_5/modeling_ernie4_5.py)."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Fixed, Repeats
-from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
-from megabridge.families.positions import Rope
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Fixed, Repeats
+from megabridge.families.core.parts import GATED_SILU, LAYER, TIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off

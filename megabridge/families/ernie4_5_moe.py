@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megabridge.config.value_types import Kind, whole
 from megabridge.errors import ConfigError
-from megabridge.families.family import Family
-from megabridge.families.fields import Field, Fixed, Json, Only, Repeats, Unread
-from megabridge.families.mixtures import MtpLayers, SharedExperts, experts, mixture, router, shared_expert
-from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, embeddings, gated_mlp, pre_norms, rms, sizes
-from megabridge.families.positions import Rope
-from megabridge.families.ranges import COUNT, STEP
-from megabridge.kinds import Kind, whole
-from megabridge.mapping import Single, WeightMap, block, weight
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Field, Fixed, Json, Repeats, RequiredValue, Unread
+from megabridge.families.core.moe import MtpLayers, SharedExperts, experts, mixture, router, shared_expert
+from megabridge.families.core.parts import GATED_SILU, LAYER, TIED, attention, embeddings, gated_mlp, pre_norms, rms, sizes
+from megabridge.families.core.ranges import COUNT, STEP
+from megabridge.families.core.rope_and_windows import Rope
+from megabridge.mapping import Unsqueeze, WeightMap, block, weight
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ FAMILY = Family(
         *sizes(kv=4, positions=131072),
         *rms(1e-5),
         *GATED_SILU,
-        Only("use_bias",                           (False,)),
+        RequiredValue("use_bias",                           (False,)),
         *mixture(experts="moe_num_experts", topk="moe_k", defaults=(64, 6, 1536)),
         Fixed("moe_router_score_function",         "softmax"),
         Fixed("moe_router_pre_softmax",            True),
@@ -66,7 +66,7 @@ FAMILY = Family(
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), attention(), gated_mlp(), router(), experts(), shared_expert("mlp.shared_experts"),
-        weight("mlp.router.expert_bias",           "mlp.moe_statics.e_score_correction_bias", layout=Single()),
+        weight("mlp.router.expert_bias",           "mlp.moe_statics.e_score_correction_bias", layout=Unsqueeze()),
     )),
     carried=("model.mtp_*",),
     tiny={

@@ -1,10 +1,21 @@
 """Exaone4ForCausalLM: EXAONE 4.0 (transformers models/exaone4): with windows, layers without one have no rotary embedding."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Fixed, Json
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, post_norms, qk_norms, rms, sizes
-from megabridge.families.positions import PERIOD, Rope, Windows
-from megabridge.kinds import Kind
+from megabridge.config.value_types import Kind
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Fixed, Json
+from megabridge.families.core.parts import (
+    GATED_SILU,
+    LAYER,
+    UNTIED,
+    attention,
+    embeddings,
+    gated_mlp,
+    post_norms,
+    qk_norms,
+    rms,
+    sizes,
+)
+from megabridge.families.core.rope_and_windows import PERIOD, Rope, SlidingWindow
 from megabridge.mapping import WeightMap, block
 
 PATTERN = PERIOD.or_a(Kind("a text of L and G", lambda value: isinstance(value, str) and bool(value) and set(value) <= {*"LG"}))
@@ -17,7 +28,7 @@ def _is_windowed(hf: Json, layer: int) -> bool:
     return bool(pattern) and bool((layer + 1) % pattern)
 
 
-WINDOWS = Windows(
+WINDOWS = SlidingWindow(
     _is_windowed, default=4096, nope_elsewhere="with windows", pattern_keys=("sliding_window_pattern",), pattern=PATTERN
 )
 # fmt: off

@@ -1,9 +1,8 @@
 """ExaoneMoeForCausalLM: K-EXAONE (transformers models/exaone_moe): layers without a window have no rotary embedding."""
 
-from megabridge.families.exaone4 import WINDOWS
-from megabridge.families.family import Family
-from megabridge.families.fields import Fixed, Repeats
-from megabridge.families.mixtures import (
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Fixed, Repeats
+from megabridge.families.core.moe import (
     LayerTypes,
     MtpLayers,
     SharedExperts,
@@ -14,8 +13,20 @@ from megabridge.families.mixtures import (
     shared_expert,
     sigmoid_router,
 )
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, qk_norms, rms, sizes
-from megabridge.families.positions import Rope
+from megabridge.families.core.parts import (
+    GATED_SILU,
+    LAYER,
+    UNTIED,
+    attention,
+    embeddings,
+    gated_mlp,
+    pre_norms,
+    qk_norms,
+    rms,
+    sizes,
+)
+from megabridge.families.core.rope_and_windows import Rope
+from megabridge.families.exaone4 import WINDOWS
 from megabridge.mapping import WeightMap, block
 
 DENSE = LayerTypes(dense_first=1, count="first_k_dense_replace")

@@ -3,21 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Converted, Field, Fixed, Follows, Only, Repeats, unless_null
-from megabridge.families.parts import (
-    LAYER,
-    TIED,
-    attention,
-    biases,
-    embeddings,
-    gated_mlp,
-    post_norms,
-    pre_norms,
-    rms,
-    sizes,
-)
-from megabridge.families.positions import Rope, Windows, every
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Choice, Converted, Derived, Field, Fixed, Repeats, RequiredValue, unless_null
+from megabridge.families.core.parts import LAYER, TIED, attention, biases, embeddings, gated_mlp, post_norms, pre_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow, every
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -27,9 +16,9 @@ SHARED = (
     Fixed("layernorm_zero_centered_gamma",         True),
     Fixed("gated_linear_unit",                     True),
     *biases("attention_bias", "attention_bias"),
-    Follows("embedding_multiplier",                lambda hf: hf["hidden_size"] ** 0.5),
+    Derived("embedding_multiplier",                lambda hf: hf["hidden_size"] ** 0.5),
     Fixed("round_embedding_multiplier",            True),
-    Only("use_bidirectional_attention",            (None, False)),
+    RequiredValue("use_bidirectional_attention",            (None, False)),
     TIED,
 )
 GEMMA = Family(
@@ -39,7 +28,7 @@ GEMMA = Family(
         *sizes(kv=16, head=256, positions=8192),
         *SHARED,
         Choice("activation_func",                  "hidden_act",          TANH_GELU),
-        Only("hidden_activation",                  (None, "gelu_pytorch_tanh")),
+        RequiredValue("hidden_activation",                  (None, "gelu_pytorch_tanh")),
         Rope(),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), gated_mlp())),
@@ -74,7 +63,7 @@ GEMMA2 = replace(
         *SECOND,
         Field("attention_softcap",                 "attn_logit_softcapping",  unless_null("attn_logit_softcapping", 50.0)),
         Field("logits_softcap",                    "final_logit_softcapping", unless_null("final_logit_softcapping", 30.0)),
-        Windows(every(2), default=4096),
+        SlidingWindow(every(2), default=4096),
         Rope(),
         Repeats("sliding_window_size",             lambda hf: hf.get("sliding_window", 4096)),
     ),

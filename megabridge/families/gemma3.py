@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from megabridge.families.fields import Field, Fixed, Only
+from megabridge.families.core.fields import Field, Fixed, RequiredValue
+from megabridge.families.core.parts import LAYER, embeddings, qk_norms, sizes
+from megabridge.families.core.rope_and_windows import LayerRopes, SlidingWindow, every
 from megabridge.families.gemma import GEMMA2, SANDWICH, SECOND
-from megabridge.families.parts import LAYER, embeddings, qk_norms, sizes
-from megabridge.families.positions import LayerRopes, Windows, every
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -17,9 +17,9 @@ FAMILY = replace(
         *sizes(kv=4, head=256, positions=131072),
         *SECOND,
         Fixed("qk_norm",                           "head"),
-        Only("attn_logit_softcapping",             (None,)),
+        RequiredValue("attn_logit_softcapping",             (None,)),
         Field("logits_softcap",                    "final_logit_softcapping", None),
-        Windows(every("sliding_window_pattern", 6), default=4096,
+        SlidingWindow(every("sliding_window_pattern", 6), default=4096,
                 pattern_keys=("sliding_window_pattern", "_sliding_window_pattern")),
         LayerRopes(theta=(1e6, 1e4)),
     ),

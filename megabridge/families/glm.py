@@ -5,9 +5,9 @@ Half of a head rotates, in neighbouring pairs.
 
 from dataclasses import replace
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Fixed
-from megabridge.families.parts import (
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Fixed
+from megabridge.families.core.parts import (
     GATED_SILU,
     LAYER,
     UNTIED,
@@ -20,7 +20,7 @@ from megabridge.families.parts import (
     rms,
     sizes,
 )
-from megabridge.families.positions import Rope
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off

@@ -1,8 +1,8 @@
 """Glm4MoeForCausalLM: GLM-4.5, 4.5-Air, 4.6, 4.7 (transformers models/glm4_moe): half of a head rotates."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Choice
-from megabridge.families.mixtures import (
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Choice
+from megabridge.families.core.moe import (
     MTP_COPIES,
     MTP_NAMES,
     DenseFirst,
@@ -16,7 +16,7 @@ from megabridge.families.mixtures import (
     shared_expert,
     sigmoid_router,
 )
-from megabridge.families.parts import (
+from megabridge.families.core.parts import (
     GATED_SILU,
     LAYER,
     UNTIED,
@@ -29,7 +29,7 @@ from megabridge.families.parts import (
     rms,
     sizes,
 )
-from megabridge.families.positions import Rope
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off

@@ -1,9 +1,9 @@
 """Glm4MoeLiteForCausalLM: GLM 4.7 Flash (transformers models/glm4_moe_lite)."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Only, Repeats
-from megabridge.families.latent import latent_attention, latent_sizes
-from megabridge.families.mixtures import (
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Repeats, RequiredValue
+from megabridge.families.core.mla import mla_attention, mla_sizes
+from megabridge.families.core.moe import (
     MTP_NAMES,
     LayerTypes,
     MtpLayers,
@@ -15,8 +15,8 @@ from megabridge.families.mixtures import (
     shared_expert,
     sigmoid_router,
 )
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms
-from megabridge.families.positions import Rope
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, embeddings, gated_mlp, pre_norms
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -24,13 +24,13 @@ FAMILY = Family(
     architecture="Glm4MoeLiteForCausalLM",
     model_type="glm4_moe_lite",
     fields=(
-        *latent_sizes(q_rank=768, kv_rank=512, nope=192, rope=64, value=256, positions=202752, heads=20, eps=1e-5),
+        *mla_sizes(q_rank=768, kv_rank=512, nope=192, rope=64, value=256, positions=202752, heads=20, eps=1e-5),
         *mixture(experts="n_routed_experts", aux=None, defaults=(64, 4, 1536)),
         *sigmoid_router(scale=1.8),
         LayerTypes(dense_first=1),
         MtpLayers(),
         SharedExperts(width=("moe_intermediate_size", 1536)),
-        Only("rope_interleave",                    (True,)),
+        RequiredValue("rope_interleave",                    (True,)),
         *GATED_SILU,
         Rope(),
         UNTIED,
@@ -38,7 +38,7 @@ FAMILY = Family(
         Repeats("first_k_dense_replace",           1),
     ),
     weights=WeightMap(embeddings(), block(
-        *LAYER, pre_norms(), latent_attention(), gated_mlp(), router(bias="mlp.gate.e_score_correction_bias"), experts(),
+        *LAYER, pre_norms(), mla_attention(), gated_mlp(), router(bias="mlp.gate.e_score_correction_bias"), experts(),
         shared_expert("mlp.shared_experts"),
     )),
     carried=MTP_NAMES,

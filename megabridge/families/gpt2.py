@@ -1,8 +1,8 @@
 """GPT2LMHeadModel: GPT-2 (transformers models/gpt2/modeling_gpt2.py): learned positions, weights stored transposed."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, Fixed, Follows, Only, Repeats, Unread, given
-from megabridge.families.parts import QKV_JOINED, TIED, embeddings, pre_norms
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Choice, Derived, Field, Fixed, Repeats, RequiredValue, Unread, given
+from megabridge.families.core.parts import QKV_JOINED, TIED, embeddings, pre_norms
 from megabridge.mapping import Transpose, WeightMap, block, weight
 
 # fmt: off
@@ -14,8 +14,8 @@ FAMILY = Family(
         Field("hidden_size",                       "n_embd"),
         Field("ffn_hidden_size",                   "n_inner",             lambda hf: 4 * hf["n_embd"]),
         Field("num_attention_heads",               "n_head"),
-        Follows("num_query_groups",                lambda hf: hf["n_head"]),
-        Follows("kv_channels",                     lambda hf: hf["n_embd"] // hf["n_head"]),
+        Derived("num_query_groups",                lambda hf: hf["n_head"]),
+        Derived("kv_channels",                     lambda hf: hf["n_embd"] // hf["n_head"]),
         Field("vocab_size",                        "vocab_size"),
         Field("seq_length",                        "n_positions",         1024),
         Field("init_method_std",                   "initializer_range",   0.02),
@@ -28,9 +28,9 @@ FAMILY = Family(
         Fixed("add_mlp_bias",                      True),
         Fixed("rope",                              None),
         Fixed("learned_positions",                 True),
-        Only("scale_attn_weights",                 (True,)),
-        Only("scale_attn_by_inverse_layer_idx",    (False,)),
-        Only("add_cross_attention",                (False,)),
+        RequiredValue("scale_attn_weights",                 (True,)),
+        RequiredValue("scale_attn_by_inverse_layer_idx",    (False,)),
+        RequiredValue("add_cross_attention",                (False,)),
         TIED,
         Repeats("n_ctx",                           lambda hf: given(hf, "n_positions", 1024)),
         Unread("reorder_and_upcast_attn"),  # how precisely scores are computed

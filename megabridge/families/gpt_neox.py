@@ -1,9 +1,9 @@
 """GPTNeoXForCausalLM: Pythia, GPT-NeoX-20B (transformers models/gpt_neox/modeling_gpt_neox.py)."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, Fixed, Follows
-from megabridge.families.parts import UNTIED, body_sizes, embeddings, head_dim, joined_attention, plain_mlp, pre_norms
-from megabridge.families.positions import Rope
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Choice, Derived, Field, Fixed
+from megabridge.families.core.parts import UNTIED, body_sizes, embeddings, head_dim, joined_attention, plain_mlp, pre_norms
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import Same, WeightMap, block
 
 # fmt: off
@@ -12,8 +12,8 @@ FAMILY = Family(
     model_type="gpt_neox",
     fields=(
         *body_sizes()[:4],
-        Follows("num_query_groups",                lambda hf: hf["num_attention_heads"]),
-        Follows("kv_channels",                     head_dim),
+        Derived("num_query_groups",                lambda hf: hf["num_attention_heads"]),
+        Derived("kv_channels",                     head_dim),
         *body_sizes()[5:],
         Fixed("normalization",                     "LayerNorm"),
         Field("layernorm_epsilon",                 "layer_norm_eps",      1e-5),

@@ -1,10 +1,10 @@
 """GptOssForCausalLM: gpt-oss 20B and 120B (transformers models/gpt_oss): attention sinks, experts with biases."""
 
-from megabridge.families.family import Family, Parameters
-from megabridge.families.fields import Field, Fixed, Only, Repeats, given
-from megabridge.families.mixtures import EXPERTS, mixture, router, stacked_experts
-from megabridge.families.parts import LAYER, UNTIED, attention, embeddings, pre_norms, rms, sizes
-from megabridge.families.positions import Rope, Windows, every, given_rope
+from megabridge.families.core.family import Family, Parameters
+from megabridge.families.core.fields import Field, Fixed, Repeats, RequiredValue, given
+from megabridge.families.core.moe import EXPERTS, mixture, router, stacked_experts
+from megabridge.families.core.parts import LAYER, UNTIED, attention, embeddings, pre_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow, every, given_rope
 from megabridge.mapping import Interleave, Stack, Transpose, WeightMap, block, weight
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -17,11 +17,11 @@ FAMILY = Family(
     fields=(
         *sizes(kv=8, head=64, positions=131072),
         *rms(1e-5),
-        Only("hidden_act",                         ("silu",)),  # said, and not used
+        RequiredValue("hidden_act",                         ("silu",)),  # said, and not used
         Fixed("activation_func",                   "quick_gelu"),
         Fixed("gated_linear_unit",                 True),
         Fixed("glu_linear_offset",                 1.0),
-        Only("swiglu_alpha",                       (1.702,)),
+        RequiredValue("swiglu_alpha",                       (1.702,)),
         Field("activation_func_clamp_value",       "swiglu_limit", 7.0),
         Field("add_qkv_bias",                      "attention_bias", True),
         Field("add_attn_proj_bias",                "attention_bias", True),
@@ -29,7 +29,7 @@ FAMILY = Family(
         Fixed("softmax_type",                      "learnable"),
         *mixture(experts="num_local_experts", width="intermediate_size", defaults=(128, 4, 2880)),
         Fixed("moe_router_score_function",         "softmax"),  # of the chosen experts alone
-        Windows(every(2), default=128),
+        SlidingWindow(every(2), default=128),
         Rope(15e4, default=YARN),
         UNTIED,
         Repeats("experts_per_token",               lambda hf: given(hf, "num_experts_per_tok", 4)),

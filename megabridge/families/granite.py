@@ -2,10 +2,21 @@
 
 from typing import Final
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Converted, Field
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
-from megabridge.families.positions import Rope
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Converted, Field
+from megabridge.families.core.parts import (
+    GATED_SILU,
+    LAYER,
+    UNTIED,
+    attention,
+    biases,
+    embeddings,
+    gated_mlp,
+    pre_norms,
+    rms,
+    sizes,
+)
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off

@@ -1,11 +1,11 @@
 """GraniteMoeForCausalLM: Granite 3 with experts (transformers models/granitemoe): the dense one's factors, stacked experts."""
 
-from megabridge.families.family import Family, Parameters
-from megabridge.families.fields import Fixed
+from megabridge.families.core.family import Family, Parameters
+from megabridge.families.core.fields import Fixed
+from megabridge.families.core.moe import EXPERTS, mixture, router
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.families.granite import FACTORS
-from megabridge.families.mixtures import EXPERTS, mixture, router
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, rms, sizes
-from megabridge.families.positions import Rope
 from megabridge.mapping import Stack, WeightMap, block, weight
 
 # fmt: off

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Final, override
 
 from megabridge.errors import ConfigError
-from megabridge.families.family import Family
-from megabridge.families.fields import FieldLike, Fixed, Json, Only, Repeats, Unread
-from megabridge.families.parts import (
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import FieldLike, Fixed, Json, Repeats, RequiredValue, Unread
+from megabridge.families.core.parts import (
     GATED_SILU,
     LAYER,
     UNTIED,
@@ -23,7 +23,7 @@ from megabridge.families.parts import (
     rms,
     sizes,
 )
-from megabridge.families.positions import Rope
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 
@@ -50,7 +50,7 @@ class AlphaRope(Rope):
 # fmt: off
 NOTES: Final[tuple[FieldLike, ...]] = (
     Repeats("attention_head_dim",                  lambda hf: hf.get("head_dim") or head_dim(hf)),
-    Only("use_qk_norm",                            (True,)),
+    RequiredValue("use_qk_norm",                            (True,)),
     Repeats("use_rotary_pos_emb",                  True),
     Repeats("norm_type",                           "rms"),
     *(Repeats(f"use_{name}", False) for name in ("cla", "mla")),

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megabridge.config.value_types import SIZE, Kind, list_of, shown
 from megabridge.errors import ConfigError
-from megabridge.families.family import Family
-from megabridge.families.fields import Field, Fixed, Json, Only, PerLayer, Repeats, Unread
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Field, Fixed, Json, PerLayer, Repeats, RequiredValue, Unread
+from megabridge.families.core.moe import experts, router, shared_expert
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, qk_norms, rms, sizes
 from megabridge.families.hunyuan import NOTES, AlphaRope
-from megabridge.families.mixtures import experts, router, shared_expert
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, qk_norms, rms, sizes
-from megabridge.kinds import SIZE, Kind, list_of, shown
 from megabridge.mapping import WeightMap, block
 
 
@@ -53,7 +53,7 @@ FAMILY = Family(
         Repeats("routed_scaling_factor",           1.0, False),
         *(Repeats(name, False) for name in ("mlp_bias", "group_limited_greedy")),
         Unread("moe_drop_tokens", "moe_random_routing_dropped_token"),
-        Only("moe_layer_num_skipped",              (0,)),
+        RequiredValue("moe_layer_num_skipped",              (0,)),
         PerLayer(Field("num_moe_experts",          "num_experts", 1)),
         PerLayer(Field("moe_router_topk",          "moe_topk",    1)),
         OneWidth(),

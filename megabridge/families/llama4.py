@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megabridge.families.family import Family, Parameters
-from megabridge.families.fields import Choice, Field, Fixed, Follows, Json, Repeats, Unread, given
-from megabridge.families.mixtures import layers_named, mixture, router, shared_expert, stacked_experts
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
-from megabridge.families.positions import Rope, Windows
-from megabridge.families.ranges import COUNT, FACTOR, POSITIONS, STEP
+from megabridge.config.value_types import FLAG, Kind, list_of
+from megabridge.families.core import parts
+from megabridge.families.core.family import Family, Parameters
+from megabridge.families.core.fields import Choice, Derived, Field, Fixed, Json, Repeats, Unread, given
+from megabridge.families.core.moe import layers_named, mixture, router, shared_expert, stacked_experts
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, gated_mlp, pre_norms, rms
+from megabridge.families.core.ranges import COUNT, FACTOR, POSITIONS, STEP
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow
 from megabridge.families.smollm3 import NoRope, has_rope
-from megabridge.kinds import FLAG, Kind, list_of
 from megabridge.mapping import Transpose, WeightMap, block
 
 
@@ -57,21 +58,21 @@ FAMILY = Family(
     architecture="Llama4ForCausalLM",
     model_type="llama4_text",
     fields=(
-        *sizes(kv=8, head=128, positions=131072),
+        *parts.sizes(kv=8, head=128, positions=131072),
         Field("ffn_hidden_size",                   "intermediate_size_mlp", 16384),  # of dense layers
         *rms(1e-5),
         *GATED_SILU,
         *biases("attention_bias", "attention_bias"),
         Choice("qk_norm",                          "use_qk_norm", ((True, "l2"), (False, None))),
         *mixture(experts="num_local_experts", width="intermediate_size", aux=None, defaults=(16, 1, 8192)),
-        Follows("moe_shared_expert_intermediate_size", lambda hf: given(hf, "intermediate_size", 8192)),
+        Derived("moe_shared_expert_intermediate_size", lambda hf: given(hf, "intermediate_size", 8192)),
         MixtureLayers(),
         Fixed("moe_router_score_function",         "sigmoid"),
         Fixed("router_normalize",                  False),
         Fixed("moe_apply_probs_on_input",          True),
         NoRope(),
         Temperature(),
-        Windows(has_rope, default=8192, key="attention_chunk_size", kind="chunked_attention"),
+        SlidingWindow(has_rope, default=8192, key="attention_chunk_size", kind="chunked_attention"),
         Fixed("attention_chunks",                  True),
         Fixed("rotary_interleaved",                True),
         Rope(5e5),

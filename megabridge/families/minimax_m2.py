@@ -1,10 +1,10 @@
 """MiniMaxM2ForCausalLM: MiniMax-M2, M2.1 (transformers models/minimax_m2): norms of queries and keys over all heads."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Fixed, Only, Repeats, Unread
-from megabridge.families.mixtures import MTP_NAMES, MtpLayers, experts, mixture, router
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, pre_norms, qk_norms, rms, sizes
-from megabridge.families.positions import Rope
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Fixed, Repeats, RequiredValue, Unread
+from megabridge.families.core.moe import MTP_NAMES, MtpLayers, experts, mixture, router
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, pre_norms, qk_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -16,13 +16,13 @@ FAMILY = Family(
         *rms(),
         *GATED_SILU,
         Fixed("qk_norm",                           "whole"),
-        Only("use_qk_norm",                        (True,)),
+        RequiredValue("use_qk_norm",                        (True,)),
         *mixture(experts="num_local_experts", width="intermediate_size", defaults=(256, 8, 1536)),
         Fixed("moe_router_score_function",         "sigmoid"),
         Fixed("moe_router_enable_expert_bias",     True),
-        Only("scoring_func",                       ("sigmoid",)),
-        Only("use_routing_bias",                   (True,)),
-        Only("shared_intermediate_size",           (0,)),
+        RequiredValue("scoring_func",                       ("sigmoid",)),
+        RequiredValue("use_routing_bias",                   (True,)),
+        RequiredValue("shared_intermediate_size",           (0,)),
         MtpLayers("num_mtp_modules"),
         Rope(5e6, partial=1.0, channels="rotary_dim"),
         UNTIED,

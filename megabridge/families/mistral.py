@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, override
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Json
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, rms, sizes
-from megabridge.families.positions import Rope, Windows
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Json
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -18,9 +18,8 @@ MISTRAL = Family(
     model_type="mistral",
     fields=(
         *sizes(kv=8, positions=131072),
-        *rms(),
-        *GATED_SILU,
-        Windows(default=4096),
+        *(*rms(), *GATED_SILU),
+        SlidingWindow(default=4096),
         Rope(),
         UNTIED,
     ),
@@ -65,7 +64,10 @@ MINISTRAL = replace(
     MISTRAL,
     architecture="MinistralForCausalLM",
     model_type="ministral",
-    fields=(*sizes(kv=8, positions=131072), *rms(), *GATED_SILU, Windows(lambda hf, layer: True, default=4096), Rope(), UNTIED),
+    fields=(
+        *(*sizes(kv=8, positions=131072), *rms(), *GATED_SILU),
+        *(SlidingWindow(lambda hf, layer: True, default=4096), Rope(), UNTIED),
+    ),
     tiny={
         **MISTRAL.tiny,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"],
@@ -75,7 +77,10 @@ MINISTRAL3 = replace(
     MISTRAL,
     architecture="Ministral3ForCausalLM",
     model_type="ministral3",
-    fields=(*sizes(kv=8, head=128, positions=262144), *rms(1e-5), *GATED_SILU, Windows(), _Rope(default=_MINISTRAL3_ROPE), UNTIED),
+    fields=(
+        *(*sizes(kv=8, head=128, positions=262144), *rms(1e-5), *GATED_SILU),
+        *(SlidingWindow(), _Rope(default=_MINISTRAL3_ROPE), UNTIED),
+    ),
     tiny={
         **MISTRAL.tiny,
         "sliding_window": None,

@@ -1,10 +1,10 @@
 """MixtralForCausalLM: Mixtral 8x7B and 8x22B (transformers models/mixtral)."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Fixed
-from megabridge.families.mixtures import experts, mixture, router
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, pre_norms, rms, sizes
-from megabridge.families.positions import Rope, Windows
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Fixed
+from megabridge.families.core.moe import experts, mixture, router
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, pre_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -17,7 +17,7 @@ FAMILY = Family(
         *GATED_SILU,
         *mixture(experts="num_local_experts", width="intermediate_size", defaults=(8, 2, 14336)),
         Fixed("moe_router_score_function",         "softmax"),  # of the chosen experts alone
-        Windows(),
+        SlidingWindow(),
         Rope(1e6),
         UNTIED,
     ),

@@ -1,9 +1,9 @@
 """NemotronForCausalLM: Nemotron 3 8B, 4 15B and 340B, Minitron (transformers models/nemotron): squared ReLU, LayerNorm1P."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, Fixed
-from megabridge.families.parts import LAYER, UNTIED, attention, biases, embeddings, plain_mlp, pre_norms, sizes
-from megabridge.families.positions import Rope
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Choice, Field, Fixed
+from megabridge.families.core.parts import LAYER, UNTIED, attention, biases, embeddings, plain_mlp, pre_norms, sizes
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Fixed
-from megabridge.families.parts import (
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Fixed
+from megabridge.families.core.parts import (
     GATED_SILU,
     LAYER,
     UNTIED,
@@ -17,7 +17,7 @@ from megabridge.families.parts import (
     rms,
     sizes,
 )
-from megabridge.families.positions import LayerRopes, Rope, Windows, every
+from megabridge.families.core.rope_and_windows import LayerRopes, Rope, SlidingWindow, every
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -46,7 +46,7 @@ OLMO3 = replace(
     OLMO2,
     architecture="Olmo3ForCausalLM",
     model_type="olmo3",
-    fields=(*SHARED, Windows(every(4), default=4096), LayerRopes(theta=(5e5, 5e5))),
+    fields=(*SHARED, SlidingWindow(every(4), default=4096), LayerRopes(theta=(5e5, 5e5))),
     tiny={**OLMO2.tiny, "sliding_window": 12,
           "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
           "rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0,

@@ -1,10 +1,10 @@
 """OlmoeForCausalLM: OLMoE (transformers models/olmoe): norms of queries and keys over all heads. Its clip_qkv is refused."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Fixed, Only
-from megabridge.families.mixtures import SOFTMAX, experts, mixture, router
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, qk_norms, rms, sizes
-from megabridge.families.positions import Rope
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Fixed, RequiredValue
+from megabridge.families.core.moe import SOFTMAX, experts, mixture, router
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, qk_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -21,8 +21,8 @@ FAMILY = Family(
         *SOFTMAX,
         Rope(),
         UNTIED,
-        Only("clip_qkv",                           (None,)),
-        Only("sliding_window",                     (None,)),
+        RequiredValue("clip_qkv",                           (None,)),
+        RequiredValue("sliding_window",                     (None,)),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), qk_norms(), router(), experts())),
     tiny={

@@ -1,9 +1,9 @@
 """Phi3ForCausalLM: Phi-3, Phi-3.5 and Phi-4 (transformers models/phi3/modeling_phi3.py)."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Repeats
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, embeddings, joined_attention, plain_mlp, pre_norms, rms, sizes
-from megabridge.families.positions import Rope, Windows
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Repeats
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, embeddings, joined_attention, plain_mlp, pre_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -14,7 +14,7 @@ FAMILY = Family(
         *sizes(positions=4096),
         *rms(1e-5),
         *GATED_SILU,
-        Windows(),
+        SlidingWindow(),
         Rope(partial=1.0),
         UNTIED,
         *(Repeats(f"{name}_bias", False) for name in ("attention", "mlp", "lm_head")),

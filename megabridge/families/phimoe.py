@@ -7,13 +7,13 @@ factors hold, as in the authors' own model; transformers 5.23 keeps the short on
 from collections.abc import Mapping
 from typing import Any, override
 
+from megabridge.config.value_types import same
 from megabridge.errors import ConfigError
-from megabridge.families.family import Family
-from megabridge.families.fields import Field, Fixed, Json, Only
-from megabridge.families.mixtures import experts, mixture, router
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, sizes
-from megabridge.families.positions import Rope, Windows
-from megabridge.kinds import same
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Field, Fixed, Json, RequiredValue
+from megabridge.families.core.moe import experts, mixture, router
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, attention, biases, embeddings, pre_norms, sizes
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow
 from megabridge.mapping import WeightMap, block
 
 
@@ -54,12 +54,12 @@ FAMILY = Family(
         *biases("attention_bias", "attention_bias"),
         Field("output_bias",                       "lm_head_bias", False),
         *mixture(experts="num_local_experts", width="intermediate_size", defaults=(16, 2, 6400)),
-        Only("num_experts_per_tok",                (2,)),
+        RequiredValue("num_experts_per_tok",                (2,)),
         Fixed("moe_router_score_function",         "softmax"),
         Fixed("moe_router_pre_softmax",            True),
-        Fixed("router",                            "megabridge.layers.router:SparseMixer"),
+        Fixed("router",                            "megabridge.models.layers.router:SparseMixer"),
         Field("router_jitter",                     "router_jitter_noise", 0.01),
-        Windows(),
+        SlidingWindow(),
         MscaleRope(1e6),
         UNTIED,
     ),

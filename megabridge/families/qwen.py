@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Fixed, Json, Repeats
-from megabridge.families.parts import (
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Fixed, Json, Repeats
+from megabridge.families.core.parts import (
     GATED_SILU,
     LAYER,
     UNTIED,
@@ -17,8 +17,8 @@ from megabridge.families.parts import (
     rms,
     sizes,
 )
-from megabridge.families.positions import Rope, Windows
-from megabridge.families.ranges import COUNT
+from megabridge.families.core.ranges import COUNT
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow
 from megabridge.mapping import WeightMap, block
 
 
@@ -26,7 +26,7 @@ def _is_windowed(hf: Json, layer: int) -> bool:
     return layer >= int(hf.get("max_window_layers", 28))
 
 
-WINDOWS = Windows(_is_windowed, default=4096, switch="use_sliding_window", pattern_keys=("max_window_layers",), pattern=COUNT)
+WINDOWS = SlidingWindow(_is_windowed, default=4096, switch="use_sliding_window", pattern_keys=("max_window_layers",), pattern=COUNT)
 # fmt: off
 QWEN2 = Family(
     architecture="Qwen2ForCausalLM",

@@ -5,10 +5,10 @@ Qwen3MoeForCausalLM: Qwen3-30B-A3B, Qwen3-235B-A22B (transformers models/qwen3_m
 
 from dataclasses import replace
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Either, Field, Fixed, Json, Repeats, Unread
-from megabridge.families.mixtures import SOFTMAX, SparseStep, experts, mixture, router, shared_expert
-from megabridge.families.parts import (
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Alias, Field, Fixed, Json, Repeats, Unread
+from megabridge.families.core.moe import SOFTMAX, SparseStep, experts, mixture, router, shared_expert
+from megabridge.families.core.parts import (
     GATED_SILU,
     LAYER,
     UNTIED,
@@ -21,8 +21,8 @@ from megabridge.families.parts import (
     rms,
     sizes,
 )
-from megabridge.families.positions import Rope, Windows
-from megabridge.families.ranges import COUNT
+from megabridge.families.core.ranges import COUNT
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow
 from megabridge.mapping import WeightMap, block
 
 
@@ -44,7 +44,7 @@ QWEN2 = Family(
         SparseStep(),
         Field("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", 5632),
         Fixed("moe_shared_expert_gate",            True),
-        Windows(_is_windowed, default=4096, switch="use_sliding_window", pattern_keys=("max_window_layers",),
+        SlidingWindow(_is_windowed, default=4096, switch="use_sliding_window", pattern_keys=("max_window_layers",),
                 pattern=COUNT),
         Rope(),
         UNTIED,
@@ -72,11 +72,11 @@ QWEN3 = replace(
         *biases("attention_bias", "attention_bias"),
         Fixed("qk_norm",                           "head"),
         # The second is transformers' name in memory, and so in the files that it writes.
-        Either(Field("num_moe_experts",            "num_experts", 128), "num_local_experts"),
+        Alias(Field("num_moe_experts",            "num_experts", 128), "num_local_experts"),
         *mixture(defaults=(128, 8, 768))[1:],
         *SOFTMAX,
         SparseStep(),
-        Windows(default=4096, switch="use_sliding_window"),
+        SlidingWindow(default=4096, switch="use_sliding_window"),
         Rope(),
         UNTIED,
         Unread("max_window_layers"),

@@ -1,9 +1,9 @@
 """SeedOssForCausalLM: Seed-OSS (transformers models/seed_oss/modeling_seed_oss.py)."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Field
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, rms, sizes
-from megabridge.families.positions import Rope
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Field
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, rms, sizes
+from megabridge.families.core.rope_and_windows import Rope
 from megabridge.mapping import WeightMap, block
 
 # fmt: off

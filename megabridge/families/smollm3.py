@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megabridge.config.value_types import Kind, list_of, one_of
 from megabridge.errors import ConfigError
-from megabridge.families.family import Family
-from megabridge.families.fields import Json, Unread
-from megabridge.families.parts import GATED_SILU, LAYER, TIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
-from megabridge.families.positions import Rope, Windows
-from megabridge.families.ranges import STEP
-from megabridge.kinds import Kind, list_of, one_of
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Json, Unread
+from megabridge.families.core.parts import GATED_SILU, LAYER, TIED, attention, biases, embeddings, gated_mlp, pre_norms, rms, sizes
+from megabridge.families.core.ranges import STEP
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow
 from megabridge.mapping import WeightMap, block
 
 
@@ -46,7 +46,7 @@ FAMILY = Family(
         *GATED_SILU,
         *biases("attention_bias", "attention_bias", "mlp_bias"),
         NoRope(),
-        Windows(lambda hf, layer: not has_rope(hf, layer), switch="use_sliding_window"),
+        SlidingWindow(lambda hf, layer: not has_rope(hf, layer), switch="use_sliding_window"),
         Rope(theta=2e6),
         TIED,
         Unread("max_window_layers"),

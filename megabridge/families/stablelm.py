@@ -1,10 +1,10 @@
 """StableLmForCausalLM: StableLM 2 and 3B (transformers models/stablelm/modeling_stablelm.py)."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, Fixed
-from megabridge.families.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, sizes
-from megabridge.families.positions import Rope
-from megabridge.mapping import Rows, WeightMap, block, weight
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Choice, Field, Fixed
+from megabridge.families.core.parts import GATED_SILU, LAYER, UNTIED, attention, embeddings, gated_mlp, pre_norms, sizes
+from megabridge.families.core.rope_and_windows import Rope
+from megabridge.mapping import PerRow, WeightMap, block, weight
 
 # fmt: off
 FAMILY = Family(
@@ -25,9 +25,9 @@ FAMILY = Family(
         embeddings(),
         block(*LAYER, pre_norms(), attention(), gated_mlp(),
               weight("self_attention.q_layernorm.weight", "self_attn.q_layernorm.norms.{row}.weight",
-                     layout=Rows("num_attention_heads")),
+                     layout=PerRow("num_attention_heads")),
               weight("self_attention.k_layernorm.weight", "self_attn.k_layernorm.norms.{row}.weight",
-                     layout=Rows("num_query_groups"))),
+                     layout=PerRow("num_query_groups"))),
     ),
     tiny={
         "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,

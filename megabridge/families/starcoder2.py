@@ -1,9 +1,9 @@
 """Starcoder2ForCausalLM: StarCoder2 (transformers models/starcoder2/modeling_starcoder2.py)."""
 
-from megabridge.families.family import Family
-from megabridge.families.fields import Choice, Field, Fixed, Repeats, Unread
-from megabridge.families.parts import LAYER, TIED, attention, biases, embeddings, plain_mlp, pre_norms, sizes
-from megabridge.families.positions import Rope, Windows
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Choice, Field, Fixed, Repeats, Unread
+from megabridge.families.core.parts import LAYER, TIED, attention, biases, embeddings, plain_mlp, pre_norms, sizes
+from megabridge.families.core.rope_and_windows import Rope, SlidingWindow
 from megabridge.mapping import WeightMap, block
 
 # fmt: off
@@ -17,7 +17,7 @@ FAMILY = Family(
         Choice("activation_func",                  "hidden_act",          (("gelu_pytorch_tanh", "gelu_pytorch_tanh"),)),
         Fixed("gated_linear_unit",                 False),
         *biases("use_bias", "use_bias", "use_bias", default=True),
-        Windows(),
+        SlidingWindow(),
         Rope(),
         TIED,
         Repeats("mlp_type",                        "default"),

@@ -17,26 +17,26 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from types import FrameType
 from typing import Any, Final
 
-from megabridge.host import cores
-from megabridge.launchers.place import Place
+from megabridge.config.redaction import CARRIED
 from megabridge.launchers.processes import children, ending
 from megabridge.launchers.processes.children import Child
 from megabridge.launchers.processes.outcome import Failure, Terminated, WorkerFailure
-from megabridge.redact import CARRIED
+from megabridge.launchers.rank_environment import RankEnvironment
+from megabridge.parallel.hardware import cores
 
 WORKER: Final = "megabridge.worker"
 _GRACE: Final = 4.0  # seconds between SIGTERM and SIGKILL, and again for what the workers left behind
 _SETTLE: Final = 0.3  # seconds in which a rank that was killed is noticed beside the one that lost its connection to it
 
 
-def launch(values: Mapping[str, Any], *, world_size: int, platform: str) -> float | None:
+def launch(values: Mapping[str, Any], *, world_size: int, platform: str, kept: Sequence[int] = ()) -> float | None:
     """Runs the recipe of the resolved config `values` on `world_size` ranks; returns rank 0's objective.
 
-    Raises WorkerFailure with the first failure of a rank when the others have ended, and KeyboardInterrupt or
-    Terminated after ending them on SIGINT or SIGTERM. No process is left behind.
+    The ranks keep the descriptors in `kept` open. Raises WorkerFailure with the first failure of a rank when the others have
+    ended, and KeyboardInterrupt or Terminated after ending them on SIGINT or SIGTERM. No process is left behind.
     """
-    places = [None] if platform == "cpu" else Place.all_on_this_host(world_size)
-    with terminable(), started(values, places, world_size=world_size, platform=platform) as workers:
+    places = [None] if platform == "cpu" else RankEnvironment.all_on_this_host(world_size)
+    with terminable(), started(values, places, world_size=world_size, platform=platform, kept=kept) as workers:
         found = children.wait(workers, settle=_SETTLE)
         if isinstance(found, Failure):
             raise WorkerFailure(found)
@@ -46,17 +46,18 @@ def launch(values: Mapping[str, Any], *, world_size: int, platform: str) -> floa
 @contextlib.contextmanager
 def started(
     values: Mapping[str, Any],
-    places: Sequence[Place | None],
+    places: Sequence[RankEnvironment | None],
     *,
     world_size: int,
     platform: str,
     digest: str | None = None,
     held: Set[signal.Signals] = frozenset(),
+    kept: Sequence[int] = (),
 ) -> Iterator[list[Child]]:
     """The ranks at `places` of this host's `world_size`, or with [None] the process that forks them all; ended with the block.
 
     `digest` is of a config that other hosts' ranks composed, too (megabridge.worker). Signals in `held` wait until the rank takes
-    them (training.stopping); such a rank is ended by SIGKILL alone.
+    them (training.stopping); such a rank is ended by SIGKILL alone. All keep the descriptors in `kept` open.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -69,7 +70,8 @@ def started(
         for place in places:
             rank, own = (-1, {}) if place is None else (place.rank, place.environ())
             arguments = [*([f"--fork={world_size}"] if place is None else []), *([] if digest is None else [f"--digest={digest}"])]
-            workers.append(children.spawn(WORKER, arguments, rank=rank, environ=environ | own, config=config, held=held))
+            child = children.spawn(WORKER, arguments, rank=rank, environ=environ | own, config=config, held=held, kept=kept)
+            workers.append(child)
         yield workers
 
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from megabridge import host
 from megabridge.errors import ConfigError
-from megabridge.launchers import local
+from megabridge.launchers import local, run_lock
+from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.processes import children
 from megabridge.launchers.processes.children import Child
 from megabridge.launchers.settings import LocalSettings
-from megabridge.launchers.sweep import RUNNING, Job
+from megabridge.launchers.sweep import RUNNING, SweepJob
+from megabridge.parallel import hardware
 
 OUTPUT: Final = "output.log"
 """What a point printed that ran beside others, in its run directory."""
@@ -37,7 +38,7 @@ def runner(settings: LocalSettings) -> LocalRunner:
 
 @dataclass
 class _Running:
-    job: Job
+    job: SweepJob
     child: Child
     gpus: list[str]
     cores: list[int]
@@ -50,12 +51,12 @@ class LocalRunner:
     settings: LocalSettings
     _running: list[_Running] = field(default_factory=list)
 
-    def check(self, job: Job) -> None:
+    def check(self, job: SweepJob) -> None:
         """As a single run on this host is checked."""
-        found = host.visible_gpus(), host.memory_bytes()
-        job.platform = host.choose_platform(job.config, job.topology, gpus=found[0], memory=found[1], overrides=job.point.overrides)
+        found = hardware.visible_gpus(), hardware.memory_bytes()
+        job.platform = choose_platform(job.config, job.topology, gpus=found[0], memory=found[1], overrides=job.point.overrides)
 
-    def run(self, jobs: Sequence[Job], folder: Path, save: Callable[[], None]) -> None:
+    def run(self, jobs: Sequence[SweepJob], folder: Path, save: Callable[[], None]) -> None:
         """Returns when all have ended. On Ctrl-C and SIGTERM the running ones are ended first."""
         at_once = _at_once(self.settings.at_once, jobs)
         gpus, cores = _gpus(), sorted(os.sched_getaffinity(0))
@@ -82,27 +83,27 @@ class LocalRunner:
         children.end([each.child for each in self._running], _GRACE)
 
 
-def _needed(job: Job) -> int:
+def _needed(job: SweepJob) -> int:
     return job.topology.world_size if job.platform == "cuda" else 0
 
 
 def _gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may hold in this process's children."""
-    count = host.visible_gpus()
+    count = hardware.visible_gpus()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     return chosen.split(",")[:count] if chosen else [str(number) for number in range(count)]
 
 
-def _at_once(wanted: int | None, jobs: Sequence[Job]) -> int:
+def _at_once(wanted: int | None, jobs: Sequence[SweepJob]) -> int:
     """How many points run at the same time."""
     if wanted is not None:
         return max(1, min(wanted, len(jobs)))
     largest = max((job.topology.world_size for job in jobs), default=1)
-    room = host.visible_gpus() if any(job.platform == "cuda" for job in jobs) else host.cores()
+    room = hardware.visible_gpus() if any(job.platform == "cuda" for job in jobs) else hardware.cores()
     return max(1, min(len(jobs), room // largest))
 
 
-def _start(job: Job, gpus: list[str], cores: list[int], *, alone: bool) -> _Running:
+def _start(job: SweepJob, gpus: list[str], cores: list[int], *, alone: bool) -> _Running:
     """Forks the process that runs `job`."""
     output = Path(job.values["run_dir"], OUTPUT)
     print(f"{job.point.title} starts{'' if alone else f'; it prints to {output}'}", flush=True)
@@ -112,10 +113,20 @@ def _start(job: Job, gpus: list[str], cores: list[int], *, alone: bool) -> _Runn
         os.sched_setaffinity(0, cores)
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        if not alone:
-            with output.open("ab") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-        return local.launch(job.values, world_size=job.topology.world_size, platform=job.platform)
+        with run_lock.claimed(output.parent) as held:
+            if not alone:
+                _print_to(output)
+            return local.launch(job.values, world_size=job.topology.world_size, platform=job.platform, kept=(held,))
 
     return _Running(job, children.fork(-1, work), gpus, cores)
+
+
+def _print_to(output: Path) -> None:
+    """Has this process and its children print to a file. Raises ConfigError."""
+    try:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise run_lock.unusable(output.parent, "run_dir", error) from error
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)

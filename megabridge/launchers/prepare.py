@@ -8,8 +8,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megabridge import bounds, checks, config, explain, redact, regular
+from megabridge.config import bounds, error_messages, redaction, schema, validation
 from megabridge.errors import ConfigError
+from megabridge.launchers import run_lock
+from megabridge.storage import atomic_files
 
 
 def conf_folder() -> Path:
@@ -19,22 +21,22 @@ def conf_folder() -> Path:
     return packaged if packaged.is_dir() else package.parent / "conf"
 
 
-def resolve(cfg: DictConfig, run_dir: Path | None = None) -> tuple[dict[str, Any], config.Config]:
+def resolve(cfg: DictConfig, run_dir: Path | None = None) -> tuple[dict[str, Any], schema.Config]:
     """The config's plain values and its typed form, `run_dir` (None: its own) absolute. Raises ConfigError for what can't work."""
     values: Any = _resolved(cfg)
     values["run_dir"] = str((Path(str(values["run_dir"])) if run_dir is None else run_dir).absolute())
     try:
-        typed = config.typed(values)
+        typed = schema.typed(values)
     except OmegaConfBaseException as error:  # an interpolation brought another type, or ++ another key
-        raise ConfigError(explain.explain(error, conf_folder())) from error
+        raise ConfigError(error_messages.explain(error, conf_folder())) from error
     bounds.check_numbers(typed)
     bounds.check_paths(typed)
-    checks.check_choices(typed)
-    checks.check_targets(typed)
-    checks.check_model(typed)
-    checks.check_peft(typed)
-    checks.check_named(typed)
-    checks.check_training(typed)
+    validation.check_choices(typed)
+    validation.check_targets(typed)
+    validation.check_model(typed)
+    validation.check_peft(typed)
+    validation.check_named(typed)
+    validation.check_training(typed)
     return values, typed
 
 
@@ -42,16 +44,17 @@ def _resolved(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except Exception as error:
-        raise ConfigError(explain.explain(error, conf_folder())) from error
+        raise ConfigError(error_messages.explain(error, conf_folder())) from error
 
 
 def write_config(cfg: DictConfig, values: dict[str, Any]) -> None:
-    """Leaves the resolved config, without secrets, as config.yaml in the run directory. Raises ConfigError where it can't."""
+    """Leaves the resolved config, without secrets, as config.yaml in the run directory, which the caller has claimed.
+
+    Raises ConfigError where it can't; then an earlier one is as it was.
+    """
     folder = Path(values["run_dir"])
-    content = redact.redacted(OmegaConf.to_container(cfg, resolve=False), values)
+    content = redaction.redacted(OmegaConf.to_container(cfg, resolve=False), values)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
-    except (OSError, ValueError) as error:
-        reason = regular.reason(error)
-        raise ConfigError(f"run_dir={folder} must be a folder that can be made and written, but: {reason}; set another.") from error
+        atomic_files.write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
+    except OSError as error:
+        raise run_lock.unusable(folder, "run_dir", error) from error

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from megabridge import metrics, regular
 from megabridge.errors import plain
+from megabridge.storage import atomic_files, metrics_file, regular_files
 
 if TYPE_CHECKING:
-    from megabridge.launchers.sweep import Point
+    from megabridge.launchers.sweep import SweepRun
 
 CSV: Final = "sweep.csv"
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\n")
@@ -45,7 +45,7 @@ class Row:
     """(step, validation loss) in the order of time."""
 
 
-def rows(points: Sequence[Point]) -> list[Row]:
+def rows(points: Sequence[SweepRun]) -> list[Row]:
     """A row for each point, best first: by objective, then those without one."""
     differing = varied([point.overrides for point in points])
     made = [_row(point, each) for point, each in zip(points, differing, strict=True)]
@@ -60,13 +60,15 @@ def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     return [{key: each.get(key, "") for key in differing} for each in overrides]
 
 
-def write(folder: Path, points: Sequence[Point]) -> str:
-    """Leaves sweep.csv in the sweep's directory; returns the ranked table for the console."""
+def write(folder: Path, points: Sequence[SweepRun]) -> str:
+    """Leaves sweep.csv in the sweep's directory; returns the ranked table for the console, which says so where that can't be."""
     found = rows(points)
-    partial = folder / f".{CSV}"
-    partial.write_text(as_csv(found), encoding="utf-8")
-    partial.replace(folder / CSV)
-    return f"{as_table(found)}\n{folder / CSV}; compare the runs: recipe=report sweep={folder}"
+    try:
+        atomic_files.write(folder / CSV, as_csv(found))
+        said = str(folder / CSV)
+    except OSError as error:
+        said = f"{folder / CSV} can't be written ({error.strerror}); free space there, and recipe=collect sweep={folder} writes it"
+    return f"{as_table(found)}\n{said}; compare the runs: recipe=report sweep={folder}"
 
 
 def as_csv(found: Sequence[Row]) -> str:
@@ -116,7 +118,7 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _row(point: Point, differing: dict[str, str]) -> Row:
+def _row(point: SweepRun, differing: dict[str, str]) -> Row:
     logged = _logged(Path(point.run_dir))
     losses = [(int(step or 0), loss) for step, loss in _series(logged, "validation/loss")]
     speeds = [value for _, value in _series(logged, "train/tokens_per_second")]
@@ -140,7 +142,7 @@ def _series(logged: Sequence[dict[str, float | None]], name: str) -> list[tuple[
 
 def _logged(run_dir: Path) -> list[dict[str, float | None]]:
     """The run's metrics; none where it wrote no file."""
-    return metrics.read(run_dir) if regular.exists(run_dir / metrics.FILE_NAME) else []
+    return metrics_file.read(run_dir) if regular_files.exists(run_dir / metrics_file.FILE_NAME) else []
 
 
 def _keyed(overrides: Sequence[str]) -> dict[str, str]:

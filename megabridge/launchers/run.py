@@ -17,12 +17,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from megabridge import checks, config, explain, host, redact
+from megabridge.config import error_messages, redaction, schema, validation
 from megabridge.errors import ConfigError, MegabridgeError, plain
-from megabridge.launchers import local, place, rank, settings
+from megabridge.launchers import local, rank_environment, run_lock, settings, slurm_task
+from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.prepare import conf_folder, resolve, write_config
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Terminated, WorkerFailure
 from megabridge.launchers.sweep import SweepFailure
+from megabridge.parallel import hardware
 
 FULL_ERROR: Final = "HYDRA_FULL_ERROR"
 """Set by a user who wants tracebacks instead of one line."""
@@ -36,7 +38,7 @@ megabridge: train Hugging Face models with Megatron-Core.
 Groups and their choices:
 {groups}
 
-Every key is documented in megabridge/config.py. Flags of Hydra, before the overrides:
+Every key is documented in megabridge/config/schema.py. Flags of Hydra, before the overrides:
   --cfg job              show the config of a run, and don't run (-p GROUP: only that part)
   -m, --multirun         sweep: parallel=single,tp2 optimizer.lr=1e-5,3e-5
   -cd, --config-dir DIR  your own groups and choices, before ours
@@ -64,15 +66,15 @@ def main() -> int:
     if "" not in sys.path and cwd not in sys.path:
         # As `python -m` does: a console script finds your own classes and recipes, too.
         sys.path.insert(0, cwd)
-    sys.argv[1:] = redact.carry(sys.argv[1:])
+    sys.argv[1:] = redaction.carry(sys.argv[1:])
     if {"--help", "-h"} & set(sys.argv[1:]):
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(_help())
         return 0
-    config.register()
+    schema.register()
     settings.register()
     try:
-        here = place.find(os.environ)
+        here = rank_environment.find(os.environ)
         # Hydra then raises instead of printing and leaving.
         os.environ[FULL_ERROR] = "1"
         if here is not None:
@@ -93,7 +95,7 @@ def main() -> int:
             raise
         if not isinstance(error, MegabridgeError) and _progress.is_composed:
             raise
-        _say(str(error) if isinstance(error, MegabridgeError) else explain.explain(error, conf_folder(), settings.keys()))
+        _say(str(error) if isinstance(error, MegabridgeError) else error_messages.explain(error, conf_folder(), settings.keys()))
         return CONFIG_ERROR
     finally:
         if not wants_traceback:
@@ -141,14 +143,17 @@ def job(cfg: DictConfig) -> float | None:
 
 def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
     values, run_config = resolve(cfg, run_dir)
-    checks.check_layout(run_config, config.topology(run_config.parallel))
-    topology = config.processes(run_config)
-    platform = host.choose_platform(run_config, topology, gpus=host.visible_gpus(), memory=host.memory_bytes(), overrides=overrides)
-    write_config(cfg, values)
-    return local.launch(values, world_size=topology.world_size, platform=platform)
+    validation.check_layout(run_config, schema.topology(run_config.parallel))
+    topology = schema.processes(run_config)
+    platform = choose_platform(
+        run_config, topology, gpus=hardware.visible_gpus(), memory=hardware.memory_bytes(), overrides=overrides
+    )
+    with run_lock.claimed(Path(values["run_dir"])) as held:
+        write_config(cfg, values)
+        return local.launch(values, world_size=topology.world_size, platform=platform, kept=(held,))
 
 
-def _become_rank(here: place.Place) -> int:
+def _become_rank(here: rank_environment.RankEnvironment) -> int:
     """Composes as every other rank does, and runs the rank; the exit status."""
     parser = get_args_parser()
     arguments = parser.parse_args()
@@ -160,14 +165,16 @@ def _become_rank(here: place.Place) -> int:
         raise ConfigError("-m starts several runs, but torchrun or srun started this one as rank; sweep without them.")
     cfg = _compose(arguments)
     values, run_config = resolve(cfg)
-    started = config.processes(run_config, here.world_size)
-    checks.check_layout(run_config, config.topology(run_config.parallel) if run_config.recipe.single_process else started)
-    if here.rank == 0:
-        write_config(cfg, values)
+    started = schema.processes(run_config, here.world_size)
+    validation.check_layout(run_config, schema.topology(run_config.parallel) if run_config.recipe.single_process else started)
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     raw.pop("run_dir")  # rank 0's counts
     digest = sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
-    return rank.beside(values, here, digest=digest)
+    if here.rank:
+        return slurm_task.beside(values, here, digest=digest)
+    with run_lock.claimed(Path(values["run_dir"])) as held:
+        write_config(cfg, values)
+        return slurm_task.beside(values, here, digest=digest, kept=(held,))
 
 
 def _compose(arguments: Any) -> DictConfig:

@@ -1,6 +1,6 @@
 """The settings of `hydra/launcher=local` and `hydra/launcher=slurm`: key, type, default, meaning. No torch.
 
-They are checked while Hydra composes, as `megabridge.config` is. A cluster's own settings go into a YAML of your own,
+They are checked while Hydra composes, as `megabridge.config.schema` is. A cluster's own settings go into a YAML of your own,
 conf/hydra/launcher/NAME.yaml, that begins with `defaults: [slurm]` and is chosen with hydra/launcher=NAME.
 """
 

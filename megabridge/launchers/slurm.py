@@ -1,6 +1,6 @@
 """`hydra/launcher=slurm`: the points of a sweep as job arrays, submitted, followed, and collected. No torch.
 
-`slurm/` in the sweep's directory has a folder for each point (megabridge.launchers.spec) and the scripts. Points of one
+`slurm/` in the sweep's directory has a folder for each point (megabridge.launchers.job_files) and the scripts. Points of one
 shape make one array. With max_concurrent, arrays of several shapes run one after another, so that the limit holds for all.
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Final
 
 from megabridge.errors import ConfigError
-from megabridge.launchers import local, slurm_queue, spec, sweep
+from megabridge.launchers import job_files, local, slurm_queue, sweep
 from megabridge.launchers.processes.outcome import Failure, Outcome, first
 from megabridge.launchers.settings import SlurmSettings
-from megabridge.launchers.slurm_script import Shape, hidden_environment, script
-from megabridge.launchers.sweep import DONE, RUNNING, SUBMITTED, WAITING, Job, Point
+from megabridge.launchers.slurm_script import JobShape, hidden_environment, script
+from megabridge.launchers.sweep import DONE, RUNNING, SUBMITTED, WAITING, SweepJob, SweepRun
 
 QUEUE: Final = "slurm"
 FETCH: Final = "recipes.fetch:main"
@@ -42,12 +42,12 @@ class SlurmRunner:
 
     settings: SlurmSettings
 
-    def check(self, job: Job) -> None:
+    def check(self, job: SweepJob) -> None:
         """platform=auto means GPUs: what the submitting host has doesn't count."""
         job.platform = "cpu" if job.config.platform == "cpu" else "cuda"
         _shape(job, self.settings)
 
-    def run(self, jobs: Sequence[Job], folder: Path, save: Callable[[], None]) -> None:
+    def run(self, jobs: Sequence[SweepJob], folder: Path, save: Callable[[], None]) -> None:
         """Submits all jobs; returns at once with `detach`, else when all have ended. Ctrl-C and SIGTERM cancel them."""
         queue = folder / QUEUE
         scripts = self._scripts(jobs, queue)
@@ -59,12 +59,12 @@ class SlurmRunner:
             _fetch(jobs)
         environ = hidden_environment(self.settings)
         for job in jobs:
-            environ |= spec.write(queue / str(job.point.number), values=job.values, cfg=job.cfg, platform=job.platform)
+            environ |= job_files.write(queue / str(job.point.number), values=job.values, cfg=job.cfg, platform=job.platform)
         points = [job.point for job in jobs]
         with local.terminable(), _cancelled(points):
             before: str | None = None
             for name, (text, group) in scripts.items():
-                (queue / name).write_text(text, encoding="utf-8")
+                job_files.leave_text(queue / name, text)
                 before = slurm_queue.submit(queue / name, environ, after=before if self.settings.max_concurrent else None)
                 for job in group:
                     job.point.state, job.point.job = SUBMITTED, f"{before}_{job.point.number}"
@@ -74,11 +74,13 @@ class SlurmRunner:
                 follow(points, folder, poll=self.settings.poll_seconds)
         if self.settings.detach and points:
             names = ",".join(sorted({point.job.partition("_")[0] for point in points}))
-            print(f"follow them: squeue --jobs={names}; tail -f {queue}/*/{spec.OUTPUT}\nresults: recipe=collect sweep={folder}")
+            print(
+                f"follow them: squeue --jobs={names}; tail -f {queue}/*/{job_files.OUTPUT}\nresults: recipe=collect sweep={folder}"
+            )
 
-    def _scripts(self, jobs: Sequence[Job], queue: Path) -> dict[str, tuple[str, list[Job]]]:
+    def _scripts(self, jobs: Sequence[SweepJob], queue: Path) -> dict[str, tuple[str, list[SweepJob]]]:
         """File name to script and its jobs, one for each shape."""
-        shapes: dict[Shape, list[Job]] = {}
+        shapes: dict[JobShape, list[SweepJob]] = {}
         for job in jobs:
             shapes.setdefault(_shape(job, self.settings), []).append(job)
         python = self.settings.python or sys.executable
@@ -90,7 +92,7 @@ class SlurmRunner:
         return made
 
 
-def follow(points: Sequence[Point], folder: Path, *, poll: float) -> None:
+def follow(points: Sequence[SweepRun], folder: Path, *, poll: float) -> None:
     """Shows every change of state until all points have ended."""
     gone: dict[int, float] = {}
     while waiting := [point for point in points if point.job and point.state in (WAITING, RUNNING, SUBMITTED)]:
@@ -98,7 +100,7 @@ def follow(points: Sequence[Point], folder: Path, *, poll: float) -> None:
         update(waiting, folder, gone)
 
 
-def update(points: Sequence[Point], folder: Path, gone: dict[int, float]) -> None:
+def update(points: Sequence[SweepRun], folder: Path, gone: dict[int, float]) -> None:
     """Brings `points`, which had not ended, up to date. `gone`: since when one is out of the queue, kept from call to call."""
     known = slurm_queue.look(point.job.partition("_")[0] for point in points)
     if known is None:
@@ -122,14 +124,14 @@ def update(points: Sequence[Point], folder: Path, gone: dict[int, float]) -> Non
             print(f"{point.title}: {point.state}", flush=True)
 
 
-def outcome(folder: Path, point: Point, state: str) -> Outcome | str:
+def outcome(folder: Path, point: SweepRun, state: str) -> Outcome | str:
     """How a point ended whose job has ended in `state`: a text when its ranks have not said it (yet)."""
-    found = spec.outcomes(folder, point.world_size)
+    found = job_files.outcomes(folder, point.world_size)
     failures = [each for each in found.values() if isinstance(each, Failure)]
-    output = folder / spec.OUTPUT
+    output = folder / job_files.OUTPUT
     if failures:
         return first(failures)
-    if (folder / spec.STOPPED).exists():
+    if (folder / job_files.STOPPED).exists():
         return f"was stopped by a signal after a save and not queued again; continue with checkpoint.resume=auto, see {output}."
     if len(found) == point.world_size and state in ("COMPLETED", ""):
         return found[0]
@@ -137,7 +139,7 @@ def outcome(folder: Path, point: Point, state: str) -> Outcome | str:
 
 
 @contextlib.contextmanager
-def _cancelled(points: Sequence[Point]) -> Iterator[None]:
+def _cancelled(points: Sequence[SweepRun]) -> Iterator[None]:
     """Whatever interrupts the block ends the jobs."""
     try:
         yield
@@ -149,11 +151,11 @@ def _cancelled(points: Sequence[Point]) -> Iterator[None]:
         raise
 
 
-def _shape(job: Job, settings: SlurmSettings) -> Shape:
-    return Shape.of(job.topology.world_size, job.platform, settings.ranks_per_node)
+def _shape(job: SweepJob, settings: SlurmSettings) -> JobShape:
+    return JobShape.of(job.topology.world_size, job.platform, settings.ranks_per_node)
 
 
-def _fetch(jobs: Sequence[Job]) -> None:
+def _fetch(jobs: Sequence[SweepJob]) -> None:
     """Brings models, tokenizers and data of all points into this user's caches, in one process."""
     print("fetching what the points need", flush=True)
     values = dict(jobs[0].values)
@@ -166,7 +168,7 @@ def _fetch(jobs: Sequence[Job]) -> None:
     local.launch(values, world_size=1, platform="cpu")
 
 
-def collect(folder: Path) -> list[Point]:
+def collect(folder: Path) -> list[SweepRun]:
     """The points of the sweep in `folder`, brought up to date."""
     points = sweep.read(folder)
     open_points = [point for point in points if point.job and point.state in (WAITING, RUNNING, SUBMITTED)]

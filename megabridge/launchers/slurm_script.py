@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from megabridge import redact
+from megabridge.config import redaction
 from megabridge.errors import ConfigError
-from megabridge.launchers import spec
+from megabridge.launchers import job_files
 from megabridge.launchers.settings import SlurmSettings
 
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -18,13 +18,13 @@ OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORME
 
 HELD: Final = (
     "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1)); "
-    "os.execv(sys.executable, [sys.executable, '-m', 'megabridge.launchers.rank', sys.argv[1]])"
+    "os.execv(sys.executable, [sys.executable, '-m', 'megabridge.launchers.slurm_task', sys.argv[1]])"
 )
-"""Starts megabridge.launchers.rank with the queue's signals blocked: one that comes while it is imported waits for it."""
+"""Starts megabridge.launchers.slurm_task with the queue's signals blocked: one that comes while it is imported waits for it."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class JobShape:
     """What one point asks of the cluster. Points of one shape go into one job array."""
 
     nodes: int
@@ -37,7 +37,7 @@ class Shape:
         return self.nodes * self.ranks_per_node
 
     @classmethod
-    def of(cls, world_size: int, platform: str, most: int) -> Shape:
+    def of(cls, world_size: int, platform: str, most: int) -> JobShape:
         """The fewest nodes with at most `most` ranks, the same number on each. Raises ConfigError for most < 1."""
         if most < 1:
             raise ConfigError(f"hydra.launcher.ranks_per_node={most} must be at least 1.")
@@ -46,14 +46,14 @@ class Shape:
         return cls(nodes, each, each if platform == "cuda" else 0)
 
 
-def script(settings: SlurmSettings, shape: Shape, numbers: Sequence[int], *, queue: Path, python: str, cwd: Path) -> str:
+def script(settings: SlurmSettings, shape: JobShape, numbers: Sequence[int], *, queue: Path, python: str, cwd: Path) -> str:
     """The script for points `numbers` of one shape, whose folders lie in `queue` under their numbers."""
     header = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in _options(settings, shape, numbers, queue, cwd))]
     body = [
         "# Each rank leaves its outcome in the point's folder; a run that was stopped after a save is queued again.",
         "set -eo pipefail",
         f"point={shlex.quote(str(queue))}/$SLURM_ARRAY_TASK_ID",
-        f'rm -f "$point"/rank-*.json "$point"/{spec.STOPPED}',
+        f'rm -f "$point"/rank-*.json "$point"/{job_files.STOPPED}',
         *(f"module load {shlex.quote(name)}" for name in settings.modules),
         *(f"export {name}={shlex.quote(value)}" for name, value in _environment(settings).items()),
         *settings.setup,
@@ -61,21 +61,21 @@ def script(settings: SlurmSettings, shape: Shape, numbers: Sequence[int], *, que
         f'{shlex.join(_srun(settings, shape))} {shlex.join([python, "-ISc", HELD])} "$point" || status=$?',
     ]
     if settings.requeue:
-        body += [f'[ ! -e "$point/{spec.STOPPED}" ] || scontrol requeue "$SLURM_JOB_ID"']
+        body += [f'[ ! -e "$point/{job_files.STOPPED}" ] || scontrol requeue "$SLURM_JOB_ID"']
     return "\n".join([*header, *body, 'exit "$status"']) + "\n"
 
 
 def hidden_environment(settings: SlurmSettings) -> dict[str, str]:
     """Those variables of the settings that a script must not hold."""
-    return {name: value for name, value in settings.environment.items() if redact.is_secret(name)}
+    return {name: value for name, value in settings.environment.items() if redaction.is_secret(name)}
 
 
 def _environment(settings: SlurmSettings) -> dict[str, str]:
-    shown = {name: value for name, value in settings.environment.items() if not redact.is_secret(name)}
+    shown = {name: value for name, value in settings.environment.items() if not redaction.is_secret(name)}
     return (OFFLINE if settings.fetch else {}) | shown
 
 
-def _options(settings: SlurmSettings, shape: Shape, numbers: Sequence[int], queue: Path, cwd: Path) -> list[str]:
+def _options(settings: SlurmSettings, shape: JobShape, numbers: Sequence[int], queue: Path, cwd: Path) -> list[str]:
     limit = "" if settings.max_concurrent is None else f"%{settings.max_concurrent}"
     chosen: Mapping[str, object | None] = {
         "job-name": "megabridge",
@@ -96,7 +96,7 @@ def _options(settings: SlurmSettings, shape: Shape, numbers: Sequence[int], queu
         "open-mode": "append",
         "export": "ALL",
         "chdir": cwd,
-        "output": queue / "%a" / spec.OUTPUT,
+        "output": queue / "%a" / job_files.OUTPUT,
     }
     flags = ["--requeue" if settings.requeue else "--no-requeue", *(["--exclusive"] if settings.exclusive else [])]
     options = [f"--{name}={_quoted(value)}" for name, value in chosen.items() if value is not None]
@@ -108,7 +108,7 @@ def _quoted(value: object) -> str:
     return f'"{text}"' if " " in text else text
 
 
-def _srun(settings: SlurmSettings, shape: Shape) -> list[str]:
+def _srun(settings: SlurmSettings, shape: JobShape) -> list[str]:
     command = ["srun", f"--ntasks={shape.ranks}", f"--ntasks-per-node={shape.ranks_per_node}", "--kill-on-bad-exit=1"]
     if settings.cpus_per_task is not None:
         command.append(f"--cpus-per-task={settings.cpus_per_task}")  # since SLURM 22.05 srun doesn't take it from the job

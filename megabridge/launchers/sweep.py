@@ -21,12 +21,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from megabridge import checks, config, regular
-from megabridge.errors import CheckpointError, ConfigError, MegabridgeError
-from megabridge.launchers import results
+from megabridge.config import schema, validation
+from megabridge.errors import CheckpointError, MegabridgeError
+from megabridge.launchers import results, run_lock
 from megabridge.launchers.prepare import resolve, write_config
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Failure, Outcome
-from megabridge.topology import Topology
+from megabridge.parallel.topology import Topology
+from megabridge.storage import atomic_files, regular_files
 
 RECORD: Final = "sweep.json"
 STATES: Final = ("waiting", "running", "done", "failed", "refused", "submitted")
@@ -34,7 +35,7 @@ WAITING, RUNNING, DONE, FAILED, REFUSED, SUBMITTED = STATES
 
 
 @dataclass
-class Point:
+class SweepRun:
     """One run of a sweep, as sweep.json keeps it."""
 
     number: int
@@ -77,13 +78,13 @@ class Point:
 
 
 @dataclass
-class Job:
+class SweepJob:
     """A point with what its processes need."""
 
-    point: Point
+    point: SweepRun
     cfg: DictConfig
     values: dict[str, Any] = field(default_factory=dict)
-    config: config.Config = field(default_factory=config.Config)
+    config: schema.Config = field(default_factory=schema.Config)
     topology: Topology = field(default_factory=Topology)
     """Of its processes."""
     platform: str = ""
@@ -93,10 +94,10 @@ class Job:
 class Runner(Protocol):
     """Where and how the points of a sweep run."""
 
-    def check(self, job: Job) -> None:
+    def check(self, job: SweepJob) -> None:
         """Chooses the job's platform. Raises ConfigError when it can't run here."""
 
-    def run(self, jobs: Sequence[Job], folder: Path, save: Callable[[], None]) -> None:
+    def run(self, jobs: Sequence[SweepJob], folder: Path, save: Callable[[], None]) -> None:
         """Runs all jobs of the sweep in `folder` and finishes their points, or leaves them `SUBMITTED`.
 
         `save` keeps what is known of the points, for when this process ends early.
@@ -106,7 +107,7 @@ class Runner(Protocol):
 class SweepFailure(MegabridgeError):
     """Not every point was done. Each one's own error was shown when it was known."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
+    def __init__(self, points: Sequence[SweepRun]) -> None:
         lost = [point for point in points if point.state in (FAILED, REFUSED)]
         counts = [f"{sum(point.state == state for point in lost)} {state}" for state in (FAILED, REFUSED)]
         said = ", ".join(count for count in counts if not count.startswith("0 "))
@@ -130,16 +131,11 @@ class _Failed(JobReturn):
 def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], first: int, runner: Runner) -> list[JobReturn]:
     """Runs a batch of points and writes the sweep's results; what a Hydra launcher returns to its sweeper.
 
-    `context` is Hydra's HydraContext, `master` the sweep's config, `first` the number of the first point.
+    `context` is Hydra's HydraContext, `master` the sweep's config, whose directory is claimed, `first` the first point's number.
     """
     setup_globals()
     configure_log(master.hydra.hydra_logging, master.hydra.verbose)
     folder = Path(str(master.hydra.sweep.dir)).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        reason = regular.reason(error)
-        raise ConfigError(f"hydra.sweep.dir={folder} must be a folder that can be made, but: {reason}; set another.") from error
     jobs = [_composed(context, master, list(each), first + index) for index, each in enumerate(overrides)]
     for job, differing in zip(jobs, results.varied([job.point.overrides for job in jobs]), strict=True):
         job.point.label = " ".join(f"{key}={value}" for key, value in differing.items())
@@ -150,26 +146,36 @@ def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], fi
     before = read(folder)[:first] if first else []
     points = [*before, *(job.point for job in jobs)]
     write(folder, points)
+    save = partial(_save, folder, points)
     try:
-        runner.run([job for job in jobs if job.point.state == WAITING], folder, partial(write, folder, points))
+        runner.run([job for job in jobs if job.point.state == WAITING], folder, save)
     finally:
-        write(folder, points)
+        save()
     if any(point.state not in (REFUSED, WAITING, SUBMITTED) for point in points):
         print(results.write(folder, points), flush=True)
     return [_returned(job, points) for job in jobs]
 
 
-def write(folder: Path, points: Sequence[Point]) -> None:
-    """Leaves sweep.json in the sweep's directory; never half of it."""
-    unfinished = folder / f".{RECORD}"
-    unfinished.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(folder / RECORD)
+def write(folder: Path, points: Sequence[SweepRun]) -> None:
+    """Leaves sweep.json in the sweep's directory, whole. Raises MegabridgeError where it can't; then the one before stays."""
+    try:
+        atomic_files.write(folder / RECORD, json.dumps([asdict(point) for point in points], indent=1) + "\n")
+    except OSError as error:
+        raise MegabridgeError(f"{folder / RECORD} can't be written ({error.strerror}); free space there.") from error
 
 
-def read(folder: Path) -> list[Point]:
+def _save(folder: Path, points: Sequence[SweepRun]) -> None:
+    """As `write`, of a sweep that runs: what can't be written is said, and costs no point."""
+    try:
+        write(folder, points)
+    except MegabridgeError as error:
+        print(f"megabridge: {error} The sweep goes on.", file=sys.stderr, flush=True)
+
+
+def read(folder: Path) -> list[SweepRun]:
     """The points that `write` left. Raises MegabridgeError where there is no sweep."""
     try:
-        content = json.loads(regular.read(folder / RECORD))
+        content = json.loads(regular_files.read(folder / RECORD))
         if not isinstance(content, list):
             raise TypeError(f"it holds a {type(content).__name__}, not a list")
         return [_point(row) for row in content]
@@ -179,10 +185,10 @@ def read(folder: Path) -> list[Point]:
         ) from error
 
 
-def _point(row: Mapping[str, Any]) -> Point:
+def _point(row: Mapping[str, Any]) -> SweepRun:
     """What `write` made of a point. Raises ValueError or TypeError for anything else: the file may be of others."""
-    names = {each.name for each in fields(Point)}
-    point = Point(**{name: value for name, value in row.items() if name in names})
+    names = {each.name for each in fields(SweepRun)}
+    point = SweepRun(**{name: value for name, value in row.items() if name in names})
     texts = (point.run_dir, point.label, point.state, point.error, point.job)
     numbers = (point.number, point.status, point.world_size)
     if type(point.overrides) is not list or not all(type(text) is str for text in (*texts, *point.overrides)):
@@ -198,7 +204,7 @@ def _point(row: Mapping[str, Any]) -> Point:
     return point
 
 
-def _composed(context: Any, master: DictConfig, overrides: list[str], number: int) -> Job:
+def _composed(context: Any, master: DictConfig, overrides: list[str], number: int) -> SweepJob:
     """The config of one point, as Hydra's own launcher composes it."""
     full = context.config_loader.load_sweep_config(master, overrides)
     with open_dict(full):
@@ -210,21 +216,22 @@ def _composed(context: Any, master: DictConfig, overrides: list[str], number: in
     cfg = copy.deepcopy(full)
     with read_write(cfg), open_dict(cfg):
         del cfg["hydra"]
-    point = Point(number, [str(text) for text in typed], str(run_dir))
-    return Job(point, cfg)
+    point = SweepRun(number, [str(text) for text in typed], str(run_dir))
+    return SweepJob(point, cfg)
 
 
-def _check(job: Job, runner: Runner) -> None:
+def _check(job: SweepJob, runner: Runner) -> None:
     """Everything that can be known of a point before it runs; leaves its config.yaml. Raises ConfigError for what can't work."""
     job.values, job.config = resolve(job.cfg, Path(job.point.run_dir))
-    checks.check_layout(job.config, config.topology(job.config.parallel))
-    job.topology = config.processes(job.config)
+    validation.check_layout(job.config, schema.topology(job.config.parallel))
+    job.topology = schema.processes(job.config)
     job.point.world_size = job.topology.world_size
     runner.check(job)
-    write_config(job.cfg, job.values)
+    with run_lock.claimed(Path(job.point.run_dir)):  # until it runs
+        write_config(job.cfg, job.values)
 
 
-def _returned(job: Job, points: Sequence[Point]) -> JobReturn:
+def _returned(job: SweepJob, points: Sequence[SweepRun]) -> JobReturn:
     failed = job.point.state in (FAILED, REFUSED)
     returned = (_Failed if failed else JobReturn)(
         overrides=job.point.overrides, cfg=job.cfg, working_dir=job.point.run_dir, task_name=os.environ.get("HYDRA_JOB_NAME", "run")

@@ -9,7 +9,7 @@ from typing import Final, override
 
 from rich.console import Console as RichConsole
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.loggers.logger import Logger
 
 # What a metric is called in a line, and how it is written; others are printed under their own names.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 
 
 class Logger:

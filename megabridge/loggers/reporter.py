@@ -7,16 +7,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megabridge import agreement
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.loggers.logger import Logger
+from megabridge.parallel import collectives
 
 
 class Reporter:
     """Starts `loggers` on rank 0 when it is made, and finishes them once, in `close` or where its `with` block ends."""
 
     def __init__(self, config: Config, loggers: Sequence[Logger]) -> None:
-        self._loggers = list(loggers) if agreement.rank() == 0 else []
+        self._loggers = list(loggers) if collectives.rank() == 0 else []
         run_dir = Path(config.run_dir)
         for logger in self._loggers:
             run_dir.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ from typing import Any, Final, cast, override
 
 from omegaconf import OmegaConf
 
-from megabridge import redact
-from megabridge.config import Config
+from megabridge.config import redaction
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.loggers.logger import Logger
 
@@ -136,7 +136,7 @@ def _safe_config(run_dir: Path, config: Config) -> Any:
     if written.is_file():
         return OmegaConf.to_container(OmegaConf.load(written), resolve=False)
     values = dataclasses.asdict(config)
-    return redact.redacted(values, values)
+    return redaction.redacted(values, values)
 
 
 def _netrc_knows_wandb() -> bool:

@@ -101,7 +101,7 @@ class Fuse:
 
 
 @dataclass(frozen=True)
-class Joined:
+class FusedSource:
     """Like Fuse, but one tensor holds all parts, one below another: [q; k; v] in one."""
 
     groups: int | str = 1
@@ -146,7 +146,7 @@ def _exchanged(shape: Shape) -> Shape:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PerRow:
     """Row i of the parameter is made of tensors of its own through `inner`, `count` rows in all: a norm with one tensor per head,
     experts with a gate and an up tensor each. Parts are row 0's, then row 1's, and so on."""
 
@@ -182,7 +182,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Below:
+class ConcatRows:
     """Each tensor of `inner` once for every row of the parameter, of which there are `count`, one below another: an adapter's A of
     all experts in one."""
 
@@ -209,7 +209,7 @@ class Below:
 
 
 @dataclass(frozen=True)
-class InTurn:
+class InterleaveColumns:
     """Like Below, but the tensor's last dimension takes an index of each row in turn: an adapter's B of all experts in one.
 
     `inner` has this dimension as the parameter has it.
@@ -240,7 +240,7 @@ class InTurn:
 
 
 @dataclass(frozen=True)
-class Single:
+class Unsqueeze:
     """The tensor has a first dimension more, of one entry: a bias that a file keeps as one row."""
 
     def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
@@ -270,7 +270,7 @@ class Interleave:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Select:
     """Some parts of `inner`; no tensor feeds the native elements of the others."""
 
     inner: Layout

@@ -100,7 +100,7 @@ def _halves(axis: Axis) -> list[Axis]:
     return [axis.part(0, 1, block=half), axis.part(0, 1, skip=half, block=run.block - half)]
 
 
-def woven(transfers: Sequence[Transfer]) -> list[tuple[Transfer, ...]]:
+def coalescible(transfers: Sequence[Transfer]) -> list[tuple[Transfer, ...]]:
     """The transfers, those together that take turns along the last dimension of a tensor, side by side: gate and up by column, or
     the columns of a rank's experts.
 
@@ -121,8 +121,8 @@ def woven(transfers: Sequence[Transfer]) -> list[tuple[Transfer, ...]]:
     return out
 
 
-def together(group: Sequence[Transfer]) -> Transfer:
-    """The box in the tensor of a group of `woven`, or of equal parts of its transfers. Of the native sides it says nothing."""
+def coalesced(group: Sequence[Transfer]) -> Transfer:
+    """The box in the tensor of a group of `coalescible`, or of equal parts of its transfers; native sides are not said."""
     first = group[0]
     if len(group) == 1:
         return first

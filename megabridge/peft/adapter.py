@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megabridge.layers.experts import by_token, products
-from megabridge.peft.linears import Spread
+from megabridge.models.layers.experts import by_token, products
+from megabridge.peft.linears import TensorParallelPlacement
 from megabridge.peft.lora import LoRA
 from megabridge.peft.rules import CHILD
 
@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 
 
 @dataclass(frozen=True)
-class Rows:
+class AdaptedRows:
     """Which rows of a native weight here each adapted linear has: `owned` [rows, linears], of ones and zeros."""
 
     owned: Tensor
@@ -50,11 +50,11 @@ class Adapter(torch.nn.Module):
 
     lora_magnitude_vector: torch.nn.Parameter | None
 
-    def __init__(self, linear: Any, spread: Spread, rows: Rows, lora: LoRA) -> None:
+    def __init__(self, linear: Any, spread: TensorParallelPlacement, rows: AdaptedRows, lora: LoRA) -> None:
         super().__init__()
         weight: Tensor = linear.weight
         self.spread, self.lora = spread, lora
-        self.rows = Rows(rows.owned.to(weight.device, weight.dtype))
+        self.rows = AdaptedRows(rows.owned.to(weight.device, weight.dtype))
         self._weight = [weight]  # in a list: it is no parameter of ours
         *experts, out, width = weight.shape
         settings: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabridge import agreement
-from megabridge.checkpoint.hf import native_box, view
-from megabridge.conversion.native import Live, survey, unwrap
-from megabridge.conversion.plan import Entry, Expansion
+from megabridge.conversion.parameters import LocalParameter, collect_parameters, unwrap
+from megabridge.conversion.plan import Expansion, PlannedParameter
 from megabridge.errors import ConfigError, listed
 from megabridge.families import Family
+from megabridge.hf.tensor_files import native_box, view
 from megabridge.mapping import Dims
-from megabridge.peft.adapter import Adapter, Rows
-from megabridge.peft.linears import Spread, spread_of
+from megabridge.parallel import collectives
+from megabridge.peft.adapter import AdaptedRows, Adapter
+from megabridge.peft.linears import TensorParallelPlacement, placement_of
 from megabridge.peft.lora import LoRA, ends, is_named
-from megabridge.peft.rules import ENDINGS, AdapterMap, Target
-from megabridge.peft.state import stored
+from megabridge.peft.rules import ENDINGS, AdapterMap, AdapterTarget
+from megabridge.peft.state import sharded_state
 
 
 def adapted(family: Family, lora: LoRA) -> Family:
@@ -38,12 +38,12 @@ def attach(chunks: Sequence[Any], family: Family, native: Mapping[str, object], 
     its name, whatever the layout. With DoRA the weights must be loaded before: the lengths begin as theirs. Raises the same
     ConfigError on every rank when a pattern fits nothing.
     """
-    with agreement.together("adapting the model"):
-        if survey(chunks, adapters=True):
+    with collectives.raise_together("adapting the model"):
+        if collect_parameters(chunks, adapters=True):
             raise ConfigError("the model has adapters already; merge them into an export, and adapt that.")
         here = names(chunks, family, native, lora)  # whose rules hold before anything is changed
-    check(lora, agreement.gather(here))
-    made = put(chunks, family, native, lora)
+    check(lora, collectives.all_gather(here))
+    made = inject(chunks, family, native, lora)
     _initialize(chunks, adapted(family, lora), Dims.of(native), seed)
     for adapter in made:
         adapter.begin()
@@ -104,7 +104,7 @@ def _last(names: Iterable[str]) -> str:
     return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
-def put(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lora: LoRA) -> list[Adapter]:
+def inject(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lora: LoRA) -> list[Adapter]:
     """Freezes the bare chunks and gives them the adapters, whose values are zero. Nothing is exchanged, nothing is checked."""
     dims, rules = Dims.of(native), AdapterMap(family, lora)
     expansion = Expansion(family, dims)
@@ -116,16 +116,16 @@ def put(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lor
         if (target := rules.target(live.name, dims)) is not None:
             made.append(Adapter(module, spread, rows_of(expansion.entry(live.record), live, target), lora))
     for chunk in chunks:
-        chunk.stored = partial(stored, chunk)
+        chunk.stored = partial(sharded_state, chunk)
         chunk.keep_recomputation_alive()
     return made
 
 
-def _linears(chunks: Sequence[Any]) -> list[tuple[Live, Any, Spread]]:
+def _linears(chunks: Sequence[Any]) -> list[tuple[LocalParameter, Any, TensorParallelPlacement]]:
     """Weight, module and place of every linear that can be adapted, in module order."""
-    lives = [live for live in survey(chunks) if live.local.endswith(".weight")]
+    lives = [live for live in collect_parameters(chunks) if live.local.endswith(".weight")]
     owners = [(live, unwrap(chunks[live.chunk]).get_submodule(live.local.rpartition(".")[0])) for live in lives]
-    return [(live, module, spread) for live, module in owners if (spread := spread_of(module)) is not None]
+    return [(live, module, spread) for live, module in owners if (spread := placement_of(module)) is not None]
 
 
 def _modules(rules: AdapterMap, weight: str, dims: Dims) -> list[str]:
@@ -143,7 +143,7 @@ def _freeze(chunk: torch.nn.Module) -> None:
             module.frozen_expert_bias = True  # type: ignore[assignment]  # megatron-core moves it after each step otherwise
 
 
-def rows_of(entry: Entry, live: Live, target: Target) -> Rows:
+def rows_of(entry: PlannedParameter, live: LocalParameter, target: AdapterTarget) -> AdaptedRows:
     """Which local rows of the weight of `entry` each adapted linear has."""
     weight = live.parameter
     dim = weight.dim() - 2
@@ -153,13 +153,13 @@ def rows_of(entry: Entry, live: Live, target: Target) -> Rows:
         for block in range(rows.count):
             start = rows.start + block * rows.stride
             part_of_row[start : start + rows.block] = transfer.part % target.count
-    return Rows.of(part_of_row, target.parts)
+    return AdaptedRows.of(part_of_row, target.parts)
 
 
 @torch.no_grad()
 def _initialize(chunks: Sequence[Any], family: Family, dims: Dims, seed: int) -> None:
     expansion = Expansion(family, dims)
-    for live in survey(chunks, adapters=True):
+    for live in collect_parameters(chunks, adapters=True):
         entry = expansion.entry(live.record)
         if live.parameter.is_meta or not entry.hf[0].endswith(ENDINGS["lora_A"]):
             continue

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from megabridge.checkpoint import assets
-from megabridge.checkpoint.assets import ADAPTER as CONFIG
-from megabridge.checkpoint.safetensors import TensorInfo, read_header
 from megabridge.errors import CheckpointError, ConfigError, listed
+from megabridge.hf import assets
+from megabridge.hf.assets import ADAPTER as CONFIG
+from megabridge.hf.safetensors_format import TensorInfo, read_header
+from megabridge.peft import config_fields
 from megabridge.peft.lora import ALL_LINEAR, LoRA
 from megabridge.peft.rules import ENDINGS, PREFIX
 
 WEIGHTS: Final = assets.ADAPTER_WEIGHTS
-# Keys of an adapter_config.json that change what is computed, with the values under which it is what `LoRA` says.
-_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layer_replication": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "alora_invocation_tokens": (None,),
-    "trainable_token_indices": (None,),
-    "arrow_config": (None,),
-    "megatron_config": (None,),
-}
 
 
 def write_config(folder: Path, lora: LoRA, *, base: str | None, revision: str | None = None, is_transposed: bool = False) -> None:
@@ -74,43 +59,40 @@ def _ends(names: Mapping[str, bool]) -> tuple[str, ...]:
 
 
 def read_config(folder: Path) -> LoRA:
-    """The settings in `folder`. Raises CheckpointError, and ConfigError for what adapters here don't do."""
+    """The settings in `folder`. Raises CheckpointError, and ConfigError with all that adapters here don't do."""
     path = folder / CONFIG
     content = assets.read_object(path, otherwise="name the folder of an adapter that PEFT or megabridge saved")
-    problems = [
-        f"{key}={content[key]!r}, not {allowed[0]!r}"
-        for key, allowed in _NEUTRAL.items()
-        if key in content and content[key] not in allowed
-    ]
-    if problems:
-        raise ConfigError(f"{path} asks for what adapters here don't do; train without it:\n  " + listed(problems))
+    if problems := config_fields.problems(content):
+        raise ConfigError(
+            f"{path} asks for what adapters here don't do; train or save the adapter without it:\n  {listed(problems)}"
+        )
     parameters = _names(content.get("target_parameters"), ())
     try:
         return LoRA(
             target_modules=_names(content.get("target_modules"), () if parameters else (ALL_LINEAR,)),
             exclude_modules=_names(content.get("exclude_modules"), ()),
             target_parameters=parameters,
-            r=int(content["r"]),
+            r=content["r"],
             lora_alpha=float(content["lora_alpha"]),
-            lora_dropout=float(content.get("lora_dropout", 0.0)),
-            use_rslora=bool(content.get("use_rslora", False)),
-            use_dora=bool(content.get("use_dora", False)),
+            lora_dropout=float(content.get("lora_dropout") or 0.0),
+            use_rslora=bool(content.get("use_rslora")),
+            use_dora=bool(content.get("use_dora")),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} must say r and lora_alpha as numbers ({error!r}); fetch it again.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; train the adapter without it.") from None
 
 
 def _names(value: Any, otherwise: tuple[str, ...]) -> tuple[str, ...]:
     """The names of a list; PEFT's other forms (a regular expression, nothing) stand for what the tensors say."""
     if value == ALL_LINEAR:
         return (ALL_LINEAR,)
-    return tuple(map(str, value)) if isinstance(value, list) and value else otherwise
+    return tuple(value) if isinstance(value, list) and value else otherwise
 
 
 def find_weights(folder: Path) -> dict[str, TensorInfo]:
     """The tensors of `folder`. Raises CheckpointError where there are no safetensors: pickled ones are never read."""
-    if not (folder / WEIGHTS).is_file():
-        others = sorted(path.name for path in folder.glob("adapter_model*"))
+    others = sorted(path.name for path in folder.glob("adapter_model*"))
+    if WEIGHTS not in others:
         found = f"it has {', '.join(others)}; save it again with safe_serialization=True" if others else "it has no weights"
         raise CheckpointError(f"{folder} must hold {WEIGHTS}; {found}.")
     return read_header(folder / WEIGHTS)
@@ -131,3 +113,27 @@ def modules_of(names: Collection[str]) -> list[str]:
             "an adapter's tensors must be lora_A, lora_B and lora_magnitude_vector of linears:\n  " + listed(strange)
         )
     return list(found)
+
+
+def check_rank(infos: Mapping[str, TensorInfo], r: int, is_stacked: Callable[[str], bool]) -> None:
+    """Raises CheckpointError for tensors whose shapes are not those of adapters of rank `r`.
+
+    `is_stacked` says of a module whether its adapter is of all experts, which have `r` rows and columns each.
+    """
+    wrong = []
+    for name, info in infos.items():
+        kind = next(kind for kind, ending in ENDINGS.items() if name.endswith(ending))
+        dim = {"lora_A": 0, "lora_B": 1}.get(kind)
+        if dim is None:
+            is_right, rule = len(info.shape) == 1, "one dimension"
+        else:
+            module = name.removeprefix(PREFIX).removesuffix(ENDINGS[kind])
+            size = info.shape[dim] if len(info.shape) == 2 else 0
+            is_right = size == r or (is_stacked(module) and size > 0 and size % r == 0)
+            rule = f"two dimensions, number {dim} of size r={r}"
+        if not is_right:
+            wrong.append(f"{name} {list(info.shape)} must have {rule}")
+    if wrong:
+        raise CheckpointError(
+            "an adapter's tensors must be of the rank that its adapter_config.json says; fetch it again:\n  " + listed(wrong)
+        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import megabridge.platform  # noqa: F401  first: it lets megatron-core run where there is no CUDA
-from megabridge.layers.experts import StackedLinear
+from megabridge.models.layers.experts import StackedLinear
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import mappings
@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 
 @dataclass(frozen=True)
-class Spread:
+class TensorParallelPlacement:
     """Which side of the weight is cut over `group`: its rows (column), its columns (row), or none (whole).
 
     `by_dispatcher`: the ranks of the group get the same tokens, and the token dispatcher adds up what they return and the gradients
@@ -58,17 +58,17 @@ class Spread:
         return mappings.gather_from_tensor_model_parallel_region(output, group=self.group)  # type: ignore[no-any-return]
 
 
-def spread_of(module: torch.nn.Module) -> Spread | None:
+def placement_of(module: torch.nn.Module) -> TensorParallelPlacement | None:
     """How the linear `module` is spread; None for what is no linear that can have an adapter. Needs process groups."""
     if isinstance(module, StackedLinear):
         attributes, group = vars(module.weight), parallel_state.get_expert_tensor_parallel_group()
         if not attributes["tensor_model_parallel"]:
-            return Spread("whole", group, by_dispatcher=True)
-        return Spread("column" if attributes["partition_dim"] == 1 else "row", group, by_dispatcher=True)
+            return TensorParallelPlacement("whole", group, by_dispatcher=True)
+        return TensorParallelPlacement("column" if attributes["partition_dim"] == 1 else "row", group, by_dispatcher=True)
     if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
         return None
     if module.tp_group.size() == 1:
-        return Spread("whole", module.tp_group)
+        return TensorParallelPlacement("whole", module.tp_group)
     side: Literal["column", "row"] = "column" if isinstance(module, ColumnParallelLinear) else "row"
     by_dispatcher = bool(module.explicit_expert_comm)
-    return Spread(side, module.tp_group, bool(module.sequence_parallel) and not by_dispatcher, by_dispatcher)
+    return TensorParallelPlacement(side, module.tp_group, bool(module.sequence_parallel) and not by_dispatcher, by_dispatcher)

@@ -11,6 +11,10 @@ from typing import Final
 from megabridge.errors import ConfigError, listed
 
 ALL_LINEAR: Final = "all-linear"
+HIGHEST: Final = 65536
+"""Rank of an adapter; that of any use is below its linear's sizes."""
+LARGEST_ALPHA: Final = 1e6
+"""Size of lora_alpha."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,10 @@ class LoRA:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.r < 1:
-            problems.append(f"r={self.r} must be at least 1")
+        if not 1 <= self.r <= HIGHEST:
+            problems.append(f"r={self.r} must be at least 1 and at most {HIGHEST}")
+        if not abs(self.lora_alpha) <= LARGEST_ALPHA:
+            problems.append(f"lora_alpha={self.lora_alpha} must be a number from {-LARGEST_ALPHA:g} to {LARGEST_ALPHA:g}")
         if not 0.0 <= self.lora_dropout < 1.0:
             problems.append(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
         if self.use_dora and self.lora_dropout:

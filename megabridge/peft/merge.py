@@ -9,12 +9,12 @@ from typing import override
 import torch
 from torch import Tensor
 
-from megabridge.conversion.native import Live, unwrap
+from megabridge.conversion.parameters import LocalParameter, unwrap
 from megabridge.conversion.plan import Plan
 from megabridge.peft.adapter import Adapter
 
 
-class Last:
+class MergeCache:
     """The merged weight that was asked for last: a walk asks for the same one several times in a row."""
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class Last:
 
 
 @dataclass(frozen=True, eq=False)
-class Merged(Live):
+class Merged(LocalParameter):
     """A weight with its adapter added, made anew whenever it is asked for."""
 
     adapter: Adapter
     scale: Tensor | None
-    last: Last
+    last: MergeCache
 
     @property
     @override
@@ -49,7 +49,7 @@ def adapters(chunks: Sequence[torch.nn.Module]) -> list[Adapter]:
 
 def with_merged(plan: Plan, chunks: Sequence[torch.nn.Module]) -> Plan:
     """`plan` with the merged weight of every adapted linear; the model isn't changed. Every rank calls it."""
-    last, items = Last(), []
+    last, items = MergeCache(), []
     owners = {id(adapter.weight): adapter for adapter in adapters([unwrap(chunk) for chunk in chunks])}
     scales = {key: adapter.scale() for key, adapter in owners.items()}
     for item in plan.items:

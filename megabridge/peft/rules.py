@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final, override
 
-from megabridge.conversion.native import ADAPTER
+from megabridge.conversion.parameters import ADAPTER
 from megabridge.errors import ConfigError
 from megabridge.families import Family
 from megabridge.mapping import (
-    Below,
-    Chosen,
+    ConcatRows,
     Dims,
     Fuse,
+    FusedSource,
     Interleave,
-    InTurn,
-    Joined,
+    InterleaveColumns,
     Layout,
+    PerRow,
     Resolved,
-    Rows,
     Same,
+    Select,
     Stack,
     Transpose,
     WeightMap,
@@ -45,7 +45,7 @@ _PLACEHOLDER: Final = re.compile(r"\{\w+\}")
 
 
 @dataclass(frozen=True)
-class Target:
+class AdapterTarget:
     """What is adapted of a native weight: the linears at `parts` among all `count` that it is made of, or the one 3-D `parameter`
     of all experts. `tensors` and `layouts` are by native parameter of the adapter; names may have `{row}`, the number of an expert.
     """
@@ -95,7 +95,7 @@ class AdapterMap(WeightMap):
             )
         return found.hf[0] if self.family.parameters is None else self.family.parameters.name(found.hf[0])
 
-    def target(self, native: str, dims: Dims) -> Target | None:
+    def target(self, native: str, dims: Dims) -> AdapterTarget | None:
         """What is adapted of the weight `native`; None for nothing. Raises ConfigError for some experts without the others."""
         found, parameter = self.base.resolve(native, dims), self.parameter(native, dims)
         if parameter is not None:
@@ -110,9 +110,9 @@ class AdapterMap(WeightMap):
             a, b = _layouts(found.layout, parts, len(modules))
             self._layouts[key] = {"lora_A": a, "lora_B": b, "lora_magnitude_vector": b}
         tensors = {kind: tuple(PREFIX + modules[part] + ending for part in parts) for kind, ending in ENDINGS.items()}
-        return Target(parts, len(modules), _is_transposed(found.layout), tensors, self._layouts[key])
+        return AdapterTarget(parts, len(modules), _is_transposed(found.layout), tensors, self._layouts[key])
 
-    def _stacked(self, native: str, parameter: str, dims: Dims) -> Target:
+    def _stacked(self, native: str, parameter: str, dims: Dims) -> AdapterTarget:
         """PEFT has the A of all experts one below another, and in B their columns take turns.
 
         Its A is what meets the parameter's last dimension, or the one before where the class says `is_transposed`. Llama 4's says
@@ -125,12 +125,16 @@ class AdapterMap(WeightMap):
         key = (found.layout, (0,))
         if key not in self._layouts:
             b = inner.inner if isinstance(inner, Transpose) else inner
-            a, b = (InTurn(count, Transpose()), Below(count, Transpose(b))) if is_exchanged else (Below(count), InTurn(count, b))
+            a, b = (
+                (InterleaveColumns(count, Transpose()), ConcatRows(count, Transpose(b)))
+                if is_exchanged
+                else (ConcatRows(count), InterleaveColumns(count, b))
+            )
             self._layouts[key] = {"lora_A": a, "lora_B": b}
         module = self._wrapper(native, parameter, dims)
         theirs = {"lora_A": "lora_B", "lora_B": "lora_A"} if is_exchanged else {"lora_A": "lora_A", "lora_B": "lora_B"}
         tensors = {ours: (PREFIX + module + ENDINGS[name],) for ours, name in theirs.items()}
-        return Target((0,), 1, False, tensors, self._layouts[key], parameter)
+        return AdapterTarget((0,), 1, False, tensors, self._layouts[key], parameter)
 
     def _wrapper(self, native: str, parameter: str, dims: Dims) -> str:
         """Where two parameters of a module have adapters, PEFT's wrapper of the second one has that of the first inside."""
@@ -169,21 +173,21 @@ class AdapterMap(WeightMap):
 
 def _is_of_matrices(layout: Layout) -> bool:
     """Whether the tensors are matrices, [out, in] or transposed: a linear's."""
-    if isinstance(layout, Rows | Transpose):
+    if isinstance(layout, PerRow | Transpose):
         return _is_of_matrices(layout.inner)
-    return isinstance(layout, Same | Fuse | Joined | Interleave)
+    return isinstance(layout, Same | Fuse | FusedSource | Interleave)
 
 
 def _is_transposed(layout: Layout) -> bool:
-    return isinstance(layout, Transpose) or (isinstance(layout, Rows) and _is_transposed(layout.inner))
+    return isinstance(layout, Transpose) or (isinstance(layout, PerRow) and _is_transposed(layout.inner))
 
 
 def _layouts(layout: Layout, parts: tuple[int, ...], count: int) -> tuple[Layout, Layout]:
     """The layouts of A and of B: neither is transposed, whatever the weight is."""
     if isinstance(layout, Transpose):
         return _layouts(layout.inner, parts, count)
-    if isinstance(layout, Rows):
+    if isinstance(layout, PerRow):
         a, b = _layouts(layout.inner, parts, count)
-        return Rows(layout.count, a), Rows(layout.count, b)
+        return PerRow(layout.count, a), PerRow(layout.count, b)
     a = Same() if len(parts) == 1 else Fuse(1, (1,) * len(parts))
-    return a, layout if len(parts) == count else Chosen(layout, parts)
+    return a, layout if len(parts) == count else Select(layout, parts)

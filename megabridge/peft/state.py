@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from megabridge.conversion.native import Live, survey
+from megabridge.conversion.parameters import LocalParameter, collect_parameters
 from megabridge.mapping import Cut
 
 from megatron.core import parallel_state
@@ -19,12 +19,12 @@ from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFac
 _EXPERT: Final = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 
 
-def stored(chunk: torch.nn.Module) -> dict[str, Any]:
+def sharded_state(chunk: torch.nn.Module) -> dict[str, Any]:
     """Sharded tensors by their names in the chunk. Nothing is exchanged."""
-    return {live.local: _sharded(live) for live in survey([chunk], adapters=True)}
+    return {live.local: _sharded(live) for live in collect_parameters([chunk], adapters=True)}
 
 
-def _sharded(live: Live) -> Any:
+def _sharded(live: LocalParameter) -> Any:
     record = live.record
     cuts = [cut for cut in record.cuts if cut.size > 1 or cut.drops]
     striped = next((cut for cut in cuts if cut.stride > 1), None)
@@ -55,7 +55,7 @@ def _part(key: str, data: Tensor, replica: ReplicaId, cuts: Sequence[Cut], drops
     return ShardedTensor.from_rank_offsets(key, data, *offsets, replica_id=replica, prepend_axis_num=drops)
 
 
-def _replica(live: Live) -> ReplicaId:
+def _replica(live: LocalParameter) -> ReplicaId:
     """Among the ranks that hold the same elements, (0, 0, 0) is the one that writes them."""
     record = live.record
     if record.is_expert:

@@ -32,7 +32,12 @@ def file_backed(folder: Path) -> Iterator[None]:
 
     Space is reserved when a tensor is made. Raises CheckpointError where the file system has no room for it.
     """
-    descriptor, name = tempfile.mkstemp(prefix=".parameters-", dir=folder)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".parameters-", dir=folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} can't take a file for the model's parameters: {error.strerror}; free some space there, or write elsewhere."
+        ) from error
     Path(name).unlink()  # gone with the last mapping, however the process ends
     try:
         with _Allocating(descriptor, folder):

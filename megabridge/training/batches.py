@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from itertools import islice
 
 import megabridge.platform as platform
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
+from megabridge.parallel.collectives import together_where_cheap
 from megabridge.training.step import Batch
 
 from megatron.core import parallel_state
 
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:
-    """The next `count` micro-batches, on CUDA in pinned memory: a copy out of other memory waits for the device."""
-    taken = list(islice(batches, count))
+    """The next `count` micro-batches, on CUDA in pinned memory: a copy out of other memory waits for the device. Collective."""
+    with together_where_cheap("taking a step's batches"):
+        taken = list(islice(batches, count))
     if platform.is_cpu():
         return taken
     return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in taken]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megabridge.agreement import gather
-from megabridge.conversion.native import unwrap
-from megabridge.conversion.plan import Entry, Item
+from megabridge.conversion.parameters import unwrap
+from megabridge.conversion.plan import LocalItem, PlannedParameter
 from megabridge.errors import ConfigError, listed
+from megabridge.parallel.collectives import all_gather
 
 if TYPE_CHECKING:
-    from megabridge.bridge import AutoBridge
+    from megabridge.bridge.auto_bridge import AutoBridge
 
 Chunks = list[torch.nn.Module]
 
@@ -29,8 +29,8 @@ def freeze(chunks: Chunks, *, bridge: AutoBridge, patterns: Sequence[str]) -> Ch
     """
     items = bridge.plan(chunks).items
     frozen, here = choose(items, patterns)
-    check(patterns, gather(here))
-    hold(chunks, [item.live.parameter for item in items if item.record.name in frozen])
+    check(patterns, all_gather(here))
+    freeze_parameters(chunks, [item.live.parameter for item in items if item.record.name in frozen])
     return chunks
 
 
@@ -43,7 +43,7 @@ class Found:
     has_trained: bool
 
 
-def choose(entries: Sequence[Entry], patterns: Sequence[str]) -> tuple[set[str], Found]:
+def choose(entries: Sequence[PlannedParameter], patterns: Sequence[str]) -> tuple[set[str], Found]:
     """The native names of the parameters that `patterns` freeze, and what `check` takes. Nothing is exchanged."""
     frozen, problems = set(), []
     for entry in entries:
@@ -73,7 +73,7 @@ def check(patterns: Sequence[str], everywhere: Iterable[Found]) -> None:
         raise ConfigError(f"optimizer.freeze={list(patterns)}: " + listed(problems))
 
 
-def hold(chunks: Iterable[Any], parameters: Iterable[torch.Tensor]) -> None:
+def freeze_parameters(chunks: Iterable[Any], parameters: Iterable[torch.Tensor]) -> None:
     """Takes `requires_grad` from the parameters of these chunks. Nothing is exchanged."""
     for parameter in parameters:
         if isinstance(parameter, torch.nn.Parameter):  # not a router's correction bias, which no gradient moves
@@ -83,13 +83,13 @@ def hold(chunks: Iterable[Any], parameters: Iterable[torch.Tensor]) -> None:
         model.keep_recomputation_alive()
 
 
-def frozen_names(items: Iterable[Item]) -> set[str]:
+def frozen_names(items: Iterable[LocalItem]) -> set[str]:
     """Native names of the parameters that no rank trains. Every rank calls it; names are exchanged once."""
     here = {item.record.name for item in items if not item.live.parameter.requires_grad}
-    return set().union(*gather(here))
+    return set().union(*all_gather(here))
 
 
-def frozen_part(entry: Entry, patterns: Sequence[str]) -> list[str]:
+def frozen_part(entry: PlannedParameter, patterns: Sequence[str]) -> list[str]:
     """Those of the parameter's tensors that are to be frozen: the last pattern that fits decides."""
     is_frozen = dict.fromkeys(entry.hf, False)
     for pattern in patterns:

@@ -24,7 +24,7 @@ class Callback:
         """Before the first step, where HF weights were imported: `report` is the bridge's ImportReport."""
 
     def on_resume(self, trainer: Trainer, folder: Path) -> None:
-        """After the run's state was read from the native checkpoint `folder`."""
+        """After the run's state was read from the native checkpoint `folder`, whose run may have ended before its `on_save`."""
 
     def before_step(self, trainer: Trainer) -> None:
         """Before each optimizer step; `trainer.step` is the number of steps already taken."""

@@ -10,17 +10,18 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from megabridge.agreement import gather, on_rank_zero, together
-from megabridge.checkpoint import folders, native
-from megabridge.checkpoint.dtypes import described
-from megabridge.config import Config
+from megabridge.config.schema import Config
+from megabridge.hf.dtypes import described
 from megabridge.loggers import Logger, Reporter
-from megabridge.training import batches, resume, saving, update
+from megabridge.native import checkpoint
+from megabridge.parallel.collectives import all_gather, on_rank_zero, raise_together
+from megabridge.storage import folders, steps
+from megabridge.training import batches, optimizer_step, resume, saving
 from megabridge.training.flags import SharedFlag
-from megabridge.training.gathering import Gathering
 from megabridge.training.hooks import Callback
+from megabridge.training.moe_metrics import MoEMetrics
+from megabridge.training.parameter_gather import ParameterGather
 from megabridge.training.policy import Action, Guard, TrainingError, refuse_nonfinite
-from megabridge.training.routers import RouterStatistics
 from megabridge.training.step import Batch, forward_backward, prepare, validate
 from megabridge.training.stopping import Stopped, StopSignal
 from megabridge.training.throughput import Clock
@@ -32,7 +33,7 @@ from megatron.core.utils import get_model_config
 if TYPE_CHECKING:
     import torch
 
-    from megabridge.bridge import AutoBridge
+    from megabridge.bridge.auto_bridge import AutoBridge
     from megabridge.data import DataModule
 
 
@@ -75,6 +76,8 @@ class Trainer:
         """(step, loss) of every validation in this process."""
         self.guard = Guard(config.policy)
         """Judges losses and gradients before a step is taken."""
+        self.settings: Mapping[str, Any] = {}
+        """What saves keep of all that the run depends on (megabridge.training.resume), once `fit` has begun."""
         self.skipped_steps = 0
         """Steps of this process that changed nothing: passed over by policy, or FP16 gradients that overflowed."""
         self._saved_step: int | None = None
@@ -85,9 +88,9 @@ class Trainer:
         self._stop_flag = SharedFlag()
         self.stop = StopSignal()
         """Whether a signal has asked this rank to stop, while `fit` runs: long work beside the loop looks at it."""
-        self._routers = RouterStatistics(self.chunks)
+        self._routers = MoEMetrics(self.chunks)
         prepare(self.chunks, optimizer)
-        self._gathering = Gathering(self.chunks)
+        self._gathering = ParameterGather(self.chunks)
 
     @property
     def is_main(self) -> bool:
@@ -144,8 +147,10 @@ class Trainer:
 
     def _start(self) -> None:
         self._lock = None
-        on_rank_zero("claiming the checkpoint folder", self._claim)
+        for line in on_rank_zero("claiming the checkpoint folder", self._claim):
+            self.say(line)
         self._call("on_start")
+        self.settings = resume.settings(self.config, self.bridge, self.data)
         source = on_rank_zero("looking for a checkpoint", lambda: resume.source(self.config, self.checkpoints))
         if source is not None:
             self._resume(source)
@@ -154,21 +159,21 @@ class Trainer:
         if self.bridge is not None:
             self._clock.measure(self.bridge.plan(self.chunks))
 
-    def _claim(self) -> None:
+    def _claim(self) -> list[str]:
+        """Takes the checkpoints for this run, on rank 0; returns what is to be said of what lies there."""
         self._lock = folders.lock(self.checkpoints)
-        folders.remove_orphans(self.checkpoints)
+        problems = steps.remove_orphans(self.checkpoints)
+        return problems + [f"{line}; it is passed over" for line in steps.strange(self.checkpoints).values()]
 
     def _resume(self, source: Path) -> None:
-        progress = native.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
+        progress = checkpoint.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
         if self.bridge is not None:
-            with together("reading what a native checkpoint carries"):
-                self.bridge.remember(source)
-            self.bridge.note_rounding(self.chunks, progress.rounded)
+            self.bridge.adopt_checkpoint(self.chunks, source, progress.rounded)
         if progress.rounded:
             self.say(f"rounded, because this run's parameters can't hold what the checkpoint has: {described(progress.rounded)}")
         accepted = self.config.checkpoint.accept_changes
-        for line in resume.changes(progress.settings, resume.settings(self.config), accepted=accepted):
-            self.say(f"resumed with a changed setting, {line}")
+        if changed := resume.changes(progress.settings, self.settings, accepted=accepted):
+            self.say("resumed with changed settings:\n  " + "\n  ".join(changed))
         self.step, self.consumed_samples = progress.step, progress.consumed_samples
         self.guard.resume(progress.recent_losses)
         self._good = source
@@ -177,6 +182,8 @@ class Trainer:
         if not progress.same_layout:
             self.say("the layout has changed: dropout continues from new random states")
         self._call("on_resume", source)
+        if self._saved_step is not None:
+            saving.prune(self, source.parent)
 
     def _train(self, validation: list[Batch], stop: StopSignal) -> bool:
         """The steps that are left; returns whether a signal ended them early."""
@@ -200,11 +207,11 @@ class Trainer:
 
     def _pause(self, validation: list[Batch]) -> bool:
         """Validates and saves where it is time to, and returns whether it was."""
-        recipe, checkpoint = self.config.recipe, self.config.checkpoint
-        saves = bool(checkpoint.save_every) and self.step % (checkpoint.save_every or 1) == 0
-        saves = saves and self.step != self._saved_step and (self.step != recipe.steps or checkpoint.save_at_end)
+        recipe, settings = self.config.recipe, self.config.checkpoint
+        saves = bool(settings.save_every) and self.step % (settings.save_every or 1) == 0
+        saves = saves and self.step != self._saved_step and (self.step != recipe.steps or settings.save_at_end)
         validates = bool(recipe.eval_every) and self.step % (recipe.eval_every or 1) == 0
-        validates = self.step != self._last_validated() and (validates or (saves and bool(checkpoint.keep_best)))
+        validates = self.step != self._last_validated() and (validates or (saves and bool(settings.keep_best)))
         if validates:
             self._validate(validation)
         if saves:
@@ -220,14 +227,18 @@ class Trainer:
         reads = self._reads(self.step + 1)
         self._routers.begin(is_logged=reads)
         totals = forward_backward(self.chunks, batches.take(data, self._micro_batches), forward_only=False)
-        scale = update.loss_scale(self.optimizer)
-        norm = update.gradient_norm(self.optimizer)
+        scale = optimizer_step.loss_scale(self.optimizer)
+        norm = optimizer_step.gradient_norm(self.optimizer)
         action = self._judged(totals, norm, scale) if reads or self.guard.reads_every_step else "go"
         if action == "rollback":
             self._roll_back()
             return {}
         rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
-        if norm is not None and action == "go" and update.step(self.optimizer, norm, clip=self.config.optimizer.clip_grad):
+        if (
+            norm is not None
+            and action == "go"
+            and optimizer_step.optimizer_step(self.optimizer, norm, clip=self.config.optimizer.clip_grad)
+        ):
             self.scheduler.step(1)
         else:
             self.skipped_steps += 1
@@ -249,21 +260,21 @@ class Trainer:
         if self.skipped_steps:
             metrics["train/skipped_steps"] = float(self.skipped_steps)
         if get_model_config(self.chunks[0]).fp16:
-            metrics["train/loss_scale"] = float(update.loss_scale(self.optimizer))
+            metrics["train/loss_scale"] = float(optimizer_step.loss_scale(self.optimizer))
         self.log(metrics)
         return metrics
 
     def _reads(self, step: int) -> bool:
         """Whether results of `step` are read on the host. Elsewhere nothing waits for the device."""
-        recipe, checkpoint = self.config.recipe, self.config.checkpoint
+        recipe, settings = self.config.recipe, self.config.checkpoint
         return step == recipe.steps or any(
-            every and step % every == 0 for every in (recipe.log_every, recipe.eval_every, checkpoint.save_every)
+            every and step % every == 0 for every in (recipe.log_every, recipe.eval_every, settings.save_every)
         )
 
     def _judged(self, totals: torch.Tensor, norm: torch.Tensor | None, scale: torch.Tensor) -> Action:
         """What the policy makes of the step in hand; says so where it isn't taken."""
         total, count = totals.tolist()
-        size = update.size_of(norm, scale, least_scale=self.config.optimizer.min_loss_scale)
+        size = optimizer_step.size_of(norm, scale, least_scale=self.config.optimizer.min_loss_scale)
         action, fault = self.guard.judge(self.step + 1, total / max(count, 1.0), size)
         if action != "go":
             self.say(f"{fault}: " + ("the step is skipped" if action == "skip" else "back to the last saved step"))
@@ -276,22 +287,22 @@ class Trainer:
                 "policy.nonfinite or policy.spike is rollback, but no step was saved yet; set checkpoint.save_every, or skip."
             )
         self._gathering.pause(sync=False)
-        progress = native.load(self._good, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
+        progress = checkpoint.load(self._good, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
         self.guard.resume(progress.recent_losses)
         self.step = progress.step
         self.consumed_samples += self.config.recipe.global_batch_size
         self._clock.start(self.step)
 
     def _validation_batches(self) -> list[Batch]:
-        return self.data.validation_batches(
-            dp_rank=parallel_state.get_data_parallel_rank(), dp_size=parallel_state.get_data_parallel_world_size()
-        )
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        with raise_together("taking the validation batches"):
+            return self.data.validation_batches(dp_rank=rank, dp_size=size)
 
     def _last_validated(self) -> int | None:
         return self.validation_losses[-1][0] if self.validation_losses else None
 
     def _validate(self, batches: list[Batch]) -> None:
-        if not any(gather(bool(batches))):
+        if not any(all_gather(bool(batches))):
             return
         self._gathering.pause()
         self._call("before_validation")

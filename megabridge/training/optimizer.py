@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import megabridge.platform as platform
-from megabridge.checkpoint import optimizer_state
-from megabridge.config import OptimizerConfig, SchedulerConfig
+from megabridge.config.schema import OptimizerConfig, SchedulerConfig
 from megabridge.errors import ConfigError, listed
+from megabridge.native import optimizer_state
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import megabridge.platform as platform
-from megabridge.config import PolicyConfig
+from megabridge.config.schema import PolicyConfig
 from megabridge.errors import MegabridgeError
 
 Action = Literal["go", "skip", "rollback"]

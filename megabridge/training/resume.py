@@ -5,68 +5,137 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from megabridge import regular
-from megabridge.checkpoint import folders, native
-from megabridge.config import Config
-from megabridge.errors import ConfigError
+from megabridge.config import redaction
+from megabridge.config.schema import Config
+from megabridge.errors import ConfigError, listed, plain
+from megabridge.native import checkpoint
+from megabridge.parallel.collectives import on_rank_zero
+from megabridge.storage import folders, regular_files, steps
+from megabridge.training import input_digests
 
-# With another value of these, "consumed samples" no longer says where in the data a run is.
-_ORDER: Final = ("seed", "recipe.global_batch_size", "recipe.seq_length", "data", "model.name", "model.hf")
+if TYPE_CHECKING:
+    from megabridge.bridge.auto_bridge import AutoBridge
+    from megabridge.data import DataModule
+
+# With another value of these, "consumed samples" no longer says where in the data a run is, or what was learned was learned beside
+# other weights. A name stands for all below it.
+_FIXED: Final = (
+    "seed",
+    "recipe.global_batch_size",
+    "recipe.seq_length",
+    "data",
+    "model.name",
+    "model.hf",
+    input_digests.WEIGHTS,
+    input_digests.MODEL,
+    input_digests.TOKENIZER,
+    input_digests.ROWS,
+)
+_OF_RESUMING: Final = ("checkpoint.resume", "checkpoint.accept_changes")
+"""Settings that say how a run is resumed, and nothing about the run: the only ones that are not compared."""
+_LONGEST: Final = 200  # characters of a value in a message
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """What the course of a run depends on, flat, as a native checkpoint keeps it."""
-    values: dict[str, Any] = {
-        "seed": config.seed,
-        "recipe.steps": config.recipe.steps,
-        "recipe.global_batch_size": config.recipe.global_batch_size,
-        "recipe.seq_length": config.recipe.seq_length,
-        "data": _text(config.data),
-        "model.name": config.model.name,
-        "model.dtype": config.model.dtype,
-        "model.hf": _text(config.model.hf),
-        "parallel": "".join(f"{name}{size}" for name, size in native.layout().items() if size > 1) or "single",
-    }
-    for group in ("optimizer", "scheduler", "peft"):
-        fields = dataclasses.asdict(getattr(config, group))
-        values |= {f"{group}.{name}": value for name, value in fields.items()}
-    return values
+def settings(config: Config, bridge: AutoBridge | None, data: DataModule) -> dict[str, Any]:
+    """All that the course of a run depends on, flat, as a native checkpoint keeps it: every setting, and its inputs. Collective.
+
+    A secret is never in it, and of what came from the environment a short digest.
+    """
+    values = on_rank_zero("collecting the settings", lambda: _open(config))
+    layout = checkpoint.layout()
+    if layout["etp"] == layout["tp"]:
+        del layout["etp"]
+    values["parallel"] = "".join(f"{name}{size}" for name, size in layout.items() if size > 1 or name == "etp") or "single"
+    return values | input_digests.found(config, bridge, data)
 
 
 def changes(saved: Mapping[str, Any], current: Mapping[str, Any], *, accepted: Sequence[str] = ()) -> list[str]:
     """A line for each setting that differs and may; raises ConfigError for those that may not, but for the `accepted`.
 
-    Where a setting that the data's order depends on is accepted, the run goes on after as many samples as it has seen.
+    Where a setting that the data's order depends on is accepted, the run goes on after as many samples as it has seen. Nothing
+    `saved` is a model that was converted, and never trained.
     """
-    if unknown := [name for name in accepted if name not in _ORDER]:
-        raise ConfigError(f"checkpoint.accept_changes={unknown} must be of {', '.join(_ORDER)}; others need not be accepted.")
-    different = {name: (saved[name], value) for name, value in current.items() if name in saved and saved[name] != value}
-    lines = {name: f"{name}: {before} -> {now}" for name, (before, now) in different.items()}
-    forbidden = [lines[name] for name in _ORDER if name in lines and name not in accepted]
+    if unknown := [name for name in accepted if name not in _FIXED]:
+        raise ConfigError(f"checkpoint.accept_changes={unknown} must be of {', '.join(_FIXED)}; others need not be accepted.")
+    names = [name for name in {**current, **saved} if name not in _OF_RESUMING] if saved else []
+    lines = {name: _line(name, saved, current) for name in names if _text(saved, name) != _text(current, name)}
+    forbidden = [line for name, line in lines.items() if (fixed := _fixed(name)) is not None and fixed not in accepted]
     if forbidden:
+        others = [line for line in lines.values() if line not in forbidden]
         raise ConfigError(
-            "a run can't continue with other data or another model; put these back, or name them in checkpoint.accept_changes:"
-            "\n  " + "\n  ".join(forbidden)
+            "a run can't continue with other data, another tokenizer or another model; put these back, or name them in "
+            f"checkpoint.accept_changes ({', '.join(_FIXED)}):\n  "
+            + "\n  ".join(forbidden)
+            + ("\nThese have changed, too, and may:\n  " + "\n  ".join(others) if others else "")
         )
     return list(lines.values())
+
+
+def _fixed(name: str) -> str | None:
+    """The name in _FIXED that stands for a setting."""
+    return next((fixed for fixed in _FIXED if name == fixed or name.startswith(f"{fixed}.")), None)
+
+
+def _line(name: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    return f"{name}: {_shown(saved, name)} -> {_shown(current, name)}"
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name)
+    text = plain(value if isinstance(value, str) else _text(values, name))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _text(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name], sort_keys=True, default=str) if name in values else "not set"
+
+
+def _open(config: Config) -> dict[str, Any]:
+    """The settings of a run without its secrets, plain and flat. config.yaml in its directory knows what is of the environment."""
+    values = dataclasses.asdict(config)
+    own, written = _flat(redaction.redacted(values, values)), _flat(redaction.written(Path(config.run_dir)))
+    out = {}
+    for name, value in _flat(values).items():
+        text = str(written.get(name, ""))
+        if own[name] != value:
+            out[name] = own[name]
+        elif redaction.REDACTED in text or "${oc.env" in text:
+            # 16 bits of it: enough to notice a change, and too few to find it out.
+            out[name] = f"{redaction.REDACTED} {sha256(_text({name: value}, name).encode()).hexdigest()[:4]}"
+        else:
+            out[name] = json.loads(_text({name: value}, name))
+    return out
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; a list or an empty group is a value."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            out |= _flat(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = value
+    return out
 
 
 def source(config: Config, checkpoints: Path) -> Path | None:
     """The native folder to continue from, or None to begin at step 0.
 
-    Raises ConfigError where the run would later meet steps that another run left in `checkpoints`.
+    Raises ConfigError where the run would later meet steps that another run left in `checkpoints`, or what is no step.
     """
-    steps = folders.committed_steps(checkpoints)
+    saved = folders.committed_steps(checkpoints)
     resume = config.checkpoint.resume
     if resume == "auto":
-        return folders.latest(checkpoints)
-    if resume == "none":
+        found = folders.latest(checkpoints)
+        start = max(saved, default=0)
+    elif resume == "none":
         found, start = None, 0
     else:
-        found = regular.place(resume)
+        found = regular_files.place(resume)
         if not folders.is_committed(found) and folders.is_committed(found / folders.NATIVE):
             found = found / folders.NATIVE
         if not folders.is_committed(found):
@@ -74,16 +143,18 @@ def source(config: Config, checkpoints: Path) -> Path | None:
                 f"checkpoint.resume={resume} must be none, auto or the folder of a saved step; there is no complete "
                 "native checkpoint there."
             )
-        here = [step for step, folder in steps.items() if folder.resolve() == found.resolve()]
+        here = [step for step, folder in saved.items() if folder.resolve() == found.resolve()]
         start = here[0] if here else 0
-    later = [step for step in steps if step > start]
+    strange = steps.strange(checkpoints).items()
+    if in_the_way := [line for step, line in strange if start < step <= config.recipe.steps]:
+        raise ConfigError(
+            f"{checkpoints} must have room for the steps that this run saves after step {start}; remove or rename what is in the "
+            f"way:\n  {listed(in_the_way)}"
+        )
+    later = [step for step in saved if step > start]
     if later:
         raise ConfigError(
             f"checkpoint.resume={resume} would run over step_{later[0]} that is already in {checkpoints}; use "
             "checkpoint.resume=auto to continue it, or another run directory."
         )
     return found
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megabridge.agreement import on_rank_zero
-from megabridge.checkpoint import folders, native
-from megabridge.config import CheckpointConfig
-from megabridge.training import resume
+from megabridge.config.schema import CheckpointConfig
+from megabridge.native import checkpoint
+from megabridge.parallel.collectives import on_rank_zero
+from megabridge.storage import folders, steps
 from megabridge.training.policy import refuse_nonfinite_parameters
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ def write(trainer: Trainer) -> Path:
     refuse_nonfinite_parameters(trainer.step, trainer.chunks)
     if trainer.config.checkpoint.native:
         started = time.perf_counter()
-        native.save(
+        checkpoint.save(
             folder / folders.NATIVE,
             trainer.chunks,
-            progress=native.Progress(
-                trainer.step, trainer.consumed_samples, resume.settings(trainer.config), recent_losses=tuple(trainer.guard.recent)
+            progress=checkpoint.TrainingProgress(
+                trainer.step, trainer.consumed_samples, trainer.settings, recent_losses=tuple(trainer.guard.recent)
             ),
             optimizer=trainer.optimizer,
             scheduler=trainer.scheduler,
@@ -48,11 +48,15 @@ def prune(trainer: Trainer, folder: Path) -> None:
     loss = next((loss for step, loss in reversed(trainer.validation_losses) if step == trainer.step), None)
 
     def work() -> list[str]:
+        said = []
         if loss is not None and saving.native:
-            folders.note_validation(folder, loss)
+            try:
+                steps.note_validation(folder, loss)
+            except OSError as error:
+                said.append(f"the validation loss of {folder} can't be noted there ({error.strerror}): keep_best passes it over")
         if saving.keep_last or saving.keep_best:
-            return folders.keep(trainer.checkpoints, last=saving.keep_last or 1, best=saving.keep_best or 0)
-        return []
+            said += steps.keep(trainer.checkpoints, last=saving.keep_last or 1, best=saving.keep_best or 0)
+        return said
 
     for line in on_rank_zero("removing old checkpoints", work):
         trainer.say(line)

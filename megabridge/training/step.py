@@ -16,14 +16,16 @@ import torch
 import torch.distributed as dist
 
 import megabridge.platform as platform
-from megabridge.checkpoint import fp8
+from megabridge.data.vocabulary import check_batch
 from megabridge.errors import ConfigError
-from megabridge.layers.packed import Packed, packed
+from megabridge.models.layers.packed import Packed, packed
+from megabridge.native import fp8_scales
+from megabridge.parallel.collectives import together_where_cheap
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_model_config
 
 Batch = dict[str, torch.Tensor]
 
@@ -52,7 +54,12 @@ def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward
 
     Returns [sum of the unmasked tokens' losses, their number] over all data-parallel ranks, float64, on this rank's device;
     the same on every rank. With `forward_only=False` gradients are left in the buffers, finalized. Every rank calls it.
+    Raises ConfigError for tokens or labels that are none of the model's.
     """
+    size = int(get_attr_wrapped_model(chunks[0], "unpadded_vocab_size"))
+    with together_where_cheap("looking at a step's tokens"):
+        for number, batch in enumerate(batches):
+            check_batch(batch, size, f"micro-batch {number} of this rank")
     on_device = [_placed(batch) for batch in batches]
     micro, sequence = on_device[0].tensors["tokens"].shape
     if not forward_only and get_model_config(chunks[0]).num_moe_experts is not None:
@@ -148,7 +155,7 @@ def validate(chunks: Sequence[Any], batches: Sequence[Batch], *, micro_batch_siz
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    with torch.no_grad(), fp8.preserved(chunks):
+    with torch.no_grad(), fp8_scales.preserved(chunks):
         totals = forward_backward(chunks, filled, forward_only=True)
     for chunk, training in zip(chunks, modes, strict=True):
         chunk.train(training)

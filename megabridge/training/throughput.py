@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import megabridge.platform as platform
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.conversion.plan import Plan
 from megabridge.training.freezing import frozen_names
 

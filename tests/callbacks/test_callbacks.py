@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import RankError, RankServer
+from tests.support.rank_server import RankError, RankServer
 
-CASES = "tests.cases.callbacks"
+CASES = "tests.support.callbacks"
 
 
 def test_the_bar_is_drawn_on_a_terminal_only(ranks: RankServer) -> None:

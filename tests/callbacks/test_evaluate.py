@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from megabridge.errors import ConfigError
-from megabridge.metrics import read
-from megabridge.topology import Topology
-from tests.ranks import RankError, RankServer
+from megabridge.parallel.topology import Topology
+from megabridge.storage.metrics_file import read
 from tests.recipes.test_recipes import source, values
+from tests.support.rank_server import RankError, RankServer
 
 __all__ = ["source"]  # the fixture
-CASES = "tests.cases.evaluate"
+CASES = "tests.support.evaluate"
 HELD, QUIZ, SAY = "HELLOWORLD" * 9, {"prompt": "ABC", "choices": ["D", "XYZ"], "answer": 0}, ["HELLO", "ABC"]
 
 

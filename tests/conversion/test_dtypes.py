@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from megabridge.checkpoint.dtypes import holds, joined
-from megabridge.topology import Topology
-from tests.cases.dtypes import SOURCES
+from megabridge.hf.dtypes import holds, joined
+from megabridge.parallel.topology import Topology
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankServer
 from tests.recipes.test_recipes import run, values
+from tests.support.dtypes import SOURCES
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.dtypes"
+CASES = "tests.support.dtypes"
 
 
 @pytest.fixture(scope="module")

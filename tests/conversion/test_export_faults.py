@@ -14,29 +14,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megabridge.checkpoint import folders
 from megabridge.errors import CheckpointError
-from megabridge.topology import Topology
-from tests.cases import disk
-from tests.cases.models import TINY
+from megabridge.parallel.topology import Topology
+from megabridge.storage import folders
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankError, RankServer
+from tests.support import disk
+from tests.support.models import TINY
+from tests.support.rank_server import RankError, RankServer
 
-CASES = "tests.cases.faults"
+CASES = "tests.support.faults"
 SMALL = {**TINY, "num_hidden_layers": 1}
 
 
 @pytest.fixture(scope="module")
 def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "source"
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": folder, "config": TINY})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": folder, "config": TINY})
     return folder
 
 
 @pytest.fixture(scope="module")
 def small(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "small"
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": folder, "config": SMALL})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": folder, "config": SMALL})
     return folder
 
 
@@ -52,7 +52,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
 
 
 def exported(ranks: RankServer, source: Path, folder: Path) -> None:
-    ranks.run("tests.cases.export:exports", topology=Topology(), kwargs={"source": str(source), "outs": {str(folder): {}}})
+    ranks.run("tests.support.export:exports", topology=Topology(), kwargs={"source": str(source), "outs": {str(folder): {}}})
 
 
 def run(server: RankServer, case: str, *, timeout: float = 300, topology: Topology | None = None, **kwargs: Any) -> list[Any]:
@@ -195,7 +195,7 @@ def test_fault_06_a_rank_that_dies_in_an_export(
     assert time.monotonic() - begin < 30
     assert payload(tmp_path / "out") == before and (tmp_path / ".out.partial").is_dir()
     outs = {str(tmp_path / "out"): {}}
-    seen = ranks.run("tests.cases.export:exports", topology=Topology(pp=2), kwargs={"source": str(source), "outs": outs})
+    seen = ranks.run("tests.support.export:exports", topology=Topology(pp=2), kwargs={"source": str(source), "outs": outs})
     assert seen[0][0]["kept"] > 0 and seen[0] == seen[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"] and payload(tmp_path / "out") == before
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megabridge.checkpoint.filesystems import kind_of, parse_mounts
-from megabridge.checkpoint.hf import Reader, find_tensors, native_box, view
-from megabridge.checkpoint.stretches import stretches
-from megabridge.conversion import shared
-from megabridge.conversion.shared import Sharing, blocks_of, inside
-from megabridge.conversion.walk import Job, fill, silent, walk
+from megabridge.conversion import shared_reads
+from megabridge.conversion.read_loop import ReadTask, fill, run_tasks, silent
+from megabridge.conversion.shared_reads import SharedReads, blocks_of, inside
 from megabridge.errors import CheckpointError, ConfigError
+from megabridge.hf.contiguous_runs import contiguous_runs
+from megabridge.hf.tensor_files import Reader, find_tensors, native_box, view
 from megabridge.mapping import Cut, Dims, Fuse, Same, transfers
-from megabridge.topology import Topology
-from tests.cases.models import TINY
-from tests.ranks import RankServer
+from megabridge.parallel.topology import Topology
+from megabridge.storage.file_systems import kind_of, parse_mounts
+from tests.support.models import TINY
+from tests.support.rank_server import RankServer
 
 DIMS = Dims(num_layers=1, hidden_size=1, num_attention_heads=4, num_query_groups=2, vocab_size=1, tied=False)
 LARGER = {**TINY, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 257, "num_hidden_layers": 2}
@@ -32,10 +32,10 @@ CUTS = [None, *(Cut(dim, stride, 2, index) for dim, stride, index in product((0,
 
 def test_every_way_of_reading_gives_the_same_bits(ranks: RankServer, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": source, "config": LARGER})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": source, "config": LARGER})
     payload = sum(info.nbytes for info in find_tensors(source).values())
     for layout in (Topology(tp=2, pp=2), Topology(tp=2, dp=2)):
-        seen = ranks.run("tests.cases.imports:ways", topology=layout, kwargs={"source": str(source)})
+        seen = ranks.run("tests.support.imports:ways", topology=layout, kwargs={"source": str(source)})
         for rank, (mapped, sequential, dedupe) in enumerate(seen):
             assert mapped["digest"] == sequential["digest"] == dedupe["digest"]
             for way in (mapped, sequential, dedupe):
@@ -51,8 +51,8 @@ def test_every_way_of_reading_gives_the_same_bits(ranks: RankServer, tmp_path: P
 
 def test_a_failing_shared_read_fails_on_every_rank(ranks: RankServer, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": source, "config": LARGER})
-    seen = ranks.run("tests.cases.imports:shared_read_fails", topology=Topology(tp=2, pp=2), kwargs={"source": str(source)})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": source, "config": LARGER})
+    seen = ranks.run("tests.support.imports:shared_read_fails", topology=Topology(tp=2, pp=2), kwargs={"source": str(source)})
     for rank, errors in enumerate(seen):
         for kind, message, seconds in errors:
             assert kind == "CheckpointError" and seconds < 10
@@ -62,7 +62,7 @@ def test_a_failing_shared_read_fails_on_every_rank(ranks: RankServer, tmp_path: 
 
 def test_an_import_needs_little_memory_beside_the_model(ranks: RankServer, tmp_path: Path) -> None:
     """Anonymous memory, sampled: straight into parameters, cast, by rows, compared and checked, by eight threads."""
-    for way in ranks.run("tests.cases.imports:memory", kwargs={"root": str(tmp_path)})[0]:
+    for way in ranks.run("tests.support.imports:memory", kwargs={"root": str(tmp_path)})[0]:
         assert 0 <= way["extra"] <= 64 << 20 and way["model"] > 140_000_000, way
 
 
@@ -110,14 +110,14 @@ def test_stretches_are_maximal_and_complete(cut: Cut | None) -> None:
         shape[cut.dim] //= cut.size
     target = torch.arange(shape[0] * shape[1]).view(shape)
     for move in transfers(Fuse("num_query_groups", ("heads_per_group", 1, 1)), (32, 8), DIMS, (cut,) if cut else ()):
-        found = stretches(move, target.stride())
+        found = contiguous_runs(move, target.stride())
         whole = torch.arange(move.hf_shape[0] * move.hf_shape[1]).view(move.hf_shape)
         ours = [start + n for start in found.native.tolist() for n in range(found.length)]
         theirs = [start + n for start in found.hf.tolist() for n in range(found.length)]
         assert ours == native_box(target, move).flatten().tolist() and theirs == view(whole, move.hf_view()).flatten().tolist()
         joined = [(start + n * found.length, native) for start, natives in found.gathered() for n, native in enumerate(natives)]
         assert joined == list(zip(found.hf.tolist(), found.native.tolist(), strict=True))
-    assert stretches(transfers(Same(), (32, 8), DIMS, ())[0], (8, 1)).length == 256
+    assert contiguous_runs(transfers(Same(), (32, 8), DIMS, ())[0], (8, 1)).length == 256
 
 
 def test_a_short_read_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,12 +125,12 @@ def test_a_short_read_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest
     tensors = write_parts(tmp_path)
     infos = find_tensors(tmp_path)
     real = os.preadv
-    monkeypatch.setattr("megabridge.checkpoint.hf.LONG", 1)
+    monkeypatch.setattr("megabridge.hf.tensor_files.LONG", 1)
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:7]], offset))
     target = torch.full((32, 8), torch.nan)
     moves = transfers(Fuse("num_query_groups", ("heads_per_group", 1, 1)), (32, 8), DIMS, ())
     with Reader(infos.values()) as reader:
-        walk(reader, [Job(infos["qkv"[move.part]], move, target) for move in moves], fill, straight=True, progress=silent)
+        run_tasks(reader, [ReadTask(infos["qkv"[move.part]], move, target) for move in moves], fill, straight=True, progress=silent)
     assert all(torch.equal(native_box(target, move), view(tensors["qkv"[move.part]], move.hf_view())) for move in moves)
 
 
@@ -143,7 +143,7 @@ def test_a_thread_that_fails_ends_the_walk(tmp_path: Path) -> None:
         raise CheckpointError("as it should")
 
     with Reader(infos.values()) as reader, pytest.raises(CheckpointError, match="as it should"):
-        walk(reader, [Job(infos["q"], move, torch.empty(16, 8))] * 50, fails, progress=silent)
+        run_tasks(reader, [ReadTask(infos["q"], move, torch.empty(16, 8))] * 50, fails, progress=silent)
     with pytest.raises(ConfigError, match="reader='fast' must be one of auto, mapped, sequential"):
         Reader(infos.values(), way="fast")  # type: ignore[arg-type]
 
@@ -151,19 +151,19 @@ def test_a_thread_that_fails_ends_the_walk(tmp_path: Path) -> None:
 def test_a_node_notices_a_rank_that_died(tmp_path: Path) -> None:
     """The others would wait for its blocks for ever; its lock tells."""
     file = tmp_path / "window"
-    file.write_bytes(bytes(shared._PAGE))
+    file.write_bytes(bytes(shared_reads._PAGE))
     ready, told = os.pipe()
     end, ended = os.pipe()
     program = (
         "import fcntl, os, sys; file, place, told, end = sys.argv[1], *map(int, sys.argv[2:]); fd = os.open(file, os.O_RDWR); "
         "fcntl.lockf(fd, fcntl.LOCK_EX, 1, place); os.write(told, b'x'); os.read(end, 1); os._exit(0)"
     )
-    arguments = [sys.executable, "-c", program, str(file), str(shared._LOCKS + 1), str(told), str(end)]
+    arguments = [sys.executable, "-c", program, str(file), str(shared_reads._LOCKS + 1), str(told), str(end)]
     child = subprocess.Popen(arguments, pass_fds=(told, end))
     os.read(ready, 1)
     fd = os.open(file, os.O_RDWR)
     try:
-        counters = shared._Counters(Sharing((), {}, 0, (4, 7), fd, mmap.mmap(fd, 0)))
+        counters = shared_reads._Counters(SharedReads((), {}, 0, (4, 7), fd, mmap.mmap(fd, 0)))
         counters.check_alive(total=5)
         os.write(ended, b"x")
         child.wait()
@@ -208,7 +208,7 @@ def test_network_file_systems_are_read_in_rows(tmp_path: Path, monkeypatch: pyte
         ("lustre", "sequential"),
         ("tmpfs", "mapped"),
     ):
-        monkeypatch.setattr("megabridge.checkpoint.filesystems._mounts", lambda kind=kind: {Path("/"): kind})
+        monkeypatch.setattr("megabridge.storage.file_systems._mounts", lambda kind=kind: {Path("/"): kind})
         assert Reader(infos.values()).way(file) == way
         assert Reader(infos.values(), way="mapped").way(file) == "mapped"
 
@@ -217,9 +217,9 @@ def test_rules_broken_once_are_detected_and_named(ranks: RankServer, tmp_path: P
     """A wrong name, ratio, grouping or order of parts: refused with the tensor's name, or localised to one of its modules."""
     source = tmp_path / "source"
     config = {**TINY, "num_hidden_layers": 2}
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": source, "config": config})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": source, "config": config})
     seen = ranks.run(
-        "tests.cases.imports:broken_rules",
+        "tests.support.imports:broken_rules",
         topology=Topology(tp=2),
         kwargs={"source": str(source), "file": str(tmp_path / "events.pt")},
         timeout=300,

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megabridge.topology import Topology
-from tests.cases.models import TINY, changed_model
-from tests.ranks import RankError, RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.models import TINY, changed_model
+from tests.support.rank_server import RankError, RankServer
 
 Tensors = dict[str, torch.Tensor]
 Seen = dict[str, list[tuple[str, str, float, bool]]]
@@ -105,7 +105,7 @@ def with_code(path: Path, trace: Path) -> Path:
 @pytest.fixture(scope="module")
 def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults") / "source"
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": folder, "config": TINY})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": folder, "config": TINY})
     return folder
 
 
@@ -165,7 +165,9 @@ def cases(s: Path, root: Path, trace: Path) -> Iterator[tuple[str, dict[str, Any
 def seen(ranks: RankServer, source: Path, trace: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """By case, what each rank raised."""
     made = dict(cases(source, tmp_path_factory.mktemp("cases"), trace))
-    found = ranks.run("tests.cases.imports:refusals", topology=Topology(tp=2), kwargs={"folders": list(made.values())}, timeout=300)
+    found = ranks.run(
+        "tests.support.imports:refusals", topology=Topology(tp=2), kwargs={"folders": list(made.values())}, timeout=300
+    )
     return {name: [rank[number] for rank in found] for number, name in enumerate(made)}
 
 
@@ -255,7 +257,7 @@ def test_fault_20_a_wrong_tensor_is_localised(ranks: RankServer, source: Path, t
     bad = [str(changed_model(source, tmp_path / str(number), change)) for number, (change, _) in enumerate(made)]
     for layout in (Topology(), Topology(tp=2, pp=2)):
         kwargs = {"good": str(source), "bad": bad, "file": str(tmp_path / "events.pt")}
-        for figures in ranks.run("tests.cases.imports:localised", topology=layout, kwargs=kwargs):
+        for figures in ranks.run("tests.support.imports:localised", topology=layout, kwargs=kwargs):
             assert figures[0][1] is None and figures[0][0] < 1e-3
             assert [place for _, place in figures[1:]] == [place for _, place in made]
             assert all(distance > 1e-3 for distance, _ in figures[1:])
@@ -286,7 +288,7 @@ def test_fault_23_code_in_a_config_is_not_run(seen: Seen, trace: Path) -> None:
 def test_fault_25_a_file_that_changes_while_it_is_loaded(ranks: RankServer, source: Path, tmp_path: Path, how: str) -> None:
     folder = changed_model(source, tmp_path / how)
     kwargs = {"source": str(folder), "how": how}
-    for kind, message, seconds in ranks.run("tests.cases.imports:changed_while_loading", topology=Topology(tp=2), kwargs=kwargs):
+    for kind, message, seconds in ranks.run("tests.support.imports:changed_while_loading", topology=Topology(tp=2), kwargs=kwargs):
         assert kind == "CheckpointError" and seconds < 10
         assert f"{folder}/model.safetensors" in message and "changed while being read" in message
 
@@ -294,7 +296,7 @@ def test_fault_25_a_file_that_changes_while_it_is_loaded(ranks: RankServer, sour
 def test_fault_25_a_rank_that_dies_of_a_truncated_file_is_named_with_it(ranks: RankServer, source: Path, tmp_path: Path) -> None:
     folder = changed_model(source, tmp_path / "copy")
     with pytest.raises(RankError) as caught:
-        ranks.run("tests.cases.imports:killed_by_a_truncated_file", topology=Topology(tp=2), kwargs={"source": str(folder)})
+        ranks.run("tests.support.imports:killed_by_a_truncated_file", topology=Topology(tp=2), kwargs={"source": str(folder)})
     assert caught.value.failure["rank"] == 1
     assert "SIGBUS" in caught.value.failure["error"]
     assert f"{folder}/model.safetensors had " in caught.value.failure["error"]

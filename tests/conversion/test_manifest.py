@@ -16,13 +16,13 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from megabridge.checkpoint.hf import find_tensors
-from megabridge.topology import Topology
-from tests.cases.models import TINY, changed_model
+from megabridge.hf.tensor_files import find_tensors
+from megabridge.parallel.topology import Topology
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankServer
+from tests.support.models import TINY, changed_model
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.export"
+CASES = "tests.support.export"
 QKV = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.norm.weight"
 
@@ -30,7 +30,7 @@ NORM = "model.norm.weight"
 @pytest.fixture(scope="module")
 def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "source"
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": folder, "config": TINY})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": folder, "config": TINY})
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
 
@@ -67,7 +67,7 @@ def test_it_says_what_is_in_the_folder(out: Path, source: Path) -> None:
     for name, entry in said["files"].items():
         data = (out / name).read_bytes()
         assert entry == {"size": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
-    assert said["layout"] == {"tp": 2, "pp": 2, "vpp": 1, "cp": 1, "ep": 1, "dp": 1}
+    assert said["layout"] == {"tp": 2, "pp": 2, "vpp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1}
     assert said["versions"].keys() == {"megabridge", "megatron-core", "torch"}
 
 

@@ -11,12 +11,12 @@ import torch
 
 from megabridge.families.gpt_oss import FAMILY as GPT_OSS
 from megabridge.families.mixtral import FAMILY as MIXTRAL
-from megabridge.topology import Topology
-from tests.cases.models import TINY, changed_model
+from megabridge.parallel.topology import Topology
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankServer
+from tests.support.models import TINY, changed_model
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.quantised"
+CASES = "tests.support.quantised"
 DEEPSEEK = "DeepseekV3ForCausalLM"
 # 192 columns are one block of 128 and a half, cut into 96 by tp 2 and 64 by tp 3; rows are cut inside blocks too.
 SHAPE: dict[str, Any] = {
@@ -40,7 +40,7 @@ SCALES = Q + "_scale_inv"
 
 def make(ranks: RankServer, root: Path, config: dict[str, Any], block: tuple[int, int]) -> Path:
     """Folders `source`, `fp8` and `plain` (see `write_fp8`)."""
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": root / "source", "config": config})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": root / "source", "config": config})
     ranks.run(f"{CASES}:write_fp8", kwargs={"source": str(root / "source"), "block": block})
     return root
 
@@ -85,7 +85,7 @@ def test_gpt_oss_in_mxfp4(ranks: RankServer, tmp_path: Path) -> None:
         "intermediate_size": 96,
         "dtype": "bfloat16",
     }
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": tmp_path / "source", "config": config})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": tmp_path / "source", "config": config})
     ranks.run(f"{CASES}:write_mxfp4", kwargs={"source": str(tmp_path / "source")})
     for number, layout in enumerate((Topology(), Topology(pp=2, ep=2, dp=2), Topology(tp=2, ep=2, etp=1), Topology(ep=4, dp=4))):
         check_import(ranks, tmp_path, layout, tmp_path / f"out{number}", slack=1.07)
@@ -94,10 +94,10 @@ def test_gpt_oss_in_mxfp4(ranks: RankServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", [Topology(), Topology(pp=2, ep=2, dp=2)], ids=str)
 def test_deepseek_with_layers_that_are_carried(ranks: RankServer, tmp_path: Path, layout: Topology) -> None:
     """Those of multi-token prediction are quantised too: decoded for an export, and for a native checkpoint."""
-    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(tmp_path / "source"), "architecture": DEEPSEEK})
+    ranks.run("tests.support.mtp:make", kwargs={"folder": str(tmp_path / "source"), "architecture": DEEPSEEK})
     ranks.run(f"{CASES}:write_fp8", kwargs={"source": str(tmp_path / "source"), "block": (12, 20)})
     given = {"source": str(tmp_path / "fp8"), "out": str(tmp_path / "out")}
-    assert not any(ranks.run("tests.cases.mtp:not_built", topology=layout, kwargs=given))
+    assert not any(ranks.run("tests.support.mtp:not_built", topology=layout, kwargs=given))
     for name in ("straight", "after"):
         assert payload(tmp_path / "out" / name) == payload(tmp_path / "plain")
     assert not list(tmp_path.glob("**/.parameters-*"))

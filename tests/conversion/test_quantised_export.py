@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from megabridge.families.gpt_oss import FAMILY as GPT_OSS
-from megabridge.topology import Topology
-from tests.cases.models import changed_model
-from tests.cases.quantised import FP8, dequantised
+from megabridge.parallel.topology import Topology
 from tests.conversion.test_quantised import CASES, DEEPSEEK, MIXTURE, SHAPE
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankServer
+from tests.support.models import changed_model
+from tests.support.quantised import FP8, dequantised
+from tests.support.rank_server import RankServer
 
 LAYOUTS = [Topology(), Topology(tp=2), Topology(tp=3), Topology(tp=2, pp=2), Topology(pp=2, dp=2)]
 E4M3 = "torch.float8_e4m3fn"
@@ -26,7 +26,7 @@ EVEN: dict[str, Any] = {**SHAPE, "hidden_size": 256, "intermediate_size": 384, "
 
 
 def write(ranks: RankServer, folder: Path, config: dict[str, Any]) -> Path:
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": folder, "config": config})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": folder, "config": config})
     return folder
 
 
@@ -108,7 +108,7 @@ def test_experts_and_carried_layers(ranks: RankServer, tmp_path: Path) -> None:
     assert "model.layers.3.block_sparse_moe.gate" in said["modules_to_not_convert"]
 
     deepseek = tmp_path / "deepseek"
-    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(deepseek), "architecture": DEEPSEEK})
+    ranks.run("tests.support.mtp:make", kwargs={"folder": str(deepseek), "architecture": DEEPSEEK})
     outs = {
         tmp_path / "mtp-shared": {"weight_dtype": "bfloat16"},
         tmp_path / "mtp-gather": {"weight_dtype": "bfloat16", "writer": "gather"},

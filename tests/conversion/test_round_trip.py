@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from megabridge.checkpoint.hf import find_tensors
 from megabridge.conversion.manifest import MANIFEST
-from megabridge.topology import Topology
-from tests.cases.models import TINY, llama_config
-from tests.ranks import RankServer
+from megabridge.hf.tensor_files import find_tensors
+from megabridge.parallel.topology import Topology
+from tests.support.models import TINY, llama_config
+from tests.support.rank_server import RankServer
 
 LAYOUTS = [*(Topology(tp=tp, pp=pp) for pp in (1, 2) for tp in (1, 2, 4)), Topology(tp=2, pp=2, vpp=2)]
 COUNT = int(os.environ.get("MEGABRIDGE_SHAPES", "18"))
@@ -39,13 +39,15 @@ def test_random_configs_under_every_layout(ranks: RankServer, tmp_path_factory: 
     root = tmp_path_factory.mktemp("models")
     configs = [llama_config(seed) for seed in seeds]
     assert len({json.dumps(config) for config in configs}) >= COUNT * 50 / 54, "the drawn shapes must differ"
-    ranks.run("tests.cases.convert:make_models", kwargs={"root": str(root), "seeds": seeds}, timeout=300)
+    ranks.run("tests.support.convert:make_models", kwargs={"root": str(root), "seeds": seeds}, timeout=300)
     sources = [payload(root / str(number)) for number in range(COUNT)]
     first = root / str(LAYOUTS[0])
     for layout in LAYOUTS:
         out = root / str(layout)
         kwargs = {"root": str(root), "out": str(out), "seeds": seeds}
-        seen: list[list[dict[str, Any]]] = ranks.run("tests.cases.convert:round_trips", topology=layout, kwargs=kwargs, timeout=300)
+        seen: list[list[dict[str, Any]]] = ranks.run(
+            "tests.support.convert:round_trips", topology=layout, kwargs=kwargs, timeout=300
+        )
         for number in range(COUNT):
             where = f"{layout}, {configs[number]}"
             assert payload(out / str(number)) == sources[number], where
@@ -80,10 +82,10 @@ def tensors_and_files(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", [Topology(tp=2, pp=2), Topology(pp=2, vpp=2)], ids=str)
 def test_the_export_comes_from_the_model_alone(ranks: RankServer, tmp_path: Path, layout: Topology) -> None:
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": tmp_path / "source", "config": TINY})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": tmp_path / "source", "config": TINY})
     before = payload(tmp_path / "source")
     ranks.run(
-        "tests.cases.convert:negated_export",
+        "tests.support.convert:negated_export",
         topology=layout,
         kwargs={"source": str(tmp_path / "source"), "out": str(tmp_path / "out")},
     )

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megabridge.checkpoint.hf import find_tensors
+from megabridge.hf.tensor_files import find_tensors
 from megabridge.mapping import natural
-from megabridge.topology import Topology
-from tests.cases.models import TINY, llama_config
+from megabridge.parallel.topology import Topology
 from tests.conversion.test_round_trip import identical, payload
-from tests.ranks import RankServer
+from tests.support.models import TINY, llama_config
+from tests.support.rank_server import RankServer
 
 SEEDS = [1, 2, 3]
 TIED = {**TINY, "tie_word_embeddings": True}
@@ -33,7 +33,7 @@ def models(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> list[
     """Random shapes, and a tied model whose file carries the head as well."""
     root = tmp_path_factory.mktemp("models")
     configs = {**{str(seed): llama_config(seed) for seed in SEEDS}, "tied": TIED, "plain": TIED}
-    ranks.run("tests.cases.stream:write_models", kwargs={"root": root, "configs": configs})
+    ranks.run("tests.support.stream:write_models", kwargs={"root": root, "configs": configs})
     tied = root / "tied"
     tensors = load_file(tied / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -45,7 +45,7 @@ def models(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> list[
     "layout", [Topology(), Topology(tp=4), Topology(tp=2, pp=2), Topology(pp=2, vpp=2), Topology(tp=2, dp=2)], ids=str
 )
 def test_the_tensors_of_the_files(ranks: RankServer, models: list[Path], layout: Topology) -> None:
-    results = ranks.run("tests.cases.stream:streams", topology=layout, kwargs={"sources": [str(model) for model in models]})
+    results = ranks.run("tests.support.stream:streams", topology=layout, kwargs={"sources": [str(model) for model in models]})
     last = layout.world_size - 1
     for number, source in enumerate(models):
         expected = files(source)
@@ -83,7 +83,7 @@ def check_tasks(tasks: list[Any], expected: list[Any], layout: Topology) -> None
 
 
 def test_only_tensors_travel_and_the_next_bucket_is_ahead(ranks: RankServer, models: list[Path]) -> None:
-    for seen in ranks.run("tests.cases.stream:exchanges", topology=Topology(tp=2, pp=2), kwargs={"source": str(models[-1])}):
+    for seen in ranks.run("tests.support.stream:exchanges", topology=Topology(tp=2, pp=2), kwargs={"source": str(models[-1])}):
         count = len(seen["buckets"])
         assert count >= 4 and sum(seen["buckets"]) == len(find_tensors(models[-1]))
         assert seen["starting"] == {"all_gather_object": 2, "all_reduce": 2}, (
@@ -97,14 +97,14 @@ def test_only_tensors_travel_and_the_next_bucket_is_ahead(ranks: RankServer, mod
 @pytest.mark.parametrize("layout", [Topology(tp=2, dp=2), Topology(pp=2)], ids=str)
 def test_the_plan_survives_steps_and_new_storage(ranks: RankServer, models: list[Path], tmp_path: Path, layout: Topology) -> None:
     kwargs = {"source": str(models[-1]), "out": str(tmp_path)}
-    for looks in ranks.run("tests.cases.stream:changed", topology=layout, kwargs=kwargs):
+    for looks in ranks.run("tests.support.stream:changed", topology=layout, kwargs=kwargs):
         assert looks == [files(tmp_path / str(number)) for number in range(1, 5)]
         assert len({tuple(look) for look in looks}) == 4, "each change must show"
         assert looks[0] == files(models[-1])
 
 
 def test_early_ends(ranks: RankServer, models: list[Path]) -> None:
-    seen = ranks.run("tests.cases.stream:endings", topology=Topology(tp=2, pp=2), kwargs={"source": str(models[-1])})
+    seen = ranks.run("tests.support.stream:endings", topology=Topology(tp=2, pp=2), kwargs={"source": str(models[-1])})
     total = len(find_tensors(models[-1]))
     messages = {name: [rank[name][0] for rank in seen] for name in seen[0]}
     counts = {name: [rank[name][1] for rank in seen] for name in seen[0]}
@@ -151,7 +151,7 @@ def test_memory_is_two_buckets_and_a_tensor(ranks: RankServer) -> None:
     config = {**TINY, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 1024}
     bucket = 8 << 20
     for growth, largest, total in ranks.run(
-        "tests.cases.stream:peak", topology=Topology(tp=2), kwargs={"config": config, "bucket_bytes": bucket}
+        "tests.support.stream:peak", topology=Topology(tp=2), kwargs={"config": config, "bucket_bytes": bucket}
     ):
         assert total > 10 * bucket
         assert growth <= 2 * bucket + largest + (6 << 20), f"{growth / 2**20:.1f} MiB"
@@ -169,7 +169,7 @@ def test_tasks_of_another_checkpoint(ranks: RankServer, models: list[Path], tmp_
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     (other / "config.json").write_text((plain / "config.json").read_text())
     kwargs = {"source": str(plain), "hf_path": str(other)}
-    for seen in ranks.run("tests.cases.stream:other_checkpoint", topology=Topology(tp=2), kwargs=kwargs):
+    for seen in ranks.run("tests.support.stream:other_checkpoint", topology=Topology(tp=2), kwargs=kwargs):
         names = [(name, str(tensors[name].dtype)) for name in sorted(tensors, key=natural)]
         assert seen["tasks"] == names and "lm_head.weight" in tensors
         assert [entry[:2] for entry in seen["streamed"]] == names
@@ -182,7 +182,7 @@ def test_tasks_of_another_checkpoint(ranks: RankServer, models: list[Path], tmp_
 def test_a_gathered_export_is_the_shared_one(ranks: RankServer, models: list[Path], tmp_path: Path, layout: Topology) -> None:
     """Also where large tensors travel in blocks of rows; ranks other than 0 write nothing."""
     kwargs = {"sources": [str(model) for model in models], "out": str(tmp_path), "bucket_bytes": 3000}
-    for rank, reports in enumerate(ranks.run("tests.cases.stream:gathered", topology=layout, kwargs=kwargs)):
+    for rank, reports in enumerate(ranks.run("tests.support.stream:gathered", topology=layout, kwargs=kwargs)):
         for number, report in enumerate(reports):
             assert report["copied"][0] == report["copied"][1] and report["verified"] and report["mismatched"] == ()
             assert report["mine"] == ([str(known) for known in range(number + 1)] if rank == 0 else [])
@@ -193,7 +193,7 @@ def test_a_gathered_export_is_the_shared_one(ranks: RankServer, models: list[Pat
 
 def test_a_gathered_export_fails_on_all_ranks_and_publishes_nothing(ranks: RankServer, models: list[Path], tmp_path: Path) -> None:
     kwargs = {"source": str(models[-1]), "out": str(tmp_path)}
-    results = ranks.run("tests.cases.stream:gathered_failures", topology=Topology(tp=2, dp=2), kwargs=kwargs)
+    results = ranks.run("tests.support.stream:gathered_failures", topology=Topology(tp=2, dp=2), kwargs=kwargs)
     expected = {
         "damaged file": "ParityError: these tensors differ from the model after the export; nothing was published:\n  model.norm.weight",
         "other replica": "ParityError: these tensors differ from the model after the export; nothing was published:\n  model.layers.0.self_attn.o_proj.weight",

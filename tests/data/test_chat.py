@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data.batches import Sample
 from megabridge.data.chat import ChatEncoder
 from megabridge.errors import ConfigError
+from megabridge.hf import byte_tokenizer
 
 TURNS = [
     {"role": "system", "content": "Be brief."},

@@ -11,12 +11,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data.finetuning import Finetuning
 from megabridge.data.module import Batch
 from megabridge.data.show import stretches
 from megabridge.data.text import load_tokenizer
 from megabridge.errors import ConfigError
+from megabridge.hf import byte_tokenizer
 
 
 def chat(number: int) -> dict[str, Any]:
@@ -120,11 +120,43 @@ def test_prompts_with_completions_and_plain_text(tmp_path: Path, tokenizer: Path
 
 
 BAD = {
-    "missing field": [{"text": "no messages"}, {"messages": [{"role": "user"}]}],
+    "missing field": [
+        {"text": "no messages"},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": []}]},
+        {"messages": [{"role": None, "content": "a"}]},
+    ],
+    "content that is not text": [
+        {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "b"}]}
+        for part in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}, {"type": "text", "text": 1}, "text", None)
+    ],
     "empty": [{"messages": []}, {"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "x"}]}],
     "too long": [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 500}]}],
     "bad encoding": [b'{"messages": "\xff"}', b'{"messages": [{"role": "user", "content": "\\ud800"}]}'],
-    "not readable": [b"{", b"[1]", {"messages": "text"}],
+    "not readable": [
+        b"{",
+        b"[1]",
+        b"null",
+        b"\x00",
+        b'{"messages": [], "messages": []}',
+        b"[" * 5000,
+        b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        {"messages": "text"},
+        {"messages": 1},
+        {"messages": {"role": "user"}},
+        {"messages": [1]},
+        {"messages": [[]]},
+        *(
+            {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}]}
+            for content in (1, 0.5, True, {})
+        ),
+        *(
+            {"messages": [{"role": role, "content": "a"}, {"role": "assistant", "content": "b"}]}
+            for role in (1, ["user"], {"a": 1})
+        ),
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": "call"}]},
+    ],
     "role order": [
         {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]},
         {"messages": [{"role": "assistant", "content": "c"}]},
@@ -138,13 +170,13 @@ BAD = {
 def test_bad_rows_are_counted_by_kind_and_left_out(tmp_path: Path, tokenizer: Path) -> None:
     bad = [row for rows in BAD.values() for row in rows]
     path = jsonl(tmp_path / "some.jsonl", [chat(number) for number in range(40)] + bad)
-    data = made(path, tokenizer, max_bad_share=0.3, validation_share=0)
+    data = made(path, tokenizer, max_bad_share=0.6, validation_share=0)
     assert len(data.train) == 40
     said = data.describe()
-    assert f"{len(bad)} of {40 + len(bad)} rows left out" in said
+    assert f"{len(bad)} of {40 + len(bad)} rows left out" in said and f"), the first at {path}:41" in said
     for kind, rows in BAD.items():
         assert f"{len(rows)} {kind}" in said
-    cut = made(path, tokenizer, max_bad_share=0.3, validation_share=0, overlong="truncate")
+    cut = made(path, tokenizer, max_bad_share=0.6, validation_share=0, overlong="truncate")
     assert len(cut.train) == 41 and "1 truncated" in cut.describe() and "too long" not in cut.describe()
     assert max(sample.positions for sample in cut.train) == 400
 
@@ -159,7 +191,7 @@ def test_bad_rows_past_the_share_stop_the_run_and_are_shown(tmp_path: Path, toke
     for kind, rows in BAD.items():
         assert f"\n  {len(rows)} {kind}\n" in message
     assert f"{path}:41: messages; the row has text" in message
-    assert f"{path}:45: 522 tokens, recipe.seq_length=400 takes 401" in message
+    assert ": 522 tokens, recipe.seq_length=400 takes 401" in message
     assert "message 1 is by user after user" in message and "message 0 is by assistant after nothing" in message
     with pytest.raises(ConfigError, match="none of 2 rows can be used"):
         made(jsonl(tmp_path / "all.jsonl", BAD["empty"]), tokenizer, max_bad_share=1.0)
@@ -203,6 +235,72 @@ def test_order_resumes_and_does_not_depend_on_dp(tmp_path: Path, tokenizer: Path
     alone = steps(20, 1)
     assert steps(20, 2) == alone == steps(20, 4)
     assert steps(10, 2, consumed=40) == alone[10:]
+
+
+ODD: list[Any] = [
+    None, 1, {"a": 1}, [{"type": "image", "image": "x"}], [{"type": "text", "text": None}], [1], True, "", "\ud800",
+]  # fmt: skip
+
+
+def test_one_odd_row_of_many_is_left_out(tmp_path: Path, tokenizer: Path) -> None:
+    rows: list[Any] = [chat(number) for number in range(300)]
+    for number, content in enumerate(ODD):
+        odd = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]}
+        path = jsonl(tmp_path / f"{number}.jsonl", [*rows[:50], odd, *rows[50:]])
+        said = made(path, tokenizer).describe()
+        assert "1 of 301 rows left out (1 " in said and said.endswith(f", the first at {path}:51"), said
+
+
+@pytest.mark.parametrize(
+    ("schema", "good"),
+    [("text", {"text": "words"}), ("prompt_completion", {"prompt": "a", "completion": "b"})],
+)
+def test_odd_values_of_the_other_schemas(tmp_path: Path, tokenizer: Path, schema: str, good: dict[str, str]) -> None:
+    bad = [{**good, field: value} for field in good for value in (*ODD, [], {}, " ", 1.5)]
+    path = jsonl(tmp_path / "rows.jsonl", [*[good] * 100, *bad, {**good, next(iter(good)): "with \0 within"}])
+    data = made(path, tokenizer, schema=schema, max_bad_share=0.5, validation_share=0)
+    assert len(data.train) == 101 and f"{len(bad)} of {101 + len(bad)} rows left out" in data.describe()
+
+
+def test_parts_of_text_and_calls_of_tools(tmp_path: Path, tokenizer: Path) -> None:
+    call = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": 1}}}
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{{ m['content'] or '' }}"
+        "{% for call in m['tool_calls'] or [] %}<call>{{ call['function'] | tojson }}</call>{% endfor %}<|im_end|>{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{{ 'assistant\n' }}{% endif %}"
+    )
+    folder = tmp_path / "calls"
+    folder.mkdir()
+    byte_tokenizer.write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    user = {
+        "role": "user",
+        "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "1 + 1?"}],
+        "tool_calls": None,
+    }
+    asked = {"role": "assistant", "tool_calls": [call]}
+    answers = [{"role": "tool", "content": "2", "tool_call_id": "1"}, {"role": "assistant", "content": "Two."}]
+    rows = [{"messages": [user, {**asked, **content}, *answers]} for content in ({"content": None}, {"content": "I add. "}, {})]
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    written = '<call>{"name": "add", "arguments": {"a": 1}}</call><|im_end|>'
+    expected = [[text, "Two.<|im_end|>"] for text in (f"I add. {written}", written, written)]
+    data = made(path, folder, validation_share=0)
+    assert sorted(epoch(data, folder)) == sorted(expected)
+    first = stretches(next(iter(data.train_batches(0, dp_rank=0, dp_size=1))), load_tokenizer(folder))
+    assert first[0].text == "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    # A template that takes no such message leaves it out, and is no end.
+    plain = made(
+        jsonl(tmp_path / "mixed.jsonl", [*rows[:1], *[chat(number) for number in range(20)]]), tokenizer, max_bad_share=0.1
+    )
+    assert "1 refused by the chat template" in plain.describe()
+
+
+def test_a_file_without_a_row_for_validation(tmp_path: Path, tokenizer: Path) -> None:
+    train = jsonl(tmp_path / "train.jsonl", [chat(number) for number in range(8)])
+    for content in ("", "\n \n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        with pytest.raises(ConfigError, match=rf"data\.validation_path={tmp_path}/empty\.jsonl has no row; name a source that has"):
+            made(train, tokenizer, validation_path=str(tmp_path / "empty.jsonl"))
 
 
 def test_validation_of_its_own(tmp_path: Path, tokenizer: Path) -> None:

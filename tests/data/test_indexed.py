@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megabridge.data import indexed
-from megabridge.data.pretraining import Blend, IndexedTokens, Windows, split_documents
+from megabridge.data.pretraining import Blend, IndexedTokens, TokenWindows, split_documents
 from megabridge.errors import ConfigError
 
 S = 8
@@ -85,7 +85,7 @@ def test_files_that_are_damaged_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_epoch_has_every_token_as_a_label_once(tmp_path: Path) -> None:
-    windows = Windows(indexed.Indexed(corpus(tmp_path, "a", 40)), range(40), S, "seed")
+    windows = TokenWindows(indexed.Indexed(corpus(tmp_path, "a", 40)), range(40), S, "seed")
     epochs = []
     for epoch in range(2):
         found = [np.concatenate(windows.window(epoch * windows.per_epoch + number)) for number in range(windows.per_epoch)]

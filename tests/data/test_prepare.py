@@ -11,12 +11,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data import prepare as preparing
 from megabridge.data.indexed import Indexed
 from megabridge.data.prepare import Prepared, Rules, prepare
 from megabridge.data.text import TextEncoder
 from megabridge.errors import ConfigError
+from megabridge.hf import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data.chat import ChatEncoder
 from megabridge.data.pydoc import PydocTopics, split
 from megabridge.errors import ConfigError
+from megabridge.hf import byte_tokenizer
 
 
 @pytest.fixture

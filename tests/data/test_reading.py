@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data import reading
-from megabridge.topology import Topology
-from tests.cases import data as case
+from megabridge.hf import byte_tokenizer
+from megabridge.parallel.topology import Topology
 from tests.data.test_finetuning import BAD, chat, jsonl
-from tests.ranks import RankServer
+from tests.support import data as case
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.data"
+CASES = "tests.support.data"
 GOOD = [chat(number) for number in range(60)]
 UNUSABLE = [row for rows in BAD.values() for row in rows]
 MIXED = [row for pair in zip(GOOD, UNUSABLE, strict=False) for row in pair] + GOOD[len(UNUSABLE) :] + GOOD[:5]
@@ -82,14 +82,9 @@ def test_too_many_bad_rows_are_the_same_error_everywhere(ranks: RankServer, toke
     assert [message for message, _ in said] == [alone] * 3
 
 
-def test_a_template_that_fails_on_one_rank_fails_on_all(ranks: RankServer, tmp_path: Path) -> None:
-    byte_tokenizer.write_tokenizer(tmp_path)
-    template = tmp_path / "chat_template.jinja"
-    template.write_text(
-        "{% for m in messages %}{% if m['content'] == 'question 23' %}{{ 1 // 0 }}{% endif %}{% endfor %}" + template.read_text()
-    )
+def test_what_fails_on_one_rank_fails_on_all(ranks: RankServer, tokenizer: str, tmp_path: Path) -> None:
     path = str(jsonl(tmp_path / "rows.jsonl", GOOD))
-    settings = {"paths": [path] * 3, "tokenizer": str(tmp_path), "block": 4}
+    settings = {"paths": [path] * 3, "tokenizer": tokenizer, "block": 4, "fails_at": "question 23"}
     # Row 23 is in the block of rank 2, in the second round.
     said = ranks.run(f"{CASES}:failing", topology=Topology(dp=3), kwargs=settings)
     own = "ZeroDivisionError: integer division or modulo by zero"

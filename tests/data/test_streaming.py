@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megabridge.data import bytes as byte_tokenizer
 from megabridge.data.module import Batch
 from megabridge.data.streaming import StreamedText
 from megabridge.data.text import TextEncoder
 from megabridge.errors import ConfigError
+from megabridge.hf import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

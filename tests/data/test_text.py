@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.data.bytes import write_tokenizer
 from megabridge.data.text import load_tokenizer
 from megabridge.errors import CheckpointError
+from megabridge.hf.byte_tokenizer import write_tokenizer
 
 
 def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path) -> None:

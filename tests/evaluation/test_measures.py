@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from megabridge.data.tiny import write_random_model
 from megabridge.evaluation import evaluate, load, parsed
 from megabridge.evaluation.run import longest
-from megabridge.evaluation.scoring import Piece, continuation, document, log_likelihoods, windows
+from megabridge.evaluation.scoring import ScoredTokens, continuation, document, log_likelihoods, windows
 from megabridge.evaluation.tasks import Harness
-from tests.cases.models import TINY
+from megabridge.hf.random_models import write_random_model
+from tests.support.models import TINY
 
 TEXT = "Perplexity is the exponential of the mean: é, 世界, and \U0001f600. " * 4
 QUESTIONS = [
@@ -67,7 +67,7 @@ def test_windows_score_every_token_once_with_the_context_that_fits(seq_length: i
 def test_likelihoods_are_those_of_plain_forward_passes_whatever_the_batch(folder: Path) -> None:
     model, tokenizer = load(folder, "cpu")
     texts = ["a", "some longer text", TEXT[:50], "be"]
-    pieces = [Piece(document(tokenizer, text), max(1, len(text.encode()) // 2)) for text in texts]
+    pieces = [ScoredTokens(document(tokenizer, text), max(1, len(text.encode()) // 2)) for text in texts]
     expected = []
     for piece in pieces:
         with torch.no_grad():
@@ -105,9 +105,9 @@ def test_spaces_at_the_end_of_a_prompt_belong_to_what_follows(folder: Path) -> N
     _, tokenizer = load(folder, "cpu")
     size = len("four")
     assert continuation(tokenizer, "two  ", "four", longest=99).scored == 2 + size
-    assert continuation(tokenizer, "two", "four", longest=99) == Piece(tokenizer("twofour")["input_ids"], size)
-    assert continuation(tokenizer, "", "four", longest=99) == Piece([1, *tokenizer("four")["input_ids"]], size)
-    assert continuation(tokenizer, "two", "four", longest=5) == Piece(tokenizer("twofour")["input_ids"][-6:], size)
+    assert continuation(tokenizer, "two", "four", longest=99) == ScoredTokens(tokenizer("twofour")["input_ids"], size)
+    assert continuation(tokenizer, "", "four", longest=99) == ScoredTokens([1, *tokenizer("four")["input_ids"]], size)
+    assert continuation(tokenizer, "two", "four", longest=5) == ScoredTokens(tokenizer("twofour")["input_ids"][-6:], size)
     assert continuation(tokenizer, "two", "four", longest=2).scored == 2
 
 

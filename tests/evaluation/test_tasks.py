@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megabridge import extras
+from megabridge.config import optional_packages
 from megabridge.evaluation import parsed, specs
 from megabridge.evaluation.tasks import MultipleChoice, Perplexity
 
@@ -60,7 +60,9 @@ def test_every_bad_row_is_named_at_once_with_its_line(tmp_path: Path) -> None:
 
 def test_all_faults_of_all_tasks_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
-        extras.EXTRAS, "lm_eval", extras.Extra("lm_eval_is_not_there", "kind lm_eval", "pip install 'megabridge[eval]'")
+        optional_packages.EXTRAS,
+        "lm_eval",
+        optional_packages.Extra("lm_eval_is_not_there", "kind lm_eval", "pip install 'megabridge[eval]'"),
     )  # type: ignore[arg-type]
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "good.txt").write_text("text")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megabridge.families import all_families
-from megabridge.topology import Topology
-from tests.cases.families import MIXTURES, VARIANTS
+from megabridge.parallel.topology import Topology
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankServer
+from tests.support.families import MIXTURES, VARIANTS
+from tests.support.rank_server import RankServer
 
 ARCHITECTURES = sorted({*all_families(), *VARIANTS} - {*MIXTURES})
 LAYOUTS = {
@@ -28,26 +28,26 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def sources(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("families")
-    ranks.run("tests.cases.families:make", kwargs={"root": str(root), "architectures": ARCHITECTURES}, timeout=900)
+    ranks.run("tests.support.families:make", kwargs={"root": str(root), "architectures": ARCHITECTURES}, timeout=900)
     return root
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
     kwargs = {"root": str(sources), "out": str(tmp_path), "architectures": ARCHITECTURES}
-    results = ranks.run("tests.cases.families:checks", topology=LAYOUTS[layout], kwargs=kwargs, timeout=600)
+    results = ranks.run("tests.support.families:checks", topology=LAYOUTS[layout], kwargs=kwargs, timeout=600)
     wrong = sorted({line for problems in results for line in problems})
     wrong += [f"{name}: the export differs" for name in ARCHITECTURES if payload(tmp_path / name) != payload(sources / name)]
     assert not wrong, "\n".join(wrong)
     if layout == "tp2pp2":
         folders = [str(root / name) for root in (sources, tmp_path) for name in ARCHITECTURES]
-        tokens = ranks.run("tests.cases.families:generations", kwargs={"folders": folders}, timeout=300)
+        tokens = ranks.run("tests.support.families:generations", kwargs={"folders": folders}, timeout=300)
         assert len(tokens) == 1 and tokens[0][: len(ARCHITECTURES)] == tokens[0][len(ARCHITECTURES) :]
 
 
 def test_steps_lower_the_loss(sources: Path, ranks: RankServer) -> None:
     kwargs = {"root": str(sources), "architectures": ARCHITECTURES, "steps": 4}
-    (losses, _) = ranks.run("tests.cases.families:losses", topology=Topology(tp=2), kwargs=kwargs, timeout=600)
+    (losses, _) = ranks.run("tests.support.families:losses", topology=Topology(tp=2), kwargs=kwargs, timeout=600)
     assert not {name: values for name, values in losses.items() if values[-1] > values[0] - 0.1}
 
 

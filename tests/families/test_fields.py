@@ -6,10 +6,10 @@ import pytest
 
 from megabridge.errors import ConfigError
 from megabridge.families import all_families, family_for, register
-from megabridge.families.family import Family
+from megabridge.families.core.family import Family
+from megabridge.families.core.registry import _registered
+from megabridge.families.core.unread_keys import is_harmless
 from megabridge.families.llama import FAMILY
-from megabridge.families.registry import _registered
-from megabridge.families.unread import is_harmless
 
 
 def tiny(**changes: Any) -> dict[str, Any]:

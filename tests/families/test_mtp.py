@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.topology import Topology
+from megabridge.parallel.topology import Topology
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankServer
+from tests.support.rank_server import RankServer
 
 LAYOUTS = {
     "single": Topology(),
@@ -23,21 +23,21 @@ LAYOUTS = {
 @pytest.fixture(scope="module", params=["DeepseekV3ForCausalLM", "Glm4MoeForCausalLM"])
 def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("mtp") / "source"
-    ranks.run("tests.cases.mtp:make", kwargs={"folder": str(root), "architecture": request.param}, timeout=300)
+    ranks.run("tests.support.mtp:make", kwargs={"folder": str(root), "architecture": request.param}, timeout=300)
     return root
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_built_it_is_what_transformers_has(layout: str, source: Path, ranks: RankServer, tmp_path: Path) -> None:
     kwargs = {"source": str(source), "out": str(tmp_path / "out")}
-    for problems in ranks.run("tests.cases.mtp:built", topology=LAYOUTS[layout], kwargs=kwargs, timeout=300):
+    for problems in ranks.run("tests.support.mtp:built", topology=LAYOUTS[layout], kwargs=kwargs, timeout=300):
         assert problems == []
     assert payload(tmp_path / "out") == payload(source)
 
 
 def test_its_own_embedding_must_equal_the_models(source: Path, ranks: RankServer, tmp_path: Path) -> None:
     kwargs = {"source": str(source), "folder": str(tmp_path / "damaged")}
-    (said,) = ranks.run("tests.cases.mtp:unequal", topology=Topology(), kwargs=kwargs, timeout=300)
+    (said,) = ranks.run("tests.support.mtp:unequal", topology=Topology(), kwargs=kwargs, timeout=300)
     assert said.startswith("CheckpointError: a file's copies of a tensor") and "mtp_num_layers to 0" in said
     assert "model.layers.5.embed_tokens.weight differs from model.embed_tokens.weight" in said
     assert "shared_head.head" not in said
@@ -46,7 +46,7 @@ def test_its_own_embedding_must_equal_the_models(source: Path, ranks: RankServer
 @pytest.mark.parametrize("layout", ["single", "pp2"])
 def test_carried_along_where_it_is_not_built(layout: str, source: Path, ranks: RankServer, tmp_path: Path) -> None:
     kwargs = {"source": str(source), "out": str(tmp_path)}
-    for problems in ranks.run("tests.cases.mtp:not_built", topology=LAYOUTS[layout], kwargs=kwargs, timeout=300):
+    for problems in ranks.run("tests.support.mtp:not_built", topology=LAYOUTS[layout], kwargs=kwargs, timeout=300):
         assert problems == []
     for name in ("straight", "after"):
         assert payload(tmp_path / name) == payload(source)
@@ -63,7 +63,7 @@ def test_carried_along_where_it_is_not_built(layout: str, source: Path, ranks: R
 )
 def test_carried_along_under_other_names(architecture: str, key: str, tensor: str, ranks: RankServer, tmp_path: Path) -> None:
     kwargs = {"folder": str(tmp_path / "source"), "architecture": architecture, "key": key, "tensor": tensor}
-    ranks.run("tests.cases.mtp:make_with", kwargs=kwargs, timeout=300)
+    ranks.run("tests.support.mtp:make_with", kwargs=kwargs, timeout=300)
     kwargs = {"source": str(tmp_path / "source"), "out": str(tmp_path)}
-    assert ranks.run("tests.cases.mtp:not_built", topology=Topology(), kwargs=kwargs, timeout=300) == [[]]
+    assert ranks.run("tests.support.mtp:not_built", topology=Topology(), kwargs=kwargs, timeout=300) == [[]]
     assert tensor in payload(tmp_path / "after")

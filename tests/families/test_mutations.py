@@ -10,14 +10,14 @@ from typing import Any, Final
 
 import pytest
 
+from megabridge.config.value_types import same
 from megabridge.errors import ConfigError
 from megabridge.families import all_families
-from megabridge.families.family import Family
-from megabridge.families.fields import Repeats, Unread
-from megabridge.families.unread import is_harmless
-from megabridge.kinds import same
-from megabridge.provider import ModelProvider
-from megabridge.rope import _KINDS
+from megabridge.families.core.family import Family
+from megabridge.families.core.fields import Repeats, Unread
+from megabridge.families.core.rope_types import _KINDS
+from megabridge.families.core.unread_keys import is_harmless
+from megabridge.models.provider import ModelProvider
 
 _DEEP: list[Any] = []
 for _ in range(2000):

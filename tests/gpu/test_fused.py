@@ -39,7 +39,7 @@ def both(function: Callable[..., Tensor], tensors: Sequence[Tensor], *others: ob
 @pytest.mark.parametrize("shape", [(300, 2, 2048), (100, 2, 8, 64), (301, 1, 2048)])
 def test_norms_round_as_uncompiled(shape: tuple[int, ...]) -> None:
     """Sums are taken in another order, so that one value in a hundred may round the other way: to its neighbour."""
-    from megabridge.layers import fused
+    from megabridge.models.layers import fused
 
     torch.manual_seed(1)
     x = (torch.randn(shape, device="cuda") * 3).bfloat16()
@@ -56,7 +56,7 @@ def test_norms_round_as_uncompiled(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("part", [64, 32])
 def test_rotary_embeddings_are_the_uncompiled_bits(interleaved: bool, part: int) -> None:
-    from megabridge.layers import fused
+    from megabridge.models.layers import fused
 
     torch.manual_seed(1)
     x = torch.randn(130, 2, 8, 64, device="cuda").bfloat16()
@@ -68,7 +68,7 @@ def test_rotary_embeddings_are_the_uncompiled_bits(interleaved: bool, part: int)
 
 
 def test_the_loss_is_torchs_and_needs_no_memory_of_the_logits_size() -> None:
-    from megabridge.layers.loss import cross_entropy
+    from megabridge.models.layers.loss import cross_entropy
 
     torch.manual_seed(1)
     leaf = (torch.randn(2048, 2, 32_001, device="cuda") * 3).bfloat16().requires_grad_()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megabridge.extras import is_installed
+from megabridge.config.optional_packages import is_installed
 from megabridge.families import all_families
 
 ON_GPU = torch.cuda.is_available() and os.environ["MEGABRIDGE_PLATFORM"] == "cuda"
@@ -23,17 +23,17 @@ MIXTURES = sorted(name for name, family in all_families().items() if "num_moe_ex
 
 @pytest.fixture(scope="module")
 def single() -> Iterator[None]:
-    from megabridge.platform import groups
-    from megabridge.topology import Topology
+    from megabridge.parallel import process_groups
+    from megabridge.parallel.topology import Topology
 
-    groups.start(Topology())
+    process_groups.start(Topology())
     yield
-    groups.stop()
+    process_groups.stop()
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.cases import families
+    from tests.support import families
 
     root = tmp_path_factory.mktemp("sources")
     families.make(str(root), ARCHITECTURES)
@@ -78,8 +78,8 @@ def test_there_and_back_and_streamed(reader: str, single: None, sources: Path, t
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_and_bytes_in_fp32(architecture: str, single: None, sources: Path, tmp_path: Path) -> None:
-    from megabridge.layers.logits import gather_logits
-    from megabridge.workbench.trial import read_reference
+    from megabridge.conformance.tiny_model import read_reference
+    from megabridge.models.logits import gather_logits
 
     torch.backends.cuda.matmul.allow_tf32 = False
     bridge, model = provide(sources / architecture, backend="torch")
@@ -95,9 +95,9 @@ def test_logits_and_bytes_in_fp32(architecture: str, single: None, sources: Path
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_transformer_engine(architecture: str, single: None, sources: Path, tmp_path: Path) -> None:
     """Where the architecture allows it: bytes are equal, and bf16 logits as near to fp32 as the torch backend's are."""
+    from megabridge.conformance.tiny_model import read_reference
     from megabridge.errors import ConfigError
-    from megabridge.layers.logits import gather_logits
-    from megabridge.workbench.trial import read_reference
+    from megabridge.models.logits import gather_logits
 
     source = sources / architecture
     reference = read_reference(source)
@@ -129,7 +129,7 @@ def test_grouped_products_beside_one_after_another(
     architecture: str, single: None, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One layer's experts on the same tokens, some of them with none: outputs and gradients by grouped_mm and by a loop, in bf16."""
-    from megabridge.layers import experts
+    from megabridge.models.layers import experts
 
     _, (chunk,) = provide(sources / architecture, backend="torch", params_dtype=torch.bfloat16, wrap_with_ddp=False)
     layer = next(module for module in chunk.modules() if isinstance(module, experts.GroupedExperts))
@@ -173,9 +173,9 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_packed_attention_beside_attention_of_each_document(
     style: dict[str, Any], settings: dict[str, Any], dtype: torch.dtype, single: None
 ) -> None:
-    from megabridge.layers.attention import TorchAttention
-    from megabridge.layers.packed import packed
-    from megabridge.style import Style
+    from megabridge.models.layer_options import LayerOptions
+    from megabridge.models.layers.attention import TorchAttention
+    from megabridge.models.layers.packed import packed
 
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -184,7 +184,7 @@ def test_packed_attention_beside_attention_of_each_document(
     config = TransformerConfig(
         num_layers=1, hidden_size=512, num_attention_heads=8, num_query_groups=2, attention_dropout=0.0, **settings
     )
-    made = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attention_type": "self", "style": Style(**style)}
+    made = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attention_type": "self", "style": LayerOptions(**style)}
     attention = TorchAttention(config, **made).cuda().to(dtype)
     documents = torch.tensor([[0] * 100 + [1] * 7 + [2] * 93, [0] + [1] * 150 + [2] * 49])
     places = torch.cat([torch.arange(size) for size in (100, 7, 93, 1, 150, 49)]).reshape(2, -1)
@@ -208,7 +208,7 @@ def test_packed_attention_beside_attention_of_each_document(
 
 
 def test_packed_rows_have_the_loss_of_padded_ones(single: None) -> None:
-    from tests.cases import packing
+    from tests.support import packing
 
     found = packing.both({"seq_length": 64, "kv_channels": 16})
     padded, packed = (found[name]["totals"] for name in ("padded", "packed"))
@@ -222,7 +222,7 @@ def test_packed_rows_have_the_loss_of_padded_ones(single: None) -> None:
     [(100, None, ""), (None, 5.0, ""), (100, 5.0, "sinks"), (17, None, "sinks"), (None, None, "sinks"), (100, None, "chunks")],
 )
 def test_flex_attention_beside_the_formula(window: int | None, softcap: float | None, has: str, dtype: torch.dtype) -> None:
-    from megabridge.layers import flex
+    from megabridge.models.layers import flex
 
     torch.manual_seed(0)
     shape = (2, 8, 300, 64)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megabridge.extras import is_installed
+from megabridge.config.optional_packages import is_installed
 
 ON_GPU = torch.cuda.is_available() and os.environ["MEGABRIDGE_PLATFORM"] == "cuda"
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and make test-gpu")
@@ -23,18 +23,18 @@ WITH_TE = pytest.mark.skipif(not is_installed("transformer_engine"), reason="Tra
 
 @pytest.fixture(scope="module")
 def single() -> Iterator[None]:
-    from megabridge.platform import groups
-    from megabridge.topology import Topology
+    from megabridge.parallel import process_groups
+    from megabridge.parallel.topology import Topology
 
-    groups.start(Topology())
+    process_groups.start(Topology())
     yield
-    groups.stop()
+    process_groups.stop()
 
 
 def unobserved(run_dir: Path, *, log_every: int, **settings: Any) -> Any:
     """Eight steps, of which the fourth to seventh may not wait for the device; returns the trainer."""
     from megabridge.training import Callback
-    from tests.cases import tiny
+    from tests.support import tiny
 
     class Strict(Callback):
         def before_step(self, trainer: Any) -> None:
@@ -72,7 +72,7 @@ def test_a_flag_is_read_two_steps_later(single: None) -> None:
 
 
 def test_adam_is_one_kernel_and_memory_is_the_devices(single: None, tmp_path: Path) -> None:
-    from megabridge.checkpoint import optimizer_state
+    from megabridge.native import optimizer_state
 
     trainer = unobserved(tmp_path, log_every=100)
     for part in optimizer_state.parts(trainer.optimizer):
@@ -88,12 +88,12 @@ COMMAND = (
 
 def rows(run_dir: Path, *arguments: str) -> list[dict[str, Any]]:
     """What a run of the command logs."""
-    from megabridge import metrics
+    from megabridge.storage import metrics_file
 
     command = [sys.executable, "-m", "megabridge.run", *COMMAND.split(), f"run_dir={run_dir}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return list(metrics.read(run_dir))
+    return list(metrics_file.read(run_dir))
 
 
 def test_adapters_learn_are_merged_and_evaluated(tmp_path: Path) -> None:

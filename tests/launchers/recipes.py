@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 
 

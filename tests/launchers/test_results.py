@@ -9,20 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.config import Config
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError, MegabridgeError, plain
-from megabridge.launchers import results, sweep
-from megabridge.launchers.page import page
+from megabridge.launchers import job_files, results, sweep
+from megabridge.launchers.html_report import page
+from megabridge.launchers.prepare import write_config
 from megabridge.launchers.processes.outcome import Failure, first
-from megabridge.launchers.sweep import DONE, FAILED, REFUSED, Point, SweepFailure
+from megabridge.launchers.sweep import DONE, FAILED, REFUSED, SweepFailure, SweepRun
 from recipes import collect, report
+from tests.support.compose import compose
+from tests.support.limits import largest_file
 
 
-def points(tmp_path: Path) -> list[Point]:
+def points(tmp_path: Path) -> list[SweepRun]:
     made = []
     for number, (rate, loss) in enumerate((("1e-3", 2.5), ("2e-3", 2.25), ("<b>", None), ("4e-3", float("nan")))):
         overrides = ["model=tiny_llama", f"optimizer.lr={rate}", r"+recipe.options.word=a\:b"]
-        point = Point(number, overrides, str(tmp_path / str(number)), state=DONE if loss else FAILED, objective=loss)
+        point = SweepRun(number, overrides, str(tmp_path / str(number)), state=DONE if loss else FAILED, objective=loss)
         made.append(point)
     made[2].error, made[2].status = "rank 1: <no>", 3
     for number, best in ((0, 2.0), (1, 2.25)):
@@ -112,7 +115,7 @@ def test_the_page_of_a_foreign_sweep_is_nothing_but_text(tmp_path: Path, text: s
     plain_page = Strict()
     plain_page.feed(page("t", results.rows(points(tmp_path))))
     hostile = [
-        Point(number, [f"{text}={text}{number}", text], text, text, DONE, loss, text, 1, text)
+        SweepRun(number, [f"{text}={text}{number}", text], text, text, DONE, loss, text, 1, text)
         for number, loss in enumerate((float("nan"), float("inf"), 1e308, -1e308, None))
     ]
     (tmp_path / "4").mkdir()
@@ -141,7 +144,7 @@ def test_the_page_of_a_foreign_sweep_is_nothing_but_text(tmp_path: Path, text: s
 
 def test_cells_of_a_table_are_no_formulas() -> None:
     text = '=HYPERLINK("http://x")'
-    made = [Point(0, ["a=-1", f"b={text}", "c=+1e-3", "d=-x", "e=1"], "@run", error="\t=1"), Point(1, [], "r")]
+    made = [SweepRun(0, ["a=-1", f"b={text}", "c=+1e-3", "d=-x", "e=1"], "@run", error="\t=1"), SweepRun(1, [], "r")]
     (row, _) = csv.DictReader(results.as_csv(results.rows(made)).splitlines())
     assert [row[name] for name in "abcde"] == ["-1", f"'{text}", "+1e-3", "'-x", "1"]
     assert row["run_dir"] == "'@run" and row["error"] == "'\t=1"
@@ -188,13 +191,35 @@ def test_sweep_json_there_and_back(tmp_path: Path) -> None:
             sweep.read(tmp_path / "0")
 
 
+def test_a_full_disk_costs_no_point_and_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = points(tmp_path)
+    sweep.write(tmp_path, found[:1])
+    results.write(tmp_path, found[:1])
+    before = {file: file.read_bytes() for file in (tmp_path / sweep.RECORD, tmp_path / results.CSV)}
+    with largest_file(100):
+        with pytest.raises(MegabridgeError, match=r"sweep\.json can't be written \(File too large\); free space there"):
+            sweep.write(tmp_path, found)
+        sweep._save(tmp_path, found)
+        table = results.write(tmp_path, found)
+        for write in (
+            lambda: job_files.leave_text(tmp_path / "queue" / "a", "x" * 200),
+            lambda: write_config(compose(), {"run_dir": str(tmp_path), "seed": "1" * 200}),
+        ):
+            with pytest.raises(MegabridgeError, match="File too large"):
+                write()
+    assert "sweep.json can't be written (File too large); free space there. The sweep goes on." in capsys.readouterr().err
+    assert table.startswith("rank") and "sweep.csv can't be written (File too large); free space there, and recipe=collect" in table
+    assert {file: file.read_bytes() for file in before} == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["sweep.csv", "sweep.json"]
+
+
 def test_the_status_is_that_of_a_run_before_that_of_a_refusal() -> None:
-    done, refused = Point(0, [], "", state=DONE), Point(1, [], "", state=REFUSED, status=2)
-    failed = Point(2, [], "", state=FAILED, status=137)
+    done, refused = SweepRun(0, [], "", state=DONE), SweepRun(1, [], "", state=REFUSED, status=2)
+    failed = SweepRun(2, [], "", state=FAILED, status=137)
     assert SweepFailure([done, refused, failed]).status == 137
     assert str(SweepFailure([done, refused])) == "1 of 2 points are not done: 1 refused."
     assert SweepFailure([done, refused]).status == 2
-    assert SweepFailure([Point(0, [], "", state=FAILED, status=0)]).status == 1, "as others may have written it"
+    assert SweepFailure([SweepRun(0, [], "", state=FAILED, status=0)]).status == 1, "as others may have written it"
 
 
 def test_the_cause_is_who_left_no_report_else_the_earliest() -> None:

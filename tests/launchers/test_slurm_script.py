@@ -12,11 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from megabridge.errors import ConfigError, MegabridgeError
-from megabridge.launchers import slurm, spec
+from megabridge.launchers import job_files, slurm
 from megabridge.launchers.processes.outcome import Done, Failure
 from megabridge.launchers.settings import SlurmSettings
-from megabridge.launchers.slurm_script import HELD, Shape, hidden_environment, ranges, script
-from megabridge.launchers.sweep import Point
+from megabridge.launchers.slurm_script import HELD, JobShape, hidden_environment, ranges, script
+from megabridge.launchers.sweep import SweepRun
 
 
 @pytest.mark.parametrize(
@@ -30,13 +30,13 @@ from megabridge.launchers.sweep import Point
     ],
 )
 def test_nodes_follow_from_ranks(world: int, platform: str, most: int, shape: tuple[int, int, int]) -> None:
-    found = Shape.of(world, platform, most)
+    found = JobShape.of(world, platform, most)
     assert (found.nodes, found.ranks_per_node, found.gpus_per_node) == shape and found.ranks == world
 
 
 def test_no_rank_on_a_node_is_refused() -> None:
     with pytest.raises(ConfigError, match="ranks_per_node=0 must be at least 1"):
-        Shape.of(2, "cpu", 0)
+        JobShape.of(2, "cpu", 0)
 
 
 def test_ranges() -> None:
@@ -64,7 +64,7 @@ def test_every_setting_is_in_the_script_and_no_secret(tmp_path: Path) -> None:
         srun=["--mpi=none"],
         signal_seconds=300,
     )
-    text = script(settings, Shape(2, 8, 8), [0, 1, 2, 5], queue=tmp_path / "a b", python="/opt/python", cwd=tmp_path)
+    text = script(settings, JobShape(2, 8, 8), [0, 1, 2, 5], queue=tmp_path / "a b", python="/opt/python", cwd=tmp_path)
     options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
     assert options[1:] == [
         "--array=0-2,5%3",
@@ -99,8 +99,8 @@ def test_every_setting_is_in_the_script_and_no_secret(tmp_path: Path) -> None:
         assert line in text.splitlines()
     assert "hunter2" not in text and hidden_environment(settings) == {"HF_TOKEN": "hunter2"}
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    assert "scontrol" not in script(SlurmSettings(requeue=False), Shape(1, 1, 0), [0], queue=tmp_path, python="p", cwd=tmp_path)
-    assert "--gpus-per-node=8" in script(SlurmSettings(), Shape(1, 8, 8), [0], queue=tmp_path, python="p", cwd=tmp_path)
+    assert "scontrol" not in script(SlurmSettings(requeue=False), JobShape(1, 1, 0), [0], queue=tmp_path, python="p", cwd=tmp_path)
+    assert "--gpus-per-node=8" in script(SlurmSettings(), JobShape(1, 8, 8), [0], queue=tmp_path, python="p", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(("line", "status"), [("true", 7), ("no_such_module load cuda", 127), ('echo "$NEVER_SET"', 7)])
@@ -109,7 +109,7 @@ def test_what_comes_before_the_ranks_must_work(tmp_path: Path, line: str, status
     srun = tmp_path / "srun"
     srun.write_text("#!/bin/sh\necho ranks start\nexit 7\n")
     srun.chmod(0o755)
-    text = script(SlurmSettings(setup=[line]), Shape(1, 1, 0), [0], queue=tmp_path, python="python", cwd=tmp_path)
+    text = script(SlurmSettings(setup=[line]), JobShape(1, 1, 0), [0], queue=tmp_path, python="python", cwd=tmp_path)
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "0"}
     done = subprocess.run(["bash", "-c", text], env=environ, capture_output=True, text=True)
     assert (done.returncode, "ranks start" in done.stdout) == (status, status == 7), done.stderr
@@ -117,7 +117,7 @@ def test_what_comes_before_the_ranks_must_work(tmp_path: Path, line: str, status
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_script_passes_shellcheck(tmp_path: Path) -> None:
-    text = script(SlurmSettings(), Shape(1, 8, 8), [0], queue=tmp_path, python="python", cwd=tmp_path)
+    text = script(SlurmSettings(), JobShape(1, 8, 8), [0], queue=tmp_path, python="python", cwd=tmp_path)
     checked = subprocess.run(["shellcheck", "-"], input=text, text=True, capture_output=True)
     assert checked.returncode == 0, checked.stdout
 
@@ -132,32 +132,32 @@ def test_secrets_travel_in_the_environment(tmp_path: Path, monkeypatch: pytest.M
     cfg = OmegaConf.create(content)
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
-    secrets = spec.write(tmp_path, values=values, cfg=cfg, platform="cpu")
-    text = (tmp_path / spec.FILE).read_text()
+    secrets = job_files.write(tmp_path, values=values, cfg=cfg, platform="cpu")
+    text = (tmp_path / job_files.FILE).read_text()
     assert "hunter2" not in text and "tok-" not in text and len(secrets) == 2
-    assert spec.read(tmp_path, secrets) == (values, "cpu")
+    assert job_files.read(tmp_path, secrets) == (values, "cpu")
     with pytest.raises(MegabridgeError, match=r"MEGABRIDGE_SECRET_.* is not in the job's environment"):
-        spec.read(tmp_path, {})
+        job_files.read(tmp_path, {})
     with pytest.raises(MegabridgeError, match=r"point\.json must say what the point runs"):
-        spec.read(tmp_path / "none", {})
+        job_files.read(tmp_path / "none", {})
 
 
 def test_how_a_point_ended(tmp_path: Path) -> None:
-    point = Point(0, [], "", world_size=2)
+    point = SweepRun(0, [], "", world_size=2)
 
     def ended(state: str = "COMPLETED") -> object:
         return slurm.outcome(tmp_path, point, state)
 
     assert "ended it (TIMEOUT), and its ranks left no report" in str(ended("TIMEOUT"))
-    spec.leave(tmp_path, 0, Done(1.5))
+    job_files.leave(tmp_path, 0, Done(1.5))
     (tmp_path / "rank-1.json").write_text('{"done": ')
     assert "left no report" in str(ended())
-    spec.leave(tmp_path, 1, Done())
+    job_files.leave(tmp_path, 1, Done())
     assert ended() == Done(1.5) and ended("") == Done(1.5) and "NODE_FAIL" in str(ended("NODE_FAIL"))
-    (tmp_path / spec.STOPPED).touch()
+    (tmp_path / job_files.STOPPED).touch()
     assert "stopped by a signal after a save and not queued again" in str(ended("TIMEOUT"))
-    spec.leave(tmp_path, 1, Failure(1, -9, "was ended by SIGKILL", is_silent=True))
-    spec.leave(tmp_path, 0, Failure(0, 1, "connection closed", "Traceback"))
+    job_files.leave(tmp_path, 1, Failure(1, -9, "was ended by SIGKILL", is_silent=True))
+    job_files.leave(tmp_path, 0, Failure(0, 1, "connection closed", "Traceback"))
     found = ended("FAILED")
     assert isinstance(found, Failure) and found.rank == 1
     assert json.loads((tmp_path / "rank-1.json").read_text())["failure"]["exit_code"] == -9

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.config import Config, RecipeConfig
+from megabridge.config.schema import Config, RecipeConfig
 from megabridge.loggers.console import Console
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import wandb
 
-from megabridge.config import Config, ModelConfig
+from megabridge.config.schema import Config, ModelConfig
 from megabridge.errors import ConfigError
 from megabridge.loggers.wandb import WandB, resolved_mode
 

@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 from megabridge.errors import MappingError
 from megabridge.mapping import (
     Axis,
-    Below,
+    ConcatRows,
     Cut,
     Dims,
     Fuse,
     Interleave,
-    InTurn,
+    InterleaveColumns,
     Layout,
     Run,
     Same,
     Stack,
     Transpose,
-    together,
+    coalesced,
+    coalescible,
     transfers,
-    woven,
 )
 from megabridge.mapping.boxes import clip
 
@@ -149,13 +149,13 @@ def test_gate_and_up_by_column_are_one_box_of_whole_rows() -> None:
     layout, sizes = Stack(4, Transpose(Interleave())), Dims(1, 8, 2, 2, 8, tied=False)
     moves = transfers(layout, (4, 12, 8), sizes, (Cut(0, 1, 2, 1),))
     assert [move.stretches for move in moves] == [2 * 8 * 6] * 2
-    (group,) = woven(moves)
+    (group,) = coalescible(moves)
     assert sorted(group, key=moves.index) == list(moves)
-    assert together(group).rows() == (2 * 8 * 12, [2 * 8 * 12])
-    halves = [together(parts) for parts in zip(*(move.split(6) for move in group), strict=True)]
+    assert coalesced(group).rows() == (2 * 8 * 12, [2 * 8 * 12])
+    halves = [coalesced(parts) for parts in zip(*(move.split(6) for move in group), strict=True)]
     assert [part.rows() for part in halves] == [(12, [12 * row]) for row in range(16, 32)]
-    assert [len(one) for one in woven(moves[:1])] == [1]  # a gap
-    assert all(len(one) == 1 for one in woven(transfers(layout, (4, 12, 8), sizes, (Cut(1, 1, 2, 0),))))
+    assert [len(one) for one in coalescible(moves[:1])] == [1]  # a gap
+    assert all(len(one) == 1 for one in coalescible(transfers(layout, (4, 12, 8), sizes, (Cut(1, 1, 2, 0),))))
 
 
 EXPERTS, ROWS, RANK = 4, 12, 3
@@ -170,11 +170,11 @@ BY_EXPERT = SHARED.reshape(ROWS, RANK, EXPERTS).transpose(2, 0, 1)
 @pytest.mark.parametrize(
     ("layout", "tensor", "whole"),
     [
-        (Below(EXPERTS), PILED, PILED.reshape(EXPERTS, RANK, ROWS)),
-        (Below(EXPERTS, Transpose()), PILED, PILED.reshape(EXPERTS, RANK, ROWS).transpose(0, 2, 1)),
-        (InTurn(EXPERTS), SHARED, BY_EXPERT),
-        (InTurn(EXPERTS, Transpose()), SHARED, BY_EXPERT.transpose(0, 2, 1)),
-        (InTurn(EXPERTS, Interleave()), SHARED, np.concatenate([BY_EXPERT[:, ::2], BY_EXPERT[:, 1::2]], 1)),
+        (ConcatRows(EXPERTS), PILED, PILED.reshape(EXPERTS, RANK, ROWS)),
+        (ConcatRows(EXPERTS, Transpose()), PILED, PILED.reshape(EXPERTS, RANK, ROWS).transpose(0, 2, 1)),
+        (InterleaveColumns(EXPERTS), SHARED, BY_EXPERT),
+        (InterleaveColumns(EXPERTS, Transpose()), SHARED, BY_EXPERT.transpose(0, 2, 1)),
+        (InterleaveColumns(EXPERTS, Interleave()), SHARED, np.concatenate([BY_EXPERT[:, ::2], BY_EXPERT[:, 1::2]], 1)),
     ],
 )
 def test_adapters_of_all_experts_in_one(layout: Layout, tensor: np.ndarray, whole: np.ndarray, cut: Cut | None) -> None:
@@ -184,10 +184,10 @@ def test_adapters_of_all_experts_in_one(layout: Layout, tensor: np.ndarray, whol
 @pytest.mark.parametrize(("size", "stretch"), [(1, RANK * EXPERTS), (2, EXPERTS // 2)])
 def test_columns_of_a_ranks_experts_are_one_box(size: int, stretch: int) -> None:
     shape, cut = (EXPERTS, ROWS, RANK), Cut(0, 1, size, size - 1)
-    moves = transfers(InTurn(EXPERTS, Interleave()), shape, dims(1, 1), (cut,))
-    groups = woven(moves)
+    moves = transfers(InterleaveColumns(EXPERTS, Interleave()), shape, dims(1, 1), (cut,))
+    groups = coalescible(moves)
     assert sorted(map(len, groups)) == [EXPERTS // size] * 2, "even and odd rows"
-    boxes = [together(group) for group in groups]
+    boxes = [coalesced(group) for group in groups]
     assert {box.rows()[0] for box in boxes} == {stretch}
     alone = [start for move in moves for start in move.rows()[1]]
     assert sorted(start + i for box in boxes for start in box.rows()[1] for i in range(stretch)) == sorted(alone)

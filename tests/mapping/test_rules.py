@@ -6,7 +6,7 @@ import pytest
 
 from megabridge.errors import MappingError
 from megabridge.families.llama import FAMILY
-from megabridge.mapping import Dims, Fuse, Rows, WeightMap, block, natural, weight
+from megabridge.mapping import Dims, Fuse, PerRow, WeightMap, block, natural, weight
 
 DIMS = Dims(4, 32, 8, 4, 131, tied=False)
 
@@ -25,7 +25,7 @@ def test_alternative_names_lead_to_the_same_tensor() -> None:
 
 def test_one_expert_is_a_row_of_all() -> None:
     rules = WeightMap(
-        block("l.{layer}", "m.{layer}", weight("experts.fc.w", "e.{expert}.g", "e.{expert}.u", layout=Rows(3, Fuse())))
+        block("l.{layer}", "m.{layer}", weight("experts.fc.w", "e.{expert}.g", "e.{expert}.u", layout=PerRow(3, Fuse())))
     )
     for name in ("l.2.experts.7.fc.w", "l.2.experts.fc.w"):
         found = rules.resolve(name, DIMS)

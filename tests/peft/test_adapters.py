@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megabridge.topology import Topology
-from tests.ranks import RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.rank_server import RankServer
 
 SINGLE = Topology()
 LAYOUTS = [Topology(tp=2), Topology(pp=2), Topology(dp=2), Topology(tp=2, pp=2), Topology(pp=2, vpp=2), Topology(tp=4)]
@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("peft") / "source"
-    ranks.run("tests.cases.peft:make", kwargs={"folder": str(folder)})
+    ranks.run("tests.support.peft:make", kwargs={"folder": str(folder)})
     return folder
 
 
@@ -45,12 +45,12 @@ def train(
     ranks: RankServer, topology: Topology, source: Path, folder: Path, peft: dict[str, Any], **kwargs: Any
 ) -> list[dict[str, Any]]:
     given = {"run_dir": str(folder), "source": str(source), "peft": peft, **kwargs}
-    results: list[dict[str, Any]] = ranks.run("tests.cases.peft:train", topology=topology, kwargs=given)
+    results: list[dict[str, Any]] = ranks.run("tests.support.peft:train", topology=topology, kwargs=given)
     return results
 
 
 def prompt() -> torch.Tensor:
-    from tests.cases import models, tiny
+    from tests.support import models, tiny
 
     return models.prompt(tiny.VOCABULARY, length=tiny.SEQUENCE)
 
@@ -98,7 +98,7 @@ def test_a_stage_may_have_no_adapter(ranks: RankServer, source: Path, tmp_path: 
 def test_transformers_with_adapters_has_the_same_curve(ranks: RankServer, source: Path, runs: dict[str, Any], kind: str) -> None:
     """Begun with the folder that a run of no steps wrote: the same data, optimizer and first values."""
     kwargs = {"base": str(source), "adapter": str(source.parent / f"{kind}0" / "adapter"), "steps": STEPS}
-    losses = ranks.run("tests.cases.peft_reference:train", kwargs=kwargs)[0]
+    losses = ranks.run("tests.support.peft_reference:train", kwargs=kwargs)[0]
     assert runs[f"{kind}{STEPS}"]["losses"] == pytest.approx(losses, abs=1e-3)
 
 
@@ -106,12 +106,12 @@ def test_transformers_with_adapters_has_the_same_curve(ranks: RankServer, source
 def test_peft_has_the_same_logits_merge_and_curve(ranks: RankServer, source: Path, runs: dict[str, Any], kind: str) -> None:
     trained, begun = (source.parent / f"{kind}{steps}" for steps in (STEPS, 0))
     kwargs = {"base": str(source), "adapter": str(trained / "adapter"), "tokens": prompt(), "steps": 0}
-    seen = ranks.run("tests.cases.peft_reference:by_peft", kwargs=kwargs)[0]
+    seen = ranks.run("tests.support.peft_reference:by_peft", kwargs=kwargs)[0]
     assert torch.allclose(seen["logits"], runs[f"{kind}{STEPS}"]["logits"], atol=1e-4)
     ours = load_file(trained / "merged" / "model.safetensors")
     assert max(float((seen["merged"][name] - tensor).abs().max()) for name, tensor in ours.items()) <= 1e-6
     kwargs = {"base": str(source), "adapter": str(begun / "adapter"), "steps": STEPS, "with_peft": True}
-    losses = ranks.run("tests.cases.peft_reference:train", kwargs=kwargs)[0]
+    losses = ranks.run("tests.support.peft_reference:train", kwargs=kwargs)[0]
     assert runs[f"{kind}{STEPS}"]["losses"] == pytest.approx(losses, abs=1e-3)
 
 
@@ -119,10 +119,10 @@ def test_peft_has_the_same_logits_merge_and_curve(ranks: RankServer, source: Pat
 def test_the_folder_says_what_the_model_says(ranks: RankServer, source: Path, runs: dict[str, Any], kind: str) -> None:
     folder, run = source.parent / f"{kind}{STEPS}", runs[f"{kind}{STEPS}"]
     kwargs = {"base": str(source), "adapter": str(folder / "adapter")}
-    logits = ranks.run("tests.cases.peft_reference:logits", kwargs={**kwargs, "tokens": prompt()})[0]
+    logits = ranks.run("tests.support.peft_reference:logits", kwargs={**kwargs, "tokens": prompt()})[0]
     assert torch.allclose(logits, run["logits"], atol=1e-4)
     assert not torch.allclose(logits, runs[f"{kind}0"]["logits"], atol=1e-1)
-    merged = ranks.run("tests.cases.peft_reference:merged", kwargs=kwargs)[0]
+    merged = ranks.run("tests.support.peft_reference:merged", kwargs=kwargs)[0]
     base, ours = (load_file(folder / name / "model.safetensors") for name in ("base", "merged"))
     for name, tensor in load_file(source / "model.safetensors").items():
         assert torch.equal(base[name], tensor), "the frozen weights have moved"
@@ -136,7 +136,7 @@ def test_the_folder_says_what_the_model_says(ranks: RankServer, source: Path, ru
 def test_the_output_layer_where_it_is_named(ranks: RankServer, tmp_path: Path) -> None:
     """An untied one, whose vocabulary tensor parallelism pads; both kinds of adapters."""
     source = tmp_path / "source"
-    ranks.run("tests.cases.peft:make", kwargs={"folder": str(source), "tie_word_embeddings": False})
+    ranks.run("tests.support.peft:make", kwargs={"folder": str(source), "tie_word_embeddings": False})
     for kind in ("lora", "dora"):
         peft = {"name": kind, "target_modules": ["lm_head", "o_proj"]}
         alone = train(ranks, SINGLE, source, tmp_path / kind, peft, steps=4)[0]
@@ -144,7 +144,7 @@ def test_the_output_layer_where_it_is_named(ranks: RankServer, tmp_path: Path) -
         assert cut["losses"] == pytest.approx(alone["losses"], abs=1e-4)
         assert cut["adapters"]["base_model.model.lm_head.lora_B.weight"].shape == (61, 4)
         kwargs = {"base": str(source), "adapter": str(tmp_path / f"{kind}2" / "adapter"), "tokens": prompt()}
-        assert torch.allclose(ranks.run("tests.cases.peft_reference:logits", kwargs=kwargs)[0], cut["logits"], atol=1e-4)
+        assert torch.allclose(ranks.run("tests.support.peft_reference:logits", kwargs=kwargs)[0], cut["logits"], atol=1e-4)
 
 
 def test_names_and_settings_are_those_of_peft(source: Path, runs: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def test_a_folder_comes_back_bit_for_bit(
 ) -> None:
     folder = source.parent / f"{kind}{STEPS}" / "adapter"
     kwargs = {"source": str(source), "adapter": str(folder), "out": str(tmp_path / "out")}
-    logits = ranks.run("tests.cases.peft:again", topology=topology, kwargs=kwargs)[0]
+    logits = ranks.run("tests.support.peft:again", topology=topology, kwargs=kwargs)[0]
     assert torch.allclose(logits, runs[f"{kind}{STEPS}"]["logits"], atol=1e-4)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
@@ -192,7 +192,7 @@ def test_a_native_checkpoint_has_adapters_alone_and_any_layout_goes_on(ranks: Ra
     peft = KINDS["lora"]
     train(ranks, Topology(tp=2, pp=2), source, tmp_path / "run", peft, steps=6, stop_after=3)
     native = tmp_path / "run" / "checkpoints" / "step_3" / "native"
-    names = ranks.run("tests.cases.peft:stored_names", kwargs={"folder": str(native)})[0]
+    names = ranks.run("tests.support.peft:stored_names", kwargs={"folder": str(native)})[0]
     linears = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
     assert set(names) == {
         f"decoder.layers.{layer}.{linear}.adapter.{part}"
@@ -208,7 +208,7 @@ def test_a_native_checkpoint_has_adapters_alone_and_any_layout_goes_on(ranks: Ra
 def test_a_native_checkpoint_in_one_call(ranks: RankServer, source: Path, tmp_path: Path) -> None:
     run = train(ranks, SINGLE, source, tmp_path / "run", KINDS["dora"], steps=3, save_at_end=True)[0]
     kwargs = {"source": str(source), "native": str(tmp_path / "run"), "out": str(tmp_path / "out")}
-    logits = ranks.run("tests.cases.peft:from_native", topology=Topology(tp=2), kwargs=kwargs)[0]
+    logits = ranks.run("tests.support.peft:from_native", topology=Topology(tp=2), kwargs=kwargs)[0]
     assert torch.allclose(logits, run["logits"], atol=1e-4)
     saved = tmp_path / "run" / "checkpoints" / "step_3" / "adapter" / "adapter_model.safetensors"
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").read_bytes() == saved.read_bytes()
@@ -222,8 +222,23 @@ def test_a_native_checkpoint_in_one_call(ranks: RankServer, source: Path, tmp_pa
             "native": native,
             "peft": {**KINDS["dora"], "merge": merge},
         }
-        ranks.run("tests.cases.peft:convert", topology=Topology(pp=2), kwargs=kwargs)
+        ranks.run("tests.support.peft:convert", topology=Topology(pp=2), kwargs=kwargs)
         assert far(load_file(tmp_path / name[:2] / name), merged[1] if merge else load_file(saved)) < 1e-6
+
+
+def test_adapters_that_peft_began_in_its_ways(ranks: RankServer, source: Path, tmp_path: Path) -> None:
+    """Those that leave the weights as they are, and one that PEFT has made plain, say here what they say there; others are refused."""
+    kwargs = {"base": str(source), "root": str(tmp_path), "tokens": prompt()}
+    theirs = ranks.run("tests.support.peft_reference:begun", kwargs=kwargs)[0]
+    assert len(theirs) == 6
+    paths = [{"source": str(source), "adapter": str(tmp_path / name), "out": str(tmp_path / f"{name}-again")} for name in theirs]
+    ours = ranks.run("tests.support.peft:all_again", kwargs={"calls": paths})[0]
+    for (name, (logits, trained)), logits_here in zip(theirs.items(), ours, strict=True):
+        assert torch.allclose(logits_here, logits, atol=1e-4), name
+        assert torch.allclose(logits, trained, atol=1e-4), "PEFT itself reads another model than it trained"
+    calls = [("new", {"path": str(tmp_path / name)}) for name in ("plain/pissa", "plain/olora")]
+    for text in ranks.run("tests.support.peft:refusals", kwargs={"source": str(source), "calls": calls})[0]:
+        assert text.startswith("ConfigError") and "init_lora_weights=" in text
 
 
 def test_what_is_refused(ranks: RankServer, source: Path, runs: dict[str, Any], tmp_path: Path) -> None:
@@ -251,7 +266,7 @@ def test_what_is_refused(ranks: RankServer, source: Path, runs: dict[str, Any], 
         ("lora", {"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "leaves no linear"),
         ("lora", {"r": 0, "lora_dropout": 1.0}, "r=0 must be at least 1"),
         ("import", changed("alpha", lora_alpha=16), "lora_alpha=16.0, here 8"),
-        ("import", changed("bias", bias="all", modules_to_save=["lm_head"]), "bias='all', not 'none'"),
+        ("import", changed("bias", bias="all", modules_to_save=["lm_head"]), "bias='all' can't be represented: it must be 'none'"),
         (
             "import",
             changed("missing", lambda tensors: tensors.pop(first)),
@@ -261,7 +276,10 @@ def test_what_is_refused(ranks: RankServer, source: Path, runs: dict[str, Any], 
         ("new", changed("nan", lambda tensors: tensors[first].fill_(float("nan"))), "NaN"),
         ("new", without_weights("pickled"), "it has adapter_model.bin; save it again with safe_serialization=True"),
         ("new", {"path": str(source)}, "must hold adapter_config.json"),
+        ("new", changed("pissa", init_lora_weights="pissa_niter_4"), "Save the adapter with PEFT's path_initial_model"),
+        ("new", changed("rank", r=10**9), "r=1000000000 can't be represented"),
+        ("new", changed("other", r=60000), "lora_A.weight [4, 32] must have two dimensions, number 0 of size r=60000"),
     ]
-    said = ranks.run("tests.cases.peft:refusals", kwargs={"source": str(source), "calls": [case[:2] for case in cases]})[0]
+    said = ranks.run("tests.support.peft:refusals", kwargs={"source": str(source), "calls": [case[:2] for case in cases]})[0]
     for (_, _, message), text in zip(cases, said, strict=True):
         assert message in text, text

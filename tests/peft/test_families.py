@@ -15,16 +15,16 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file
 
+from megabridge.conformance import check_family
 from megabridge.errors import ConfigError
 from megabridge.families import all_families
 from megabridge.mapping import Dims
+from megabridge.parallel.topology import Topology
 from megabridge.peft import LoRA
 from megabridge.peft.rules import AdapterMap
-from megabridge.topology import Topology
-from megabridge.workbench import battery
-from tests.cases import models, tiny
-from tests.cases.families import MIXTURES
-from tests.ranks import RankServer
+from tests.support import models, tiny
+from tests.support.families import MIXTURES
+from tests.support.rank_server import RankServer
 
 DENSE = sorted(all_families().keys() - set(MIXTURES))
 # One of each arrangement of linears: one tensor for several, transposed or not, one for each, in groups or not, gated or not.
@@ -49,7 +49,7 @@ CASES: dict[str, tuple[Topology, list[str], bool]] = {
 @pytest.fixture(scope="module")
 def sources(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("adapted")
-    ranks.run("tests.cases.families:make", kwargs={"root": str(root), "architectures": [*DENSE, *SOME]}, timeout=900)
+    ranks.run("tests.support.families:make", kwargs={"root": str(root), "architectures": [*DENSE, *SOME]}, timeout=900)
     return root
 
 
@@ -64,7 +64,7 @@ def alone(ranks: RankServer, sources: Path) -> dict[bool, dict[str, Any]]:
 def seen(ranks: RankServer, sources: Path, topology: Topology, names: list[str], use_dora: bool) -> dict[str, Any]:
     out = sources / f"out-{topology}-{use_dora}"
     kwargs = {"root": str(sources), "out": str(out), "names": names, "use_dora": use_dora}
-    found: dict[str, Any] = ranks.run("tests.cases.peft:families", topology=topology, kwargs=kwargs, timeout=900)[0]
+    found: dict[str, Any] = ranks.run("tests.support.peft:families", topology=topology, kwargs=kwargs, timeout=900)[0]
     wrong = [f"{name}: read again {each['again']}" for name, each in found.items() if each["again"] > 1e-4 * each["scale"]]
     wrong += [f"{name}: merged {each['merged']}" for name, each in found.items() if each["merged"] > 1e-4 * each["scale"]]
     wrong += [f"{name}: {each['losses']}" for name, each in found.items() if each["losses"][-1] > each["losses"][0] - 0.1]
@@ -90,7 +90,7 @@ def test_alone(alone: dict[bool, dict[str, Any]]) -> None:
         ends = {name.partition("experts.")[2] for name in alone[False][architecture]["tensors"] if "experts." in name}
         assert ends == {f"{nested}lora_{side}.weight" for nested in ("", "base_layer.") for side in "AB"}
     experts = [name for name in alone[False]["MixtralForCausalLM"]["tensors"] if ".experts.7." in name]
-    assert len(experts) == battery.LAYERS * 3 * 2, "three linears of each layer, A and B"
+    assert len(experts) == check_family.LAYERS * 3 * 2, "three linears of each layer, A and B"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -106,7 +106,7 @@ def test_layouts_agree(case: str, sources: Path, alone: dict[bool, dict[str, Any
 def test_peft_has_the_same_logits_and_merge_of_stacked_experts(sources: Path, alone: dict[bool, Any], ranks: RankServer) -> None:
     """Of what test_alone trained; the bounds are those of linears: fp32 logits, and weights of one sum."""
     kwargs = {"root": str(sources), "out": str(sources / f"out-{Topology()}-False"), "names": IN_PEFT}
-    found = ranks.run("tests.cases.peft_reference:stacked", kwargs=kwargs, timeout=900)[0]
+    found = ranks.run("tests.support.peft_reference:stacked", kwargs=kwargs, timeout=900)[0]
     for name in IN_PEFT:
         assert torch.allclose(found[name]["logits"], alone[False][name]["logits"], atol=1e-4), name
         assert found[name]["far"] <= 1e-6, name
@@ -118,9 +118,9 @@ def test_peft_trains_stacked_experts_alike(name: str, sources: Path, ranks: Rank
     peft = {"name": "lora", "target_parameters": ["experts.*"]}
     given = {"source": str(sources / name), "peft": peft, "provider": {"moe_aux_loss_coeff": 0.0}}
     for steps in (0, 5):
-        ours = ranks.run("tests.cases.peft:train", kwargs={**given, "run_dir": str(tmp_path / str(steps)), "steps": steps})[0]
+        ours = ranks.run("tests.support.peft:train", kwargs={**given, "run_dir": str(tmp_path / str(steps)), "steps": steps})[0]
     kwargs = {"base": str(sources / name), "adapter": str(tmp_path / "0" / "adapter"), "steps": 5, "with_peft": True}
-    losses = ranks.run("tests.cases.peft_reference:train", kwargs=kwargs)[0]
+    losses = ranks.run("tests.support.peft_reference:train", kwargs=kwargs)[0]
     assert ours["losses"] == pytest.approx(losses, abs=1e-3)
     assert losses[-1] < losses[0] - 0.1
 
@@ -143,11 +143,11 @@ def test_adapters_of_stacked_experts_come_from_peft(
     parameters = [end.format(MODULES[name]) for end in TARGETS[targets]["target_parameters"]]
     kwargs = {"base": str(sources / name), "folder": str(tmp_path / "theirs"), "tokens": tokens, "r": 3, "lora_alpha": 5}
     kwargs |= {**TARGETS[targets], "target_parameters": parameters}
-    expected = ranks.run("tests.cases.peft_reference:begin", kwargs=kwargs)[0]
+    expected = ranks.run("tests.support.peft_reference:begin", kwargs=kwargs)[0]
     for topology in (Topology(), Topology(tp=2, ep=2, etp=1)):
         out = tmp_path / str(topology)
         kwargs = {"source": str(sources / name), "adapter": str(tmp_path / "theirs"), "out": str(out)}
-        logits = ranks.run("tests.cases.peft:again", topology=topology, kwargs=kwargs)[0]
+        logits = ranks.run("tests.support.peft:again", topology=topology, kwargs=kwargs)[0]
         assert torch.allclose(logits, expected, atol=1e-4)
         theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "theirs", out))
         assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in theirs)
@@ -168,9 +168,9 @@ def test_what_is_refused_of_stacked_experts(sources: Path, ranks: RankServer, tm
     tokens = models.prompt(tiny.VOCABULARY, length=tiny.SEQUENCE)
     kwargs = {"base": str(sources / "MixtralForCausalLM"), "folder": str(tmp_path), "tokens": tokens}
     kwargs |= {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}  # transformers' model has such
-    ranks.run("tests.cases.peft_reference:begin", kwargs=kwargs)
+    ranks.run("tests.support.peft_reference:begin", kwargs=kwargs)
     for name, kind, given, message in cases:
-        (said,) = ranks.run("tests.cases.peft:refusals", kwargs={"source": str(sources / name), "calls": [(kind, given)]})[0]
+        (said,) = ranks.run("tests.support.peft:refusals", kwargs={"source": str(sources / name), "calls": [(kind, given)]})[0]
         assert said.startswith("ConfigError: ") and message in said, said
     silent = replace(all_families()["GptOssForCausalLM"], parameters=None)
     dims = Dims.of(silent.native(dict(silent.tiny)))
@@ -185,7 +185,7 @@ def test_experts_are_saved_and_resumed(name: str, sources: Path, ranks: RankServ
 
     def train(topology: Topology, folder: str, **kwargs: Any) -> dict[str, Any]:
         given = {"run_dir": str(tmp_path / folder), "source": source, "peft": peft, "steps": 4, **kwargs}
-        result: dict[str, Any] = ranks.run("tests.cases.peft:train", topology=topology, kwargs=given)[0]
+        result: dict[str, Any] = ranks.run("tests.support.peft:train", topology=topology, kwargs=given)[0]
         return result
 
     spread = Topology(ep=2, dp=2)
@@ -203,9 +203,9 @@ def test_a_native_checkpoint_of_stacked_experts_alone(sources: Path, ranks: Rank
     """Which linears have none is kept too."""
     source, peft = str(sources / "GptOssForCausalLM"), {"name": "lora", "target_modules": [], "target_parameters": ["experts.*"]}
     kwargs = {"run_dir": str(tmp_path / "run"), "source": source, "peft": peft, "steps": 2, "save_at_end": True}
-    trained = ranks.run("tests.cases.peft:train", kwargs=kwargs)[0]
+    trained = ranks.run("tests.support.peft:train", kwargs=kwargs)[0]
     kwargs = {"source": source, "native": str(tmp_path / "run"), "out": str(tmp_path / "out")}
-    logits = ranks.run("tests.cases.peft:from_native", topology=Topology(pp=2), kwargs=kwargs)[0]
+    logits = ranks.run("tests.support.peft:from_native", topology=Topology(pp=2), kwargs=kwargs)[0]
     assert torch.allclose(logits, trained["logits"], atol=1e-4)
     saved = tmp_path / "run" / "checkpoints" / "step_2" / "adapter"
     for name in ("adapter_model.safetensors", "adapter_config.json"):

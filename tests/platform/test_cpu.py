@@ -9,9 +9,10 @@ import torch
 
 import megabridge.platform as platform
 from megabridge.errors import ConfigError
-from megabridge.platform import cpu, groups
-from megabridge.topology import Topology
-from tests.platform.test_groups import python
+from megabridge.parallel import process_groups
+from megabridge.parallel.topology import Topology
+from megabridge.platform import cpu
+from tests.parallel.test_process_groups import python
 
 PROBE = """
 import sys, torch
@@ -37,12 +38,12 @@ def test_an_unknown_platform_is_refused() -> None:
 def test_cuda_without_a_device_is_refused_when_groups_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "DEVICE", "cuda")
     with pytest.raises(ConfigError, match="MEGABRIDGE_PLATFORM=cuda, but torch sees no CUDA device"):
-        groups.start(Topology())
-    assert groups.current() is None
+        process_groups.start(Topology())
+    assert process_groups.current() is None
 
 
 def test_imports_warn_about_nothing() -> None:
-    done = python("import megabridge.provider, megabridge.platform.groups")
+    done = python("import megabridge.models.provider, megabridge.parallel.process_groups")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

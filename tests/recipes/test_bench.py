@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from megabridge.topology import Topology
-from tests.cases.models import TINY
+from megabridge.parallel.topology import Topology
 from tests.conversion.test_round_trip import payload
-from tests.ranks import RankServer
+from tests.support.models import TINY
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.bench"
+CASES = "tests.support.bench"
 LAYOUT = Topology(tp=2, pp=2)
 
 
@@ -22,7 +22,7 @@ def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tied, with padded rows and one KV head for two ranks."""
     folder = tmp_path_factory.mktemp("bench") / "source"
     config = {**TINY, "tie_word_embeddings": True, "num_key_value_heads": 1}
-    ranks.run("tests.cases.models:write_model", kwargs={"folder": folder, "config": config})
+    ranks.run("tests.support.models:write_model", kwargs={"folder": folder, "config": config})
     return folder
 
 
@@ -41,7 +41,7 @@ def test_our_calls_do_not_grow_with_the_model(ranks: RankServer, tmp_path: Path)
     sources = []
     for layers in (2, 6):
         folder = tmp_path / str(layers)
-        ranks.run("tests.cases.models:write_model", kwargs={"folder": folder, "config": {**TINY, "num_hidden_layers": layers}})
+        ranks.run("tests.support.models:write_model", kwargs={"folder": folder, "config": {**TINY, "num_hidden_layers": layers}})
         sources.append(str(folder))
     for small, large in ranks.run(
         f"{CASES}:calls_of_ours", topology=LAYOUT, kwargs={"sources": sources, "out": str(tmp_path / "out")}

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from megabridge import config as schema
-from megabridge import metrics
-from megabridge.data.tiny import write_random_model
-from megabridge.topology import Topology
+from megabridge.config import schema
+from megabridge.hf.random_models import write_random_model
+from megabridge.parallel.topology import Topology
+from megabridge.storage import metrics_file
 from recipes import show_data
-from tests.ranks import RankServer
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.recipes"
+CASES = "tests.support.recipes"
 SINGLE = Topology()
 HF = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,7 +40,10 @@ def values(run_dir: Path, source: Path, topology: Topology = SINGLE, **groups: A
         "recipe": recipe,
         "optimizer": {"lr": 1e-2},
         "checkpoint": {"save_at_end": False},
-        "logger": {"jsonl": {"_target_": "megabridge.loggers.jsonl.JsonLines"}, "lines": {"_target_": "tests.cases.loggers.Lines"}},
+        "logger": {
+            "jsonl": {"_target_": "megabridge.loggers.jsonl.JsonLines"},
+            "lines": {"_target_": "tests.support.loggers.Lines"},
+        },
         "run_dir": str(run_dir),
         **groups,
     }
@@ -100,7 +103,7 @@ def test_runs_learn_the_same_under_every_layout(ranks: RankServer, source: Path,
         run_dir = tmp_path / str(topology)
         config = values(run_dir, source, topology, data=placed(DATA[kind], files))
         final = ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": "finetune", "values": config}, timeout=300)[0]
-        steps = [record["train/loss"] for record in metrics.read(run_dir) if "train/loss" in record]
+        steps = [record["train/loss"] for record in metrics_file.read(run_dir) if "train/loss" in record]
         assert len(steps) == 3 and final < steps[0]
         curves.append([*steps, final])
         if kind in ("packed", "grouped"):

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
-from megabridge.metrics import read
-from megabridge.topology import Topology
-from tests.cases.models import TINY
-from tests.ranks import RankError, RankServer
+from megabridge.parallel.topology import Topology
+from megabridge.storage.metrics_file import read
+from tests.support.models import TINY
+from tests.support.rank_server import RankError, RankServer
 
-CASES = "tests.cases.recipes"
+CASES = "tests.support.recipes"
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +32,19 @@ def values(run_dir: Path, source: Path | None, topology: Topology, **groups: Any
         "recipe": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "seq_length": 16, **groups.pop("recipe", {})},
         "optimizer": {"lr": 1e-2},
         "scheduler": {"name": "constant"},
-        "data": {"_target_": "tests.cases.recipes.TinyData"},
+        "data": {"_target_": "tests.support.recipes.TinyData"},
         "callbacks": {
             "import_parity": {"_target_": "megabridge.callbacks.parity.ImportParity"},
             "hf_export": {"_target_": "megabridge.callbacks.hf_export.HFExport"},
             "progress": {"_target_": "megabridge.callbacks.progress.Progress"},
             "answer": {"_target_": "megabridge.callbacks.answer.Answer", "max_new_tokens": 4},
-            "order": {"_target_": "tests.cases.recipes.HookOrder"},
+            "order": {"_target_": "tests.support.recipes.HookOrder"},
         },
         "logger": {
             "jsonl": {"_target_": "megabridge.loggers.jsonl.JsonLines"},
             "console": {"_target_": "megabridge.loggers.console.Console"},
             "wandb": None,
-            "lines": {"_target_": "tests.cases.loggers.Lines"},
+            "lines": {"_target_": "tests.support.loggers.Lines"},
         },
         "run_dir": str(run_dir),
         **groups,
@@ -120,6 +117,31 @@ def test_hooks_come_in_order(ranks: RankServer, tmp_path: Path, source: Path) ->
     assert json.loads((tmp_path / "hooks.json").read_text())[:3] == ["on_start", "on_resume", "before_step"]
 
 
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_an_export_that_a_kill_left_unmade_is_made(ranks: RankServer, tmp_path: Path, source: Path, peft: str) -> None:
+    name = "hf" if peft == "none" else "adapter"
+
+    def config(run_dir: Path, **checkpoint: Any) -> dict[str, Any]:
+        made = values(run_dir, source, Topology(dp=2), checkpoint={"save_every": 2, "keep_last": 1, **checkpoint})
+        del made["callbacks"]["answer"]
+        return made | {"peft": {"name": peft}}
+
+    run(ranks, "finetune", Topology(dp=2), config(tmp_path / "whole"))
+    cut = config(tmp_path / "cut")
+    cut["callbacks"] = {"killed": {"_target_": "tests.support.recipes.Killed", "step": 4}, **cut["callbacks"]}
+    with pytest.raises(RankError, match="SIGKILL"):
+        run(ranks, "finetune", Topology(dp=2), cut)
+    assert not (tmp_path / "cut/checkpoints/step_4" / name).exists() and (tmp_path / "cut/checkpoints/step_2").exists()
+
+    run(ranks, "finetune", Topology(dp=2), config(tmp_path / "cut", resume="auto"))
+    whole, cut_off = (sorted((tmp_path / which / "checkpoints/step_4" / name).iterdir()) for which in ("whole", "cut"))
+    assert whole and [(file.name, file.read_bytes()) for file in cut_off if file.suffix == ".safetensors"] == [
+        (file.name, file.read_bytes()) for file in whole if file.suffix == ".safetensors"
+    ]
+    assert [file.name for file in whole] == [file.name for file in cut_off]
+    assert [entry.name for entry in (tmp_path / "cut/checkpoints").glob("step_*")] == ["step_4"]
+
+
 def test_pretrain_starts_from_random_weights(ranks: RankServer, tmp_path: Path) -> None:
     shape = {**TINY, "vocab_size": 61}
     config = values(tmp_path, None, Topology(dp=2), model={"hf": shape, "load_weights": False})
@@ -150,19 +172,10 @@ def test_convert_goes_round_and_through_a_native_checkpoint(
         convert("export")
 
 
-def test_plan_runs_in_one_process_whatever_the_layout(tmp_path: Path) -> None:
-    """As a user starts it; nothing is downloaded, and only one process runs the recipe."""
+def test_plan_runs_in_one_process_whatever_the_layout(ranks: RankServer, tmp_path: Path) -> None:
+    """As a user runs it; nothing is downloaded, and only one process runs the recipe."""
     command = "recipe=plan model=llama31_8b parallel=tp8pp2 parallel.dp=128 conversion.max_shard_size=1GB logger=local platform=cpu run_dir=run"
-    root = Path(__file__).parent.parent.parent
-    environ = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "megabridge.run", *command.split()],
-        cwd=tmp_path,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    run = ranks.program(command, cwd=tmp_path, environ={"HF_HUB_OFFLINE": "1"})
     assert run.returncode == 0, run.stderr
     assert "291 tensors, 16060.5 MB: each element is written by exactly one of 2048 ranks" in run.stdout
     plan = json.loads((tmp_path / "run/plan.json").read_text())

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from megabridge.conversion import manifest
-from megabridge.data import bytes as byte_tokenizer
+from megabridge.hf import byte_tokenizer
 from tests.launchers.free_port import free_port
 
 ROOT = Path(__file__).parents[2]

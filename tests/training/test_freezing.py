@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from megabridge import metrics
-from megabridge.topology import Topology
-from tests.cases.models import TINY
-from tests.ranks import RankError, RankServer
+from megabridge.parallel.topology import Topology
+from megabridge.storage import metrics_file
 from tests.recipes.test_recipes import values
+from tests.support.models import TINY
+from tests.support.rank_server import RankError, RankServer
 
-CASES = "tests.cases.recipes"
+CASES = "tests.support.recipes"
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
@@ -66,7 +66,7 @@ def test_frozen_parameters_have_no_gradient_of_their_own_to_compute(ranks: RankS
     rates = []
     for number, freeze in enumerate((["*norm*"], ["*", "!*norm*"])):
         trained(ranks, tmp_path / str(number), source, freeze, Topology())
-        (*_, row) = [row for row in metrics.read(tmp_path / str(number)) if "train/tflops_per_device" in row]
+        (*_, row) = [row for row in metrics_file.read(tmp_path / str(number)) if "train/tflops_per_device" in row]
         rates.append(row["train/tflops_per_device"] * row["train/step_seconds"])
     attention = 3 * 3 * TINY["num_attention_heads"] * 4 * TINY["head_dim"] * 16 / 2 * 4 * 16 / 1e12
     assert (rates[1] - attention) / (rates[0] - attention) == pytest.approx(4 / 6)
@@ -80,7 +80,7 @@ def test_a_run_with_frozen_layers_goes_on_under_another_layout(ranks: RankServer
         config["optimizer"] = {"lr": 1e-2, "freeze": ["*", "!*layers.2.*"]}
         config["callbacks"] = {}
         ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": "finetune", "values": config})
-        return [row["train/loss"] for row in metrics.read(run_dir) if "train/loss" in row]
+        return [row["train/loss"] for row in metrics_file.read(run_dir) if "train/loss" in row]
 
     whole = losses(tmp_path / "whole", Topology(pp=2), 4, "none")
     losses(tmp_path / "same", Topology(pp=2), 2, "none")

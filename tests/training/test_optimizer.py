@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megabridge.topology import Topology
-from tests.ranks import RankError, RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.rank_server import RankError, RankServer
 
-CASES = "tests.cases.optimizers"
+CASES = "tests.support.optimizers"
 
 
 def test_rates_over_the_steps(ranks: RankServer) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from megabridge.topology import Topology
-from tests.ranks import RankError, RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.rank_server import RankError, RankServer
 
-PACKING = "tests.cases.packing"
+PACKING = "tests.support.packing"
 # Heads, key-value groups and layers that three ranks can share.
 SHAPE: dict[str, Any] = {"num_attention_heads": 6, "num_query_groups": 3, "num_layers": 6, "seq_length": 64}
 LAYOUTS = [

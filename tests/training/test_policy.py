@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from megabridge.topology import Topology
-from tests.ranks import RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.loop"
+CASES = "tests.support.loop"
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megabridge.topology import Topology
-from tests.ranks import RankError, RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.rank_server import RankError, RankServer
 
-RUN = "tests.cases.training:run"
+RUN = "tests.support.training:run"
 LAYOUTS = [Topology(), Topology(dp=2), Topology(tp=2), Topology(pp=2)]
 
 
@@ -72,7 +72,7 @@ def test_another_layout_reads_the_same_bits_and_goes_on(ranks: RankServer, tmp_p
     written = trained(ranks, Topology(tp=2), tmp_path / "run", steps=6, stop_after=3)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
 
-    read = ranks.run("tests.cases.training:loaded", topology=other, kwargs={"folder": str(tmp_path / "other")})
+    read = ranks.run("tests.support.training:loaded", topology=other, kwargs={"folder": str(tmp_path / "other")})
     for what in ("parameters", "optimizer"):
         assert_equal(without_padding(whole_tensors(read, what)), without_padding(whole_tensors(written, what)))
 
@@ -143,17 +143,65 @@ def test_fault_28_other_data_is_refused_or_accepted_and_another_rate_is_taken(ra
     result = trained(ranks, Topology(dp=2), tmp_path, steps=4, resume="auto", **settings)
     assert result[0]["rates"] == [5e-3, 5e-3]
     assert result[0]["batches"] == [16, 20] and result[1]["batches"] == [18, 22]
-    assert {line.removeprefix("resumed with a changed setting, ") for line in result[0]["said"]} >= {
+    (said,) = [line for line in result[0]["said"] if line.startswith("resumed with changed settings:")]
+    assert set(said.split("\n  ")[1:]) == {
         "recipe.global_batch_size: 8 -> 4",
         "optimizer.lr: 0.01 -> 0.005",
+        "recipe.steps: 2 -> 4",
         "parallel: single -> dp2",
     }
+
+
+def test_every_setting_that_changes_is_said(ranks: RankServer) -> None:
+    """Whatever the schema has: each leaf is changed in turn."""
+    (found,) = ranks.run("tests.support.training:changed_settings", topology=Topology())
+    assert found["silent"] == ["checkpoint.accept_changes", "checkpoint.resume"]
+    assert found["refused"] >= {
+        "seed",
+        "recipe.seq_length",
+        "recipe.global_batch_size",
+        "data.path",
+        "model.hf.hidden_size",
+        "inputs.rows",
+    }
+    assert found["said"] >= {"parallel.etp", "recipe.micro_batch_size", "model.provider.hidden_dropout", "model.path", "run_dir"}
+    assert "hunter2" not in found["kept"] and "from the environment" not in found["kept"]
+    assert found["secret"] and found["of the environment"]
 
 
 def test_a_run_does_not_run_over_anothers_steps(ranks: RankServer, tmp_path: Path) -> None:
     trained(ranks, Topology(), tmp_path, steps=2)
     with pytest.raises(RankError, match=r"step_2 that is already in .*checkpoint.resume=auto"):
         trained(ranks, Topology(), tmp_path, steps=2)
+
+
+def test_a_step_may_be_a_link_and_what_is_none_is_said(ranks: RankServer, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run/checkpoints"
+    trained(ranks, Topology(), tmp_path / "run", steps=2)
+    (checkpoints / "step_2").rename(tmp_path / "elsewhere")
+    (checkpoints / "step_2").symlink_to(tmp_path / "elsewhere")
+    (checkpoints / "step_4").symlink_to("nowhere")
+    with pytest.raises(
+        RankError, match=r"(?s)must have room for the steps .* after step 2; .*step_4 is a link that can't be read as"
+    ):
+        trained(ranks, Topology(), tmp_path / "run", steps=4, resume="auto", keep_last=1)
+    (checkpoints / "step_4").rename(checkpoints / "step_9")
+    result = trained(ranks, Topology(), tmp_path / "run", steps=4, resume="auto", keep_last=1)
+    assert len(result[0]["losses"]) == 2
+    assert any(line.startswith("step_2 is a link, which is removed; what it leads to is kept") for line in result[0]["said"])
+    again = trained(ranks, Topology(), tmp_path / "run", steps=6, resume="auto", keep_last=1)
+    assert len(again[0]["losses"]) == 2 and (tmp_path / "elsewhere/native/metadata.json").exists()
+    assert sorted(entry.name for entry in checkpoints.glob("step_*")) == ["step_6", "step_9"]
+
+
+def test_a_full_disk_ends_no_training_and_takes_no_save(ranks: RankServer, tmp_path: Path) -> None:
+    (found,) = ranks.run("tests.support.training:without_room", topology=Topology(), kwargs={"run_dir": str(tmp_path)})
+    assert [line["step"] for line in found["metrics"] if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert found["printed"].count("can't be written (File too large)") == 1 and "nothing is missing" in found["printed"]
+    assert found["source"] == "config.json before" and "source can't be written (File too large); free space" in found["refused"]
+    assert "step_6/native can't be written: " in found["failed"]
+    assert [entry.name for entry in (tmp_path / "checkpoints").glob("*/native")] == ["native"]
+    assert trained(ranks, Topology(), tmp_path, steps=6, resume="auto")[0]["step"] == 6
 
 
 def test_resume_from_a_folder(ranks: RankServer, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megabridge.topology import Topology
-from tests.ranks import RankError, RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.rank_server import RankError, RankServer
 
-RUN = "tests.cases.training:run"
+RUN = "tests.support.training:run"
 
 
 def trained(ranks: RankServer, topology: Topology, folder: Path, **kwargs: Any) -> dict[str, Any]:
@@ -71,21 +71,21 @@ def test_weight_gradients_may_be_added_in_place(
 
 
 def test_loss_is_the_mean_over_unmasked_tokens(ranks: RankServer) -> None:
-    results = ranks.run("tests.cases.training:loss_by_hand", topology=Topology(dp=2))
+    results = ranks.run("tests.support.training:loss_by_hand", topology=Topology(dp=2))
     for trained_loss, by_hand in results:
         assert trained_loss == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_validation_counts_tokens_not_batches(ranks: RankServer) -> None:
     for topology in (Topology(), Topology(dp=2), Topology(pp=2), Topology(pp=2, vpp=2)):
-        for (loss, tokens), by_hand in ranks.run("tests.cases.training:validation_by_hand", topology=topology):
+        for (loss, tokens), by_hand in ranks.run("tests.support.training:validation_by_hand", topology=topology):
             assert loss == pytest.approx(by_hand[0], abs=1e-5)
             assert tokens == by_hand[1]
 
 
 def test_a_run_without_validation_data_has_no_validation_loss(ranks: RankServer, tmp_path: Path) -> None:
     kwargs = {"run_dir": str(tmp_path)}
-    assert ranks.run("tests.cases.training:without_validation", topology=Topology(dp=2), kwargs=kwargs) == [None, None]
+    assert ranks.run("tests.support.training:without_validation", topology=Topology(dp=2), kwargs=kwargs) == [None, None]
 
 
 def test_loss_goes_down(ranks: RankServer, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_loss_goes_down(ranks: RankServer, tmp_path: Path) -> None:
 
 def test_fault_29_loss_that_is_not_a_number_stops_the_run_and_is_not_saved(ranks: RankServer, tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"the loss of step 3 is nan; nothing of it is saved"):
-        ranks.run("tests.cases.training:poisoned", topology=Topology(dp=2), kwargs={"run_dir": str(tmp_path)})
+        ranks.run("tests.support.training:poisoned", topology=Topology(dp=2), kwargs={"run_dir": str(tmp_path)})
     assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == ["step_2"]
 
 
@@ -104,7 +104,7 @@ def test_fault_05_sigterm_ends_the_step_saves_once_and_has_its_code(
     ranks: RankServer, tmp_path: Path, saving: bool, step: int
 ) -> None:
     kwargs = {"run_dir": str(tmp_path), "saving": saving}
-    results = ranks.run("tests.cases.training:interrupted", topology=Topology(dp=2), kwargs=kwargs)
+    results = ranks.run("tests.support.training:interrupted", topology=Topology(dp=2), kwargs=kwargs)
     assert results == [(75, step), (75, step)]
     assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == [f"step_{step}"]
     assert (tmp_path / f"checkpoints/step_{step}/native/metadata.json").is_file()
@@ -113,7 +113,7 @@ def test_fault_05_sigterm_ends_the_step_saves_once_and_has_its_code(
 def test_fault_05_a_second_signal_ends_at_once_and_harms_nothing(ranks: RankServer, tmp_path: Path) -> None:
     whole = trained(ranks, Topology(), tmp_path / "whole", steps=6)
     with pytest.raises(RankError) as caught:
-        ranks.run("tests.cases.training:interrupted_twice", kwargs={"run_dir": str(tmp_path / "run")}, timeout=60)
+        ranks.run("tests.support.training:interrupted_twice", kwargs={"run_dir": str(tmp_path / "run")}, timeout=60)
     assert caught.value.failure["exit_code"] == -signal.SIGTERM
     assert not (tmp_path / "run/checkpoints/step_4/native").exists()
     rest = trained(ranks, Topology(), tmp_path / "run", steps=6, resume="auto")

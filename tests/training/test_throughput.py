@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from megabridge import metrics
-from megabridge.topology import Topology
-from tests.cases.models import TINY
-from tests.ranks import RankServer
+from megabridge.parallel.topology import Topology
+from megabridge.storage import metrics_file
 from tests.recipes.test_recipes import values
+from tests.support.models import TINY
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.recipes"
+CASES = "tests.support.recipes"
 
 
 def test_flops_of_a_token(ranks: RankServer) -> None:
-    (counts,) = ranks.run("tests.cases.throughput:counted")
+    (counts,) = ranks.run("tests.support.throughput:counted")
     hidden, ffn, layers, vocabulary, heads, groups, width, length = 32, 48, 2, 61, 4, 2, 8, 16
     attention = hidden * (heads + 2 * groups) * width + heads * width * hidden
     dense = attention + 3 * hidden * ffn
@@ -37,7 +37,7 @@ def test_flops_of_a_token(ranks: RankServer) -> None:
 
 
 def test_peaks(ranks: RankServer) -> None:
-    (found,) = ranks.run("tests.cases.throughput:peaks")
+    (found,) = ranks.run("tests.support.throughput:peaks")
     assert found == [989e12, 756e12, 312e12, 121e12, None, None]
 
 
@@ -47,7 +47,7 @@ def test_what_a_run_logs(ranks: RankServer, tmp_path: Path, topology: Topology) 
     config["callbacks"] = {"profile": {"_target_": "megabridge.callbacks.profile.Profile", "first": 2, "steps": 2}}
     config["checkpoint"] = {"save_at_end": False}
     ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": "pretrain", "values": config})
-    rows = list(metrics.read(tmp_path))
+    rows = list(metrics_file.read(tmp_path))
     steps = [row for row in rows if "train/loss" in row]
     assert len(steps) == 4
     for row in steps:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from megabridge.topology import Topology
-from tests.ranks import RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.rank_server import RankServer
 
-CASES = "tests.cases.loop"
+CASES = "tests.support.loop"
 
 
 def test_recomputation_gives_the_same_gradients(ranks: RankServer) -> None:

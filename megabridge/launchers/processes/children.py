@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from megabridge import last_words
 from megabridge.launchers.processes import outcome
 from megabridge.launchers.processes.ending import die_with_parent, send
 from megabridge.launchers.processes.outcome import Done, Failure, Outcome, Terminated, WorkerFailure
+from megabridge.storage import crash_notes
 
 _SETTLE: Final = 0.1  # seconds in which a rank that was killed is gone, after its connections
 
@@ -38,7 +38,7 @@ class Child:
     report: int
     """The descriptor of the unnamed file that takes its report."""
     note: mmap.mmap
-    """What it reads, for when it can't say so itself (last_words)."""
+    """What it reads, for when it can't say so itself (crash_notes)."""
     popen: subprocess.Popen[bytes] | None = None
     """Of a program; None for a fork."""
     _outcome: Outcome | None = field(default=None, init=False)
@@ -89,6 +89,7 @@ def spawn(
     with _room(rank):
         report, note = unnamed(), unnamed()
         try:
+            page = crash_notes.new_note(note)
             popen = subprocess.Popen(
                 [sys.executable, "-m", module, f"--config={config}", f"--outcome={report}", f"--note={note}", *arguments],
                 env=environ,
@@ -97,7 +98,7 @@ def spawn(
                 process_group=0,
                 preexec_fn=prepare,
             )
-            return Child(rank, popen.pid, _pidfd(popen.pid), report, last_words.page(note), popen)
+            return Child(rank, popen.pid, _pidfd(popen.pid), report, page, popen)
         finally:
             os.close(note)
 
@@ -108,7 +109,7 @@ def fork(rank: int, work: Callable[[], float | None]) -> Child:
     sys.stderr.flush()
     parent = os.getpid()
     with _room(rank):
-        report, note = unnamed(), last_words.page()
+        report, note = unnamed(), crash_notes.new_note()
         pid = os.fork()
         if pid == 0:
             _live(rank, work, report, note, parent)
@@ -126,7 +127,7 @@ def _live(rank: int, work: Callable[[], float | None], report: int, note: mmap.m
         die_with_parent(parent)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        last_words.keep(note)
+        crash_notes.set_note(note)
         found = outcome.of(work, rank)
         outcome.write(report, found)
         status = found.status if isinstance(found, Failure) else 0
@@ -228,7 +229,7 @@ def _cause_of_death(exit_code: int, note: mmap.mmap, *, was_done: bool) -> str:
         return f"ended with exit code {exit_code} {when}; its own output may say why."
     number = -exit_code
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    files = last_words.truncated(note) if name == "SIGBUS" else ""
+    files = crash_notes.truncated_files(note) if name == "SIGBUS" else ""
     hints = {"SIGKILL": " (out of memory, or killed from outside)", "SIGBUS": f" (a file that it read was truncated){files}"}
     return f"was ended by {name}{' after it was done' if was_done else hints.get(name, '')}."
 

@@ -7,9 +7,9 @@ import json
 import os
 import sys
 
-from megabridge import last_words
 from megabridge.launchers.processes import outcome
 from megabridge.launchers.processes.outcome import Failure
+from megabridge.storage import crash_notes
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
@@ -17,7 +17,7 @@ if __name__ == "__main__":
         parser.add_argument(name, type=int)
     parser.add_argument("--digest")
     given = parser.parse_args()
-    last_words.keep(last_words.page(given.note))
+    crash_notes.set_note(crash_notes.new_note(given.note))
     values = json.loads(os.pread(given.config, os.fstat(given.config).st_size, 0))
     rank = int(os.environ.get("RANK", "-1"))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.topology import Topology
-from tests.ranks import RankError, RankServer
+from megabridge.parallel.topology import Topology
+from tests.support.rank_server import RankError, RankServer
 
 
 def is_running(pid: int) -> bool:
@@ -31,7 +31,7 @@ def wait_until_gone(pids: list[int], seconds: float) -> None:
 
 
 def test_ranks_have_groups_and_results(ranks: RankServer) -> None:
-    results = ranks.run("tests.cases.ranks:total", topology=Topology(tp=2, pp=2), kwargs={"start": 10})
+    results = ranks.run("tests.support.ranks:total", topology=Topology(tp=2, pp=2), kwargs={"start": 10})
     assert results == [(0, 0, 46), (1, 0, 46), (0, 1, 46), (1, 1, 46)]
 
 
@@ -48,7 +48,7 @@ def test_the_first_failure_ends_all(ranks: RankServer, tmp_path: Path, how: str,
     started = time.monotonic()
     with pytest.raises(RankError) as caught:
         ranks.run(
-            "tests.cases.ranks:fail",
+            "tests.support.ranks:fail",
             topology=Topology(tp=2, pp=2),
             kwargs={"rank": 2, "how": how, "folder": str(tmp_path)},
         )
@@ -65,7 +65,7 @@ def test_the_first_failure_ends_all(ranks: RankServer, tmp_path: Path, how: str,
 def test_time_is_up(ranks: RankServer, tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"the time was up; ranks \[0, 1\] still ran"):
         ranks.run(
-            "tests.cases.ranks:fail",
+            "tests.support.ranks:fail",
             topology=Topology(tp=2),
             kwargs={"rank": 0, "how": "hang", "folder": str(tmp_path)},
             timeout=3,
@@ -76,7 +76,7 @@ def test_time_is_up(ranks: RankServer, tmp_path: Path) -> None:
 def test_a_long_error_comes_back(ranks: RankServer) -> None:
     """The report must fit in a pipe that nobody reads yet, whatever its characters."""
     with pytest.raises(RankError, match="ööö"):
-        ranks.run("tests.cases.ranks:long_error", world_size=2)
+        ranks.run("tests.support.ranks:long_error", world_size=2)
 
 
 HOST = """

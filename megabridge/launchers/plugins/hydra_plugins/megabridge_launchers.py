@@ -7,6 +7,7 @@ the folder above this one on sys.path. Hydra imports this at every start, so the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -22,6 +23,10 @@ class _Sweeping(Launcher):
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Claims the sweep's directory for this process, before its sweeper writes there."""
+        from megabridge.launchers import run_lock
+
+        run_lock.take(Path(str(config.hydra.sweep.dir)).absolute(), "hydra.sweep.dir")
         self.hydra_context = hydra_context
         self.config = config
 

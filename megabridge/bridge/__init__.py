@@ -1,0 +1,1 @@
+"""AutoBridge, and what it is made of."""

@@ -1,0 +1,530 @@
+"""AutoBridge: one object that knows a Hugging Face model and moves it into Megatron-Core and back.
+
+Names and signatures are Megatron Bridge's; further keywords are keyword-only. Models are lists of chunks. Methods that take a
+model are collective: every rank calls them. What each does is a function of the modules beside this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from megabridge.bridge import adapters, checkpoints, hub, sessions, weights
+from megabridge.bridge import source as sources
+from megabridge.bridge.adapters import Peft
+from megabridge.bridge.source import ModelSource, dtype_named, one_dtype
+from megabridge.bridge.state import BridgeState
+from megabridge.bridge.weights import ExportOptions, Model, StreamOptions, WeightDtype
+from megabridge.conversion.buckets import Entries
+from megabridge.conversion.plan import Plan
+from megabridge.conversion.report import Report
+from megabridge.conversion.stream import BUCKET_BYTES
+from megabridge.conversion.tasks import Box, ConversionTask
+from megabridge.errors import ConfigError
+from megabridge.families import all_families
+from megabridge.hf import assets, resolve
+from megabridge.hf.dtypes import Casts
+from megabridge.hf.tensor_files import Way
+from megabridge.models.provider import ModelProvider
+from megabridge.native import checkpoint
+from megabridge.parallel import collectives
+from megabridge.peft import LoRA
+
+
+class AutoBridge:
+    """A Hugging Face model and its ways into Megatron-Core and back.
+
+    `from_hf_pretrained` makes one. `to_megatron_model` gives the model under any layout, `save_hf_pretrained` publishes it again,
+    `export_hf_weights` streams it, `import_ckpt` and `export_ckpt` convert in one call. `source` says what is known of the model,
+    `state` what the bridge has moved; `import_report` tells of the last import.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+        self.state = BridgeState()
+
+    def __repr__(self) -> str:
+        return f"AutoBridge({self.source!r})"
+
+    # ------------------------------------------------------------------ which model
+
+    @classmethod
+    def from_hf_pretrained(cls, path: str | Path, *, revision: str | None = None, dtype: torch.dtype | str | None = None,
+                           torch_dtype: torch.dtype | str | None = None, trust_remote_code: bool = False,
+                           device_map: str | None = None, token: str | None = None, allow_bin: bool = False,
+                           ignore_keys: Collection[str] = ()) -> Self:  # fmt: skip
+        """A bridge to a local folder or a hub model. Only config and tokenizer are fetched now, the weights when they are loaded.
+
+        `revision` is a branch, tag or commit of the hub's repository; config, tokenizer and weights come from one commit. `dtype`
+        (or `torch_dtype`) is the parameters', by default config.json's. `device_map` says where they live: "auto" (this rank's CUDA
+        device, or the CPU where there is none), "cpu" or "cuda[:n]". Families convert by name, so code of the model never runs
+        here; with `trust_remote_code` its *.py files are kept with the tokenizer and come back with every export, else they are
+        not even fetched. `allow_bin` lets the weights be torch's pickled files (tensors only) where there are no others.
+        `ignore_keys` name keys of config.json that nothing reads, and whose values would be refused: the model computes the same
+        without them.
+        Raises CheckpointError for what can't be reached or read, ConfigError for an architecture or a setting that isn't
+        supported.
+        """
+        return cls(
+            sources.from_pretrained(
+                path,
+                revision=revision,
+                dtype=one_dtype(dtype, torch_dtype),
+                trust_remote_code=trust_remote_code,
+                device_map=device_map,
+                token=token,
+                allow_bin=allow_bin,
+                ignore_keys=ignore_keys,
+            )
+        )
+
+    @classmethod
+    def from_hf_config(cls, config: Any, *, dtype: torch.dtype | str | None = None, ignore_keys: Collection[str] = ()) -> Self:
+        """A bridge from a transformers config object or a dict of its content. It has no weights and no tokenizer."""
+        return cls(sources.from_config(config, dtype=dtype_named(dtype), ignore_keys=ignore_keys))
+
+    @classmethod
+    def from_auto_config(cls, megatron_path: str | Path, hf_model_id: str | Path | None = None, trust_remote_code: bool = False, *,
+                         revision: str | None = None, token: str | None = None,
+                         ignore_keys: Collection[str] = ()) -> Self:  # fmt: skip
+        """A bridge to a native checkpoint, from the config, tokenizer and chat template that it carries.
+
+        `hf_model_id` (a folder or hub id, at `revision`) is where they come from instead; a checkpoint that was not written by
+        megabridge needs it. `ignore_keys` are from_hf_pretrained's. Raises CheckpointError where neither has a config, ConfigError
+        where both do and they contradict.
+        """
+        folder = checkpoint.locate(Path(megatron_path))
+        made = cls(
+            sources.from_native(
+                folder, hf_model_id, trust_remote_code=trust_remote_code, revision=revision, token=token, ignore_keys=ignore_keys
+            )
+        )
+        made.state.remember(folder)
+        return made
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """Hugging Face class names that convert."""
+        return sorted(all_families())
+
+    @staticmethod
+    def supports(config: Any, *, ignore_keys: Collection[str] = ()) -> bool:
+        """Whether a config (object or dict) converts: its architecture is known and every setting can be represented."""
+        return sources.supports(config, ignore_keys=ignore_keys)
+
+    @classmethod
+    def can_handle(cls, path: str | Path, trust_remote_code: bool = False, *, ignore_keys: Collection[str] = ()) -> bool:
+        """Whether the model at `path` converts; only its config.json is fetched.
+
+        Raises CheckpointError when it can't be reached or is broken. `trust_remote_code` changes nothing in the answer: a model
+        that only its own code can describe has no family.
+        """
+        del trust_remote_code
+        content = assets.read_config(resolve.resolve(str(path), config_only=True, tokenizer=False))
+        return cls.supports(content, ignore_keys=ignore_keys)
+
+    @property
+    def transformer_config(self) -> Any:
+        """The TransformerConfig of this model on one rank."""
+        provider = self.provider()
+        provider.finalize()
+        return provider.config
+
+    @property
+    def mla_transformer_config(self) -> Any:
+        """The MLATransformerConfig of a model with multi-latent attention. Raises ConfigError for any other."""
+        if not self.source.native.get("multi_latent_attention"):
+            raise ConfigError(f"{self.source.family.architecture} has no multi-latent attention; use transformer_config.")
+        return self.transformer_config
+
+    @property
+    def import_report(self) -> Report | None:
+        """What the last import moved and how it compared; None before one."""
+        return self.state.import_report
+
+    @property
+    def import_digest(self) -> str:
+        """Of the tensors that the last import with `digest` read; empty before one."""
+        return self.state.import_digest
+
+    def weights_folder(self) -> Path:
+        """The folder of the source's weights, fetched where they are on a hub. Any rank may call it. Raises CheckpointError."""
+        return sources.weights_folder(self.source)
+
+    def provider(self) -> ModelProvider:
+        """A provider of this model that loads no weights; its settings can still be changed."""
+        return sources.provider(self.source)
+
+    def write_hf_assets(self, folder: Path) -> None:
+        """Writes config, generation config, tokenizer and chat template of an export, as they came. One rank calls it."""
+        sources.write_hf_assets(self.source, folder)
+
+    def write_assets(self, folder: Path) -> None:
+        """Writes what travels with a native checkpoint: all as it came, and what is known of the source. One rank calls it."""
+        checkpoints.write_assets(self.source, self.state, folder)
+
+    # ------------------------------------------------------------------ into Megatron
+
+    def to_megatron_provider(self, load_weights: bool = True, hf_path: str | Path | None = None, *, revision: str | None = None,
+                             peft: Peft | None = None) -> ModelProvider:  # fmt: skip
+        """A provider of this model. With `load_weights`, providing it also fills it from `hf_path` or the bridge's own source.
+
+        `peft` freezes it and adds adapters: new ones by their settings, or those of a PEFT folder (see `HFAdapters`).
+        """
+        provider = self.provider()
+        if not load_weights and hf_path is not None:
+            raise ConfigError(f"hf_path={str(hf_path)!r} has no meaning with load_weights=False; leave one of them out.")
+        if load_weights and hf_path is None and self.source.location is None:
+            raise ConfigError(
+                "a bridge made from a config has no weights; call to_megatron_provider(load_weights=False), give hf_path, or use "
+                "load_megatron_model for a native checkpoint."
+            )
+        if load_weights:
+            provider.perform_initialization = False  # every element is filled by the import
+            provider.register_pre_wrap_hook(partial(weights.loaded, self.source, self.state, hf_path=hf_path, revision=revision))
+        if peft is not None:
+            provider.backend = "torch"  # adapters know its linears, and not Transformer Engine's
+            provider.register_pre_wrap_hook(partial(adapters.adapt, self.source, self.state, peft=peft))
+        return provider
+
+    def to_megatron_model(self, load_weights: bool = True, hf_path: str | Path | None = None, *, revision: str | None = None,
+                          wrap_with_ddp: bool = False, peft: Peft | None = None,
+                          **settings: Any) -> list[torch.nn.Module]:  # fmt: skip
+        """The model itself, without data-parallel wrapping unless `wrap_with_ddp`.
+
+        `settings` are the provider's, such as tensor_model_parallel_size=2, or sizes by their short names (tp, pp, vpp, cp, ep,
+        etp). Without any size the layout is that of the process groups that run, else a single process.
+        """
+        provider = self.to_megatron_provider(load_weights, hf_path, revision=revision, peft=peft)
+        sessions.arrange(provider, settings)
+        return provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp)
+
+    def load_hf_weights(self, model: Model, hf_path: str | Path | None = None, *, revision: str | None = None,
+                        strict: bool = True, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = (),
+                        allow_bin: bool = False, allow_nonfinite: bool = False, reader: Way = "auto", dedupe: bool = False,
+                        verify: bool = True, show_progress: bool = True, digest: bool = False) -> Report:  # fmt: skip
+        """Fills a model from `hf_path` or the bridge's own source, and compares every copy bit for bit. Collective.
+
+        What the parameters' dtypes can't hold is rounded, printed and in the report; `keep_dtypes` before has nothing rounded.
+        `hf_path` is another checkpoint of the same model, fetched at `revision` (by default the bridge's) with the bridge's token
+        and trust. `allow_missing` and `allow_unexpected` are name patterns; everything else must match exactly (MappingError),
+        unless `strict` is False: then parameters that no tensor feeds keep what they had. `allow_bin` takes torch's pickled files
+        (tensors only) where there are no safetensors, `allow_nonfinite` takes NaN and infinity; `reader` and `dedupe` are the
+        settings conversion.reader and conversion.dedupe. `digest`: whether the ranks together read the files' tensors once more,
+        for `import_digest`. An optimizer made before keeps its own copies: make it afterwards, or call its `reload_model_params`.
+        """
+        return weights.load(
+            self.source,
+            self.state,
+            model,
+            hf_path,
+            revision=revision,
+            strict=strict,
+            allow_missing=allow_missing,
+            allow_unexpected=allow_unexpected,
+            allow_bin=allow_bin,
+            allow_nonfinite=allow_nonfinite,
+            reader=reader,
+            dedupe=dedupe,
+            verify=verify,
+            show_progress=show_progress,
+            digest=digest,
+        )
+
+    def keep_dtypes(self, model: Model, hf_path: str | Path | None = None, *, revision: str | None = None,
+                    allow_bin: bool = False) -> list[torch.nn.Module]:  # fmt: skip
+        """Has the parameters of a model that is converted and never run hold each tensor as the files have it. Collective.
+
+        Call it before `load_hf_weights`, with the same source; the parameters' elements are lost. A pre-wrap hook may call it, for
+        a model that is provided with runs=False. Returns the model's chunks.
+        """
+        return weights.keep_dtypes(self.source, self.state, model, hf_path, revision=revision, allow_bin=allow_bin)
+
+    def plan(self, model: Model) -> Plan:
+        """The conversion plan of a model, made once for models of one layout. Collective."""
+        return weights.model_plan(self.source, self.state, model)
+
+    # ------------------------------------------------------------------ into files
+
+    def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, *,
+                           source_path: str | Path | None = None, strict: bool = True, weight_dtype: WeightDtype = None,
+                           max_shard_size: str | int | None = None, verify: bool = True, allow_nonfinite: bool = False,
+                           writer: str = "shared", quantization: str | None = None,
+                           merge_adapter_weights: bool = True) -> Report:  # fmt: skip
+        """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
+
+        `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. Tensors of
+        multi-token-prediction layers that the model was built without come back as they were imported. `source_path` is
+        a folder or hub id whose config and tokenizer are written in place of the bridge's own. `max_shard_size` is of one file; by
+        default the files are the source's where all tensors have its names and dtypes, else of at most 5GB. The folder appears by
+        one rename, after every tensor was read back and compared; an earlier export is replaced, if nobody changed it and the
+        model wasn't read from it. What can't be as the source had it, because a parameter that held it since has less precision,
+        is printed once and in the report. NaN and infinite values are refused unless `allow_nonfinite`. After an import with
+        strict=False, `strict` refuses to publish a model that lacks what the source had. `writer="gather"` has rank 0 write
+        everything, for ranks that share no file system. `quantization="fp8_block"` writes the linears in layers as block-scaled
+        FP8, with `weight_dtype` for the rest: as the source's config has it where that was such FP8, else in blocks of 128 x 128.
+        The weights of an adapted model have their adapters added, unless
+        `merge_adapter_weights` is False: then they are the frozen ones.
+        """
+        options = ExportOptions(
+            strict=strict,
+            weight_dtype=weight_dtype,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            allow_nonfinite=allow_nonfinite,
+            writer=writer,
+            quantization=quantization,
+            merge_adapter_weights=merge_adapter_weights,
+            show_progress=show_progress,
+        )
+        return weights.save(self.source, self.state, model, Path(path), options, source_path=source_path)
+
+    def save_hf_weights(self, model: Model, path: str | Path, show_progress: bool = True, *,
+                        strict: bool = True, weight_dtype: WeightDtype = None, max_shard_size: str | int | None = None,
+                        verify: bool = True, allow_nonfinite: bool = False, writer: str = "shared",
+                        quantization: str | None = None, merge_adapter_weights: bool = True) -> Report:  # fmt: skip
+        """The same with weights only. Collective."""
+        options = ExportOptions(
+            strict=strict,
+            weight_dtype=weight_dtype,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            allow_nonfinite=allow_nonfinite,
+            writer=writer,
+            quantization=quantization,
+            merge_adapter_weights=merge_adapter_weights,
+            show_progress=show_progress,
+        )
+        return weights.save(self.source, self.state, model, Path(path), options, weights_only=True)
+
+    def push_to_hub(self, repo_id: str, model: Model | None = None, *, folder: str | Path | None = None,
+                    private: bool | None = None, revision: str | None = None, commit_message: str | None = None,
+                    token: str | None = None, **export: Any) -> str:  # fmt: skip
+        """Uploads a model to the hub's repository `repo_id`, made where it is missing, and returns the commit's URL. Collective.
+
+        A `model` is exported first (`export` are save_hf_pretrained's keywords), verified, and uploaded by rank 0: by way of
+        `folder`, which stays, or of a temporary one. Without a model, `folder` is an export that exists. `token` is by default the
+        bridge's, then HF_TOKEN. Raises CheckpointError when the hub refuses or can't be reached.
+        """
+        if model is None and (folder is None or export):
+            raise ConfigError("push_to_hub needs a model to export, or the folder of an export and no keywords of one.")
+        with sessions.scratch(folder) as place:
+            if model is not None:
+                self.save_hf_pretrained(model, place, **export)
+            return collectives.on_rank_zero(
+                "uploading",
+                lambda: hub.upload(
+                    place,
+                    repo_id,
+                    private=private,
+                    revision=revision,
+                    commit_message=commit_message,
+                    token=token or self.source.token,
+                ),
+            )
+
+    # ------------------------------------------------------------------ to other programs, without files
+
+    def export_hf_weights(self, model: Model, cpu: bool = False, show_progress: bool = True,
+                          conversion_tasks: Sequence[ConversionTask] | None = None, merge_adapter_weights: bool = True, *,
+                          weight_dtype: WeightDtype = None, bucket_bytes: int = BUCKET_BYTES,
+                          consumers: Collection[int] | None = None) -> Generator[tuple[str, torch.Tensor]]:  # fmt: skip
+        """(name, whole tensor) of every Hugging Face tensor, in natural order; each owns its storage.
+
+        Collective: every rank calls it and uses the iterator up, or closes it; only ranks in `consumers` (None: all) get
+        tensors, the others' iterators are empty. `cpu` brings them to the host. `conversion_tasks`, from `get_conversion_tasks`,
+        says which tensors, in which order. Adapters are added unless `merge_adapter_weights` is False. Memory beside the model: two
+        buckets of `bucket_bytes` and one tensor. Raises the same MegabridgeError on every rank; also where another rank closed the
+        iterator before the end. Hold it in `contextlib.closing` where an exception may keep it alive.
+        """
+        options = StreamOptions(
+            conversion_tasks=conversion_tasks,
+            merge_adapter_weights=merge_adapter_weights,
+            weight_dtype=weight_dtype,
+            cpu=cpu,
+            bucket_bytes=bucket_bytes,
+            consumers=consumers,
+        )
+        return weights.stream(self.source, self.state, model, options).tensors(show_progress=show_progress)
+
+    def export_hf_buckets(self, model: Model, *, cpu: bool = False, conversion_tasks: Sequence[ConversionTask] | None = None,
+                          merge_adapter_weights: bool = True, weight_dtype: WeightDtype = None, bucket_bytes: int = BUCKET_BYTES,
+                          consumers: Collection[int] | None = None) -> Generator[tuple[torch.Tensor, Entries]]:  # fmt: skip
+        """(flat bytes, entries) of the same tensors, valid until the next step; `entry.view(flat)` is a tensor. Collective."""
+        options = StreamOptions(
+            conversion_tasks=conversion_tasks,
+            merge_adapter_weights=merge_adapter_weights,
+            weight_dtype=weight_dtype,
+            cpu=cpu,
+            bucket_bytes=bucket_bytes,
+            consumers=consumers,
+        )
+        return weights.stream(self.source, self.state, model, options).flat()
+
+    def export_hf_shards(self, model: Model, *, replicas: bool = False) -> Iterator[tuple[str, Box, torch.Tensor]]:
+        """(name, box, view of a parameter) of what this rank gives to an export, or holds with `replicas`. Nothing is exchanged.
+
+        Over all ranks the boxes tile every tensor once; `box.view(whole).copy_(local)` puts a part in its place. Adapters are left
+        out.
+        """
+        return weights.shards(self.source, model, replicas=replicas)
+
+    def get_conversion_tasks(self, model: Model, hf_path: str | Path | None = None) -> list[ConversionTask]:
+        """A task for every Hugging Face tensor, in natural order. Collective.
+
+        `hf_path` gives them the dtypes of that checkpoint, and the tied copies that it carries.
+        """
+        return weights.conversion_tasks(self.source, self.state, model, hf_path)
+
+    # ------------------------------------------------------------------ adapters
+
+    def add_adapters(self, model: Model, peft: LoRA, *, seed: int = 1234) -> list[torch.nn.Module]:
+        """Freezes a model's bare chunks, gives the linears that `peft` names an adapter each, and returns the chunks. Collective.
+
+        A pre-wrap hook calls it, after the weights were loaded; to_megatron_provider(peft=...) registers one. The model says the
+        same as before: B is zero. Raises the same ConfigError on every rank for names of no linear.
+        """
+        return adapters.add(self.source, self.state, model, peft, seed=seed)
+
+    def adapter_plan(self, model: Model) -> Plan:
+        """The conversion plan of a model's adapters, with PEFT's names. Collective. Raises ConfigError where it has none."""
+        return adapters.adapter_plan(self.source, model)
+
+    def load_hf_adapter(self, model: Model, path: str | Path, *, verify: bool = True, allow_nonfinite: bool = False,
+                        show_progress: bool = True) -> Report:  # fmt: skip
+        """Fills a model's adapters from the PEFT folder `path`, and compares every copy bit for bit. Collective.
+
+        A model without adapters, not yet wrapped for data parallelism, is given those of the folder first. Safetensors only.
+        Raises CheckpointError for a damaged folder, ConfigError for settings that differ from the model's or can't be,
+        MappingError for tensors that don't fit.
+        """
+        return adapters.load(
+            self.source, self.state, model, path, verify=verify, allow_nonfinite=allow_nonfinite, show_progress=show_progress
+        )
+
+    def save_hf_adapter(self, model: Model, path: str | Path, show_progress: bool = True, *,
+                        base_model_name_or_path: str | None = None, weight_dtype: torch.dtype | str | None = None,
+                        verify: bool = True, allow_nonfinite: bool = False, writer: str = "shared") -> Report:  # fmt: skip
+        """Publishes a model's adapters as a folder that peft.PeftModel.from_pretrained loads. Collective.
+
+        `base_model_name_or_path` is what the folder says the adapters are for, by default where this bridge's weights came from.
+        The folder appears by one rename, after every tensor was read back and compared; the rest is save_hf_pretrained's.
+        """
+        return adapters.save(
+            self.source,
+            self.state,
+            model,
+            Path(path),
+            base_model_name_or_path=base_model_name_or_path,
+            weight_dtype=weight_dtype,
+            verify=verify,
+            allow_nonfinite=allow_nonfinite,
+            writer=writer,
+            show_progress=show_progress,
+        )
+
+    def export_adapter_weights(self, model: Model, cpu: bool = True, show_progress: bool = True, *,
+                               weight_dtype: torch.dtype | str | None = None,
+                               bucket_bytes: int = BUCKET_BYTES) -> Generator[tuple[str, torch.Tensor]]:  # fmt: skip
+        """(name, whole tensor) of every adapter tensor, named as in a PEFT folder. As export_hf_weights otherwise. Collective."""
+        stream = adapters.stream(self.source, model, cpu=cpu, weight_dtype=weight_dtype, bucket_bytes=bucket_bytes)
+        return stream.tensors(show_progress=show_progress)
+
+    # ------------------------------------------------------------------ native checkpoints
+
+    def save_megatron_model(self, model: Model, path: str | Path) -> None:
+        """Writes parameters, config, tokenizer and templates as a native checkpoint that any layout can load. Collective.
+
+        `path` must not exist or be empty (CheckpointError); it appears by one rename, when it is complete.
+        """
+        checkpoints.save(self.source, self.state, model, path)
+
+    def load_megatron_model(self, path: str | Path, *, dtype: torch.dtype | str | None = None, wrap_with_ddp: bool = False,
+                            **settings: Any) -> list[torch.nn.Module]:  # fmt: skip
+        """The model of a native checkpoint: of its folder, a step's or a run's. Written under any layout. Collective.
+
+        `dtype` is the parameters', by default the checkpoint's; `settings` are to_megatron_model's (tp, pp, ...). An export with
+        this bridge afterwards has what the checkpoint keeps of its source. A checkpoint of adapters has these alone: the rest is
+        this bridge's own source.
+        """
+        return checkpoints.load(self.source, self.state, path, dtype=dtype, wrap_with_ddp=wrap_with_ddp, settings=settings)
+
+    def load_native_weights(self, model: Model, path: str | Path) -> None:
+        """Fills a model from a native checkpoint, and takes over what that keeps of its source. Collective."""
+        checkpoints.load_weights(self.source, self.state, model, path)
+
+    def adopt_checkpoint(self, model: Model, folder: Path, rounded: Casts) -> None:
+        """Takes over what a native checkpoint keeps of its source, after `model` was filled from it with `rounded`. Collective."""
+        checkpoints.adopt(self.source, self.state, model, folder, rounded)
+
+    def keep_native_dtypes(self, model: Model, path: str | Path) -> list[torch.nn.Module]:
+        """Has a model that is converted and never run hold each tensor as a native checkpoint has it; see `keep_dtypes`."""
+        return checkpoints.keep_dtypes(model, path)
+
+    @classmethod
+    def import_ckpt(cls, hf_model_id: str | Path, megatron_path: str | Path, *, revision: str | None = None,
+                    dtype: torch.dtype | str | None = None, torch_dtype: torch.dtype | str | None = None,
+                    trust_remote_code: bool = False, device_map: str | None = None, token: str | None = None,
+                    allow_bin: bool = False, allow_nonfinite: bool = False, show_progress: bool = True,
+                    ignore_keys: Collection[str] = (), **settings: Any) -> Report:  # fmt: skip
+        """A Hugging Face model as a native checkpoint, with its config, tokenizer and templates.
+
+        One process without any set-up is enough, whatever the model's size: parameters are kept in a file beside
+        `megatron_path`, which must not exist or be empty; with device_map="cuda" they go to the device instead. Every tensor keeps
+        its dtype, unless a `dtype` is given for all of them. `settings` such as tp=2 spread the work over torchrun's ranks; every
+        rank calls it then. The other keywords are those of `from_hf_pretrained` and `load_hf_weights`.
+        """
+        bridge = cls.from_hf_pretrained(
+            hf_model_id, revision=revision, dtype=dtype, torch_dtype=torch_dtype,
+            trust_remote_code=trust_remote_code, device_map=device_map, token=token, allow_bin=allow_bin, ignore_keys=ignore_keys,
+        )  # fmt: skip
+        return checkpoints.import_source(
+            bridge.source,
+            bridge.state,
+            megatron_path,
+            is_cast=one_dtype(dtype, torch_dtype) is not None,
+            allow_nonfinite=allow_nonfinite,
+            show_progress=show_progress,
+            settings=settings,
+        )
+
+    def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, show_progress: bool = True, *, strict: bool = True,
+                    weight_dtype: WeightDtype = None, max_shard_size: str | int | None = None,
+                    source_path: str | Path | None = None, allow_nonfinite: bool = False, quantization: str | None = None,
+                    **settings: Any) -> Report:  # fmt: skip
+        """A native checkpoint (its folder, a step's or a run's) as a complete Hugging Face folder; as `import_ckpt` otherwise.
+
+        Config, tokenizer and templates are those that the checkpoint carries, else the bridge's. `weight_dtype` is by default the
+        checkpoint's, and each tensor's source dtype for a checkpoint that was converted and never trained. `quantization` is that
+        of `save_hf_pretrained`. Adapters are merged into this bridge's weights; `export_adapter_ckpt` exports them alone.
+        """
+        options = ExportOptions(
+            strict=strict,
+            weight_dtype=weight_dtype,
+            max_shard_size=max_shard_size,
+            allow_nonfinite=allow_nonfinite,
+            quantization=quantization,
+            show_progress=show_progress,
+        )
+        return checkpoints.export(
+            self.source, self.state, megatron_path, hf_path, options, source_path=source_path, settings=settings
+        )
+
+    def export_adapter_ckpt(self, megatron_path: str | Path, output_path: str | Path, show_progress: bool = True, *,
+                            weight_dtype: torch.dtype | str | None = None, allow_nonfinite: bool = False,
+                            **settings: Any) -> Report:  # fmt: skip
+        """A native checkpoint of adapters as a PEFT folder; the model's own weights aren't read. As `export_ckpt` otherwise."""
+        return checkpoints.export_adapters(
+            self.source,
+            self.state,
+            megatron_path,
+            output_path,
+            weight_dtype=weight_dtype,
+            allow_nonfinite=allow_nonfinite,
+            show_progress=show_progress,
+            settings=settings,
+        )

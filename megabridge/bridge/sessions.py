@@ -1,0 +1,144 @@
+"""What one-call conversions need around the engine: groups for the length of a call, parameters in a file, layout keywords."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+import megabridge.platform as platform
+from megabridge.errors import CheckpointError, ConfigError
+from megabridge.models.provider import ModelProvider
+from megabridge.parallel import collectives, process_groups
+from megabridge.platform.file_backed import file_backed
+from megabridge.storage import regular_files
+
+SIZES: Final[Mapping[str, str]] = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+"""The short name of each size of a layout, and the provider's setting."""
+
+
+@contextlib.contextmanager
+def borrowed_groups(provider: ModelProvider) -> Iterator[None]:
+    """The process groups of `provider`'s layout; those that the block starts end with it (torch's own only in a single process).
+
+    Every rank enters it.
+    """
+    running = process_groups.current()
+    try:
+        provider.start_groups()
+        yield
+    finally:
+        if running is None:
+            process_groups.stop(for_good=False)
+
+
+@contextlib.contextmanager
+def scratch(folder: str | Path | None) -> Iterator[Path]:
+    """`folder`, or a new one's place that is removed at the end. Every rank enters it."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    made = collectives.on_rank_zero("making a folder", lambda: tempfile.mkdtemp(prefix="megabridge-"))
+    try:
+        yield Path(made, "export")
+    finally:
+        if collectives.rank() == 0:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def arrange(provider: ModelProvider, settings: Mapping[str, Any]) -> None:
+    """Gives `provider` the settings, by its own names or by `SIZES`; sizes not given are those of the groups that run, else 1.
+
+    Raises ConfigError for a size that is given under both names, and for a name that there isn't.
+    """
+    doubled = sorted(f"{short} and {name}" for short, name in SIZES.items() if short in settings and name in settings)
+    if doubled:
+        raise ConfigError(f"a size must be given once, not as {doubled[0]}; leave one out.")
+    named = {SIZES.get(name, name): value for name, value in settings.items()}
+    running = process_groups.current()
+    if running is not None and not named.keys() & set(SIZES.values()):
+        named |= {name: getattr(running, short) for short, name in SIZES.items()}
+    for name, value in named.items():
+        if name == SIZES["vpp"] and value == 1:
+            value = None
+        if name != SIZES["etp"] or value is not None:
+            setattr(provider, name, value)
+
+
+def target(path: str | Path, *, replace: bool) -> Path:
+    """`path` as a folder to publish: its parent exists afterwards. Every rank calls it.
+
+    Without `replace` it must not exist or be empty, else CheckpointError on every rank.
+    """
+    folder = regular_files.place(path).absolute()
+
+    def prepare() -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if replace or not folder.exists():
+            return
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise CheckpointError(f"{folder} must not exist or be an empty folder, and it is not; remove it or name another.")
+        folder.rmdir()
+
+    collectives.on_rank_zero("preparing a folder", prepare)
+    return folder
+
+
+def provide_unfilled(provider: ModelProvider, folder: Path, device_map: str, *, runs: bool = False) -> list[torch.nn.Module]:
+    """The model's chunks, to be filled next: on the CPU in an unlinked file in `folder`, unless `device_map` says cuda.
+
+    What it then holds beside the file doesn't grow with the model. Its parameters have the dtypes that the provider's hooks give
+    them, and those that a model has which `runs` only then. Every rank calls it.
+    """
+    if device_map.startswith("cuda"):
+        return provider.provide_distributed_model(wrap_with_ddp=False, init="empty", runs=runs)
+    if not platform.is_cpu():
+        provider.use_cpu_initialization = True
+        provider.backend = "torch" if provider.backend == "auto" else provider.backend  # Transformer Engine's layers are CUDA's
+    with file_backed(folder):
+        return provider.provide_distributed_model(wrap_with_ddp=False, init="empty", runs=runs)
+
+
+def check_device_map(device_map: str | None) -> str:
+    """`device_map` where this process can follow it: auto, cpu or cuda[:n]. Raises ConfigError."""
+    name = "auto" if device_map is None else str(device_map)
+    kind, _, number = name.partition(":")
+    if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
+        raise ConfigError(
+            f"device_map={device_map!r} must be 'auto', 'cpu', 'cuda' or 'cuda:<n>'; a model is spread over devices by its layout, "
+            "e.g. tensor_model_parallel_size=2."
+        )
+    if kind == "cuda" and platform.is_cpu():
+        raise ConfigError(
+            f"device_map={name!r} needs a CUDA device, but this process works on the CPU; use 'auto' or 'cpu', or set "
+            "MEGABRIDGE_PLATFORM=cuda where there is one."
+        )
+    if number and int(number) >= torch.cuda.device_count():
+        raise ConfigError(f"device_map={name!r} must name one of this process's {torch.cuda.device_count()} CUDA devices.")
+    return name
+
+
+def follow_device_map(provider: ModelProvider, device_map: str) -> None:
+    """Makes `provider` build its parameters where a checked `device_map` says."""
+    if device_map == "cpu" and not platform.is_cpu():
+        provider.use_cpu_initialization = True
+        provider.backend = "torch"
+    if ":" in device_map:
+        device = torch.device(device_map)
+        if process_groups.world_size() > 1 and device.index != torch.cuda.current_device():
+            raise ConfigError(
+                f"device_map={device_map!r} is for one process; of {process_groups.world_size()}, each takes its own with 'cuda'."
+            )
+        torch.cuda.set_device(device)

@@ -1,0 +1,70 @@
+"""Makes the objects that a `_target_` in the config names: the class is checked before it is called.
+
+Only data, callbacks.* and logger.* may hold a `_target_` (megabridge.config.validation.check_targets). Nothing that came with a
+checkpoint ever gets here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from megabridge.config.validation import nearest
+from megabridge.errors import ConfigError
+
+
+def build[T](node: Mapping[str, Any], base: type[T], *, where: str) -> T:
+    """An instance of the class that `node["_target_"]` names, with the other keys as its arguments.
+
+    `where` is the node's path in the config, for messages. Raises ConfigError when the target can't be found, is not a
+    subclass of `base`, or takes no argument of a given name.
+    """
+    arguments = {str(key): value for key, value in node.items() if key != "_target_"}
+    chosen = find(node.get("_target_"), base, where=where)
+    signature = inspect.signature(chosen)
+    accepted = list(signature.parameters)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+        for name in arguments:
+            if name not in accepted:
+                rule = f"{where}.{name}: {chosen.__name__} takes no such argument{nearest(name, accepted)}"
+                raise ConfigError(f"{rule} It takes: {', '.join(accepted) or 'none'}.")
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {chosen.__name__} can't be called so: {error}.") from error
+    return chosen(**arguments)
+
+
+def named(target: str, *, where: str) -> Any:
+    """What `target`, module:NAME, names. Raises ConfigError, with the names of the module, when there is none."""
+    module_name, _, name = target.partition(":")
+    try:
+        members = vars(importlib.import_module(module_name))
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{where}={target!r} must be module:NAME: {error}; check the name and PYTHONPATH.") from error
+    if name not in members:
+        raise ConfigError(f"{where}={target!r}: {module_name} has no {name!r}{nearest(name, list(members))}")
+    return members[name]
+
+
+def find[T](target: object, base: type[T], *, where: str) -> type[T]:
+    """The class named `target`, as package.module.Class. Raises ConfigError unless it is a subclass of `base`."""
+    rule = f"{where}._target_={target!r} must name a subclass of {base.__module__}.{base.__qualname__}"
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"{rule}, as package.module.Class.")
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{rule}: {error}; check the name and PYTHONPATH.") from error
+    members = vars(module)
+    if class_name not in members:
+        raise ConfigError(f"{rule}: {module_name} has no {class_name!r}{nearest(class_name, list(members))}")
+    found = members[class_name]
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{rule}; that is {type(found).__name__} {found!r}.")
+    if inspect.isabstract(found):
+        raise ConfigError(f"{rule}; {class_name} is abstract; name a subclass that defines all its methods.")
+    return found

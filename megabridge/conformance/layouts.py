@@ -1,0 +1,69 @@
+"""The layouts that a number of ranks allows for a model, and the config of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megabridge.bridge.auto_bridge import AutoBridge
+from megabridge.config.schema import Config
+from megabridge.errors import ConfigError
+from megabridge.parallel.topology import Topology
+from megabridge.training import build
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes of the parallel dimensions, and whether activations are cut along the sequence."""
+
+    topology: Topology
+    sequence_parallel: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.topology}sp" if self.sequence_parallel else str(self.topology)
+
+    def config(self, config: Config) -> Config:
+        """`config` in this layout."""
+        sizes = {name: getattr(self.topology, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
+        parallel = replace(config.parallel, **sizes, sequence_parallel=self.sequence_parallel, layout=None)
+        return replace(config, parallel=parallel)
+
+
+def legal_layouts(config: Config, bridge: AutoBridge, world_size: int) -> list[ParallelLayout]:
+    """Every layout of `world_size` ranks that the bridge's model allows, the one without model parallelism first.
+
+    dp takes what the other sizes leave; vpp is 1 or 2; tensor parallelism alone comes with sequence parallelism too, and always
+    where there are experts.
+    """
+    has_experts = bridge.source.native.get("num_moe_experts") is not None
+    return [layout for layout in _candidates(world_size, has_experts=has_experts) if _is_legal(layout.config(config), bridge)]
+
+
+def _candidates(world_size: int, *, has_experts: bool) -> Iterator[ParallelLayout]:
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    for pp in sizes:
+        for vpp in (1, 2) if pp > 1 else (1,):
+            for tp in (size for size in sizes if world_size % (pp * size) == 0):
+                if has_experts:
+                    yield from _with_experts(world_size, tp=tp, pp=pp, vpp=vpp)
+                    continue
+                topology = Topology.for_world(world_size, tp=tp, pp=pp, vpp=vpp)
+                yield ParallelLayout(topology)
+                if tp > 1 and pp == 1:
+                    yield ParallelLayout(topology, sequence_parallel=True)
+
+
+def _with_experts(world_size: int, *, tp: int, pp: int, vpp: int) -> Iterator[ParallelLayout]:
+    """Every expert parallel size, with the experts cut as the rest or not at all."""
+    inside = world_size // pp
+    for etp in sorted({1, tp}):
+        for ep in (size for size in range(1, inside // etp + 1) if inside % (etp * size) == 0):
+            yield ParallelLayout(Topology.for_world(world_size, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp), sequence_parallel=tp > 1)
+
+
+def _is_legal(config: Config, bridge: AutoBridge) -> bool:
+    try:
+        build.provider(replace(config, model=replace(config.model, load_weights=False)), bridge)
+    except ConfigError:
+        return False
+    return True

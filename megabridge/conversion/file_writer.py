@@ -1,0 +1,227 @@
+"""Sharded safetensors files: planned from names and shapes alone, reserved first, then filled by all ranks at once.
+
+Names and contents don't depend on the layout of the ranks: two exports of one model are the same files. What a killed export
+left is used again: a file of the right size and header is kept, and of its boxes only those that differ are written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, override
+
+import torch
+
+from megabridge.conversion.compare import is_finite, same_bits
+from megabridge.conversion.plan import TensorSpec
+from megabridge.errors import CheckpointError, ConfigError
+from megabridge.hf.safetensors_format import TensorInfo, build_header
+from megabridge.hf.tensor_files import INDEX, SINGLE, STAGING, Files, Reader, native_box
+from megabridge.mapping import Transfer, coalesced
+from megabridge.storage import folders
+
+Encode = Callable[[TensorInfo, Transfer, torch.Tensor], torch.Tensor]
+"""(a tensor of a file, a part of it, that part of a parameter) to what the file holds of it, in the file's dtype."""
+_UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its header, its whole size in bytes, and where its tensors lie."""
+
+    name: str
+    header: bytes
+    size: int
+    tensors: Mapping[str, TensorInfo]
+
+
+def parse_size(text: str | int | None) -> int:
+    """Bytes in "5GB", "200MiB" or a number; None is 5GB. Raises ConfigError."""
+    text = "5GB" if text is None else text
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", str(text).strip().upper())
+    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ConfigError(f"max_shard_size={text!r} must be a number of bytes such as '5GB' or '200MiB'.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def plan_shards(
+    folder: Path,
+    specs: Mapping[str, TensorSpec],
+    max_shard_size: str | int | None = None,
+    *,
+    only: str | None = None,
+    files: Mapping[str, Sequence[str]] | None = None,
+) -> list[Shard]:
+    """Files in `folder` for tensors in the given order: a new file starts when the next tensor would not fit.
+
+    `only` is the name of the one file where all must be in one, whatever its size; `files` says what each file holds, in order,
+    where that is known.
+    """
+    if files:
+        return [_shard(folder, file, {name: specs[name] for name in names}) for file, names in files.items()]
+    if only is not None:
+        return [_shard(folder, only, specs)]
+    limit = parse_size(max_shard_size)
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        size = TensorInfo(name, folder, spec.dtype, spec.shape, 0).nbytes
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return [_shard(folder, file, {name: specs[name] for name in group}) for file, group in zip(names, groups, strict=True)]
+
+
+def _shard(folder: Path, file: str, specs: Mapping[str, TensorSpec]) -> Shard:
+    header, offsets = build_header([(name, spec.dtype, spec.shape) for name, spec in specs.items()])
+    infos = {
+        name: TensorInfo(name, folder / file, spec.dtype, spec.shape, offset)
+        for (name, spec), offset in zip(specs.items(), offsets, strict=True)
+    }
+    return Shard(file, header, len(header) + sum(info.nbytes for info in infos.values()), infos)
+
+
+def reserve(folder: Path, shards: list[Shard]) -> frozenset[Path]:
+    """Makes the folder and its files at their final size, headers written. One rank calls it.
+
+    Files of the same size and header that are there already are kept, and returned; whatever else is in the folder is removed.
+    Raises CheckpointError that names the bytes needed and free when they don't fit.
+    """
+    with space_named(folder, shards):
+        folders.make_parents(folder)
+        folder.mkdir(exist_ok=True)
+        kept = frozenset(folder / shard.name for shard in shards if _is_same(folder / shard.name, shard))
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry not in kept:
+                entry.unlink()
+        needed = sum(shard.size for shard in shards if folder / shard.name not in kept)
+        if needed > shutil.disk_usage(folder).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for shard in shards:
+            if folder / shard.name not in kept:
+                with (folder / shard.name).open("xb") as stream:
+                    os.posix_fallocate(stream.fileno(), 0, shard.size)
+                    stream.write(shard.header)
+        return kept
+
+
+def _is_same(file: Path, shard: Shard) -> bool:
+    """Whether a file has a shard's size and header. Written after the space was reserved, the header vouches for it."""
+    if file.is_symlink() or not file.is_file() or file.stat().st_size != shard.size:
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(shard.header)) == shard.header
+
+
+@contextmanager
+def space_named(folder: Path, shards: list[Shard]) -> Iterator[None]:
+    """Turns an OSError of the block into a CheckpointError that says what failed, and the bytes needed and free."""
+    try:
+        yield
+    except OSError as error:
+        needed = sum(shard.size for shard in shards)
+        raise CheckpointError(
+            f"writing the export failed: {error.strerror} ({error.filename or 'in a shard'}); {folders.space(folder, needed)}; "
+            "nothing was published. Free some or export elsewhere."
+        ) from error
+
+
+def cast(info: TensorInfo, part: Transfer, ours: torch.Tensor) -> torch.Tensor:
+    """`ours` in the file's dtype."""
+    return ours.to(info.dtype)
+
+
+class Writer(Files):
+    """Writes boxes at their places in files that exist and have their final size. Use as a context.
+
+    In the files of `existing` a box is written only where it differs. `bytes_written` and `bytes_kept` count; `nonfinite` maps
+    tensors with NaN or infinite values to what is wrong with them.
+
+    A box of columns is written with one call per row. Copying it into a shared mapping took a third of the time, but no less with
+    the fsync after it, and a mapping is written back by whole pages, into which ranks on other hosts write too.
+    """
+
+    def __init__(self, existing: Sequence[TensorInfo] = (), encode: Encode = cast) -> None:
+        super().__init__(os.O_WRONLY)
+        self._encode = encode
+        self.bytes_written = 0
+        self.bytes_kept = 0
+        self.nonfinite: dict[str, str] = {}
+        self._kept = {info.file for info in existing}
+        self._reader = Reader(existing)
+
+    @override
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
+        self._reader.__exit__(kind, error, trace)
+
+    def write(self, info: TensorInfo, group: Sequence[Transfer], source: torch.Tensor) -> None:
+        """Writes the native sides of a group of `coalescible` in `source`, as `encode` has them, into their box of the file."""
+        for parts in zip(*(transfer.split(STAGING // len(group)) for transfer in group), strict=True):
+            part = coalesced(parts)
+            boxes = [native_box(source, one) for one in parts]
+            ours = boxes[0] if len(boxes) == 1 else torch.stack(boxes, -2)  # between the number of a block and what is in it
+            data = self._encode(info, part, ours).cpu().contiguous()
+            if not is_finite(data):
+                self.nonfinite[info.name] = (
+                    f"finite, but too large for {info.dtype}" if is_finite(ours) else "NaN or infinite values"
+                )
+            size = data.numel() * info.dtype.itemsize
+            fd = self._fd(info.file)  # also of a file that is right: it may not be durable yet
+            if info.file in self._kept and same_bits(data.view(part.hf_view()[0]), self._reader.box(info, part)):
+                self.bytes_kept += size
+            else:
+                self._write(fd, info, part, data)
+                self.bytes_written += size
+
+    def _write(self, fd: int, info: TensorInfo, part: Transfer, data: torch.Tensor) -> None:
+        itemsize = info.dtype.itemsize
+        length, starts = part.rows()
+        flat = memoryview((ctypes.c_char * (data.numel() * itemsize)).from_address(data.data_ptr())).cast("B")
+        step = length * itemsize
+        try:
+            for number, start in enumerate(starts):
+                _pwrite(fd, flat[number * step : (number + 1) * step], info.start + start * itemsize)
+        except OSError as error:
+            error.filename = error.filename or str(info.file)
+            raise
+
+    def sync(self) -> None:
+        """Makes the files that hold these boxes durable."""
+        for file, fd in self._fds.items():
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                error.filename = str(file)
+                raise
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+def write_index(folder: Path, shards: list[Shard]) -> None:
+    """The index of a sharded folder; nothing for a single file. One rank calls it."""
+    if len(shards) == 1 and "-of-" not in shards[0].name:
+        return
+    names = {name: shard.name for shard in shards for name in shard.tensors}
+    total = sum(info.nbytes for shard in shards for info in shard.tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

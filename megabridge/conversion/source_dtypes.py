@@ -1,0 +1,56 @@
+"""A model that is converted and never run holds each tensor in the dtype that its file has, so that nothing is rounded.
+
+All parameters of one kind, which differ by their layer or expert alone, have one dtype: a native checkpoint has them in one tensor.
+Where their tensors in the files differ, it is the smallest that holds all their values, and an export casts them back losslessly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+
+from megabridge.conversion.plan import Plan
+from megabridge.hf.dtypes import joined
+from megabridge.hf.safetensors_format import TensorInfo
+
+_NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def keep_source_dtypes(plan: Plan, infos: Mapping[str, TensorInfo]) -> bool:
+    """Gives this rank's parameters memory of the dtypes of the tensors that will fill them. Returns whether any had another.
+
+    The parameters' elements are lost, and `plan` says of their dtypes what was. A kind that a tensor is missing of, or that has one
+    of integers, stays as it is: the import says what it thinks of that.
+    """
+    wanted = _by_kind(plan, infos)
+    others = [
+        (item.live.parameter, dtype)
+        for item in plan.items
+        if (dtype := wanted.get(_kind(item.record.name))) is not None and dtype != item.live.parameter.dtype
+    ]
+    for parameter, dtype in others:
+        parameter.data = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+    return bool(others)
+
+
+def _by_kind(plan: Plan, infos: Mapping[str, TensorInfo]) -> dict[str, torch.dtype]:
+    feeding: dict[str, set[str]] = {}
+    for tensor, sources in plan.sources.items():
+        for source in sources:
+            feeding.setdefault(_kind(source.native), set()).add(tensor)
+    for item in plan.items:  # copies that this rank holds and doesn't write
+        feeding.setdefault(_kind(item.record.name), set()).update(item.hf)
+    carriers = {tensor: plan.carriers(tensor, infos) for tensor in plan.tensors}
+    found = {
+        kind: {infos[name].dtype for tensor in tensors for name in carriers[tensor]}
+        for kind, tensors in feeding.items()
+        if tensors <= infos.keys()
+    }
+    return {kind: joined(dtypes) for kind, dtypes in found.items() if all(dtype.is_floating_point for dtype in dtypes)}
+
+
+def _kind(native: str) -> str:
+    return _NUMBER.sub("0", native)

@@ -1,0 +1,1 @@
+"""The vocabulary that family files are written in."""

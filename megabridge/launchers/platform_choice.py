@@ -1,0 +1,94 @@
+"""Whether a run that this host starts on its own is on its GPUs or its CPU, and what to say when it fits on neither."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from math import ceil
+from typing import Final
+
+from megabridge.config.schema import Config
+from megabridge.config.validation import ModelShape, allowed_tp, known_shape
+from megabridge.errors import ConfigError
+from megabridge.parallel.topology import Topology
+
+LARGEST_ON_CPU: Final = 500_000_000
+"""Parameters above which platform=auto does not fall back to a CPU: a step would take minutes."""
+BYTES_PER_PARAMETER: Final = 16
+"""Least memory of training: parameter, gradient and Adam's two moments in float32."""
+MOST_RANKS: Final = 1024
+"""Processes that are started on one host."""
+GPUS_PER_HOST: Final = 8
+"""What the suggested multi-host command assumes."""
+
+
+def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: int, overrides: Sequence[str]) -> str:
+    """`cpu` or `cuda` for a run that this host starts on its own.
+
+    Raises ConfigError that says what is missing and which command would work, when it can't run here.
+    """
+    world = topology.world_size
+    if world > MOST_RANKS:
+        raise ConfigError(
+            f"parallel {topology} needs {world} processes, and one host starts at most {MOST_RANKS}; start them on several by "
+            "torchrun or srun, or see with recipe=plan what each would do."
+        )
+    parameters = known_shape(config.model).parameters
+    least = 0 if parameters is None or config.recipe.steps == 0 else parameters * BYTES_PER_PARAMETER
+    size = "" if parameters is None else f" (about {parameters / 1e9:.2f}B parameters)"
+    name = f"{config.model.name}{size} with parallel {topology}"
+    fits_cpu = least <= memory
+    if config.platform == "cpu":
+        if not fits_cpu:
+            raise ConfigError(
+                f"platform=cpu: training {name} takes at least {least / 2**30:.0f} GiB, but this host has "
+                f"{memory / 2**30:.0f}; use a smaller model, or GPUs."
+            )
+        return "cpu"
+    small = parameters is None or parameters <= LARGEST_ON_CPU or config.recipe.steps == 0
+    if config.platform == "auto" and gpus == 0 and small and fits_cpu:
+        return "cpu"
+    if 0 < world <= gpus:
+        return "cuda"
+    needed = "1 GPU" if world == 1 else f"{world} GPUs"
+    lines = [f"{name} needs {needed}, but this host has {gpus or 'none'}. What would work:"]
+    lines += _commands(config, topology, gpus=gpus, on_cpu=small and fits_cpu, overrides=overrides)
+    raise ConfigError("\n  ".join(lines))
+
+
+def _commands(config: Config, topology: Topology, *, gpus: int, on_cpu: bool, overrides: Sequence[str]) -> list[str]:
+    """The commands that start the run elsewhere, or something close to it here."""
+    world = topology.world_size
+    arguments = shlex.join(text for text in overrides if not text.startswith("platform="))
+    hosts = ceil(world / GPUS_PER_HOST)
+    lines = []
+    if world <= GPUS_PER_HOST:
+        lines.append(f"on a host with {world} or more: python -m megabridge.run {arguments}")
+    else:
+        each = ceil(world / hosts)
+        while each * hosts != world:
+            hosts += 1
+            each = ceil(world / hosts)
+        lines.append(
+            f"on each of {hosts} hosts with {each} GPUs: torchrun --nnodes={hosts} --nproc-per-node={each} "
+            f"--rdzv-backend=c10d --rdzv-endpoint=FIRST_HOST:29500 -m megabridge.run {arguments}"
+        )
+    kept = [text for text in overrides if text.partition("=")[0].lstrip("+~").partition(".")[0] != "parallel"]
+    if smaller := _smaller(known_shape(config.model), topology, gpus):
+        lines.append(f"on this host: python -m megabridge.run {shlex.join([*kept, *smaller])}")
+    if on_cpu:
+        lines.append(f"on this host's CPU: python -m megabridge.run {arguments} platform=cpu")
+    elif gpus == 0:
+        layout = [text for text in overrides if text.partition("=")[0].partition(".")[0] == "parallel"]
+        tiny = shlex.join(["model=tiny_llama", *layout])
+        lines.append(f"the same layout on this host's CPU: python -m megabridge.run {tiny}")
+    return [line.rstrip() for line in lines]
+
+
+def _smaller(shape: ModelShape, topology: Topology, gpus: int) -> list[str]:
+    """Overrides for the largest layout of the same kind on `gpus` GPUs; empty without a GPU or a known shape."""
+    if gpus == 0 or shape.heads is None:
+        return []
+    tp = max(size for size in allowed_tp(shape) if size <= min(gpus, topology.tp))
+    pp = max(1, min(topology.pp, gpus // tp))
+    return [f"parallel.tp={tp}", f"parallel.pp={pp}"]

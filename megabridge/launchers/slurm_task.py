@@ -1,0 +1,156 @@
+"""What torchrun or srun starts once for each rank. No torch.
+
+It starts the rank as a child and stays beside it: so it can say why a rank died that could not say so itself, a rank that vanishes
+counts as failed, and a signal is turned into a stop that is waited for. The rank of a queued point is started by way of
+slurm_script.HELD, which says the point's folder, and leaves its outcome there; any other by megabridge.run (`beside`).
+
+A SIGUSR1 or SIGTERM of the queue (time limit, preemption) reaches a queued point's rank when its training loop takes signals,
+however early it came; SLURM may send it to the rank, too. A SIGTERM that srun sends because another rank failed ends this rank at
+once: the other's outcome lies in the folder by then. Outside a queue a signal that comes while the rank doesn't train ends it at
+once, too, and so does a second one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from megabridge.errors import STOPPED_EXIT_CODE, MegabridgeError
+from megabridge.launchers import job_files, local, rank_environment, run_lock
+from megabridge.launchers.processes import children, standard_streams
+from megabridge.launchers.processes.children import Child
+from megabridge.launchers.processes.ending import send
+from megabridge.launchers.processes.outcome import Done, Failure, Outcome
+from megabridge.launchers.rank_environment import RankEnvironment
+
+_POLL: Final = 0.05
+_SETTLE: Final = 1.0
+"""Seconds in which other ranks may leave their outcomes before srun hears of the first failure, and ends all."""
+_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGUSR1})
+
+
+def main() -> int:
+    """The task's exit status: 0 when the rank is done or was stopped after a save."""
+    standard_streams.settle()
+    folder = Path(sys.argv[1])
+    here = rank_environment.find(os.environ) or RankEnvironment.all_on_this_host(1)[0]
+    received = _received()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    try:
+        with contextlib.ExitStack() as stack:
+            values, platform = job_files.read(folder, os.environ)
+            kept = [stack.enter_context(run_lock.claimed(Path(values["run_dir"])))] if here.rank == 0 else []
+            _continue(values)
+            ranks = local.started(values, [here], world_size=here.local_world_size, platform=platform, held=_SIGNALS, kept=kept)
+            found = _stay(stack.enter_context(ranks)[0], received, lambda _: _another_failed(folder, here))
+    except MegabridgeError as error:  # it could not be started
+        found = Failure.of(error, here.rank)
+    return 1 if found is None else _left(folder, here, found)
+
+
+def beside(values: Mapping[str, Any], here: RankEnvironment, *, digest: str, kept: Sequence[int] = ()) -> int:
+    """Starts the rank at `here`, of torchrun or srun, and stays beside it; the exit status of this process.
+
+    The rank keeps the descriptors in `kept` open.
+    """
+    received = _received()
+    count, platform = here.local_world_size, values["platform"]
+    with local.started(values, [here], world_size=count, platform=platform, digest=digest, held=_SIGNALS, kept=kept) as workers:
+        rank = workers[0]
+        found = _stay(rank, received, lambda is_told: len(received) > 1 if is_told else not _takes_signals(rank))
+    if found is None:
+        return 128 + received[-1]
+    if isinstance(found, Failure):
+        _show(found)
+        return found.status
+    return 0
+
+
+def _received() -> list[int]:
+    """The signals that arrive from now on, oldest first."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    for number in _SIGNALS:
+        signal.signal(number, receive)
+    return received
+
+
+def _stay(rank: Child, received: list[int], gives_up: Callable[[bool], bool]) -> Outcome | None:
+    """How the rank ended, which is told of the first signal.
+
+    None where it was killed: `gives_up` is asked while there are signals, with whether the rank has been told.
+    """
+    is_told = False
+    while not children.ended([rank], _POLL):
+        if received and gives_up(is_told):
+            send(-rank.pid, signal.SIGKILL)
+            return None
+        if received and not is_told:
+            is_told = True
+            send(rank.pid, signal.SIGUSR1)
+    return rank.ended_with()
+
+
+def _takes_signals(rank: Child) -> bool:
+    """Whether its training loop has let the signals through with which it was started blocked (training.stopping)."""
+    blocked = Path(f"/proc/{rank.pid}/status").read_text().partition("SigBlk:")[2].split()
+    return not int(blocked[0], 16) >> (signal.SIGTERM - 1) & 1
+
+
+def _continue(values: dict[str, Any]) -> None:
+    """A run that was queued again goes on where it was saved. One that was told to start elsewhere does so only once."""
+    checkpoints = Path(values["checkpoint"]["path"] or Path(values["run_dir"], "checkpoints"))
+    if values["checkpoint"]["resume"] == "none" or any(checkpoints.glob("step_*")):
+        values["checkpoint"]["resume"] = "auto"
+
+
+def _left(folder: Path, here: RankEnvironment, found: Outcome) -> int:
+    """Leaves the outcome in the point's folder, and shows a failure; returns the exit status."""
+    is_stopped = isinstance(found, Failure) and _is_stopped(found)
+    if is_stopped:
+        found = Done()
+    if isinstance(found, Failure):  # by this host's clock the times of several hosts can't be compared
+        found = replace(found, time=time.time())
+        _show(found)
+    try:
+        job_files.leave(folder, here.rank, found)
+        if is_stopped and here.rank == 0:
+            (folder / job_files.STOPPED).touch()
+    except OSError as error:
+        text = f"{folder} can't take the rank's outcome: {error.strerror}; see to its file system."
+        _show(Failure(here.rank, 1, text, is_expected=True))
+        return 1
+    if isinstance(found, Done):
+        return 0
+    time.sleep(_SETTLE)
+    return found.status
+
+
+def _is_stopped(failure: Failure) -> bool:
+    """Whether it says that the run was saved after a signal, which the run has shown itself."""
+    return failure.exit_code == STOPPED_EXIT_CODE and not failure.is_silent
+
+
+def _show(failure: Failure) -> None:
+    if failure.error and not _is_stopped(failure):
+        print(f"megabridge: {failure.text()}", file=sys.stderr, flush=True)
+
+
+def _another_failed(folder: Path, here: RankEnvironment) -> bool:
+    found = job_files.outcomes(folder, here.world_size)
+    return any(isinstance(outcome, Failure) for rank, outcome in found.items() if rank != here.rank)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

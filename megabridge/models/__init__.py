@@ -1,0 +1,1 @@
+"""Models of megatron-core with what Hugging Face's need: provider, layer specs, layers."""

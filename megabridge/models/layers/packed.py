@@ -1,0 +1,93 @@
+"""Packed rows: several documents one after the other, none of which sees another.
+
+megatron-core knows them as one long sequence of a micro-batch of one (`thd`), with the bounds of the documents. The bounds stay on
+the host: what reads them there (rotary embedding, attention by document) never waits for the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+import megabridge.platform as platform
+from megabridge.errors import ConfigError
+from megabridge.models.layers import flex
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+
+@dataclass
+class Packed(PackedSeqParams):  # type: ignore[misc]
+    """megatron-core's PackedSeqParams over the tokens 0 to bounds[-1], with what the `torch` backend needs beside it."""
+
+    bounds: tuple[int, ...] = ()
+    """Where documents begin, and where the last one ends."""
+    positions: Tensor | None = None
+    """[t] int64 on the device: each token's place in its document."""
+    masks: dict[tuple[int | None, bool], BlockMask] = field(default_factory=dict)
+    """By window and chunks: made once for all layers."""
+
+    def mask(self, window: int | None, *, chunks: bool) -> BlockMask:
+        """Which tokens see which, for flex attention: those of the same document, not after them, within `window`."""
+        if (window, chunks) not in self.masks:
+            assert self.positions is not None
+            documents = _numbers(self.bounds, self.positions.device)
+            self.masks[window, chunks] = flex.document_mask(documents, self.positions, window, chunks=chunks)
+        return self.masks[window, chunks]
+
+    def on_device(self) -> PackedSeqParams:
+        """The same for attention that reads the bounds on the device (Transformer Engine)."""
+        places = self.cu_seqlens_q.to(platform.device())
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=places,
+            cu_seqlens_kv=places,
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_kv=self.max_seqlen_kv,
+        )
+
+
+def packed(documents: Tensor, positions: Tensor) -> Packed:
+    """From the micro-batch's `documents` [b, s] on the CPU, and its positions [b, s] on the device; rows one after the other."""
+    bounds = document_bounds(documents)
+    longest = max(end - begin for begin, end in itertools.pairwise(bounds))
+    places = torch.tensor(bounds, dtype=torch.int32)
+    return Packed(
+        qkv_format="thd",
+        cu_seqlens_q=places,
+        cu_seqlens_kv=places,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        bounds=bounds,
+        positions=positions.flatten(),
+    )
+
+
+def document_bounds(documents: Tensor) -> tuple[int, ...]:
+    """Where documents begin in the rows of [b, s] put one after the other, and b * s. A row always begins one."""
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return (*begins.flatten().nonzero().flatten().tolist(), documents.numel())
+
+
+def for_attention(params: Packed, cores: Sequence[Any], own: type) -> PackedSeqParams:
+    """`params` as the core attentions of a chunk take it; those of class `own` are ours. Raises ConfigError for one that can't."""
+    if all(isinstance(core, own) for core in cores):
+        return params
+    if any(isinstance(core, DotProductAttention) for core in cores):
+        raise ConfigError("backend=local has no packed sequences; set data.packing=false, or backend=torch or te.")
+    return params.on_device()
+
+
+def _numbers(bounds: Sequence[int], device: torch.device) -> Tensor:
+    """[t] int32: the number of each token's document."""
+    numbers = torch.zeros(bounds[-1], dtype=torch.int32)
+    numbers[list(bounds[1:-1])] = 1
+    return numbers.cumsum(0, dtype=torch.int32).to(device)

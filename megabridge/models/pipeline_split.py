@@ -1,0 +1,42 @@
+"""How the layers of a model are dealt to pipeline stages and their virtual chunks."""
+
+from __future__ import annotations
+
+from megabridge.errors import ConfigError
+
+
+def split_layers(num_layers: int, *, pp: int, vpp: int = 1) -> list[int]:
+    """Layers per chunk, in the order in which a token passes them: chunk `v * pp + p` is on stage p.
+
+    Where the chunks don't divide the layers, the first and the last are lighter: they also hold the embedding and the
+    output layer. The last has least, because the loss costs more than the embedding. Raises ConfigError when a chunk
+    between them would be empty.
+    """
+    chunks = pp * vpp
+    if num_layers < 1 or num_layers < chunks - 2:
+        raise ConfigError(
+            f"pp x vpp = {pp} x {vpp} leaves chunks without layers for num_layers={num_layers}; "
+            f"use at most {num_layers + 2} chunks."
+        )
+    each, extra = divmod(num_layers, chunks)
+    layers = [each] * chunks
+    heavier = [*range(1, chunks - 1), 0]  # the middle first, then the first chunk, never the last
+    for chunk in heavier[:extra]:
+        layers[chunk] += 1
+    return layers
+
+
+def layout_of(layers: list[int], *, mtp: int = 0) -> list[list[str]]:
+    """What each chunk holds, in passing order, as megatron-core's `pipeline_model_parallel_layout` says it.
+
+    `mtp` multi-token-prediction layers stand before the loss.
+    """
+    layout = [["decoder"] * count for count in layers]
+    layout[0].insert(0, "embedding")
+    layout[-1] += [*["mtp"] * mtp, "loss"]
+    return layout
+
+
+def by_stage(layers: list[int], *, pp: int) -> list[list[int]]:
+    """Layers per (stage, virtual chunk), from layers in passing order."""
+    return [layers[stage::pp] for stage in range(pp)]

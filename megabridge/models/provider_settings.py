@@ -1,0 +1,399 @@
+"""What a provider's settings may be: names, defaults, and every rule that `ModelProvider.finalize` checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+
+import megabridge.platform as platform
+from megabridge.config.validation import divisors
+from megabridge.errors import ConfigError
+from megabridge.families.core.rope_types import rope_problems, width_problems
+from megabridge.models import layer_options
+from megabridge.models.layer_specs import BACKENDS
+from megabridge.models.layers.multi_latent_attention import rotary_scale
+from megabridge.models.pipeline_split import layout_of, split_layers
+
+from megatron.core.activations import squared_relu
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+ACTIVATIONS: Final[Mapping[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": squared_relu,
+    "quick_gelu": quick_gelu,
+}
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+NORMALIZATIONS: Final = ("RMSNorm", "LayerNorm")
+# torch backend: settings that its layers don't know, and the value that leaves them off
+_UNKNOWN_TO_TORCH: Final[Mapping[str, object]] = {
+    "apply_query_key_layer_scaling": False,
+    "qk_clip": False,
+    "log_max_attention_logit": False,
+    "fp8": None,
+    "fp4": None,
+    "cpu_offloading": False,
+    "tp_comm_overlap": False,
+    "apply_rope_fusion": False,
+}
+
+
+@functools.cache
+def config_fields() -> dict[str, object]:
+    """Every field of megatron-core's TransformerConfig, and those that its MLA variant adds, with their defaults."""
+    return {
+        field.name: field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        for config in (MLATransformerConfig, TransformerConfig)  # the second wins: it has no multi_latent_attention
+        for field in dataclasses.fields(config)
+        if field.init and not field.name.startswith("_")
+    }
+
+
+# What has no name in TransformerConfig.
+OWN_FIELDS: Final[Mapping[str, object]] = {
+    "vocab_size": None,
+    "seq_length": 2048,
+    "share_embeddings_and_output_weights": False,
+    "rotary_percent": 1.0,
+    "rope": None,
+    "backend": "auto",
+    "make_vocab_size_divisible_by": 1,
+    "transformer_layer_spec": None,
+    "hf_mtp_layers": 0,  # of the Hugging Face model; mtp_num_layers says whether they are built
+    **layer_options.DEFAULTS,
+}
+
+
+def our_defaults() -> dict[str, object]:
+    """Where a provider's default is not TransformerConfig's. What is set, by a family or a user, wins."""
+    on_cuda = not platform.is_cpu()
+    return {
+        "hidden_dropout": 0.0,  # Hugging Face's causal models have none
+        "attention_dropout": 0.0,
+        "add_bias_linear": None,  # follows from add_mlp_bias
+        "bias_dropout_fusion": on_cuda,  # fused by torch.compile, which a CPU run does without (platform/cpu.py)
+        "deallocate_pipeline_outputs": True,
+        "gradient_accumulation_fusion": on_cuda,
+        "cuda_graph_modules": [],  # TransformerConfig's own default is deprecated, and warns
+        "moe_router_load_balancing_type": "none",  # transformers adds its loss on request only
+        "moe_router_bias_update_rate": 0.0,  # a correction bias moves on request only
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": None,  # follows from the device
+    }
+
+
+def default(name: str) -> object:
+    """The value of a setting that nobody set. Raises UnknownSetting for a name that there isn't."""
+    ours = our_defaults()
+    for known in (OWN_FIELDS, ours, config_fields()):
+        if name in known:
+            return known[name]
+    raise UnknownSetting(name)
+
+
+def is_known(name: str) -> bool:
+    return name in OWN_FIELDS or name in config_fields()
+
+
+class UnknownSetting(ConfigError, AttributeError):
+    """A name that no provider setting has. An AttributeError too, so that copying and inspecting a provider work."""
+
+    def __init__(self, name: str) -> None:
+        near = difflib.get_close_matches(name, [*OWN_FIELDS, *config_fields()], n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "see TransformerConfig of megatron-core for the names."
+        super().__init__(f"a model provider has no setting {name!r}; {remedy}")
+
+
+def resolved_backend(get: Callable[[str], Any]) -> str:
+    """`auto` means Transformer Engine where it is installed, CUDA is used, and it has what the model needs; else ours."""
+    if get("backend") != "auto":
+        return str(get("backend"))
+    return "te" if HAVE_TE and not platform.is_cpu() and not _only_torch_has(get) else "torch"
+
+
+def _only_torch_has(get: Callable[[str], Any]) -> list[str]:
+    """The settings that only backend=torch has. Sinks: bf16 logits of gpt-oss are far off with Transformer Engine 2.20."""
+    sinks = ["softmax_type"] if get("softmax_type") == "learnable" else []
+    return [*layer_options.LayerOptions.of(get).special(), *sinks]
+
+
+def problems_of(get: Callable[[str], Any]) -> list[str]:
+    """Every rule that the settings break, one sentence each: the rule, the value, the remedy. `get` reads a setting."""
+    missing = [
+        f"{name} must be set to a positive number; it is {get(name)!r}."
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+        if not isinstance(get(name), int) or get(name) < 1
+    ]
+    missing += [
+        f"{name}={get(name)!r} must be a positive whole number."
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "make_vocab_size_divisible_by",
+        )
+        if not isinstance(get(name), int) or get(name) < 1
+    ]
+    if missing:  # the other rules divide by these
+        return missing
+    return [
+        *_head_problems(get),
+        *_width_problems(get),
+        *_expert_problems(get),
+        *_pipeline_problems(get),
+        *_layer_problems(get),
+    ]
+
+
+def _divisors(number: int, limit: int = 8) -> str:
+    found = [str(size) for size in divisors(number)]
+    return ", ".join(found if len(found) <= limit else [*found[: limit - 1], "..."])
+
+
+def _head_problems(get: Callable[[str], Any]) -> list[str]:
+    tp, heads = get("tensor_model_parallel_size"), get("num_attention_heads")
+    groups = get("num_query_groups") or heads
+    problems = []
+    if heads % tp:
+        problems.append(f"tensor_model_parallel_size={tp} must divide num_attention_heads={heads}; use one of {_divisors(heads)}.")
+    if heads % groups:
+        problems.append(f"num_query_groups={groups} must divide num_attention_heads={heads}; use {_divisors(heads)}.")
+    if groups % tp and tp % groups:
+        problems.append(
+            f"tensor_model_parallel_size={tp} must divide num_query_groups={groups}, or be a multiple of it; "
+            f"use one of {_divisors(groups)}."
+        )
+    channels = get("kv_channels")
+    if channels is None and get("hidden_size") % heads:
+        problems.append(
+            f"num_attention_heads={heads} must divide hidden_size={get('hidden_size')} when kv_channels is not set; "
+            "set kv_channels."
+        )
+    channels = channels or get("hidden_size") // heads
+    if groups < tp and (heads + 2 * groups) * channels % tp:
+        problems.append(
+            f"tensor_model_parallel_size={tp} must divide the query, key and value rows, "
+            f"({heads} + 2 x {groups}) x {channels}; use a smaller one."
+        )
+    return problems
+
+
+def _width_problems(get: Callable[[str], Any]) -> list[str]:
+    tp = get("tensor_model_parallel_size")
+    width = get("ffn_hidden_size") or 4 * get("hidden_size")
+    problems = []
+    if width % tp:
+        problems.append(f"tensor_model_parallel_size={tp} must divide ffn_hidden_size={width}; use one of {_divisors(width)}.")
+    if get("sequence_parallel"):
+        if tp == 1:
+            problems.append("sequence_parallel=True needs tensor_model_parallel_size > 1; set sequence_parallel=False.")
+        parts = tp * get("context_parallel_size")
+        if get("seq_length") % parts:
+            problems.append(
+                f"sequence_parallel=True needs tp x cp = {parts} to divide seq_length={get('seq_length')}; "
+                f"use seq_length={get('seq_length') // parts * parts or parts}."
+            )
+    return problems
+
+
+def _expert_problems(get: Callable[[str], Any]) -> list[str]:
+    ep, tp, experts = get("expert_model_parallel_size"), get("tensor_model_parallel_size"), get("num_moe_experts")
+    etp = get("expert_tensor_parallel_size") or tp
+    if experts is None:
+        sizes = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp if etp != tp else 1}
+        return [f"{name}={size} needs a model with experts; leave it at 1." for name, size in sizes.items() if size > 1]
+    problems = []
+    topk = get("moe_router_topk")
+    if not isinstance(topk, int) or not 0 < topk <= experts:
+        problems.append(f"moe_router_topk={topk!r} must be a number from 1 to num_moe_experts={experts}; set it.")
+    groups, best = get("moe_router_num_groups"), get("moe_router_group_topk")
+    if groups and not problems and (experts % groups or not best or not topk <= best * experts // groups <= experts):
+        problems.append(
+            f"moe_router_num_groups={groups} must divide num_moe_experts={experts}, and moe_router_group_topk={best} of them hold "
+            f"moe_router_topk={topk} experts; set them so."
+        )
+    if experts % ep:
+        problems.append(f"expert_model_parallel_size={ep} must divide num_moe_experts={experts}; use one of {_divisors(experts)}.")
+    width = get("moe_ffn_hidden_size") or get("ffn_hidden_size")
+    if width % etp:
+        problems.append(
+            f"expert_tensor_parallel_size={etp} must divide moe_ffn_hidden_size={width}; use one of {_divisors(width)}."
+        )
+    shared = get("moe_shared_expert_intermediate_size")
+    if shared is not None and shared % tp:
+        problems.append(
+            f"tensor_model_parallel_size={tp} must divide moe_shared_expert_intermediate_size={shared}; "
+            f"use one of {_divisors(shared)}."
+        )
+    if tp > 1 and not get("sequence_parallel"):
+        problems.append(f"tensor_model_parallel_size={tp} needs sequence_parallel=True for a model with experts; set it.")
+    if get("moe_router_bias_update_rate") and not get("moe_router_enable_expert_bias"):
+        problems.append(
+            f"moe_router_bias_update_rate={get('moe_router_bias_update_rate')} moves no bias without moe_router_enable_expert_bias "
+            "and sigmoid scores; leave it at 0."
+        )
+    if etp > 1 and get("add_mlp_bias"):
+        problems.append(f"expert_tensor_parallel_size={etp} must be 1 for experts with biases; set it to 1.")
+    return problems
+
+
+def _pipeline_problems(get: Callable[[str], Any]) -> list[str]:
+    pp, vpp = get("pipeline_model_parallel_size"), get("virtual_pipeline_model_parallel_size") or 1
+    if vpp > 1 and pp == 1:
+        return [f"virtual_pipeline_model_parallel_size={vpp} needs pipeline_model_parallel_size > 1; unset it."]
+    if follows_megatron(get):
+        return []
+    try:
+        split_layers(get("num_layers"), pp=pp, vpp=vpp)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def follows_megatron(get: Callable[[str], Any]) -> bool:
+    """Whether the user says how layers are dealt to stages; megatron-core checks it then."""
+    return (
+        get("pipeline_model_parallel_layout") is not None
+        or get("num_layers_in_first_pipeline_stage") is not None
+        or get("num_layers_in_last_pipeline_stage") is not None
+        or get("account_for_embedding_in_pipeline_split")
+        or get("account_for_loss_in_pipeline_split")
+    )
+
+
+def _layer_problems(get: Callable[[str], Any]) -> list[str]:
+    """Settings that the chosen backend, or no backend, can represent."""
+    mtp, published = get("mtp_num_layers") or 0, get("hf_mtp_layers")
+    problems = [*_named_problems(get), *_rope_problems(get)]
+    bias, mlp = get("add_bias_linear"), get("add_mlp_bias")
+    if bias is not None and bias != mlp:
+        problems.append(
+            f"add_bias_linear={bias} must equal add_mlp_bias={mlp}; leave it unset, and set add_qkv_bias, "
+            "add_attn_proj_bias and add_mlp_bias."
+        )
+    partial = (get("rope") or {}).get("partial_rotary_factor")
+    if partial is not None and partial != get("rotary_percent"):
+        problems.append(f"rope's partial_rotary_factor={partial} must equal rotary_percent={get('rotary_percent')}; set it so.")
+    if mtp not in (0, published):
+        problems.append(f"mtp_num_layers={mtp} must be 0, or {published} as the model has.")
+    backend = resolved_backend(get)
+    if backend != "torch":
+        problems += [f"{name}={get(name)!r} needs backend=torch, not {backend}; set it so." for name in _only_torch_has(get)]
+    if backend == "te" and (platform.is_cpu() or not HAVE_TE):
+        where = "runs on CUDA only" if platform.is_cpu() else "needs Transformer Engine, which is not installed"
+        problems.append(f"backend=te {where}; use backend=torch.")
+    if backend == "torch":
+        problems += [
+            f"{name}={get(name)!r} is not supported by backend=torch; set it to {off!r}, or use backend=te."
+            for name, off in _UNKNOWN_TO_TORCH.items()
+            if get(name) != off
+        ]
+    if backend == "torch" and get("softmax_type") == "off-by-one":
+        problems.append("softmax_type='off-by-one' needs backend=te; use 'vanilla' or 'learnable' with backend=torch.")
+    if backend == "local" and get("sequence_parallel"):
+        problems.append("backend=local has no sequence parallelism (megatron-core's torch norms); use backend=torch.")
+    if backend != "te" and get("context_parallel_size") > 1:
+        problems.append(f"context_parallel_size={get('context_parallel_size')} needs backend=te, not {backend}; set it to 1.")
+    return problems
+
+
+def _rope_problems(get: Callable[[str], Any]) -> list[str]:
+    channels = get("kv_channels") or get("hidden_size") / get("num_attention_heads")
+    width = get("qk_pos_emb_head_dim") if get("multi_latent_attention") else int(channels * get("rotary_percent"))
+    ropes = [rope for rope in (get("rope"), get("local_rope")) if rope is not None]
+    problems = [problem for rope in ropes for problem in rope_problems(rope)]
+    is_whole = channels == int(channels)  # else there is a problem with that
+    return problems or [problem for rope in ropes if is_whole for problem in width_problems(rope, width)]
+
+
+def _named_problems(get: Callable[[str], Any]) -> list[str]:
+    problems = []
+    for name, allowed in (("backend", ("auto", *BACKENDS)), ("normalization", NORMALIZATIONS)):
+        if get(name) not in allowed:
+            problems.append(f"{name}={get(name)!r} must be one of {', '.join(allowed)}.")
+    activation = get("activation_func")
+    if isinstance(activation, str) and activation not in ACTIVATIONS:
+        problems.append(f"activation_func={activation!r} must be one of {', '.join(ACTIVATIONS)}, or a function.")
+    dtype = get("params_dtype")
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        problems.append(f"params_dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
+    if get("bf16") and get("fp16"):
+        problems.append("bf16=True and fp16=True can't both be; set one of them.")
+    for flag, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if get(flag) and DTYPES.get(dtype, dtype) not in (wanted, torch.float32):
+            problems.append(f"{flag}=True and params_dtype={dtype} contradict each other; set params_dtype alone.")
+    return problems
+
+
+def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of TransformerConfig: what was given, our defaults, and what follows from both."""
+    known = {field.name for field in dataclasses.fields(config_class(get))}
+    settings = {name: value for name, value in {**our_defaults(), **given}.items() if name in known}
+    dtype = DTYPES.get(get("params_dtype"), get("params_dtype"))
+    if get("bf16"):
+        dtype = torch.bfloat16
+    if get("fp16"):
+        dtype = torch.float16
+    activation = ACTIVATIONS.get(get("activation_func"), get("activation_func"))
+    gated = get("gated_linear_unit")
+    settings |= {
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "activation_func": activation,
+        "add_bias_linear": bool(get("add_mlp_bias")),
+        "qk_layernorm": bool(get("qk_layernorm") or get("qk_norm")),
+        "gradient_accumulation_fusion": False,  # turned on where there is a buffer to add to (models/layers/wgrad_fusion.py)
+    }
+    settings.setdefault("pipeline_dtype", dtype)
+    if settings["moe_token_dispatcher_type"] is None:
+        etp = get("expert_tensor_parallel_size") or get("tensor_model_parallel_size")
+        # gloo has no all-gather of unequal sizes, which all-to-all with expert tensor parallelism takes.
+        settings["moe_token_dispatcher_type"] = "allgather" if platform.is_cpu() and etp > 1 else "alltoall"
+    # megatron-core's fused gelu is the tanh approximation, whatever the function says.
+    settings.setdefault("bias_activation_fusion", gated and activation is F.silu)
+    vpp = get("virtual_pipeline_model_parallel_size") or 1
+    pp = get("pipeline_model_parallel_size")
+    settings["virtual_pipeline_model_parallel_size"] = vpp if vpp > 1 else None
+    if resolved_backend(get) == "te":
+        settings.setdefault("apply_rope_fusion", not get("multi_latent_attention"))
+        settings.setdefault("moe_grouped_gemm", get("num_moe_experts") is not None)
+        if get("num_moe_experts") is not None and get("add_mlp_bias"):
+            settings["bias_dropout_fusion"] = False  # TEGroupedMLP refuses it
+    if get("multi_latent_attention"):  # its rotary embedding is replaced by ours (models/layers/multi_latent_attention.py)
+        scaling, all_dim = rotary_scale(get("rope") or {})
+        settings |= {"rope_type": "yarn", "rotary_scaling_factor": scaling, "mscale_all_dim": all_dim}
+    if not follows_megatron(get) and get("num_layers") % (pp * vpp):
+        settings["pipeline_model_parallel_layout"] = layout_of(
+            split_layers(get("num_layers"), pp=pp, vpp=vpp), mtp=get("mtp_num_layers") or 0
+        )
+    return settings
+
+
+def has_experts(config: Any, layer: int) -> bool:
+    """Whether layer number `layer`, from 0, is a mixture of experts (megatron-core's reading of moe_layer_freq)."""
+    if config.num_moe_experts is None:
+        return False
+    pattern = config.moe_layer_freq
+    return layer % pattern == 0 if isinstance(pattern, int) else bool(pattern[layer])
+
+
+def config_class(get: Callable[[str], Any]) -> Any:
+    """TransformerConfig, or its variant for multi-latent attention."""
+    return MLATransformerConfig if get("multi_latent_attention") else TransformerConfig

@@ -1,0 +1,1 @@
+"""Megatron's checkpoints: saved, loaded under any layout, and never trusted."""

@@ -1,0 +1,1 @@
+"""Ranks: topology, process groups, and what ranks say to one another."""

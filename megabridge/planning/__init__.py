@@ -1,0 +1,1 @@
+"""Plans of a whole job in one process: every rank's boxes, and its memory."""

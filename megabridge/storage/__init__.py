@@ -1,0 +1,1 @@
+"""Files and folders as such: published whole, locked, opened with care. No torch."""

@@ -1,0 +1,114 @@
+"""The steps of a run: which of them are none, what killed saves left among them, and which of them stay. No torch; on one rank."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Final
+
+from megabridge.errors import CheckpointError, said
+from megabridge.storage import atomic_files, folders, regular_files
+from megabridge.storage.folders import (
+    LOCK_SUFFIX,
+    NATIVE,
+    PARTIAL_SUFFIX,
+    REMOVED_SUFFIX,
+    committed_steps,
+    is_committed,
+    recover,
+)
+
+VALIDATION: Final = "validation.json"
+
+
+def strange(checkpoints: Path) -> dict[int, str]:
+    """What bears a step's name below `checkpoints` and can't be one, by step, lowest first: what is wrong with it.
+
+    Such is passed over by `committed_steps` and `keep`, and would be in the way of a save.
+    """
+    found = {}
+    for step, entry in folders.numbered(checkpoints).items():
+        try:
+            next(entry.iterdir(), None)
+        except OSError as error:
+            kind = "a link" if entry.is_symlink() else "an entry"
+            found[step] = f"{entry.name} is {kind} that can't be read as a folder ({error.strerror})"
+            continue
+        native = entry / NATIVE
+        if (native.is_symlink() or native.exists()) and not is_committed(native):
+            found[step] = f"{entry.name}/{NATIVE} is no complete native checkpoint"
+    return found
+
+
+def remove_orphans(checkpoints: Path) -> list[str]:
+    """Removes what killed saves and removals left below `checkpoints`, under `lock`; returns a line for what can't be."""
+    problems = []
+    for entry in folders.entries(checkpoints):
+        try:
+            if entry.name.endswith(REMOVED_SUFFIX):
+                folders.remove(entry)
+            elif folders.STEP.fullmatch(entry.name) and regular_files.is_folder(entry):
+                _tidy(entry)
+        except OSError as error:
+            problems.append(f"{entry} holds what a killed save left, and can't be tidied ({error.strerror}); remove that by hand")
+    return problems
+
+
+def _tidy(step: Path) -> None:
+    """Removes what killed saves left in a step's folder, and the folder where nothing else is in it. Raises OSError."""
+    for left in step.glob(f".*{REMOVED_SUFFIX}"):
+        recover(step / left.name[1 : -len(REMOVED_SUFFIX)])
+    left_over = [entry for entry in step.iterdir() if entry.name.endswith((PARTIAL_SUFFIX, LOCK_SUFFIX))]
+    for entry in left_over:
+        folders.remove(entry)
+    if left_over and not step.is_symlink() and not any(step.iterdir()):
+        step.rmdir()
+
+
+def note_validation(step: Path, loss: float) -> None:
+    """Leaves the validation loss of a saved step in its folder, for `keep`. Raises OSError."""
+    atomic_files.write(step / VALIDATION, json.dumps({"loss": loss}) + "\n")
+    folders.fsync(step)
+
+
+def validation_loss(step: Path) -> float:
+    """The validation loss of a saved step; infinite where it was not validated. Raises CheckpointError where that can't be read."""
+    file = step / VALIDATION
+    if not file.is_file():
+        return math.inf
+    try:
+        loss = json.loads(regular_files.read(file))["loss"]
+        if type(loss) in (int, float):
+            return math.inf if math.isnan(loss) else float(loss)
+        reason = f"loss is {loss!r}"
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        reason = said(error)
+    raise CheckpointError(f'{file} must be {{"loss": a number}}, but {reason}; remove the file, or the step.')
+
+
+def keep(checkpoints: Path, *, last: int, best: int) -> list[str]:
+    """Removes all committed steps, exports included, but the newest `last` and the `best` of lowest validation loss.
+
+    A step whose validation loss can't be read is kept, too, and of a link to a step what it leads to. Returns what is to be said.
+    """
+    steps = [native.parent for native in committed_steps(checkpoints).values()]
+    losses, problems, kept = dict[Path, float](), list[str](), set(steps[-last:])
+    for step in steps:
+        try:
+            losses[step] = validation_loss(step)
+        except CheckpointError as error:
+            problems.append(f"{step.name} is kept: {error}")
+            kept.add(step)
+    kept |= set(sorted((step for step in losses if losses[step] < math.inf), key=losses.__getitem__)[:best])
+    for step in steps:
+        if step in kept:
+            continue
+        if step.is_symlink():
+            problems.append(f"{step.name} is a link, which is removed; what it leads to is kept: {step.resolve()}")
+        try:
+            # Renamed first: a removal that is killed half-way leaves no step that looks committed.
+            folders.remove(step.rename(step.with_name(step.name + REMOVED_SUFFIX)))
+        except OSError as error:
+            problems.append(f"{step.name} can't be removed ({error.strerror}); remove it by hand")
+    return problems

@@ -1,0 +1,178 @@
+"""From the typed config to the objects that a recipe puts together. Each function makes one of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+
+from megabridge.bridge import sessions
+from megabridge.bridge.auto_bridge import AutoBridge
+from megabridge.config import instantiate
+from megabridge.config.schema import Config, PeftConfig
+from megabridge.data import DataModule
+from megabridge.errors import CheckpointError
+from megabridge.hf import assets, byte_tokenizer, resolve
+from megabridge.loggers import Logger
+from megabridge.models.provider import ModelProvider
+from megabridge.parallel.collectives import on_rank_zero, raise_together
+from megabridge.peft import LoRA
+from megabridge.training import freezing
+from megabridge.training.hooks import Callback
+
+BYTES: Final = "bytes"
+"""model.tokenizer for the byte-level tokenizer that needs no file."""
+
+
+def bridge(config: Config) -> AutoBridge:
+    """The bridge to model.path, or to a folder made on the spot from model.hf and model.tokenizer. Every rank calls it."""
+    model = config.model
+    location = model.path
+    if location is None:
+        # A folder like any other from here on: its config and tokenizer come back with every export.
+        location = str(on_rank_zero("writing the model's config", lambda: _write_source(config)))
+    return AutoBridge.from_hf_pretrained(
+        location,
+        revision=model.revision,
+        dtype=model.dtype,
+        trust_remote_code=model.trust_remote_code,
+        ignore_keys=model.ignore_keys,
+    )
+
+
+def model_config(config: Config) -> dict[str, Any]:
+    """The content of the model's config.json: model.path's, or model.hf. Every rank calls it."""
+    model = config.model
+    if model.path is None:
+        return dict(model.hf)
+    return assets.read_config(resolve.resolve(model.path, revision=model.revision, config_only=True))
+
+
+def provider(config: Config, bridge: AutoBridge, *, keeps_dtypes: bool = False) -> ModelProvider:
+    """The finalized provider of the bridge's model in this config's layout; providing it imports the weights, if any.
+
+    With `keeps_dtypes`, for a model that is converted and not run, in the dtypes that the files have.
+    """
+    parallel = config.parallel
+    made = bridge.to_megatron_provider(load_weights=False)
+    sessions.arrange(made, {name: getattr(parallel, name) for name in sessions.SIZES})
+    made.sequence_parallel = parallel.sequence_parallel
+    if parallel.layout is not None:
+        made.pipeline_model_parallel_layout = parallel.layout
+    made.params_dtype = config.model.dtype
+    made.backend = config.backend.name
+    if config.peft.name != "none" and made.backend == "auto":
+        made.backend = "torch"  # adapters know its linears, and not Transformer Engine's
+    made.deterministic_mode = config.deterministic
+    made.calculate_per_token_loss = True
+    for name, value in config.model.provider.items():
+        setattr(made, name, value)
+    made.finalize()
+    if config.model.load_weights:
+        if keeps_dtypes:
+            made.register_pre_wrap_hook(partial(bridge.keep_dtypes, allow_bin=config.conversion.allow_bin))
+        made.register_pre_wrap_hook(partial(_import, config, bridge))
+    if config.optimizer.freeze:
+        made.register_pre_wrap_hook(partial(freezing.freeze, bridge=bridge, patterns=config.optimizer.freeze))
+    if config.peft.name != "none":
+        made.register_pre_wrap_hook(partial(_adapt, config, bridge))
+    return made
+
+
+def init(config: Config) -> Literal["random", "empty"]:
+    """How parameters begin: empty where an import fills every one of them, random otherwise."""
+    may_lack = bool(config.conversion.allow_missing) or not config.conversion.strict
+    return "empty" if config.model.load_weights and not may_lack else "random"
+
+
+def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    conversion = config.conversion
+    bridge.load_hf_weights(
+        chunks,
+        verify=conversion.verify,
+        strict=conversion.strict,
+        allow_missing=conversion.allow_missing,
+        allow_unexpected=conversion.allow_unexpected,
+        allow_bin=conversion.allow_bin,
+        allow_nonfinite=conversion.allow_nonfinite,
+        reader=conversion.reader,  # type: ignore[arg-type]  # one of its choices
+        dedupe=conversion.dedupe,
+        digest=config.peft.name != "none",  # adapters go on only over the weights that they began with
+    )
+    return chunks
+
+
+def lora(peft: PeftConfig) -> LoRA:
+    """The adapters of the group `peft`. Raises ConfigError."""
+    return LoRA(
+        target_modules=tuple(peft.target_modules),
+        exclude_modules=tuple(peft.exclude_modules),
+        target_parameters=tuple(peft.target_parameters),
+        r=peft.r,
+        lora_alpha=peft.lora_alpha,
+        lora_dropout=peft.lora_dropout,
+        use_rslora=peft.use_rslora,
+        use_dora=peft.name == "dora",
+    )
+
+
+def _adapt(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    chunks = bridge.add_adapters(chunks, lora(config.peft), seed=config.seed)
+    if config.peft.path is not None:
+        bridge.load_hf_adapter(chunks, config.peft.path, verify=config.conversion.verify)
+    return chunks
+
+
+def data(config: Config, bridge: AutoBridge) -> DataModule:
+    """The data module of the group `data`, set up with the bridge's tokenizer. Every rank calls it."""
+    with raise_together("preparing the data"):
+        made = instantiate.build(config.data, DataModule, where="data")
+        made.vocab_size = int(bridge.source.native["vocab_size"])
+        assert bridge.source.folder is not None  # `bridge` above makes one from a folder
+        made.setup(
+            bridge.source.folder,
+            seq_length=config.recipe.seq_length,
+            micro_batch_size=config.recipe.micro_batch_size,
+            global_batch_size=config.recipe.global_batch_size,
+            seed=config.seed,
+        )
+    return made
+
+
+def callbacks(config: Config) -> list[Callback]:
+    """The callbacks of the group `callbacks`, in their order; one set to null is left out."""
+    nodes = {name: node for name, node in config.callbacks.items() if node is not None}
+    return [instantiate.build(node, Callback, where=f"callbacks.{name}") for name, node in nodes.items()]
+
+
+def loggers(config: Config) -> list[Logger]:
+    """The loggers of the group `logger`; one set to null is left out."""
+    nodes = {name: node for name, node in config.logger.items() if node is not None}
+    return [instantiate.build(node, Logger, where=f"logger.{name}") for name, node in nodes.items()]
+
+
+def _write_source(config: Config) -> Path:
+    """Each file appears whole: what a full disk cuts off leaves those of the run before. Raises CheckpointError."""
+    folder = Path(config.run_dir) / "source"
+    files = {}
+    if config.model.tokenizer not in (BYTES, None):
+        files = assets.read_assets(resolve.resolve(str(config.model.tokenizer), config_only=True))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as made:
+            content = json.dumps(config.model.hf, indent=2, ensure_ascii=False)
+            Path(made, assets.CONFIG).write_text(content + "\n", encoding="utf-8")
+            if config.model.tokenizer == BYTES:
+                byte_tokenizer.write_tokenizer(Path(made))
+            assets.write_assets(Path(made), files)
+            for file in (file for file in Path(made).rglob("*") if file.is_file()):
+                target = folder / file.relative_to(made)
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be written ({error.strerror}); free space, or set another run_dir.") from error
+    return folder
