@@ -26,7 +26,7 @@ from megabridge.storage.metrics_file import FILE_NAME
 from megabridge.training import Callback, Trainer, build, resume
 from megabridge.training.step import forward_backward, validate
 from megabridge.training.stopping import Stopped
-from tests.support import tiny
+from tests.support import steady, tiny
 from tests.support.limits import largest_file
 
 from megatron.core import dist_checkpointing
@@ -52,9 +52,10 @@ def run(
     callbacks = [recorder] if stop_after is None else [recorder, Interrupt(stop_after)]
     trainer = tiny.trainer(tiny.config(run_dir, steps=steps, **settings), callbacks=callbacks, **(options or {}))
     loss = None
-    with contextlib.suppress(Stopped):
+    with contextlib.suppress(Stopped), steady.watched() as routed:
         loss = trainer.fit()
     return {
+        "steady": all(routed),
         "validation_losses": trainer.validation_losses,
         "metrics": recorder.steps,
         "losses": [step["train/loss"] for step in recorder.steps],
