@@ -35,7 +35,7 @@ def is_steady(router: Router, logits: torch.Tensor) -> bool:
     """
     weights, chosen = _dense(router, logits)
     generator = torch.Generator().manual_seed(1)
-    moves = [1.0 - 2.0 * chosen, *(torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0 for _ in range(3))]
+    moves = [1.0 - 2.0 * chosen, *(torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2.0 - 1.0 for _ in range(3))]
     if router.config.moe_router_group_topk:
         groups = chosen.view(len(chosen), router.config.moe_router_num_groups, -1)
         moves.append((1.0 - 2.0 * groups.amax(-1, keepdim=True)).expand_as(groups).reshape(chosen.shape))
