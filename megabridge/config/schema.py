@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 from omegaconf import DictConfig, OmegaConf
 
 from megabridge.errors import ConfigError
-from megabridge.parallel.topology import Topology
+from megabridge.parallel.topology import SETTINGS, Topology
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
@@ -373,7 +373,7 @@ def topology(parallel: ParallelConfig, world_size: int | None = None) -> Topolog
 
     Raises ConfigError when the sizes don't multiply to `world_size`.
     """
-    sizes = {name: getattr(parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")}
+    sizes = {name: getattr(parallel, name) for name in SETTINGS}
     if world_size is None:
         return Topology(dp=1 if parallel.dp is None else parallel.dp, **sizes)
     return Topology.for_world(world_size, dp=parallel.dp, **sizes)

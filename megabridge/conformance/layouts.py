@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megabridge.bridge.auto_bridge import AutoBridge
 from megabridge.config.schema import Config
@@ -24,7 +25,7 @@ class ParallelLayout:
 
     def config(self, config: Config) -> Config:
         """`config` in this layout."""
-        sizes = {name: getattr(self.topology, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
+        sizes: dict[str, Any] = {**self.topology.sizes()}
         parallel = replace(config.parallel, **sizes, sequence_parallel=self.sequence_parallel, layout=None)
         return replace(config, parallel=parallel)
 
