@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megabridge.config import schema, validation
+from megabridge.families.core.known_sizes import known_sizes
 from tests.support.compose import compose
 from tests.support.rank_server import RankServer
 
@@ -50,7 +51,7 @@ def test_what_is_composed_can_run(composed: Mapping[str, dict[str, Any]], name: 
         validation.check_training,
     ):
         check(made)
-    validation.check_layout(made, schema.topology(made.parallel))
+    validation.check_layout(made, schema.topology(made.parallel), known_sizes(made.model))
 
 
 def test_expected_memory_is_what_is_said(ranks: RankServer, composed: Mapping[str, dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 import megabridge.platform as platform
-from megabridge.config import instantiate
+from megabridge.config import instantiate, layout_rules
 from megabridge.config.value_types import shown
 from megabridge.errors import ConfigError, listed
 from megabridge.models import provider_settings as rules
@@ -137,9 +137,8 @@ class ModelProvider:
 
     @property
     def padded_vocab_size(self) -> int:
-        """vocab_size, padded to a multiple of make_vocab_size_divisible_by x tensor_model_parallel_size."""
-        multiple = int(self.make_vocab_size_divisible_by * self.tensor_model_parallel_size)
-        return -(-int(self.vocab_size) // multiple) * multiple
+        """Rows of the embedding, over all ranks."""
+        return layout_rules.padded_vocabulary(lambda name: getattr(self, name), self.tensor_model_parallel_size)
 
     @property
     def split(self) -> list[list[int]]:
