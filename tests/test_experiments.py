@@ -20,7 +20,7 @@ FOLDER = ROOT / "conf" / "experiment"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
 SAID = re.compile(r"Expected memory: ([\d.]+) GiB on each of (\d+) GPU")
 ON_GPUS = [name for name in NAMES if SAID.search((FOLDER / f"{name}.yaml").read_text())]
-TINY = "recipe.steps=2 recipe.seq_length=64 conversion.logits_tokens=8 logger=local platform=cpu"
+TINY = "recipe.steps=2 recipe.seq_length=64 callbacks.import_parity.logits_tokens=8 callbacks.hf_export.logits_tokens=8 logger=local platform=cpu"
 ON_CPU = {
     "smollm2_sft_export": f"model=tiny_llama {TINY}",
     "smollm2_lora": f"model=tiny_llama {TINY}",

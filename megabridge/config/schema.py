@@ -106,8 +106,6 @@ class ConversionConfig:
     """Largest safetensors file of an export, such as 5GB. Null: the source's files where tensors have its dtypes, else 5GB."""
     writer: str = choice("shared", "gather")
     """Who writes an export's files: every rank its own part, on a file system that all share; or rank 0, sent everything."""
-    logits_tokens: int = 64
-    """Tokens of the fixed batch on which logits are compared with transformers. 0: not compared."""
 
 
 @dataclass
@@ -150,8 +148,6 @@ class RecipeConfig:
     """Whether validation also runs before the first step."""
     log_every: int = 1
     """Steps between log lines."""
-    answer_prompt: str | None = None
-    """A question that the source and the exported model answer at the end, both through transformers. Null: none."""
     single_process: bool = False
     """Whether one process without process groups runs it, whatever `parallel` says: it plans, or starts ranks by itself."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -109,6 +109,19 @@ def test_defaults_are_the_main_job() -> None:
     assert schema.topology(run.parallel).world_size == 1
 
 
+def test_the_question_is_the_recipes_choice_of_callbacks() -> None:
+    def asked(*overrides: str) -> str | None:
+        prompt: str | None = typed(*overrides).callbacks["answer"]["prompt"]
+        return prompt
+
+    assert asked() == asked("experiment=smollm2_sft_export") == "Explain the Python topic 'assert'."
+    assert asked("callbacks.answer.prompt=Why?") == "Why?"
+    assert {asked("recipe=pretrain"), asked("experiment=llama31_8b_sft", "data.path=x"), asked("callbacks=evaluate")} == {None}
+    assert typed("experiment=llama31_8b_lora", "data=random_tokens", "callbacks=none").callbacks == {}
+    with pytest.raises(ConfigError, match=r"callbacks\.hf_export\.logits_tokens=-1 must be at least 0"):
+        typed("callbacks.hf_export.logits_tokens=-1")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes(name: str) -> None:
     sizes = known_sizes(typed(f"model={name}").model)
