@@ -45,7 +45,7 @@ class ModelConfig:
     ignore_keys: list[str] = field(default_factory=list)
     """Keys of config.json that nothing reads and that would be refused, where the model computes the same without them."""
     tokenizer: str | None = None
-    """A local folder, a hub id, or `bytes` for the byte-level one of megabridge.hf.byte_tokenizer. Null: the one of `path`."""
+    """Of a model without `path`: a local folder, a hub id, or `bytes` for the byte-level one of megabridge.hf.byte_tokenizer."""
     provider: dict[str, Any] = field(default_factory=dict)
     """Overrides of the Megatron model: TransformerConfig's fields, e.g. +model.provider.recompute_granularity=full."""
 

@@ -99,15 +99,10 @@ def check_model(config: Config) -> None:
 
 
 def check_peft(config: Config) -> None:
-    """Raises ConfigError for settings of adapters that the run doesn't have."""
-    peft = config.peft
-    problems = []
-    if peft.name == "none" and (peft.path is not None or peft.merge):
-        problems.append("peft.path and peft.merge have no meaning with peft=none; choose peft=lora or peft=dora, or leave them out")
-    if peft.name != "none" and config.optimizer.freeze:
-        problems.append(f"optimizer.freeze has no meaning with peft={peft.name}, which trains its adapters alone; take it away")
-    if problems:
-        raise ConfigError(listed(problems))
+    """Raises ConfigError for parameters that are frozen beside adapters, which freeze all."""
+    if config.peft.name != "none" and config.optimizer.freeze:
+        rule = f"optimizer.freeze has no meaning with peft={config.peft.name}, which trains its adapters alone"
+        raise ConfigError(f"{rule}; take it away.")
 
 
 def check_named(config: Config) -> None:

@@ -143,7 +143,7 @@ def job(cfg: DictConfig) -> float | None:
 
 
 def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
-    values, run_config = resolve(cfg, run_dir)
+    values, run_config = resolve(cfg, run_dir, overrides)
     validation.check_layout(run_config, schema.topology(run_config.parallel), known_sizes(run_config.model))
     topology = schema.processes(run_config)
     platform = choose_platform(
@@ -165,7 +165,7 @@ def _become_rank(here: rank_environment.RankEnvironment) -> int:
     if arguments.multirun:
         raise ConfigError("-m starts several runs, but torchrun or srun started this one as rank; sweep without them.")
     cfg = _compose(arguments)
-    values, run_config = resolve(cfg)
+    values, run_config = resolve(cfg, overrides=arguments.overrides)
     started = schema.processes(run_config, here.world_size)
     layout = schema.topology(run_config.parallel) if run_config.recipe.single_process else started
     validation.check_layout(run_config, layout, known_sizes(run_config.model))

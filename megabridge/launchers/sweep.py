@@ -223,7 +223,7 @@ def _composed(context: Any, master: DictConfig, overrides: list[str], number: in
 
 def _check(job: SweepJob, runner: Runner) -> None:
     """Everything that can be known of a point before it runs; leaves its config.yaml. Raises ConfigError for what can't work."""
-    job.values, job.config = resolve(job.cfg, Path(job.point.run_dir))
+    job.values, job.config = resolve(job.cfg, Path(job.point.run_dir), job.point.overrides)
     validation.check_layout(job.config, schema.topology(job.config.parallel), known_sizes(job.config.model))
     job.topology = schema.processes(job.config)
     job.point.world_size = job.topology.world_size

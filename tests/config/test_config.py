@@ -263,7 +263,7 @@ def test_sizes_of_a_local_folder_are_read_by_its_family(tmp_path: Path) -> None:
         ("family=nowhere.at_all:FAMILY", r"family='nowhere\.at_all:FAMILY': there is no module"),
         ("recipe=check model.path=null", "has neither"),
         ("model=auto", "has neither model.path nor a shape"),
-        ("peft.path=somewhere", "no meaning with peft=none"),
+        ("peft.path=somewhere", r"peft\.path='somewhere' has no effect in this run: peft=lora or peft=dora would read it"),
         ("model.path=null", "load_weights=true needs model.path"),
     ],
 )
