@@ -20,6 +20,7 @@ from megabridge.hf import assets, byte_tokenizer, resolve
 from megabridge.loggers import Logger
 from megabridge.models.provider import ModelProvider
 from megabridge.parallel.collectives import on_rank_zero, raise_together
+from megabridge.parallel.topology import SETTINGS
 from megabridge.peft import LoRA
 from megabridge.training import freezing
 from megabridge.training.hooks import Callback
@@ -59,7 +60,7 @@ def provider(config: Config, bridge: AutoBridge, *, keeps_dtypes: bool = False) 
     """
     parallel = config.parallel
     made = bridge.to_megatron_provider(load_weights=False)
-    sessions.arrange(made, {name: getattr(parallel, name) for name in sessions.SIZES})
+    sessions.arrange(made, {name: getattr(parallel, name) for name in SETTINGS})
     made.sequence_parallel = parallel.sequence_parallel
     if parallel.layout is not None:
         made.pipeline_model_parallel_layout = parallel.layout
