@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from megabridge import families
-from megabridge.config import schema
+from megabridge.config import installed, schema
 from megabridge.config.schema import Config
 from megabridge.config.validation import nearest
 from megabridge.errors import ConfigError, MegabridgeError, said
@@ -183,6 +183,8 @@ def _fork(values: Mapping[str, Any], world_size: int) -> float | None:
         families.register_named(config.family)
     load_recipe(config.recipe.target)
     _import_targets(config)
+    if config.backend.name in installed.backends():
+        importlib.import_module(installed.backends()[config.backend.name].module)
     for module in _IMPORTED_LATE:
         importlib.import_module(module)
 

@@ -16,12 +16,12 @@ from megabridge.config.validation import divisors
 from megabridge.errors import ConfigError
 from megabridge.families.core.rope_types import rope_problems, width_problems
 from megabridge.models import layer_options
-from megabridge.models.layer_specs import BACKENDS
+from megabridge.models.backends import chosen
+from megabridge.models.backends.registry import problems as backend_problems
 from megabridge.models.layers.multi_latent_attention import rotary_scale
 from megabridge.models.pipeline_split import layout_of, split_layers
 
 from megatron.core.activations import squared_relu
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -40,17 +40,6 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float16": torch.float16,
 }
 NORMALIZATIONS: Final = ("RMSNorm", "LayerNorm")
-# torch backend: settings that its layers don't know, and the value that leaves them off
-_UNKNOWN_TO_TORCH: Final[Mapping[str, object]] = {
-    "apply_query_key_layer_scaling": False,
-    "qk_clip": False,
-    "log_max_attention_logit": False,
-    "fp8": None,
-    "fp4": None,
-    "cpu_offloading": False,
-    "tp_comm_overlap": False,
-    "apply_rope_fusion": False,
-}
 
 
 @functools.cache
@@ -72,6 +61,7 @@ OWN_FIELDS: Final[Mapping[str, object]] = {
     "rotary_percent": 1.0,
     "rope": None,
     "backend": "auto",
+    "adapted": False,  # whether adapters are added to the model, whose linears the backend's must be
     "make_vocab_size_divisible_by": 1,
     "transformer_layer_spec": None,
     "hf_mtp_layers": 0,  # of the Hugging Face model; mtp_num_layers says whether they are built
@@ -117,19 +107,6 @@ class UnknownSetting(ConfigError, AttributeError):
         near = difflib.get_close_matches(name, [*OWN_FIELDS, *config_fields()], n=1)
         remedy = f"did you mean {near[0]!r}?" if near else "see TransformerConfig of megatron-core for the names."
         super().__init__(f"a model provider has no setting {name!r}; {remedy}")
-
-
-def resolved_backend(get: Callable[[str], Any]) -> str:
-    """`auto` means Transformer Engine where it is installed, CUDA is used, and it has what the model needs; else ours."""
-    if get("backend") != "auto":
-        return str(get("backend"))
-    return "te" if HAVE_TE and not platform.is_cpu() and not _only_torch_has(get) else "torch"
-
-
-def _only_torch_has(get: Callable[[str], Any]) -> list[str]:
-    """The settings that only backend=torch has. Sinks: bf16 logits of gpt-oss are far off with Transformer Engine 2.20."""
-    sinks = ["softmax_type"] if get("softmax_type") == "learnable" else []
-    return [*layer_options.LayerOptions.of(get).special(), *sinks]
 
 
 def problems_of(get: Callable[[str], Any]) -> list[str]:
@@ -292,25 +269,10 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
         problems.append(f"rope's partial_rotary_factor={partial} must equal rotary_percent={get('rotary_percent')}; set it so.")
     if mtp not in (0, published):
         problems.append(f"mtp_num_layers={mtp} must be 0, or {published} as the model has.")
-    backend = resolved_backend(get)
-    if backend != "torch":
-        problems += [f"{name}={get(name)!r} needs backend=torch, not {backend}; set it so." for name in _only_torch_has(get)]
-    if backend == "te" and (platform.is_cpu() or not HAVE_TE):
-        where = "runs on CUDA only" if platform.is_cpu() else "needs Transformer Engine, which is not installed"
-        problems.append(f"backend=te {where}; use backend=torch.")
-    if backend == "torch":
-        problems += [
-            f"{name}={get(name)!r} is not supported by backend=torch; set it to {off!r}, or use backend=te."
-            for name, off in _UNKNOWN_TO_TORCH.items()
-            if get(name) != off
-        ]
-    if backend == "torch" and get("softmax_type") == "off-by-one":
-        problems.append("softmax_type='off-by-one' needs backend=te; use 'vanilla' or 'learnable' with backend=torch.")
-    if backend == "local" and get("sequence_parallel"):
-        problems.append("backend=local has no sequence parallelism (megatron-core's torch norms); use backend=torch.")
-    if backend != "te" and get("context_parallel_size") > 1:
-        problems.append(f"context_parallel_size={get('context_parallel_size')} needs backend=te, not {backend}; set it to 1.")
-    return problems
+    try:
+        return [*problems, *backend_problems(chosen(get), get)]
+    except ConfigError as error:
+        return [*problems, str(error)]
 
 
 def _rope_problems(get: Callable[[str], Any]) -> list[str]:
@@ -324,9 +286,8 @@ def _rope_problems(get: Callable[[str], Any]) -> list[str]:
 
 def _named_problems(get: Callable[[str], Any]) -> list[str]:
     problems = []
-    for name, allowed in (("backend", ("auto", *BACKENDS)), ("normalization", NORMALIZATIONS)):
-        if get(name) not in allowed:
-            problems.append(f"{name}={get(name)!r} must be one of {', '.join(allowed)}.")
+    if get("normalization") not in NORMALIZATIONS:
+        problems.append(f"normalization={get('normalization')!r} must be one of {', '.join(NORMALIZATIONS)}.")
     activation = get("activation_func")
     if isinstance(activation, str) and activation not in ACTIVATIONS:
         problems.append(f"activation_func={activation!r} must be one of {', '.join(ACTIVATIONS)}, or a function.")
@@ -371,11 +332,7 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
     vpp = get("virtual_pipeline_model_parallel_size") or 1
     pp = get("pipeline_model_parallel_size")
     settings["virtual_pipeline_model_parallel_size"] = vpp if vpp > 1 else None
-    if resolved_backend(get) == "te":
-        settings.setdefault("apply_rope_fusion", not get("multi_latent_attention"))
-        settings.setdefault("moe_grouped_gemm", get("num_moe_experts") is not None)
-        if get("num_moe_experts") is not None and get("add_mlp_bias"):
-            settings["bias_dropout_fusion"] = False  # TEGroupedMLP refuses it
+    settings = chosen(get).adjusted(settings, get)
     if get("multi_latent_attention"):  # its rotary embedding is replaced by ours (models/layers/multi_latent_attention.py)
         scaling, all_dim = rotary_scale(get("rope") or {})
         settings |= {"rope_type": "yarn", "rotary_scaling_factor": scaling, "mscale_all_dim": all_dim}
