@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+import megabridge.platform as platform
 from megabridge import families
 from megabridge.config import installed, schema
 from megabridge.config.schema import Config
@@ -72,6 +73,7 @@ _stores: Final[list[PrefixStore]] = []
 def main(arguments: list[str] | None = None) -> int:
     """The process's exit status: 0 where all that it stands for is done."""
     standard_streams.settle()
+    platform.prepare()
     parser = argparse.ArgumentParser(prog="python -m megabridge.worker")
     parser.add_argument("--config", type=int, required=True, help="descriptor of the resolved config, JSON")
     parser.add_argument("--outcome", type=int, required=True, help="descriptor of the file that takes the outcome")

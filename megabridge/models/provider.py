@@ -17,10 +17,11 @@ from megabridge.models import provider_settings as rules
 from megabridge.models.backends import Backend, chosen
 from megabridge.models.causal_lm import CausalLM
 from megabridge.models.layer_options import LayerOptions
-from megabridge.models.layers import wgrad_fusion
 from megabridge.models.pipeline_split import by_stage
 from megabridge.parallel import process_groups
 from megabridge.parallel.topology import Topology
+from megabridge.platform.patches import wgrad_products
+from megabridge.platform.patches.half_precision import in_half_precision
 
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -29,8 +30,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -285,7 +284,7 @@ class ModelProvider:
             chunks = _data_parallel(chunks, config, ddp_config or {})
             # What was asked for: the config has it off, for chunks without a buffer.
             if self._given.get("gradient_accumulation_fusion", rules.default("gradient_accumulation_fusion")):
-                wgrad_fusion.fuse_wgrad(chunks)
+                wgrad_products.fuse_wgrad(chunks)
         elif ddp_config:
             raise ConfigError("ddp_config has no meaning with wrap_with_ddp=False; leave it out.")
         for hook in self._post_wrap_hooks:
@@ -328,24 +327,6 @@ def _initialization(config: Any, *, enabled: bool) -> Iterator[None]:
         yield
     finally:
         config.perform_initialization = wanted
-
-
-def in_half_precision(config: Any, chunk: Chunk) -> Chunk:
-    """The chunk in Float16Module, but for its routers' buffers, which stay in fp32.
-
-    Correction biases differ by less than bf16 tells apart (DeepSeek-R1's are all near 8), and token counts stop to grow at a few
-    hundred in it. megatron-core makes fp32 of a bias again at its first use, of what is left of it.
-    """
-    kept = [
-        (module, name, buffer)
-        for module in chunk.modules()
-        if isinstance(module, TopKRouter)
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    wrapped: Chunk = Float16Module(config, chunk)
-    for module, name, buffer in kept:
-        setattr(module, name, buffer)
-    return wrapped
 
 
 def _data_parallel(chunks: list[Chunk], config: Any, overrides: Mapping[str, object]) -> list[Chunk]:

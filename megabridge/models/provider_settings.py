@@ -76,7 +76,7 @@ def our_defaults() -> dict[str, object]:
         "hidden_dropout": 0.0,  # Hugging Face's causal models have none
         "attention_dropout": 0.0,
         "add_bias_linear": None,  # follows from add_mlp_bias
-        "bias_dropout_fusion": on_cuda,  # fused by torch.compile, which a CPU run does without (platform/cpu.py)
+        "bias_dropout_fusion": on_cuda,  # fused by torch.compile, which a CPU run does without (platform/patches/no_compile.py)
         "deallocate_pipeline_outputs": True,
         "gradient_accumulation_fusion": on_cuda,
         "cuda_graph_modules": [],  # TransformerConfig's own default is deprecated, and warns
@@ -320,7 +320,7 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
         "activation_func": activation,
         "add_bias_linear": bool(get("add_mlp_bias")),
         "qk_layernorm": bool(get("qk_layernorm") or get("qk_norm")),
-        "gradient_accumulation_fusion": False,  # turned on where there is a buffer to add to (models/layers/wgrad_fusion.py)
+        "gradient_accumulation_fusion": False,  # turned on where there is a buffer to add to (platform/patches/wgrad_products.py)
     }
     settings.setdefault("pipeline_dtype", dtype)
     if settings["moe_token_dispatcher_type"] is None:
