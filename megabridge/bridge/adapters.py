@@ -68,7 +68,7 @@ def load(source: ModelSource, state: BridgeState, model: Model, path: str | Path
         modules = peft_folder.modules_of(infos)
         rules = AdapterMap(source.family, found)
         stacked = {name for name in modules if found.target_parameters and rules.is_wrapper(name)}
-        peft_folder.check_rank(infos, found.r, stacked.__contains__)
+        peft_folder.check_rank(infos, found.r, is_stacked=bool(found.target_parameters))
         state.note_source(folder)
     if not any(collectives.all_gather(bool(collect_parameters(model, adapters=True)))):
         linears = tuple(name for name in modules if name not in stacked)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, override
 
 from megabridge import evaluation
 from megabridge.conversion.parity import is_readable
-from megabridge.errors import CheckpointError
+from megabridge.errors import CheckpointError, ConfigError
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.parallel import collectives
 from megabridge.training.hooks import Callback
@@ -56,5 +56,8 @@ def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> str:
     """The greedy answer of the model in `folder` to `prompt`, asked through its chat template where it has one."""
     if not is_readable(folder):
         return "(not asked: for quantised weights transformers needs the package accelerate; pip install accelerate)"
-    (text,) = evaluation.generate(*evaluation.load(folder, "cpu"), [prompt], max_new_tokens=max_new_tokens)
+    try:
+        (text,) = evaluation.generate(*evaluation.load(folder, "cpu"), [prompt], max_new_tokens=max_new_tokens)
+    except ConfigError as error:  # of its chat template or vocabulary; the run is at its end, and everything is saved
+        return f"(not asked: {error})"
     return " ".join(text.split())

@@ -36,7 +36,7 @@ class Evaluate(Callback):
 
     def __init__(
         self,
-        tasks: Mapping[str, Any],
+        tasks: Mapping[str, Any] | None,
         every: int | None = 1,
         at_end: bool = True,
         batch_size: int = 4,

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from megabridge.config.validation import nearest
-from megabridge.errors import ConfigError
+from megabridge.config.value_types import shown
+from megabridge.errors import ConfigError, listed
 
 
 def build[T](node: Mapping[str, Any], base: type[T], *, where: str) -> T:
     """An instance of the class that `node["_target_"]` names, with the other keys as its arguments.
 
     `where` is the node's path in the config, for messages. Raises ConfigError when the target can't be found, is not a
-    subclass of `base`, or takes no argument of a given name.
+    subclass of `base`, takes no argument of a given name, or says of one that it is of another type.
     """
     arguments = {str(key): value for key, value in node.items() if key != "_target_"}
     chosen = find(node.get("_target_"), base, where=where)
@@ -34,7 +36,38 @@ def build[T](node: Mapping[str, Any], base: type[T], *, where: str) -> T:
         signature.bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"{where}: {chosen.__name__} can't be called so: {error}.") from error
+    if problems := _of_other_types(chosen, arguments, where):
+        raise ConfigError(listed(problems))
     return chosen(**arguments)
+
+
+def _of_other_types(chosen: type, arguments: Mapping[str, Any], where: str) -> list[str]:
+    """A line for each argument that isn't of its annotated type, where that is made of JSON's."""
+    try:
+        hints = get_type_hints(chosen.__init__)  # type: ignore[misc]  # this class's own
+    except NameError:  # names that only a type checker imports
+        return []
+    written = inspect.signature(chosen).parameters
+    return [
+        f"{where}.{name}={shown(value)} must be {written[name].annotation}, and is {type(value).__name__}; set it so."
+        for name, value in arguments.items()
+        if name in hints and name in written and not _fits(value, hints[name])
+    ]
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is float:
+        return type(value) in (int, float)
+    if origin in (int, bool, str, NoneType):
+        return type(value) is origin
+    if origin in (Sequence, list):
+        return isinstance(value, list | tuple) and all(_fits(each, inner[0]) for each in value if inner)
+    if origin in (Mapping, dict):
+        return isinstance(value, Mapping)
+    return True
 
 
 def named(target: str, *, where: str) -> Any:

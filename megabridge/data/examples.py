@@ -56,6 +56,8 @@ class Examples:
         for field in columns:
             if field not in known:
                 raise ConfigError(f"data.columns.{field} must be one of {', '.join(known)}{nearest(field, known)}")
+            if not isinstance(columns[field], str):
+                raise ConfigError(f"data.columns.{field}={columns[field]!r} must be the name of a column, as text.")
         if schema not in SCHEMAS:
             raise ConfigError(f"data.schema={schema!r} must be one of {', '.join(SCHEMAS)}{nearest(schema, list(SCHEMAS))}")
         self.schema = schema

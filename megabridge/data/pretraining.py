@@ -8,6 +8,7 @@ run's length, too.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, override
@@ -135,9 +136,9 @@ class IndexedTokens(DataModule):
         problems = []
         if not paths:
             problems.append("data.paths must name at least one prefix of .bin and .idx; set it.")
-        if weights is not None and (len(weights) != len(paths) or min(weights) <= 0):
+        if weights is not None and not (len(weights) == len(paths) and min(weights, default=0) > 0 and math.isfinite(sum(weights))):
             problems.append(f"data.weights={list(weights)} must be {len(paths)} positive numbers, one for each of data.paths.")
-        if not 1 <= len(split) <= 3 or min(split) < 0 or split[0] <= 0:
+        if not (1 <= len(split) <= 3 and min(split) >= 0 and split[0] > 0 and math.isfinite(sum(split))):
             problems.append(f"data.split={list(split)} must be 1 to 3 shares for train, validation, test, the first above 0.")
         if validation_samples < 0:
             problems.append(f"data.validation_samples={validation_samples} must be at least 0.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import override
+from typing import Final, override
 
 import torch
 
@@ -12,6 +12,9 @@ from megabridge.data.batches import Batching, Sample
 from megabridge.data.module import Batch, DataModule
 from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError
+
+MOST: Final = 1 << 28
+"""Tokens that are made."""
 
 
 class RandomTokens(DataModule):
@@ -31,6 +34,11 @@ class RandomTokens(DataModule):
         self._seed = seed
         self._batching = Batching(seq_length, micro_batch_size, global_batch_size, pad_token=0)
         count, held_out = self._counts
+        if (tokens := (count + held_out) * (seq_length + 1)) > MOST:
+            raise ConfigError(
+                f"data.samples={count} and data.validation_samples={held_out} of {seq_length + 1} tokens are {tokens}, and "
+                f"{MOST} may be held in memory; use fewer."
+            )
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randint(self._vocab_size, (count + held_out, seq_length + 1), generator=generator).tolist()
         samples = [Sample(row, [True] * len(row)) for row in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -115,10 +115,10 @@ def modules_of(names: Collection[str]) -> list[str]:
     return list(found)
 
 
-def check_rank(infos: Mapping[str, TensorInfo], r: int, is_stacked: Callable[[str], bool]) -> None:
+def check_rank(infos: Mapping[str, TensorInfo], r: int, *, is_stacked: bool) -> None:
     """Raises CheckpointError for tensors whose shapes are not those of adapters of rank `r`.
 
-    `is_stacked` says of a module whether its adapter is of all experts, which have `r` rows and columns each.
+    With `is_stacked` some are of all experts of a layer, which have `r` rows and columns each.
     """
     wrong = []
     for name, info in infos.items():
@@ -127,9 +127,8 @@ def check_rank(infos: Mapping[str, TensorInfo], r: int, is_stacked: Callable[[st
         if dim is None:
             is_right, rule = len(info.shape) == 1, "one dimension"
         else:
-            module = name.removeprefix(PREFIX).removesuffix(ENDINGS[kind])
             size = info.shape[dim] if len(info.shape) == 2 else 0
-            is_right = size == r or (is_stacked(module) and size > 0 and size % r == 0)
+            is_right = size == r or (is_stacked and size > 0 and size % r == 0)
             rule = f"two dimensions, number {dim} of size r={r}"
         if not is_right:
             wrong.append(f"{name} {list(info.shape)} must have {rule}")

@@ -39,8 +39,8 @@ class LoRA:
 
     def __post_init__(self) -> None:
         problems = []
-        if not 1 <= self.r <= HIGHEST:
-            problems.append(f"r={self.r} must be at least 1 and at most {HIGHEST}")
+        if type(self.r) is not int or not 1 <= self.r <= HIGHEST:
+            problems.append(f"r={self.r} must be at least 1 and at most {HIGHEST}, a whole number")
         if not abs(self.lora_alpha) <= LARGEST_ALPHA:
             problems.append(f"lora_alpha={self.lora_alpha} must be a number from {-LARGEST_ALPHA:g} to {LARGEST_ALPHA:g}")
         if not 0.0 <= self.lora_dropout < 1.0:

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from megabridge.config import instantiate
+from megabridge.data import DataModule
 from megabridge.errors import ConfigError
 from megabridge.families import register_named
 
@@ -69,3 +71,43 @@ def test_named() -> None:
         instantiate.named("nowhere:x", where="x")
     with pytest.raises(ConfigError, match=r"must name a megabridge\.families\.Family, not type"):
         register_named("pathlib:Path")
+
+
+def test_arguments_of_other_types_are_all_named() -> None:
+    node = {
+        "_target_": "megabridge.data.streaming.StreamedText", "path": 7, "shuffle_buffer": "many", "separate_documents": 1,
+        "validation_documents": True, "max_bad_share": 0, "name": None,
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as raised:
+        instantiate.build(node, DataModule, where="data")
+    said = str(raised.value)
+    assert len(said.splitlines()) == 4 and "data.shuffle_buffer='many' must be int, and is str" in said
+    assert all(name in said for name in ("data.path=7", "data.separate_documents=1", "data.validation_documents=True"))
+    for changes, message in (
+        ({"weights": [1, "2"]}, r"data.weights=\[1, '2'\] must be Sequence\[float\] \| None"),
+        ({"weights": [float("nan"), 1.0]}, r"data.weights=\[nan, 1.0\] must be 2 positive"),
+        ({"weights": [1e308, 1e308]}, "data.weights"),
+        ({"weights": []}, "data.weights"),
+        ({"split": [1e308, 1e308]}, "data.split"),
+        ({"split": [float("nan")]}, "data.split"),
+        ({"split": 1}, "data.split=1 must be Sequence"),
+        ({"paths": "corpus"}, "data.paths='corpus' must be Sequence"),
+    ):
+        node = {"_target_": "megabridge.data.pretraining.IndexedTokens", "paths": ["a", "b"], **changes}
+        with pytest.raises(ConfigError, match=message):
+            instantiate.build(node, DataModule, where="data")
+
+
+def test_what_the_configs_say_is_of_the_types_that_they_are_for() -> None:
+    for group in ("data", "callbacks", "logger"):
+        for file in sorted(Path("conf", group).glob("*.yaml")):
+            content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            assert isinstance(content, dict)
+            nodes = [content] if "_target_" in content else [node for node in content.values() if isinstance(node, dict)]
+            for node in nodes:
+                if "_target_" in node:
+                    given = {
+                        str(key): value for key, value in node.items() if not (isinstance(value, str) and value[:2] in ("${", "??"))
+                    }
+                    chosen = instantiate.find(given.pop("_target_"), object, where="x")
+                    assert instantiate._of_other_types(chosen, given, "x") == [], file

@@ -317,6 +317,7 @@ def test_validation_of_its_own(tmp_path: Path, tokenizer: Path) -> None:
     [
         ({"schema": "mesages"}, r"data\.schema='mesages' must be one of .*; did you mean 'messages'"),
         ({"columns": {"promt": "q"}}, r"data\.columns\.promt must be one of .*; did you mean 'prompt'"),
+        ({"columns": {"prompt": 1}}, r"data\.columns\.prompt=1 must be the name of a column"),
         ({"overlong": "cut"}, r"data\.overlong='cut'"),
         ({"max_bad_share": 2}, r"data\.max_bad_share=2 must be from 0 to 1"),
         ({"validation_share": 1}, r"data\.validation_share=1 must be"),

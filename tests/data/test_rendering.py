@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from megabridge.callbacks.answer import answer
 from megabridge.data import rendering
 from megabridge.data.chat import ChatEncoder
 from megabridge.data.text import load_tokenizer
 from megabridge.errors import CheckpointError, ConfigError, MegabridgeError
 from megabridge.evaluation.measures import generate
 from megabridge.hf import byte_tokenizer
+from megabridge.hf.random_models import write_random_model
 from tests.data.test_chat import CHATML, TURNS, byte_folder
 from tests.data.test_finetuning import chat, jsonl, made
+from tests.support.models import TINY
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 BOMBS = {
@@ -93,6 +96,14 @@ def test_generation_has_the_same_bounds(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(byte_folder(tmp_path, ENDLESS))
     with pytest.raises(ConfigError, match="it loops"):
         generate(None, tokenizer, ["x"], max_new_tokens=1)
+
+
+def test_an_answer_that_a_template_refuses_ends_no_run(tmp_path: Path) -> None:
+    folder = write_random_model(tmp_path / "model", {**TINY, "vocab_size": 260})
+    template = "{{ raise_exception('only after a system message') }}"
+    (folder / "chat_template.jinja").write_text(template)
+    said = answer(folder, "What?", max_new_tokens=1)
+    assert said.startswith("(not asked: the chat template of ") and "only after a system message" in said
 
 
 @pytest.mark.parametrize(

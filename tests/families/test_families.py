@@ -28,7 +28,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def sources(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("families")
-    ranks.run("tests.support.families:make", kwargs={"root": str(root), "architectures": ARCHITECTURES}, timeout=300)
+    ranks.run("tests.support.families:make", kwargs={"root": str(root), "architectures": ARCHITECTURES}, timeout=900)
     return root
 
 

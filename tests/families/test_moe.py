@@ -30,7 +30,7 @@ VARIED = ("single", "tp2ep2", "pp2")  # variants are cut as their families are: 
 @pytest.fixture(scope="module")
 def sources(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("mixtures")
-    ranks.run("tests.support.families:make", kwargs={"root": str(root), "architectures": MIXTURES}, timeout=300)
+    ranks.run("tests.support.families:make", kwargs={"root": str(root), "architectures": MIXTURES}, timeout=900)
     return root
 
 

@@ -109,8 +109,8 @@ def test_tensors_of_another_rank(tmp_path: Path) -> None:
 
     good = dict([info("q", "lora_A.weight", 4, 9), info("q", "lora_B.weight", 7, 4), info("q", "lora_magnitude_vector", 7)])
     stacked = dict([info("experts", "lora_A.weight", 12, 9), info("experts", "lora_B.weight", 7, 12)])
-    check_rank(good | stacked, 4, lambda module: module == "experts")
+    check_rank(good | stacked, 4, is_stacked=True)
     wrong = [info("q", "lora_A.weight", 9, 4), info("q", "lora_B.weight", 4), info("q", "lora_magnitude_vector", 7, 1)]
     with pytest.raises(CheckpointError) as raised:
-        check_rank(dict([*wrong, *stacked.items()]), 4, lambda module: False)
+        check_rank(dict([*wrong, *stacked.items()]), 4, is_stacked=False)
     assert len(str(raised.value).splitlines()) == 6

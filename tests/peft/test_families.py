@@ -68,6 +68,7 @@ def seen(ranks: RankServer, sources: Path, topology: Topology, names: list[str],
     wrong = [f"{name}: read again {each['again']}" for name, each in found.items() if each["again"] > 1e-4 * each["scale"]]
     wrong += [f"{name}: merged {each['merged']}" for name, each in found.items() if each["merged"] > 1e-4 * each["scale"]]
     wrong += [f"{name}: {each['losses']}" for name, each in found.items() if each["losses"][-1] > each["losses"][0] - 0.1]
+    wrong += [f"{name}: a router is near a tie" for name, each in found.items() if not each["steady"]]
     assert not wrong, "\n".join(wrong)
     return found
 

@@ -23,7 +23,7 @@ from megabridge.storage import folders
 from megabridge.training import build_optimizer
 from megabridge.training.moe_metrics import MoEMetrics
 from megabridge.training.step import forward_backward, prepare
-from tests.support import families, tiny
+from tests.support import families, steady, tiny
 from tests.support.convert import provide
 from tests.support.imports import bytes_read
 from tests.support.memory import anonymous, watched
@@ -44,10 +44,15 @@ def loaded(folder: str, options: dict[str, Any] | None = None) -> dict[str, Any]
 
 
 def make(root: str, configs: dict[str, dict[str, Any]], names: list[str]) -> None:
-    """Random models of `configs`, and trials of the families `names`."""
-    for seed, (name, config) in enumerate(configs.items()):
-        folder = write_model(Path(root) / name, config, seed)
-        torch.save(reference_logits(folder, prompt(config["vocab_size"])), Path(root) / f"{name}.logits")
+    """Random models of `configs` whose routing is steady, and trials of the families `names`."""
+    for number, (name, config) in enumerate(configs.items()):
+        tokens, folder = prompt(config["vocab_size"]), Path(root) / name
+        for seed in range(number, number + 100 * 20, 100):
+            if steady.is_model_steady(write_model(folder, config, seed), tokens):
+                break
+        else:
+            raise AssertionError(f"{name}: every model's routing is near a tie")
+        torch.save(reference_logits(folder, tokens), Path(root) / f"{name}.logits")
     if names:
         families.make(root, names)
 
@@ -80,7 +85,9 @@ def round_trips(root: str, out: str, names: list[str]) -> list[dict[str, Any]]:
     for number, name in enumerate(names):
         bridge = AutoBridge.from_hf_pretrained(Path(root) / name)
         model = provide(bridge, backend="local" if number % 2 and topology.tp == 1 else "torch")
-        logits = gather_logits(model, prompt(bridge.source.config["vocab_size"]))
+        with steady.watched() as routed:
+            logits = gather_logits(model, prompt(bridge.source.config["vocab_size"]))
+        assert all(routed), f"{name}: a router is near a tie"
         expected = torch.load(Path(root) / f"{name}.logits")
         report = bridge.save_hf_pretrained(model, Path(out) / name, show_progress=False)
         difference, scale = (logits - expected).abs().max().item(), expected.abs().max().item()
@@ -134,7 +141,8 @@ def auxiliary_losses() -> dict[str, Any]:
     watched_routers = MoEMetrics(trainer.chunks)
     chunk.zero_grad_buffer()
     watched_routers.begin(is_logged=True)
-    total, count = forward_backward(trainer.chunks, batches, forward_only=False).tolist()
+    with steady.watched() as routed:
+        total, count = forward_backward(trainer.chunks, batches, forward_only=False).tolist()
     metrics = watched_routers.metrics(len(batches))
 
     plain = tiny.model(**{**tiny.EXPERTS, "moe_router_load_balancing_type": "none", "moe_z_loss_coeff": None})[0]
@@ -165,6 +173,7 @@ def auxiliary_losses() -> dict[str, Any]:
         **{f"router/layer_{number + 1}/imbalance": value for number, value in enumerate(imbalance)},
     }
     return {
+        "steady": all(routed),
         "loss": total / count,
         "expected loss": float(loss),
         "metrics": metrics,

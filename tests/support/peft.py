@@ -21,7 +21,7 @@ from megabridge.storage import folders
 from megabridge.training import Trainer, build, build_optimizer
 from megabridge.training.stopping import Stopped
 from recipes import convert as convert_recipe
-from tests.support import tiny
+from tests.support import steady, tiny
 from tests.support.convert import provide
 from tests.support.models import llama_config, prompt, reference_logits, write_model
 from tests.support.train import _forward_backward, batches
@@ -37,6 +37,10 @@ SHAPE = {
 }  # fmt: skip
 
 
+BATCHES: dict[str, int] = {"MixtralForCausalLM": 1, "GptOssForCausalLM": 2, "GraniteMoeForCausalLM": 2}
+"""By family, the first of the batches with which its routing is steady through all steps; else batch 0."""
+
+
 def config(
     run_dir: str, source: str, *, steps: int, peft: dict[str, Any], provider: dict[str, Any] | None = None, **checkpoint: Any
 ) -> schema.Config:
@@ -49,7 +53,7 @@ def config(
             "parallel": {**sizes, "sequence_parallel": topology.tp > 1 and (topology.pp > 1 or topology.ep > 1)},
             "recipe": {"steps": steps, "global_batch_size": 8, "micro_batch_size": 2, "seq_length": SEQUENCE},
             "checkpoint": {"save_at_end": False, "hf": True, **checkpoint},
-            "optimizer": {"lr": 5e-3, "clip_grad": 1.0, "weight_decay": 0.01},
+            "optimizer": {"lr": 5e-3, "clip_grad": 1.0, "weight_decay": 0.01, "eps": steady.EPSILON},
             "scheduler": {"name": "constant"},
             "peft": {"r": 4, "lora_alpha": 8, **peft},
             "run_dir": run_dir,
@@ -74,13 +78,14 @@ def train(
     callbacks: list[Any] = [recorder, HFExport(), *([] if stop_after is None else [Interrupt(stop_after)])]
     made = trainer(config(run_dir, source, steps=steps, peft=peft, **checkpoint), callbacks)
     assert made.bridge is not None
-    with contextlib.suppress(Stopped):
+    with contextlib.suppress(Stopped), steady.watched() as routed:
         made.fit()
     logits = gather_logits(made.chunks, prompt(tiny.VOCABULARY, length=SEQUENCE))
     made.bridge.save_hf_adapter(made.chunks, Path(run_dir) / "adapter", show_progress=False)
     made.bridge.save_hf_pretrained(made.chunks, Path(run_dir) / "merged", show_progress=False)
     made.bridge.save_hf_pretrained(made.chunks, Path(run_dir) / "base", show_progress=False, merge_adapter_weights=False)
     return {
+        "steady": all(routed),
         "losses": [step["train/loss"] for step in recorder.steps],
         "norms": [step["train/grad_norm"] for step in recorder.steps],
         "adapters": dict(made.bridge.export_adapter_weights(made.chunks, show_progress=False)),
@@ -158,19 +163,23 @@ def _family(source: Path, out: Path, sequence_parallel: bool, use_dora: bool) ->
     lora = LoRA(r=3, lora_alpha=6, use_dora=use_dora, target_parameters=parameters)
     settings: dict[str, Any] = {"sequence_parallel": sequence_parallel}
     model = provide(bridge, wrap_with_ddp=True, peft=lora, **settings)
-    optimizer = get_megatron_optimizer(MegatronOptimizer(optimizer="adam", lr=2e-2, use_distributed_optimizer=True), model)
+    adam = MegatronOptimizer(optimizer="adam", lr=3e-2, adam_eps=steady.EPSILON, use_distributed_optimizer=True)
+    optimizer = get_megatron_optimizer(adam, model)
     losses, norms = [], []
-    for _ in range(3):
-        for chunk in model:
-            chunk.zero_grad_buffer()
-        losses.append(_forward_backward(model, batches(0, bridge.source.config["vocab_size"])))
-        norms.append(float(optimizer.step()[1]))
+    batch = batches(BATCHES.get(source.name, 0), bridge.source.config["vocab_size"])
     tokens = tiny_model.read_reference(source).prompt
-    logits = gather_logits(model, tokens)
+    with steady.watched() as routed:
+        for _ in range(3):
+            for chunk in model:
+                chunk.zero_grad_buffer()
+            losses.append(_forward_backward(model, batch))
+            norms.append(float(optimizer.step()[1]))
+        logits = gather_logits(model, tokens)
     bridge.save_hf_adapter(model, out / "adapter", show_progress=False)
     bridge.save_hf_pretrained(model, out / "merged", show_progress=False)
     again = provide(AutoBridge.from_hf_pretrained(source), peft=out / "adapter", **settings)
     return {
+        "steady": all(routed),
         "losses": losses,
         "norms": norms,
         "again": float((gather_logits(again, tokens) - logits).abs().max()),

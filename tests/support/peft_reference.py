@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megabridge.conformance import tiny_model
-from tests.support import tiny
+from tests.support import steady, tiny
 
 PREFIX = "base_model.model."
 
@@ -79,7 +79,7 @@ def train(base: str, adapter: str, steps: int, *, with_peft: bool = False) -> li
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.01},
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=5e-3, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=5e-3, betas=(0.9, 0.95), eps=steady.EPSILON)
     losses = []
     for step in range(steps):
         batch = tiny.batch(range(8 * step, 8 * step + 8))

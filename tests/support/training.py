@@ -26,7 +26,7 @@ from megabridge.storage.metrics_file import FILE_NAME
 from megabridge.training import Callback, Trainer, build, resume
 from megabridge.training.step import forward_backward, validate
 from megabridge.training.stopping import Stopped
-from tests.support import tiny
+from tests.support import steady, tiny
 from tests.support.limits import largest_file
 
 from megatron.core import dist_checkpointing
@@ -52,9 +52,10 @@ def run(
     callbacks = [recorder] if stop_after is None else [recorder, Interrupt(stop_after)]
     trainer = tiny.trainer(tiny.config(run_dir, steps=steps, **settings), callbacks=callbacks, **(options or {}))
     loss = None
-    with contextlib.suppress(Stopped):
+    with contextlib.suppress(Stopped), steady.watched() as routed:
         loss = trainer.fit()
     return {
+        "steady": all(routed),
         "validation_losses": trainer.validation_losses,
         "metrics": recorder.steps,
         "losses": [step["train/loss"] for step in recorder.steps],
@@ -373,7 +374,8 @@ def interrupted_twice(run_dir: str) -> None:
 
 
 class Beyond(tiny.Samples):
-    """The last data-parallel rank's second micro-batch for training, or its last one for validation, has a token of `number`."""
+    """The last data-parallel rank's second micro-batch for training, or its last one for validation, has a token of `number`; or
+    can't be read, where `part` is nothing."""
 
     def __init__(self, number: int, *, part: str, is_validation: bool) -> None:
         super().__init__(2)
@@ -388,6 +390,8 @@ class Beyond(tiny.Samples):
         return [*batches[:-1], self._spoilt(batches[-1])] if self.is_validation and dp_rank == dp_size - 1 else batches
 
     def _spoilt(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.part == "nothing":
+            raise ConfigError(f"file {self.number} can't be read.")
         batch[self.part][1, 0] = self.number
         batch["loss_mask"][1, 0] = float(self.part == "labels" and self.number != -100)
         return batch

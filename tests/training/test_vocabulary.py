@@ -20,6 +20,8 @@ CALLS: list[dict[str, Any]] = [
         (-100, "tokens", False),
         (10**9, "tokens", True),
         (VOCABULARY, "labels", True),
+        (1, "nothing", False),
+        (2, "nothing", True),
         (-100, "labels", False),  # has no loss
     )
 ]
@@ -32,9 +34,8 @@ def test_ids_beyond_the_vocabulary(ranks: RankServer, tmp_path: Path, topology: 
     last = len(said) - 1 if topology.dp > 1 else 0
     for number, call in enumerate(CALLS[:-1]):
         where = "micro-batch 0" if call["is_validation"] and topology.dp > 1 else f"micro-batch {2 if call['is_validation'] else 1}"
-        rule = (
-            f"{where} of this rank: {call['part']}[1, 0]: token id {call['number']} is none of the model's, which has vocab_size=61"
-        )
+        rule = f"{where} of this rank: {call['part']}[1, 0]: token id {call['number']} is none of the model's, which has"
+        rule = f"{rule} vocab_size=61" if call["part"] != "nothing" else f"file {call['number']} can't be read."
         for rank, texts in enumerate(said):
             assert texts[number].startswith("ConfigError: ") and rule in texts[number], (call, texts[number])
             if rank != last and topology.dp > 1:
