@@ -19,6 +19,7 @@ PUBLIC = {
         "megabridge.callbacks:Callback",
         "megabridge.loggers:Logger",
         "megabridge.families:Family",
+        "megabridge.models.backends:Backend",
     ],
     "Conversion as data": ["megabridge.conversion.tasks:ConversionTask", "megabridge.conversion.tasks:Box"],
     "Errors": [

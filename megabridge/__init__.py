@@ -1,6 +1,7 @@
 """megabridge: train Hugging Face models with Megatron-Core, configured by Hydra, bit-exact both ways.
 
-Importing this package imports neither torch nor megatron: `AutoBridge` is loaded when it is first used.
+Importing this package imports neither torch nor megatron: `AutoBridge` is loaded when it is first used. Then, and not before,
+`megabridge.platform.prepare` makes the changes to torch that megatron-core needs on a host without CUDA.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ __all__ = ["AutoBridge", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "AutoBridge":
+        from megabridge.platform import prepare
+
+        prepare()  # before megatron-core is imported
         from megabridge.bridge.auto_bridge import AutoBridge
 
         return AutoBridge

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+import megabridge.platform as platform
 from megabridge import families
-from megabridge.config import schema
+from megabridge.config import installed, schema
 from megabridge.config.schema import Config
 from megabridge.config.validation import nearest
 from megabridge.errors import ConfigError, MegabridgeError, said
@@ -72,6 +73,7 @@ _stores: Final[list[PrefixStore]] = []
 def main(arguments: list[str] | None = None) -> int:
     """The process's exit status: 0 where all that it stands for is done."""
     standard_streams.settle()
+    platform.prepare()
     parser = argparse.ArgumentParser(prog="python -m megabridge.worker")
     parser.add_argument("--config", type=int, required=True, help="descriptor of the resolved config, JSON")
     parser.add_argument("--outcome", type=int, required=True, help="descriptor of the file that takes the outcome")
@@ -183,6 +185,8 @@ def _fork(values: Mapping[str, Any], world_size: int) -> float | None:
         families.register_named(config.family)
     load_recipe(config.recipe.target)
     _import_targets(config)
+    if config.backend.name in installed.backends():
+        importlib.import_module(installed.backends()[config.backend.name].module)
     for module in _IMPORTED_LATE:
         importlib.import_module(module)
 

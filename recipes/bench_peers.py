@@ -8,10 +8,8 @@ all ranks, and rank 0 saves. They use our layouts, so that they move the same el
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,36 +29,6 @@ from megabridge.parallel.topology import Topology
 
 BLOCK: Final = 256 << 20  # bytes of the buffer that plain copies and writes take from: larger than any cache
 PIECE: Final = 8 << 20
-
-OBJECTS: Final = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
-TENSORS: Final = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "gather", "scatter", "reduce", "send", "recv",
-                  "isend", "irecv", "all_to_all", "all_to_all_single", "reduce_scatter_tensor", "barrier")  # fmt: skip
-
-
-@dataclass
-class Collectives:
-    """Calls of torch.distributed inside `counted`: those that carry Python objects, and those that carry tensors."""
-
-    objects: int = 0
-    tensors: int = 0
-
-    def _called(self, kind: str, original: Any, *arguments: Any, **options: Any) -> Any:
-        setattr(self, kind, getattr(self, kind) + 1)
-        return original(*arguments, **options)
-
-
-@contextmanager
-def counted() -> Iterator[Collectives]:
-    """Counts collectives that this rank calls inside. Each costs a function call more; don't time what is inside."""
-    found = Collectives()
-    originals = {name: getattr(dist, name) for name in (*OBJECTS, *TENSORS)}
-    try:
-        for name, original in originals.items():
-            setattr(dist, name, partial(found._called, "objects" if name in OBJECTS else "tensors", original))
-        yield found
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 def block(size: int, device: torch.device) -> torch.Tensor:

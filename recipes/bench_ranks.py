@@ -28,6 +28,7 @@ from megabridge.conversion.file_writer import plan_shards, write_index
 from megabridge.conversion.plan import Plan
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.parallel import collectives, process_groups
+from megabridge.platform.patches.counted_collectives import counted
 from megabridge.training import build
 from recipes import bench_peers as peers
 
@@ -232,7 +233,7 @@ def _watched(subject: Subject, model: Model, own: peers.Groups, out: Path) -> di
     }
     peaks, communication, read = {}, {}, {}
     for name, walk in walks.items():
-        with anonymous_peak() as peak, peers.counted() as calls:
+        with anonymous_peak() as peak, counted() as calls:
             result = walk()
         every = collectives.all_gather((peak(), calls.objects, calls.tensors))
         peaks[name] = max(entry[0] for entry in every)

@@ -132,10 +132,10 @@ LAYER_SPEC = """
     def spec(config):
         from dataclasses import replace
 
-        from megabridge.models.layer_specs import layer_spec
-        from megabridge.models.layer_options import Style
+        from megabridge.models.backends import backend
+        from megabridge.models.layer_options import LayerOptions
 
-        made = layer_spec("torch", config, Style(add_attn_proj_bias=True, add_mlp_bias=True))
+        made = backend("torch").layer(config, LayerOptions(add_attn_proj_bias=True, add_mlp_bias=True))
         attention = made.submodules.self_attention
         own = replace(attention, submodules=replace(attention.submodules, core_attention=ScaledAttention))
         return replace(made, submodules=replace(made.submodules, self_attention=own))

@@ -187,7 +187,7 @@ class AutoBridge:
             provider.perform_initialization = False  # every element is filled by the import
             provider.register_pre_wrap_hook(partial(weights.loaded, self.source, self.state, hf_path=hf_path, revision=revision))
         if peft is not None:
-            provider.backend = "torch"  # adapters know its linears, and not Transformer Engine's
+            provider.adapted = True
             provider.register_pre_wrap_hook(partial(adapters.adapt, self.source, self.state, peft=peft))
         return provider
 

@@ -109,7 +109,7 @@ def hook_adapters(source: ModelSource, state: BridgeState, provider: ModelProvid
         if keeps_dtypes:
             provider.register_pre_wrap_hook(partial(weights.keep_dtypes, source, state))
         provider.register_pre_wrap_hook(partial(weights.loaded, source, state))
-    provider.backend = "torch" if provider.backend == "auto" else provider.backend
+    provider.adapted = True
     provider.register_pre_wrap_hook(partial(adapters.adapt, source, state, peft=peft))
     return True
 

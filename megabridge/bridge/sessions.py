@@ -98,7 +98,6 @@ def provide_unfilled(provider: ModelProvider, folder: Path, device_map: str, *, 
         return provider.provide_distributed_model(wrap_with_ddp=False, init="empty", runs=runs)
     if not platform.is_cpu():
         provider.use_cpu_initialization = True
-        provider.backend = "torch" if provider.backend == "auto" else provider.backend  # Transformer Engine's layers are CUDA's
     with file_backed(folder):
         return provider.provide_distributed_model(wrap_with_ddp=False, init="empty", runs=runs)
 
@@ -126,7 +125,6 @@ def follow_device_map(provider: ModelProvider, device_map: str) -> None:
     """Makes `provider` build its parameters where a checked `device_map` says."""
     if device_map == "cpu" and not platform.is_cpu():
         provider.use_cpu_initialization = True
-        provider.backend = "torch"
     if ":" in device_map:
         device = torch.device(device_map)
         if process_groups.world_size() > 1 and device.index != torch.cuda.current_device():

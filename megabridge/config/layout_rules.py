@@ -158,7 +158,7 @@ def _backend_problems(get: Get, topology: Topology, backend: str | None) -> list
     problems = []
     if backend == "local" and get("sequence_parallel"):
         problems.append("backend=local has no sequence parallelism (megatron-core's torch norms); use backend=torch.")
-    if backend not in (None, "te") and topology.cp > 1:
+    if backend in ("torch", "local") and topology.cp > 1:
         problems.append(f"parallel.cp={topology.cp} needs backend=te, not {backend}; set it to 1.")
     return problems
 

@@ -2,9 +2,9 @@
 
 `register()` puts the schema under the name `schema` into Hydra's ConfigStore; `conf/config.yaml` lists it first, so
 that every YAML and override is checked against it while Hydra composes. The values in `conf/` win over the defaults
-here. A field's `choices` are checked after composition by `megabridge.config.validation`. Two kinds of node stay open: those whose
-keys belong to others (`model.hf`, `model.provider`, `recipe.options`), and those that hold a `_target_` (data,
-callbacks, logger).
+here. A field's `choices` (a tuple, or a function that returns it) are checked after composition by
+`megabridge.config.validation`. Two kinds of node stay open: those whose keys belong to others (`model.hf`, `model.provider`,
+`recipe.options`), and those that hold a `_target_` (data, callbacks, logger).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from megabridge.config import installed
 from megabridge.errors import ConfigError
 from megabridge.parallel.topology import SETTINGS, Topology
 
@@ -252,8 +253,9 @@ class PolicyConfig:
 
 @dataclass
 class BackendConfig:
-    name: str = choice("auto", "torch", "te", "local")
-    """Layers. auto: Transformer Engine where it is installed and there is CUDA, else torch; local: megatron-core's."""
+    name: str = field(default="auto", metadata={"choices": installed.backend_names})
+    """Layers. auto: Transformer Engine where it is installed, there is CUDA, and it has what the model needs, else torch; local:
+    megatron-core's; or the name of an installed package's (entry points `megabridge.backends`)."""
 
 
 @dataclass
@@ -342,7 +344,10 @@ def register() -> None:
     """Makes the schema known to Hydra, once per process."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=Config)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name in installed.backends():  # which have no file in conf/backend
+        store.store(group="backend", name=name, node={"name": name})
 
 
 def typed(values: Mapping[str, Any] | DictConfig) -> Config:

@@ -43,7 +43,8 @@ def _choices(node: Any, prefix: str) -> Iterator[tuple[str, Any, tuple[str, ...]
         if is_dataclass(value):
             yield from _choices(value, f"{prefix}{each.name}.")
         elif "choices" in each.metadata:
-            yield f"{prefix}{each.name}", value, each.metadata["choices"]
+            choices = each.metadata["choices"]
+            yield f"{prefix}{each.name}", value, choices() if callable(choices) else choices
 
 
 def check_targets(config: Config) -> None:

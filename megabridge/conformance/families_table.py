@@ -11,14 +11,15 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from omegaconf import OmegaConf
 
 import megabridge.families
 from megabridge.errors import ConfigError
 from megabridge.families.core.family import Family
-from megabridge.models.layer_options import DEFAULTS, LayerOptions
+from megabridge.models import provider_settings
+from megabridge.models.backends import OURS
 
 BEGIN: Final = "<!-- architectures: python -m megabridge.conformance.families_table README.md -->\n"
 END: Final = "<!-- /architectures -->\n"
@@ -73,8 +74,11 @@ def _families() -> Iterator[tuple[Family, str]]:
 def _backends(family: Family) -> tuple[str, ...]:
     """What can run the architecture whatever its config says; megatron-core's `local`, for comparison, can what `te` can."""
     native = family.native(family.tiny)
-    special = LayerOptions.of(lambda name: native.get(name, DEFAULTS[name])).special()
-    return ("torch",) if special else ("torch", "te")
+
+    def get(name: str) -> Any:
+        return native[name] if name in native else provider_settings.default(name)
+
+    return tuple(name for name, one in OURS.items() if name != "local" and not one.lacks(get))
 
 
 def main() -> None:

@@ -15,13 +15,15 @@ from typing import Final
 
 import torch
 
-import megabridge.platform  # noqa: F401  first: it lets megatron-core run where there is no CUDA
+import megabridge.platform as platform
 from megabridge.errors import MappingError
 from megabridge.mapping import Cut
 
-from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_layer import BaseMoELayer
-from megatron.core.transformer.transformer_layer import TransformerLayer
+platform.prepare()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer  # noqa: E402
+from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
 
 # What SequentialMLP and TEGroupedMLP call one expert's parameter, below `experts.`.
 _ONE_EXPERT: Final = (re.compile(r"local_experts\.(\d+)\.(.+)"), re.compile(r"(?=.*\.(?:weight|bias)(\d+)$)(.+?)\d+$"))

@@ -72,9 +72,9 @@ def main() -> int:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(_help())
         return 0
-    schema.register()
-    settings.register()
     try:
+        schema.register()
+        settings.register()
         here = rank_environment.find(os.environ)
         # Hydra then raises instead of printing and leaving.
         os.environ[FULL_ERROR] = "1"

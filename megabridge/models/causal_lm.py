@@ -15,6 +15,7 @@ from megabridge.models.layers.attention import TorchAttention
 from megabridge.models.layers.loss import cross_entropy
 from megabridge.models.layers.packed import Packed, for_attention
 from megabridge.models.layers.rotary import HFRotaryEmbedding, LocalAndGlobal
+from megabridge.platform.patches import rotary_factors
 
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
@@ -123,8 +124,7 @@ class CausalLM(GPTModel):  # type: ignore[misc]
         self.rotary_pos_emb = ropes[0] if len(ropes) == 1 else LocalAndGlobal(*ropes)
         for layer in self._layers():
             windowed = is_layer_window_attention(self.config.window_size, self.config.window_attn_skip_freq, layer.layer_number)
-            # Attention takes this factor from config.yarn_* attributes, which can't express every attention_factor.
-            layer.self_attention._yarn_concentration_factor = ropes[-1 if windowed else 0].attention_factor
+            rotary_factors.set_factor(layer.self_attention, ropes[-1 if windowed else 0].attention_factor)
 
     def _mark_sinks(self) -> None:
         """Says that sinks are cut over tp: what converts and what adds up gradient norms asks the parameter. No backend says it."""

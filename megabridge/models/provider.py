@@ -15,13 +15,14 @@ from megabridge.config import instantiate, layout_rules
 from megabridge.config.value_types import shown
 from megabridge.errors import ConfigError, listed
 from megabridge.models import provider_settings as rules
+from megabridge.models.backends import Backend, chosen
 from megabridge.models.causal_lm import CausalLM
 from megabridge.models.layer_options import LayerOptions
-from megabridge.models.layer_specs import final_norm, layer_spec, mtp_spec
-from megabridge.models.layers import wgrad_fusion
 from megabridge.models.pipeline_split import by_stage
 from megabridge.parallel import process_groups
 from megabridge.parallel.topology import SETTINGS, Topology
+from megabridge.platform.patches import wgrad_products
+from megabridge.platform.patches.half_precision import in_half_precision
 
 from megatron.core import parallel_state
 from megatron.core.distributed import (
@@ -30,8 +31,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -126,9 +125,9 @@ class ModelProvider:
         return self._config
 
     @property
-    def resolved_backend(self) -> str:
-        """torch, te or local: what `backend` means here."""
-        return rules.resolved_backend(lambda name: getattr(self, name))
+    def resolved_backend(self) -> Backend:
+        """What `backend` means here. Raises ConfigError for a name that no backend has."""
+        return chosen(lambda name: self._given[name] if name in self._given else rules.default(name))
 
     @property
     def style(self) -> LayerOptions:
@@ -166,7 +165,7 @@ class ModelProvider:
         padding = "" if self.padded_vocab_size == self.vocab_size else f" (padded to {self.padded_vocab_size})"
         unread = f"; nothing reads config.json's {', '.join(map(shown, self.unread))}" if self.unread else ""
         return (
-            f"{self.family_name}: {layout}, backend={self.resolved_backend}, {dtype}, vocabulary {self.vocab_size}"
+            f"{self.family_name}: {layout}, backend={self.resolved_backend.name}, {dtype}, vocabulary {self.vocab_size}"
             f"{padding}, layers per stage {stages}{unread}"
         )
 
@@ -206,14 +205,13 @@ class ModelProvider:
 
         Both follow from the rank's place in the pipeline when None. Needs finalize() and process groups. `init` is
         random (config.init_method), empty (uninitialised memory, for weights that are loaded next) or meta (no memory,
-        for plans; the layers of backend=torch in place of Transformer Engine's, which need a device).
+        for plans; with the layers that the backend has for this).
         """
         config, backend = self.config, self.resolved_backend
         if init == "meta":  # a config of its own: the other chunks share one, which a trainer sets functions on
             config = copy.copy(config)
             config.init_model_with_meta_device = config.use_cpu_initialization = True  # torch.device() decides
-            if backend == "te":
-                backend, config.fp8, config.fp4 = "torch", None, None
+            backend = backend.without_memory(config)
         if pre_process is None:
             pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         if post_process is None:
@@ -224,7 +222,7 @@ class ModelProvider:
         with device, _initialization(config, enabled=init == "random"):
             return CausalLM(
                 config,
-                TransformerBlockSubmodules(specs, final_norm(backend, config, self.style)),
+                TransformerBlockSubmodules(specs, backend.norm(config, self.style)),
                 mtp_block_spec=self._mtp_spec(config, backend, vp_stage),
                 vocab_size=self.vocab_size,
                 padded_vocab_size=self.padded_vocab_size,
@@ -267,21 +265,21 @@ class ModelProvider:
             chunks = _data_parallel(chunks, config, ddp_config or {})
             # What was asked for: the config has it off, for chunks without a buffer.
             if self._given.get("gradient_accumulation_fusion", rules.default("gradient_accumulation_fusion")):
-                wgrad_fusion.fuse_wgrad(chunks)
+                wgrad_products.fuse_wgrad(chunks)
         elif ddp_config:
             raise ConfigError("ddp_config has no meaning with wrap_with_ddp=False; leave it out.")
         for hook in self._post_wrap_hooks:
             chunks = _checked(hook(chunks), hook)
         return chunks
 
-    def _mtp_spec(self, config: Any, backend: str, vp_stage: int | None) -> Any:
+    def _mtp_spec(self, config: Any, backend: Backend, vp_stage: int | None) -> Any:
         """The spec of the multi-token-prediction layers of this chunk, which are like the last layer; None where it has none."""
         if not config.mtp_num_layers:
             return None
         last = self._layer_spec(config, backend, config.num_layers - 1)
-        return mtp_spec(backend, config, self.style, last, vp_stage)
+        return backend.mtp(config, self.style, last, vp_stage)
 
-    def _layer_specs(self, config: Any, backend: str, stage: int, chunk: int) -> list[Any]:
+    def _layer_specs(self, config: Any, backend: Backend, stage: int, chunk: int) -> list[Any]:
         """The specs of the layers of one chunk of a stage."""
         split = self.split
         first = sum(sum(stages[number] for stages in split) for number in range(chunk)) + sum(
@@ -292,10 +290,10 @@ class ModelProvider:
         specs = {mixed: self._layer_spec(config, backend, layer) for mixed, layer in kinds.items()}
         return [specs[rules.has_experts(config, layer)] for layer in layers]
 
-    def _layer_spec(self, config: Any, backend: str, layer: int) -> Any:
+    def _layer_spec(self, config: Any, backend: Backend, layer: int) -> Any:
         given = self.transformer_layer_spec
         if given is None:
-            return layer_spec(backend, config, self.style, has_experts=rules.has_experts(config, layer))
+            return backend.layer(config, self.style, has_experts=rules.has_experts(config, layer))
         if isinstance(given, str):
             given = instantiate.named(given, where="transformer_layer_spec")
         return given if isinstance(given, ModuleSpec) else given(config)
@@ -310,24 +308,6 @@ def _initialization(config: Any, *, enabled: bool) -> Iterator[None]:
         yield
     finally:
         config.perform_initialization = wanted
-
-
-def in_half_precision(config: Any, chunk: Chunk) -> Chunk:
-    """The chunk in Float16Module, but for its routers' buffers, which stay in fp32.
-
-    Correction biases differ by less than bf16 tells apart (DeepSeek-R1's are all near 8), and token counts stop to grow at a few
-    hundred in it. megatron-core makes fp32 of a bias again at its first use, of what is left of it.
-    """
-    kept = [
-        (module, name, buffer)
-        for module in chunk.modules()
-        if isinstance(module, TopKRouter)
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    wrapped: Chunk = Float16Module(config, chunk)
-    for module, name, buffer in kept:
-        setattr(module, name, buffer)
-    return wrapped
 
 
 def _data_parallel(chunks: list[Chunk], config: Any, overrides: Mapping[str, object]) -> list[Chunk]:

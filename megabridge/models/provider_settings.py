@@ -16,13 +16,13 @@ from megabridge.config import layout_rules
 from megabridge.errors import ConfigError
 from megabridge.families.core.rope_types import rope_problems, width_problems
 from megabridge.models import layer_options
-from megabridge.models.layer_specs import BACKENDS
+from megabridge.models.backends import chosen
+from megabridge.models.backends.registry import problems as backend_problems
 from megabridge.models.layers.multi_latent_attention import rotary_scale
 from megabridge.models.pipeline_split import layout_of, split_layers
 from megabridge.parallel.topology import Topology
 
 from megatron.core.activations import squared_relu
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -41,17 +41,6 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float16": torch.float16,
 }
 NORMALIZATIONS: Final = ("RMSNorm", "LayerNorm")
-# torch backend: settings that its layers don't know, and the value that leaves them off
-_UNKNOWN_TO_TORCH: Final[Mapping[str, object]] = {
-    "apply_query_key_layer_scaling": False,
-    "qk_clip": False,
-    "log_max_attention_logit": False,
-    "fp8": None,
-    "fp4": None,
-    "cpu_offloading": False,
-    "tp_comm_overlap": False,
-    "apply_rope_fusion": False,
-}
 
 
 @functools.cache
@@ -73,6 +62,7 @@ OWN_FIELDS: Final[Mapping[str, object]] = {
     "rotary_percent": 1.0,
     "rope": None,
     "backend": "auto",
+    "adapted": False,  # whether adapters are added to the model, whose linears the backend's must be
     "make_vocab_size_divisible_by": 1,
     "transformer_layer_spec": None,
     "hf_mtp_layers": 0,  # of the Hugging Face model; mtp_num_layers says whether they are built
@@ -87,7 +77,7 @@ def our_defaults() -> dict[str, object]:
         "hidden_dropout": 0.0,  # Hugging Face's causal models have none
         "attention_dropout": 0.0,
         "add_bias_linear": None,  # follows from add_mlp_bias
-        "bias_dropout_fusion": on_cuda,  # fused by torch.compile, which a CPU run does without (platform/cpu.py)
+        "bias_dropout_fusion": on_cuda,  # fused by torch.compile, which a CPU run does without (platform/patches/no_compile.py)
         "deallocate_pipeline_outputs": True,
         "gradient_accumulation_fusion": on_cuda,
         "cuda_graph_modules": [],  # TransformerConfig's own default is deprecated, and warns
@@ -120,19 +110,6 @@ class UnknownSetting(ConfigError, AttributeError):
         super().__init__(f"a model provider has no setting {name!r}; {remedy}")
 
 
-def resolved_backend(get: Callable[[str], Any]) -> str:
-    """`auto` means Transformer Engine where it is installed, CUDA is used, and it has what the model needs; else ours."""
-    if get("backend") != "auto":
-        return str(get("backend"))
-    return "te" if HAVE_TE and not platform.is_cpu() and not _only_torch_has(get) else "torch"
-
-
-def _only_torch_has(get: Callable[[str], Any]) -> list[str]:
-    """The settings that only backend=torch has. Sinks: bf16 logits of gpt-oss are far off with Transformer Engine 2.20."""
-    sinks = ["softmax_type"] if get("softmax_type") == "learnable" else []
-    return [*layer_options.LayerOptions.of(get).special(), *sinks]
-
-
 def problems_of(get: Callable[[str], Any]) -> list[str]:
     """Every rule that the settings break, one sentence each: the rule, the value, the remedy. `get` reads a setting."""
     missing = [
@@ -151,8 +128,12 @@ def problems_of(get: Callable[[str], Any]) -> list[str]:
         return missing
     if problems := _size_problems(get):
         return problems
-    layout = layout_rules.model_problems(get, topology, backend=resolved_backend(get))
-    return [*layout, *_router_problems(get), *_layer_problems(get)]
+    try:
+        backend = chosen(get)
+    except ConfigError as error:
+        return [*_router_problems(get), *_layer_problems(get), str(error)]
+    layout = layout_rules.model_problems(get, topology, backend=backend.name)
+    return [*layout, *_router_problems(get), *_layer_problems(get), *backend_problems(backend, get)]
 
 
 def _size_problems(get: Callable[[str], Any]) -> list[str]:
@@ -207,20 +188,6 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
         problems.append(f"rope's partial_rotary_factor={partial} must equal rotary_percent={get('rotary_percent')}; set it so.")
     if mtp not in (0, published):
         problems.append(f"mtp_num_layers={mtp} must be 0, or {published} as the model has.")
-    backend = resolved_backend(get)
-    if backend != "torch":
-        problems += [f"{name}={get(name)!r} needs backend=torch, not {backend}; set it so." for name in _only_torch_has(get)]
-    if backend == "te" and (platform.is_cpu() or not HAVE_TE):
-        where = "runs on CUDA only" if platform.is_cpu() else "needs Transformer Engine, which is not installed"
-        problems.append(f"backend=te {where}; use backend=torch.")
-    if backend == "torch":
-        problems += [
-            f"{name}={get(name)!r} is not supported by backend=torch; set it to {off!r}, or use backend=te."
-            for name, off in _UNKNOWN_TO_TORCH.items()
-            if get(name) != off
-        ]
-    if backend == "torch" and get("softmax_type") == "off-by-one":
-        problems.append("softmax_type='off-by-one' needs backend=te; use 'vanilla' or 'learnable' with backend=torch.")
     return problems
 
 
@@ -235,9 +202,8 @@ def _rope_problems(get: Callable[[str], Any]) -> list[str]:
 
 def _named_problems(get: Callable[[str], Any]) -> list[str]:
     problems = []
-    for name, allowed in (("backend", ("auto", *BACKENDS)), ("normalization", NORMALIZATIONS)):
-        if get(name) not in allowed:
-            problems.append(f"{name}={get(name)!r} must be one of {', '.join(allowed)}.")
+    if get("normalization") not in NORMALIZATIONS:
+        problems.append(f"normalization={get('normalization')!r} must be one of {', '.join(NORMALIZATIONS)}.")
     activation = get("activation_func")
     if isinstance(activation, str) and activation not in ACTIVATIONS:
         problems.append(f"activation_func={activation!r} must be one of {', '.join(ACTIVATIONS)}, or a function.")
@@ -270,7 +236,7 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
         "activation_func": activation,
         "add_bias_linear": bool(get("add_mlp_bias")),
         "qk_layernorm": bool(get("qk_layernorm") or get("qk_norm")),
-        "gradient_accumulation_fusion": False,  # turned on where there is a buffer to add to (models/layers/wgrad_fusion.py)
+        "gradient_accumulation_fusion": False,  # turned on where there is a buffer to add to (platform/patches/wgrad_products.py)
     }
     settings.setdefault("pipeline_dtype", dtype)
     if settings["moe_token_dispatcher_type"] is None:
@@ -282,11 +248,7 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
     vpp = get("virtual_pipeline_model_parallel_size") or 1
     pp = get("pipeline_model_parallel_size")
     settings["virtual_pipeline_model_parallel_size"] = vpp if vpp > 1 else None
-    if resolved_backend(get) == "te":
-        settings.setdefault("apply_rope_fusion", not get("multi_latent_attention"))
-        settings.setdefault("moe_grouped_gemm", get("num_moe_experts") is not None)
-        if get("num_moe_experts") is not None and get("add_mlp_bias"):
-            settings["bias_dropout_fusion"] = False  # TEGroupedMLP refuses it
+    settings = chosen(get).adjusted(settings, get)
     if get("multi_latent_attention"):  # its rotary embedding is replaced by ours (models/layers/multi_latent_attention.py)
         scaling, all_dim = rotary_scale(get("rope") or {})
         settings |= {"rope_type": "yarn", "rotary_scaling_factor": scaling, "mscale_all_dim": all_dim}

@@ -11,8 +11,6 @@ from typing import Any, Final
 
 import torch
 
-import megabridge.platform  # noqa: F401  first: it lets megatron-core run where there is no CUDA
-
 from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.utils import get_model_config, unwrap_model
 

@@ -5,10 +5,9 @@ no step yet, (2) raises KeyError 'step' while it copies the loaded state, and (3
 tensor, which torch's AdamW then counts up once per parameter: a silently wrong second step. So the state is seeded before
 it is asked for (1), `step` is away while the rest is read (2), and every parameter gets a `step` of its own after (3).
 
-With or without them, (4) a `fully_reshardable` save takes the state out of a buffer without the padding between its buckets, but
-by offsets that count this padding. Where a bucket ends off a multiple of 128 x dp elements and is not the last (tied embeddings on
-the last pipeline stage have a bucket of their own), all that follows is shifted: wrong state, no error. So the offsets are counted
-anew while the state is taken.
+With or without them, (4) a `fully_reshardable` save takes the state out of a buffer by offsets that count padding which is not
+there (tied embeddings on the last pipeline stage have a bucket of their own): platform/patches/optimizer_offsets.py counts them
+anew.
 
 Where parameters are frozen, or only adapters are trained, (5) a rank may have none to train, and (1) asserts again; and (6) layers
 are rows of one tensor in a checkpoint, whose rows of frozen layers would have no state. So each layer's state is then a tensor of
@@ -27,6 +26,7 @@ import torch
 
 import megabridge.platform
 from megabridge.parallel.collectives import all_gather
+from megabridge.platform.patches import optimizer_offsets
 
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -73,7 +73,8 @@ def common(optimizer: Any) -> dict[str, Any]:
 def sharded(optimizer: Any, model_state: Mapping[str, Any], *, loading: bool) -> Any:
     """megatron-core's sharded state of the optimizer; every rank calls it (it gathers over dp when saving)."""
     seed(optimizer)
-    with _offsets_without_padding(optimizer), _steps_without_parameters(optimizer):
+    buffers = [buffer for part in parts(optimizer) if isinstance(part, DistributedOptimizer) for buffer in part.buffers]
+    with optimizer_offsets.installed(buffers), _steps_without_parameters(optimizer):
         state = optimizer.sharded_state_dict(dict(model_state), is_loading=loading, metadata=_SHARDING)
     if frozen := _frozen_keys(model_state):
         dict_list_map_inplace(lambda entry: _unstacked(entry, frozen), state)
@@ -128,24 +129,6 @@ def _steps_without_parameters(optimizer: Any) -> Iterator[None]:
     finally:
         for inner in empty:
             inner.state.pop("no parameter", None)
-
-
-@contextlib.contextmanager
-def _offsets_without_padding(optimizer: Any) -> Iterator[None]:
-    """While entered, the buffers' `param_index_map` says where a parameter lies once the padding after each bucket is gone."""
-    buffers = [buffer for part in parts(optimizer) if isinstance(part, DistributedOptimizer) for buffer in part.buffers]
-    before = [buffer.param_index_map for buffer in buffers]
-    try:
-        for buffer in buffers:
-            padding = [len(bucket.grad_data) - bucket.numel_unpadded for bucket in buffer.buckets]
-            buffer.param_index_map = {
-                parameter: (start - sum(padding[:bucket]), end - sum(padding[:bucket]), bucket)
-                for parameter, (start, end, bucket) in buffer.param_index_map.items()
-            }
-        yield
-    finally:
-        for buffer, offsets in zip(buffers, before, strict=True):
-            buffer.param_index_map = offsets
 
 
 def restore(optimizer: Any, loaded: Any, common_values: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, override
@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.futures import Future
 
-import megabridge.platform  # noqa: F401
 from megabridge.errors import CheckpointError, MegabridgeError, listed
 from megabridge.native import digests
 from megabridge.native.digests import Digests
 from megabridge.native.safe_unpickling import parse_metadata
+from megabridge.platform.patches import factory_merges
 from megabridge.storage import folders, regular_files
 
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
@@ -111,7 +111,7 @@ class NativeReader:
         torch_dist._restore_dict_types(loaded, entries)
         merge(result, loaded)
         wholes, _ = extract_matching_values(dict(state), lambda entry: isinstance(entry, ShardedTensorFactory), True)
-        _merge_in_place(factories, wholes)
+        factory_merges.merge_in_place(factories, wholes)
         merged: dict[str, Any] = apply_factory_merges(result, factories)
         return merged
 
@@ -129,29 +129,6 @@ class NativeReader:
                 f"{self.folder} must hold what was saved in it, but is damaged or has files of another checkpoint; use another "
                 f"step. These have other bytes than were saved:\n  {listed(reader.wrong)}"
             )
-
-
-def _merge_in_place(factories: Any, wholes: Any) -> None:
-    """Lets `factories` copy nothing where the parts are views of the whole tensor, in `wholes`: it is filled already then."""
-    for key, factory in factories.items():
-        if isinstance(factory, ShardedTensorFactory):
-            factories[key] = _merging_in_place(factory, wholes[key].data)
-        else:
-            _merge_in_place(factory, wholes[key])
-
-
-def _merging_in_place(factory: Any, whole: Any) -> Any:
-    def merged(parts: Any) -> Any:
-        pieces = list(nested_values(parts)) if isinstance(parts, dict | list) else [parts]
-        in_place = isinstance(whole, torch.Tensor) and all(_is_inside(piece, whole) for piece in pieces)
-        return whole if in_place and sum(piece.numel() for piece in pieces) == whole.numel() else factory.merge_fn(parts)
-
-    return replace(factory, merge_fn=merged)
-
-
-def _is_inside(piece: Any, whole: torch.Tensor) -> bool:
-    """Whether `piece` is a tensor over `whole`'s memory."""
-    return isinstance(piece, torch.Tensor) and piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 class _Reader(FileSystemReader):

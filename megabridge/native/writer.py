@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import pickle
-import queue
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import Any, override
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-import megabridge.platform  # noqa: F401
 from megabridge.errors import CheckpointError
 from megabridge.native import digests
 from megabridge.parallel.collectives import all_gather, all_gather_bytes, rank
-from megabridge.platform import quiet
+from megabridge.platform.patches import checkpoint_writer
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-# A synchronous save goes through the same function, so the advice to use another package for asynchronous ones comes up.
-quiet.drop("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated")
 
 
 def write(state: dict[str, Any], folder: Path) -> digests.Boxes:
@@ -36,62 +26,23 @@ def write(state: dict[str, Any], folder: Path) -> digests.Boxes:
 
     Every rank calls it. Raises the cause where any rank's file can't be written.
     """
-    if filesystem_async._results_queue is None:
-        # It would start a process that serves a queue between processes.
-        filesystem_async._results_queue = queue.Queue()
-    if not filesystem_async.HAVE_PSUTIL:
-        # It measures memory for a debug line, and raises where psutil is missing.
-        filesystem_async._process_memory = lambda: 0
-    causes = _Causes()
-    filesystem_async.logger.addFilter(causes)
+    own: dict[str, dict[int, str]] = {}
+    causes: list[str] = []
+
+    def note(file: str, offset: int, data: Any) -> None:
+        own.setdefault(file, {})[offset] = digests.of_box(data)  # of the memory that is written
+
     try:
-        with _digesting() as own:
+        with checkpoint_writer.installed(note, causes):
             dist_checkpointing.save(_without_views(state), str(folder))
     except CheckpointException as error:  # on every rank; it is no Exception, and names the cause's type only
-        messages = [message for found in all_gather(causes.found) for message in found]
+        messages = [message for found in all_gather(causes) for message in found]
         raise CheckpointError(messages[0] if messages else str(error)) from error
-    finally:
-        filesystem_async.logger.removeFilter(causes)
     boxes: dict[str, dict[int, str]] = {}
     for content in all_gather_bytes(bytearray(zlib.compress(pickle.dumps(own), 1))):
         if rank() == 0:
             boxes |= pickle.loads(zlib.decompress(content))  # each rank writes files of its own
     return boxes
-
-
-@contextmanager
-def _digesting() -> Iterator[dict[str, dict[int, str]]]:
-    """While entered, the digests of what megatron-core's writer writes, by file and offset; of the memory that it writes."""
-    write = filesystem_async._write_item
-    found: dict[str, dict[int, str]] = {}
-
-    @wraps(write)  # its signature is asked for
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        result = write(*args, **kwargs)
-        _, _, data, _, file = args
-        found.setdefault(file, {})[result.storage_data.offset] = digests.of_box(data)
-        return result
-
-    filesystem_async._write_item = noting
-    try:
-        yield found
-    finally:
-        filesystem_async._write_item = write
-
-
-class _Causes(logging.Filter):
-    """Keeps what the writer logs as an error instead of raising it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    @override
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.ERROR:
-            return True
-        self.found.append(record.getMessage().removeprefix("Local worker 0 encountered an error: "))
-        return False
 
 
 def _without_views(state: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,9 @@ import megabridge.platform as platform
 from megabridge.errors import ConfigError
 from megabridge.parallel.topology import Topology
 
-from megatron.core import parallel_state, tensor_parallel
+platform.prepare()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 DEFAULT_SEED: Final = 1234
 DEFAULT_TIMEOUT: Final = 600.0

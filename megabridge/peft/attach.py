@@ -18,6 +18,7 @@ from megabridge.errors import ConfigError, listed
 from megabridge.families import Family
 from megabridge.hf.tensor_files import native_box, view
 from megabridge.mapping import Dims
+from megabridge.models.backends.registry import adapting
 from megabridge.parallel import collectives
 from megabridge.peft.adapter import AdaptedRows, Adapter
 from megabridge.peft.linears import TensorParallelPlacement, placement_of
@@ -72,9 +73,7 @@ def check(lora: LoRA, everywhere: Iterable[Names]) -> None:
     found = list(everywhere)
     linears, parameters = {name for one in found for name in one.linears}, {name for one in found for name in one.parameters}
     if not linears | parameters:
-        raise ConfigError(
-            "adapters know the linears of backend=torch and local, and this model has none of them; set backend=torch."
-        )
+        raise ConfigError(f"adapters know the linears of backend={adapting()}, and this model has none of them; set backend so.")
     problems = []
     modules = (*(() if lora.takes_all else lora.target_modules), *lora.exclude_modules)
     if wrong := _fitting_none(modules, linears):

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import megabridge.platform  # noqa: F401  first: it lets megatron-core run where there is no CUDA
 from megabridge.models.layers.experts import StackedLinear
 
 from megatron.core import parallel_state

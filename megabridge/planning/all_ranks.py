@@ -23,9 +23,10 @@ from megabridge.families import Family
 from megabridge.hf.tensor_files import STAGING
 from megabridge.mapping import Dims, Transfer
 from megabridge.mapping.tiling import flaw, native_boxes
-from megabridge.models.provider import ModelProvider, in_half_precision
+from megabridge.models.provider import ModelProvider
 from megabridge.parallel import process_groups
 from megabridge.parallel.topology import Coordinate, Topology
+from megabridge.platform.patches.half_precision import in_half_precision
 
 
 @dataclass(frozen=True, slots=True)

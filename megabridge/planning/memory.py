@@ -23,14 +23,15 @@ from megabridge.conversion.parameters import collect_parameters
 from megabridge.conversion.plan import Expansion, PlannedParameter
 from megabridge.mapping import Dims
 from megabridge.models.layers.meta_kernels import EvenDispatcher, MetaKernels
-from megabridge.models.provider import ModelProvider, in_half_precision
+from megabridge.models.provider import ModelProvider
 from megabridge.parallel.topology import Topology
 from megabridge.peft import attach
 from megabridge.planning.all_ranks import fake_stage
+from megabridge.platform.patches import meta_chunks
+from megabridge.platform.patches.half_precision import in_half_precision
 from megabridge.training import build, freezing
 
 from megatron.core import tensor_parallel
-from megatron.core.transformer.moe.moe_layer import MoELayer
 
 FP32: Final = 4
 """Bytes of an element of gradients, masters and optimizer state."""
@@ -180,13 +181,8 @@ def _pass(config: Config, chunk: Any, topology: Topology) -> None:
     wrapped = in_half_precision(chunk.config, chunk) if chunk.config.bf16 or chunk.config.fp16 else chunk
     micro, length = config.recipe.micro_batch_size, config.recipe.seq_length // topology.cp
     tokens = torch.zeros(micro, length, dtype=torch.long, device="meta")
-    for module in chunk.modules():
-        if isinstance(getattr(module, "inv_freq", None), Tensor):
-            module.inv_freq = module.inv_freq.to("meta")
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to("meta"))
-        if isinstance(module, MoELayer):
-            module.token_dispatcher = EvenDispatcher(module.config, experts=module.num_local_experts, etp=topology.expert_tp)
+    etp = topology.expert_tp
+    meta_chunks.install(chunk, lambda layer: EvenDispatcher(layer.config, experts=layer.num_local_experts, etp=etp))
     if not chunk.pre_process:
         rows = length // topology.tp if chunk.config.sequence_parallel else length
         dtype = chunk.config.params_dtype

@@ -1,19 +1,19 @@
-"""The device that this process works on, decided once, when this module is imported.
+"""The device that this process works on, decided when this module is imported, and `prepare`, which lets megatron-core run on it.
 
-Every module that imports megatron imports this one first: on a CPU it redirects the CUDA calls that megatron-core makes
-(cpu.py). The environment variable MEGABRIDGE_PLATFORM is `auto` (the default: cuda where torch sees a CUDA device, else
-cpu), `cpu` or `cuda`. On cuda nothing of torch or megatron is replaced.
+The environment variable MEGABRIDGE_PLATFORM is `auto` (the default: cuda where torch sees a CUDA device, else cpu), `cpu` or
+`cuda`. Importing this changes nothing.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Final
 
 import torch
 
 from megabridge.errors import ConfigError
-from megabridge.platform import quiet
+from megabridge.platform.patches import device_connections, quiet
 
 CHOICES: Final = ("auto", "cpu", "cuda")
 
@@ -41,10 +41,18 @@ def device() -> torch.device:
     return torch.device("cpu") if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
-# With tensor parallelism megatron-core relies on kernels starting in the order of their calls, and warns without this.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-quiet.install()
-if is_cpu():
-    from megabridge.platform import cpu
+@cache
+def prepare() -> None:
+    """Makes the changes to this process that megatron-core needs before it is imported, once (patches/ has them).
 
-    cpu.install()
+    Warnings that say nothing are silenced; on a CPU the CUDA calls that megatron-core makes are redirected, and it is imported. The
+    program of a rank calls it, `megabridge.AutoBridge` does, and so does the `__init__` of a room that is about megatron-core, or
+    elsewhere the module: whoever imports one of these needs no call. On a CPU it holds for the thread that calls it first
+    (patches/cuda_devices.py). Raises ConfigError for versions of torch or megatron-core that it was not written for.
+    """
+    device_connections.install()
+    quiet.install()
+    if is_cpu():
+        from megabridge.platform import cpu
+
+        cpu.install()

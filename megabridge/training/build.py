@@ -66,8 +66,7 @@ def provider(config: Config, bridge: AutoBridge, *, keeps_dtypes: bool = False) 
         made.pipeline_model_parallel_layout = parallel.layout
     made.params_dtype = config.model.dtype
     made.backend = config.backend.name
-    if config.peft.name != "none" and made.backend == "auto":
-        made.backend = "torch"  # adapters know its linears, and not Transformer Engine's
+    made.adapted = config.peft.name != "none"
     made.deterministic_mode = config.deterministic
     made.calculate_per_token_loss = True
     for name, value in config.model.provider.items():

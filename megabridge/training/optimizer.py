@@ -13,6 +13,7 @@ import megabridge.platform as platform
 from megabridge.config.schema import OptimizerConfig, SchedulerConfig
 from megabridge.errors import ConfigError, listed
 from megabridge.native import optimizer_state
+from megabridge.platform.patches import sgd_momentum
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -63,7 +64,7 @@ def build_optimizer(
                 # One kernel over all parameters; megatron-core leaves torch's default, one per parameter and operation.
                 group.update(fused=True, foreach=False)
         if isinstance(part.optimizer, torch.optim.SGD):
-            part.init_state_fn = _zero_momentum
+            sgd_momentum.install(part)
     return built, _schedule(built, optimizer, scheduler, steps)
 
 
@@ -146,10 +147,3 @@ def _schedule(built: Any, optimizer: OptimizerConfig, scheduler: SchedulerConfig
         wsd_decay_steps=wsd_steps,
         lr_wsd_decay_style=scheduler.wsd_decay if wsd_steps is not None else None,
     )
-
-
-def _zero_momentum(inner: torch.optim.SGD, _: Any = None) -> None:
-    """The state that torch's SGD has before its first step, which megatron-core wants to have before a load."""
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            inner.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))

@@ -12,12 +12,14 @@ from megabridge.errors import ConfigError
 from megabridge.parallel import process_groups
 from megabridge.parallel.topology import Topology
 from megabridge.platform import cpu
+from megabridge.platform.patches.cuda_devices import CudaMeansCpu
 from tests.parallel.test_process_groups import python
 
 PROBE = """
 import sys, torch
 before = {name: getattr(torch.cuda, name) for name in dir(torch.cuda)}, torch.compile, torch.Tensor.record_stream
 import megabridge.platform as platform
+platform.prepare()
 after = {name: getattr(torch.cuda, name) for name in dir(torch.cuda)}, torch.compile, torch.Tensor.record_stream
 changed = [name for name in before[0] if before[0][name] is not after[0][name]]
 print(platform.DEVICE, changed, before[1:] == after[1:], torch._C._len_torch_function_stack(),
@@ -90,7 +92,7 @@ def test_another_thread_enters_the_redirection_itself() -> None:
     seen: list[str] = []
 
     def work() -> None:
-        with cpu.CudaMeansCpu():
+        with CudaMeansCpu():
             seen.append(torch.zeros(1, device="cuda").device.type)
 
     thread = threading.Thread(target=work)

@@ -15,6 +15,7 @@ from megabridge.conversion.file_writer import plan_shards
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.launchers import local
 from megabridge.parallel import process_groups
+from megabridge.platform.patches.counted_collectives import counted
 from recipes import bench, bench_peers, bench_ranks
 from tests.support.convert import provide
 from tests.support.models import TINY
@@ -31,10 +32,10 @@ def whole_tensors(source: str, out: str) -> dict[str, Any]:
     with torch.no_grad():
         for item in plan.items:
             item.live.data.fill_(3)
-    with bench_peers.counted() as imported:
+    with counted() as imported:
         read = bench_peers.import_whole(plan, infos, own)
     found = compare(plan, infos, to_native)
-    with bench_peers.counted() as exported:
+    with counted() as exported:
         bench_peers.export_whole(plan, plan_shards(Path(out), plan.tensors), own)
     return {
         "mismatched": found.mismatched,
@@ -53,7 +54,7 @@ def calls_of_ours(sources: list[str], out: str) -> list[tuple[int, int]]:
         bridge = AutoBridge.from_hf_pretrained(source)
         model = provide(bridge, load_weights=False)
         bridge.plan(model)
-        with bench_peers.counted() as calls:
+        with counted() as calls:
             bridge.load_hf_weights(model, show_progress=False)
             bridge.save_hf_pretrained(model, f"{out}/{number}", show_progress=False)
         seen.append((calls.objects, calls.tensors))

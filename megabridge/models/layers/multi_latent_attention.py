@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megabridge.models.layers.rotary import HFRotaryEmbedding
+from megabridge.platform.patches import rotary_factors
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -95,6 +96,7 @@ class MLARotaryEmbedding(HFRotaryEmbedding):
 def set_rope(attention: Any, rope: Mapping[str, Any]) -> None:
     """Gives one layer's attention the rotary settings of a Hugging Face `rope_parameters` dict."""
     config = attention.config
-    attention.rotary_pos_emb = MLARotaryEmbedding(
+    embedding = MLARotaryEmbedding(
         rope, kv_channels=config.qk_pos_emb_head_dim, rotary_percent=1.0, interleaved=False, cp_group=attention.pg_collection.cp
     )
+    rotary_factors.set_embedding(attention, embedding)

@@ -1,4 +1,9 @@
-"""Weight gradients that the matrix product itself adds to the buffer of gradients: neither made in 16 bits, nor added after."""
+"""Weight gradients that the matrix product itself adds to the buffer of gradients: neither made in 16 bits, nor added after.
+
+Stands for Apex's extension fused_weight_gradient_mlp_cuda where megatron/core/tensor_parallel/layers.py:49-53 did not find it and
+:680-690 calls it, and for the switches of its linears and of Transformer Engine's, which megatron-core sets from a config before
+there is a buffer. megatron-core 0.19.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core.tensor_parallel import layers
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megabridge.platform import patches
 
 
 class _Products:
@@ -29,10 +33,13 @@ class _Products:
 
 def fuse_wgrad(chunks: Iterable[Any]) -> None:
     """Lets the linears of chunks that are wrapped in DistributedDataParallel, also Transformer Engine's, add in place."""
+    from megatron.core.tensor_parallel import layers
+
+    patches.check_megatron(__name__)
     if not vars(layers)["_grad_accum_fusion_available"]:
         layers.fused_weight_gradient_mlp_cuda = _Products
     for module in (module for chunk in chunks for module in chunk.modules()):
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
             module.gradient_accumulation_fusion = True
         elif hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True

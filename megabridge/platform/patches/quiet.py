@@ -1,4 +1,5 @@
-"""Warnings of megatron-core and torch that say nothing a user could act on. Each is listed here with its reason."""
+"""Warnings of megatron-core and torch that say nothing a user could act on. Each is listed here with its reason, and with its text:
+versions that say something else are heard. `install` silences them for this process; no import does."""
 
 from __future__ import annotations
 
@@ -36,6 +37,8 @@ _RECORDS: Final[tuple[tuple[str, str], ...]] = (
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
     # The layout that it computes itself is the one that it asks callers to compute.
     ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
+    # A synchronous save goes through the same function, so the advice to use another package for asynchronous ones comes up.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
     # Printed when CUDA_HOME is set on a host without a CUDA device.
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
 )

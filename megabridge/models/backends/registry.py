@@ -1,0 +1,71 @@
+"""Which backend `backend=` names, what `auto` means, and which settings a backend is refused for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from megabridge.config import installed
+from megabridge.config.validation import nearest
+from megabridge.errors import ConfigError
+from megabridge.models.backends.backend import Backend, Get
+from megabridge.models.backends.local_backend import LocalBackend
+from megabridge.models.backends.te_backend import TransformerEngineBackend
+from megabridge.models.backends.torch_backend import TorchBackend
+
+OURS: Final[Mapping[str, Backend]] = {one.name: one for one in (TorchBackend(), TransformerEngineBackend(), LocalBackend())}
+_BEST_FIRST: Final = ("te", "torch")
+"""Whom `auto` asks. The last one is taken when none can, and says why it can't."""
+
+
+def backend(name: str) -> Backend:
+    """The backend called `name`, ours or an installed package's. Raises ConfigError, with the nearest name, when there is none."""
+    if name in OURS:
+        return OURS[name]
+    points = installed.backends()
+    if name not in points:
+        known = ["auto", *OURS, *points]
+        raise ConfigError(f"backend={name!r} must be one of {', '.join(known)}{nearest(str(name), known)}")
+    found = points[name].load()
+    if not isinstance(found, Backend) or found.name != name:
+        raise ConfigError(
+            f"entry point {name} = {points[name].value!r} must name a megabridge.models.backends.Backend whose name is {name!r}, "
+            f"not {found!r}."
+        )
+    return found
+
+
+def chosen(get: Get) -> Backend:
+    """The backend that a provider's settings name, or the best that has what they need. Raises ConfigError for an unknown name."""
+    if get("backend") != "auto":
+        return backend(get("backend"))
+    able = (OURS[name] for name in _BEST_FIRST if _suits(OURS[name], get))
+    return next(able, OURS[_BEST_FIRST[-1]])
+
+
+def problems(one: Backend, get: Get) -> list[str]:
+    """Why a model with these settings can't be built of the backend's layers, a sentence each."""
+    found = []
+    if (missing := one.missing()) is not None:
+        found.append(f"backend={one.name} {missing}; use backend={_BEST_FIRST[-1]}.")
+    if get("adapted") and not one.has_adapters:
+        found.append(f"adapters need backend={adapting()}, not {one.name}; set it so.")
+    for name, instead in one.lacks(get).items():
+        others = " or ".join(other.name for other in OURS.values() if name not in other.lacks(get))
+        rule = (
+            f"needs backend={others}, not {one.name}; set it so"
+            if others
+            else f"is nothing that backend={one.name} has; use another"
+        )
+        found.append(f"{name}={get(name)!r} {rule}{instead and f', or {instead}'}.")
+    return found
+
+
+def adapting() -> str:
+    """The backends that have adapters, as a list in words."""
+    return " or ".join(name for name, one in OURS.items() if one.has_adapters)
+
+
+def _suits(one: Backend, get: Get) -> bool:
+    is_off_device = get("use_cpu_initialization") and not one.on_cpu  # a model that is converted beside the device
+    return not is_off_device and not problems(one, get)

@@ -1,0 +1,63 @@
+"""megatron-core's writer of torch_dist files, in this process, with its errors kept and what it writes noted.
+
+Stands for parts of megatron/core/dist_checkpointing/strategies/filesystem_async.py: `_results_queue` (:49; it would start a process
+that serves a queue between processes), `_process_memory` (:658; it measures memory for a debug line, and raises where psutil is
+missing), `_write_item` (:394-420, torch's: what is written to which file is nowhere else to be had), and its logger, which is told
+of an error that is not raised. megatron-core 0.19.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, override
+
+from megabridge.platform import patches
+
+
+class _Errors(logging.Filter):
+    """Keeps what the writer logs as an error instead of raising it."""
+
+    def __init__(self, kept: list[str]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR:
+            return True
+        self.kept.append(record.getMessage().removeprefix("Local worker 0 encountered an error: "))
+        return False
+
+
+@contextmanager
+def installed(note: Callable[[str, int, Any], None], errors: list[str]) -> Iterator[None]:
+    """While entered, `note(file, offset, data)` hears of each item that was written, and `errors` takes what went wrong."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    patches.check_megatron(__name__)
+    before = {name: getattr(filesystem_async, name) for name in ("_write_item", "_results_queue", "_process_memory")}
+    write, filtering = filesystem_async._write_item, _Errors(errors)
+
+    @wraps(write)  # its signature is asked for
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        result = write(*args, **kwargs)
+        _, _, data, _, file = args
+        note(file, result.storage_data.offset, data)
+        return result
+
+    filesystem_async._write_item = noting
+    if before["_results_queue"] is None:
+        filesystem_async._results_queue = queue.Queue()
+    if not filesystem_async.HAVE_PSUTIL:
+        filesystem_async._process_memory = lambda: 0
+    filesystem_async.logger.addFilter(filtering)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(filesystem_async, name, value)
+        filesystem_async.logger.removeFilter(filtering)

@@ -1,0 +1,32 @@
+"""Float16Module that leaves the routers' buffers in fp32.
+
+Stands for the cast of megatron/core/transformer/module.py:436-470, which takes every buffer. Correction biases differ by less than
+bf16 tells apart (DeepSeek-R1's are all near 8), and token counts stop to grow at a few hundred in it. megatron-core makes fp32 of a
+bias again at its first use, of what is left of it. megatron-core 0.19.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megabridge.platform import patches
+
+
+def in_half_precision(config: Any, chunk: torch.nn.Module) -> torch.nn.Module:
+    """The chunk in Float16Module, but for its routers' buffers."""
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    patches.check_megatron(__name__)
+    kept = [
+        (module, name, buffer)
+        for module in chunk.modules()
+        if isinstance(module, TopKRouter)
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    wrapped: torch.nn.Module = Float16Module(config, chunk)
+    for module, name, buffer in kept:
+        setattr(module, name, buffer)
+    return wrapped
