@@ -38,17 +38,18 @@ def listed(problems: list[str], limit: int = 20) -> str:
     return "\n  ".join(shown)
 
 
-def plain(text: str) -> str:
+def plain(text: str, longest: int = LONGEST) -> str:
     """`text` as any file, terminal or page takes it: what can't be printed or encoded is written as an escape.
 
-    Names in foreign files hold whatever their authors liked: lone surrogates, terminal codes, a million characters.
+    Names in foreign files hold whatever their authors liked: lone surrogates, terminal codes, a million characters. Of more than
+    `longest` characters the middle is left out.
     """
-    if len(text) > LONGEST:
-        kept = LONGEST // 2
-        text = f"{text[:kept]} ... ({len(text) - 2 * kept} characters left out) ... {text[-kept:]}"
-    if text.isascii() and text.isprintable():
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(letter if letter.isprintable() or letter in "\n\t" else _escaped(letter) for letter in text)
+    if len(text) <= longest:
         return text
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else _escaped(letter) for letter in text)
+    kept = (longest - 60) // 2
+    return f"{text[:kept]} ... ({len(text) - 2 * kept} characters left out) ... {text[-kept:]}"
 
 
 def said(error: BaseException) -> str:

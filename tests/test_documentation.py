@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -107,3 +108,9 @@ def test_the_readmes_table_is_the_families() -> None:
     assert renewed(text, written) == text
     with pytest.raises(ConfigError, match="put them in"):
         renewed("no marks", written)
+
+
+def test_the_reference_is_the_docstrings() -> None:
+    """When it isn't: python docs/api.py > docs/api.md"""
+    there = runpy.run_path(str(ROOT / "docs" / "api.py"))
+    assert there["page"]() == (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

@@ -265,13 +265,13 @@ def test_a_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
     (empty / "mine" / "callbacks").mkdir(parents=True)
     (empty / "mine" / "callbacks" / "own.yaml").write_text("own:\n  _target_: own.Loud\n  word: hello\n")
     (empty / "own.py").write_text(
-        "from megabridge import targets\n"
+        "from megabridge.config import instantiate\n"
         "from megabridge.callbacks import Callback\n"
         "class Loud(Callback):\n"
         "    def __init__(self, word: str) -> None:\n"
         "        print('LOUD', word, flush=True)\n"
         "def main(config):\n"
-        "    targets.build(config.callbacks['own'], Callback, where='callbacks.own')\n"
+        "    instantiate.build(config.callbacks['own'], Callback, where='callbacks.own')\n"
     )
     arguments = ["--config-dir", "mine", "model=tiny_llama", "callbacks=[default,own]"]
     env = environ() | {"PYTHONPATH": str(site)}

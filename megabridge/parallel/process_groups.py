@@ -68,7 +68,7 @@ def start(
     when MEGABRIDGE_PLATFORM=cuda finds no CUDA device.
     """
     if _started.topology is not None:
-        raise ConfigError(f"groups of {_started.topology} exist already; call groups.stop() before groups.start().")
+        raise ConfigError(f"groups of {_started.topology} exist already; call process_groups.stop() before process_groups.start().")
     if not dist.is_initialized():
         rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
@@ -102,7 +102,7 @@ def fake_groups(topology: Topology, rank: int) -> Iterator[None]:
     """
     if dist.is_initialized():
         raise ConfigError(
-            "ranks that don't run are imagined in a process without groups, but this one has some; call groups.stop()."
+            "ranks that don't run are imagined in a process without groups, but this one has some; call process_groups.stop()."
         )
     hook = sys.excepthook  # torch replaces it by one that names the rank
     dist.init_process_group("fake", rank=rank, world_size=topology.world_size)
@@ -127,7 +127,7 @@ def ensure(topology: Topology) -> None:
     if _groups_of(running) != _groups_of(topology):
         raise ConfigError(
             f"the process groups of this process are {running}, but the model needs {topology}; "
-            "call groups.stop() first or use the same sizes."
+            "call process_groups.stop() first or use the same sizes."
         )
     if running.vpp != topology.vpp:
         parallel_state.set_virtual_pipeline_model_parallel_world_size(topology.vpp if topology.vpp > 1 else None)

@@ -27,16 +27,16 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_starting_twice_is_refused(ranks: RankServer) -> None:
     [message, _] = ranks.run("tests.support.ranks:start_again", topology=Topology(tp=2))
-    assert message == "groups of tp2 exist already; call groups.stop() before groups.start()."
+    assert message == "groups of tp2 exist already; call process_groups.stop() before process_groups.start()."
 
 
 def test_ensure(ranks: RankServer) -> None:
     for messages in ranks.run("tests.support.ranks:ensure", topology=Topology(tp=2, pp=2)):
         assert messages == [
             "the process groups of this process are tp2pp2, but the model needs tp4; "
-            "call groups.stop() first or use the same sizes.",
+            "call process_groups.stop() first or use the same sizes.",
             "the process groups of this process are tp2pp2, but the model needs pp2; "
-            "call groups.stop() first or use the same sizes.",
+            "call process_groups.stop() first or use the same sizes.",
             "tp2pp2vpp2",
             "2",
             "None",
@@ -65,7 +65,7 @@ def test_seeds(ranks: RankServer) -> None:
 
 def test_one_process_needs_no_set_up_and_more_are_named() -> None:
     code = """
-from megabridge.platform import groups
+from megabridge.parallel import process_groups as groups
 from megabridge.parallel.topology import Topology
 from megabridge.errors import ConfigError
 try:
@@ -92,7 +92,7 @@ print(groups.current())
 def test_under_torchrun_the_environment_is_used(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from megabridge.platform import groups\n"
+        "from megabridge.parallel import process_groups as groups\n"
         "from megabridge.parallel.topology import Topology\n"
         "groups.ensure(Topology(tp=2))\n"
         "import torch.distributed as dist\n"
@@ -119,7 +119,7 @@ def test_every_group_waits_as_long_as_it_was_told() -> None:
     code = """
 import torch
 from megatron.core import parallel_state
-from megabridge.platform import groups
+from megabridge.parallel import process_groups as groups
 from megabridge.parallel.topology import Topology
 
 def waits():

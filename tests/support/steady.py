@@ -35,7 +35,7 @@ def is_steady(router: Router, logits: torch.Tensor) -> bool:
     """
     weights, chosen = _dense(router, logits)
     generator = torch.Generator().manual_seed(1)
-    moves = [1.0 - 2.0 * chosen, *(torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0 for _ in range(3))]
+    moves = [1.0 - 2.0 * chosen, *(torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2.0 - 1.0 for _ in range(3))]
     if router.config.moe_router_group_topk:
         groups = chosen.view(len(chosen), router.config.moe_router_num_groups, -1)
         moves.append((1.0 - 2.0 * groups.amax(-1, keepdim=True)).expand_as(groups).reshape(chosen.shape))
@@ -70,7 +70,7 @@ def watched() -> Iterator[list[bool]]:
 
 def is_model_steady(folder: Path, *inputs: torch.Tensor) -> bool:
     """Whether all routers of the model in `folder` are steady for tokens [b, s]. In a process of its own groups, or none."""
-    model = AutoBridge.from_hf_pretrained(folder).to_megatron_model()
+    model = AutoBridge.from_hf_pretrained(folder).to_megatron_model(backend="torch")
     with watched() as found:
         for tokens in inputs:
             gather_logits(model, tokens)

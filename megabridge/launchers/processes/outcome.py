@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from megabridge.errors import MegabridgeError, plain, said
+from megabridge.errors import LONGEST, MegabridgeError, plain, said
 
 CONFIG_ERROR: Final = 2
 """Exit status of a config that can't work."""
@@ -57,7 +57,8 @@ class Failure:
             return cls(rank, *_left(error), is_expected=True)
         codes = {KeyboardInterrupt: 128 + signal.SIGINT, Terminated: -signal.SIGTERM}
         is_expected = isinstance(error, MegabridgeError)
-        return cls(rank, codes.get(type(error), 1), said(error), _trace(error), is_expected)
+        error_text = plain(said(error), LONGEST if is_expected else LONGEST // 4)
+        return cls(rank, codes.get(type(error), 1), error_text, _trace(error), is_expected)
 
     def text(self) -> str:
         """What a user should see of it, once."""
@@ -144,7 +145,7 @@ def _left(error: SystemExit) -> tuple[int, str]:
 
 def _trace(error: BaseException) -> str:
     try:
-        return plain("".join(traceback.format_exception(error)))
+        return plain("".join(traceback.format_exception(error)), LONGEST // 2)  # both are shown as one text
     except BaseException as problem:
         return f"(no traceback: {said(problem)})"
 

@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[3]
 READING = """\
 import mmap, os
 from pathlib import Path
-from megabridge import last_words
+from megabridge.storage import crash_notes
 file = Path({!r})
-last_words.reading(file, file.stat().st_size)
+crash_notes.note_mapping(file, file.stat().st_size)
 read = mmap.mmap(os.open(file, os.O_RDONLY), 0, prot=mmap.PROT_READ)
 os.truncate(file, 10)
 read[-1]

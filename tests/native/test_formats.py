@@ -1,0 +1,54 @@
+"""What earlier versions wrote is read: tests/fixtures has a run's directory and an adapter of every format (tests/support/fixtures.py)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megabridge.storage.metrics_file import read
+from tests.conversion.test_round_trip import payload
+from tests.support.fixtures import COMMON, ROOT
+from tests.support.rank_server import RankServer
+
+FORMATS = sorted((ROOT / "tests" / "fixtures").iterdir())
+
+
+def test_there_is_one_of_every_format() -> None:
+    assert FORMATS and all(folder.name.startswith("format_") for folder in FORMATS)
+
+
+@pytest.mark.parametrize("kept", FORMATS, ids=lambda folder: folder.name)
+def test_what_a_version_wrote_is_read(ranks: RankServer, tmp_path: Path, kept: Path) -> None:
+    run = shutil.copytree(kept / "run", tmp_path / "run")
+    step = run / "checkpoints" / "step_2"
+    published = payload(step / "hf")
+
+    def program(*overrides: str) -> str:
+        done = ranks.program([*overrides, "platform=cpu", "logger=local"], cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    # The manifest, and the native checkpoint's weights, assets and digests.
+    program("recipe=convert", "conversion.mode=verify", f"conversion.folder={step / 'hf'}")
+    (exported,) = ranks.run(
+        "tests.support.fixtures:export", world_size=1, kwargs={"native": str(step / "native"), "out": str(tmp_path / "out")}
+    )
+    assert exported == () and payload(tmp_path / "out") == published
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((step / "hf" / "config.json").read_text())
+
+    # The optimizer's state and the run's settings: the third step under another layout, over the run's own metrics.
+    printed = program(*COMMON, "parallel=pp2", "recipe.steps=3", f"run_dir={run}", "checkpoint.resume=auto")
+    assert "step 3/3" in printed
+    assert [row["step"] for row in read(run) if "train/loss" in row] == [1, 2, 3]
+
+    # The adapter, onto the model that it is for.
+    (adapted,) = ranks.run(
+        "tests.support.fixtures:adapt",
+        world_size=1,
+        kwargs={"base": str(step / "hf"), "adapter": str(kept / "adapter"), "out": str(tmp_path / "adapter")},
+    )
+    name = "adapter_model.safetensors"
+    assert adapted == () and (tmp_path / "adapter" / name).read_bytes() == (kept / "adapter" / name).read_bytes()
