@@ -186,6 +186,7 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
     with raise_together("opening a checkpoint"):
         source = reader.open_folder(folder)
         common = _common(source)
+        _check_step(folder, common["step"])
         same_layout = Topology.of_sizes(common["layout"]) == process_groups.running()
     if optimizer is not None and "optimizer" not in common and common["step"] == 0:
         return replace(_progress(common), same_layout=True, rounded=load_weights(folder, chunks, optimizer=optimizer))
@@ -265,6 +266,16 @@ def _common(source: reader.NativeReader) -> dict[str, Any]:
             "from it; load its weights instead."
         )
     return common
+
+
+def _check_step(folder: Path, step: int) -> None:
+    """Raises CheckpointError where `folder` bears the name of another step: which steps are newest, and go, is told by names."""
+    named = folders.STEP.fullmatch(folder.parent.name) if folder.name == folders.NATIVE else None
+    if named is not None and int(named[1]) != step:
+        raise CheckpointError(
+            f"{folder} must hold the step that its folder is named after, but holds step {step}; rename {folder.parent.name} to "
+            f"step_{step}, or use another step."
+        )
 
 
 def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:

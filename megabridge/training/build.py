@@ -161,6 +161,8 @@ def _write_source(config: Config) -> Path:
     files = {}
     if config.model.tokenizer not in (BYTES, None):
         files = assets.read_assets(resolve.resolve(str(config.model.tokenizer), config_only=True))
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} must be a folder of this run's own, not a link; remove it, or set another run_dir.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as made:
