@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import megabridge.platform as platform
-from megabridge.conversion.file_writer import Shard
 from megabridge.conversion.parameters import ParameterRecord
 from megabridge.conversion.plan import Expansion, LocalItem, Plan
+from megabridge.conversion.shards import Shard
 from megabridge.hf.safetensors_format import TensorInfo
 from megabridge.hf.tensor_files import native_box, view
 from megabridge.mapping import Transfer

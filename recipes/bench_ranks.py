@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 import megabridge.platform as platform
 from megabridge.bridge.auto_bridge import AutoBridge
 from megabridge.config.schema import Config
-from megabridge.conversion.file_writer import plan_shards, write_index
+from megabridge.conversion.file_writer import write_index
 from megabridge.conversion.plan import Plan
+from megabridge.conversion.shards import plan_shards
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.parallel import collectives, process_groups
 from megabridge.platform.patches.counted_collectives import counted

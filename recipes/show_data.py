@@ -20,7 +20,7 @@ from megabridge.training import build
 def main(config: Config) -> None:
     """One process calls it, without process groups."""
     bridge = build.bridge(config)
-    assert bridge.source.folder is not None  # `assemble.bridge` makes one from a folder
+    assert bridge.source.folder is not None  # `build.bridge` makes one from a folder
     config.recipe.micro_batch_size = 1
     data = build.data(config, bridge)
     tokenizer = load_tokenizer(bridge.source.folder)

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from megabridge.bridge import adapters, checkpoints, hub, sessions, weights
+from megabridge.bridge import adapters, checkpoints, sessions, upload, weights
 from megabridge.bridge import source as sources
 from megabridge.bridge.adapters import Peft
 from megabridge.bridge.source import ModelSource, dtype_named, one_dtype
@@ -173,7 +173,7 @@ class AutoBridge:
                              peft: Peft | None = None) -> ModelProvider:  # fmt: skip
         """A provider of this model. With `load_weights`, providing it also fills it from `hf_path` or the bridge's own source.
 
-        `peft` freezes it and adds adapters: new ones by their settings, or those of a PEFT folder (see `HFAdapters`).
+        `peft` freezes it and adds adapters: new ones by their settings, or those of a PEFT folder.
         """
         provider = self.provider()
         if not load_weights and hf_path is not None:
@@ -317,7 +317,7 @@ class AutoBridge:
                 self.save_hf_pretrained(model, place, **export)
             return collectives.on_rank_zero(
                 "uploading",
-                lambda: hub.upload(
+                lambda: upload.upload(
                     place,
                     repo_id,
                     private=private,

@@ -85,7 +85,7 @@ def check_paths(config: Config) -> None:
         "sweep": config.sweep,
         "run_dir": config.run_dir,
     }
-    problems = []
+    problems = [] if config.run_dir else ["run_dir='' must name a directory of the run's own; give one."]
     for key, path in named.items():
         try:
             regular_files.place(path or ".")

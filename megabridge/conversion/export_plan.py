@@ -13,8 +13,8 @@ import torch
 
 from megabridge.conversion.earlier_export import check_apart
 from megabridge.conversion.encoding import Encoder, agree_on_encoder, scale_owners
-from megabridge.conversion.file_writer import Shard, plan_shards
 from megabridge.conversion.plan import Plan, TensorSpec
+from megabridge.conversion.shards import Shard, plan_shards
 from megabridge.errors import ConfigError
 from megabridge.families.core.quantization import Quantization
 from megabridge.hf.safetensors_format import TensorInfo

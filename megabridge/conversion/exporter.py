@@ -20,12 +20,13 @@ from megabridge.conversion.compare import Convert, Difference, Pair, compare
 from megabridge.conversion.earlier_export import Earlier, check_hidden, check_unchanged
 from megabridge.conversion.encoding import Encoder
 from megabridge.conversion.export_plan import ExportPlan
-from megabridge.conversion.file_writer import Shard, Writer, reserve, space_named, write_index
+from megabridge.conversion.file_writer import Writer, reserve, space_named, write_index
 from megabridge.conversion.gather import Gathered, compare_gathered
 from megabridge.conversion.importer import Progress, silent
 from megabridge.conversion.manifest import digests
 from megabridge.conversion.read_loop import ReadTask
 from megabridge.conversion.report import Report
+from megabridge.conversion.shards import Shard
 from megabridge.errors import CheckpointError, MegabridgeError, ParityError, listed
 from megabridge.hf.dtypes import counted
 from megabridge.hf.safetensors_format import TensorInfo, read_header

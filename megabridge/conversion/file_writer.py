@@ -10,88 +10,25 @@ import ctypes
 import errno
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, override
+from typing import override
 
 import torch
 
 from megabridge.conversion.compare import is_finite, same_bits
-from megabridge.conversion.plan import TensorSpec
-from megabridge.errors import CheckpointError, ConfigError
-from megabridge.hf.safetensors_format import TensorInfo, build_header
-from megabridge.hf.tensor_files import INDEX, SINGLE, STAGING, Files, Reader, native_box
+from megabridge.conversion.shards import Shard
+from megabridge.errors import CheckpointError
+from megabridge.hf.safetensors_format import TensorInfo
+from megabridge.hf.tensor_files import INDEX, STAGING, Files, Reader, native_box
 from megabridge.mapping import Transfer, coalesced
 from megabridge.storage import folders
 
 Encode = Callable[[TensorInfo, Transfer, torch.Tensor], torch.Tensor]
 """(a tensor of a file, a part of it, that part of a parameter) to what the file holds of it, in the file's dtype."""
-_UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file: its header, its whole size in bytes, and where its tensors lie."""
-
-    name: str
-    header: bytes
-    size: int
-    tensors: Mapping[str, TensorInfo]
-
-
-def parse_size(text: str | int | None) -> int:
-    """Bytes in "5GB", "200MiB" or a number; None is 5GB. Raises ConfigError."""
-    text = "5GB" if text is None else text
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", str(text).strip().upper())
-    if not found or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise ConfigError(f"max_shard_size={text!r} must be a number of bytes such as '5GB' or '200MiB'.")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
-def plan_shards(
-    folder: Path,
-    specs: Mapping[str, TensorSpec],
-    max_shard_size: str | int | None = None,
-    *,
-    only: str | None = None,
-    files: Mapping[str, Sequence[str]] | None = None,
-) -> list[Shard]:
-    """Files in `folder` for tensors in the given order: a new file starts when the next tensor would not fit.
-
-    `only` is the name of the one file where all must be in one, whatever its size; `files` says what each file holds, in order,
-    where that is known.
-    """
-    if files:
-        return [_shard(folder, file, {name: specs[name] for name in names}) for file, names in files.items()]
-    if only is not None:
-        return [_shard(folder, only, specs)]
-    limit = parse_size(max_shard_size)
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, spec in specs.items():
-        size = TensorInfo(name, folder, spec.dtype, spec.shape, 0).nbytes
-        if groups[-1] and filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    count = len(groups)
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    return [_shard(folder, file, {name: specs[name] for name in group}) for file, group in zip(names, groups, strict=True)]
-
-
-def _shard(folder: Path, file: str, specs: Mapping[str, TensorSpec]) -> Shard:
-    header, offsets = build_header([(name, spec.dtype, spec.shape) for name, spec in specs.items()])
-    infos = {
-        name: TensorInfo(name, folder / file, spec.dtype, spec.shape, offset)
-        for (name, spec), offset in zip(specs.items(), offsets, strict=True)
-    }
-    return Shard(file, header, len(header) + sum(info.nbytes for info in infos.values()), infos)
 
 
 def reserve(folder: Path, shards: list[Shard]) -> frozenset[Path]:

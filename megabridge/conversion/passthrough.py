@@ -15,9 +15,10 @@ from typing import Final, Self, override
 import torch
 
 from megabridge.conversion import manifest
-from megabridge.conversion.file_writer import Writer, plan_shards, reserve, write_index
+from megabridge.conversion.file_writer import Writer, reserve, write_index
 from megabridge.conversion.parameters import LocalParameter, ParameterRecord
 from megabridge.conversion.plan import LocalItem, Plan, TensorSpec, WrittenBox
+from megabridge.conversion.shards import plan_shards
 from megabridge.errors import CheckpointError, listed
 from megabridge.hf.safetensors_format import TensorInfo
 from megabridge.hf.tensor_files import PIECE, Reader, find_tensors, native_box

@@ -1,4 +1,4 @@
-"""Walks: every box that this rank needs, read by a few threads and handed to a visitor. No collective, no whole tensor.
+"""The read loop: every box that this rank needs, read by a few threads and handed to a visitor. No collective, no whole tensor.
 
 On CUDA each thread reads into a pinned buffer of its own and copies on a stream of its own, so that one thread's copy runs while
 others read.

@@ -60,17 +60,21 @@ def read(file: Path) -> Iterator[Found]:
 def decode(content: bytes) -> Mapping[str, Any] | BadRow:
     """A row of plain text."""
     try:
-        return {TEXT: content.decode("utf-8")}
+        return {TEXT: content.decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        return BadRow(ENCODING, str(error))
+        return BadRow(ENCODING, _encoding(content, error))
+
+
+def _encoding(content: bytes, error: UnicodeDecodeError) -> str:
+    return "UTF-16; convert the file to UTF-8" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else str(error)
 
 
 def parse(line: bytes) -> Mapping[str, Any] | BadRow:
     """A row of JSONL."""
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        return BadRow(ENCODING, str(error))
+        return BadRow(ENCODING, _encoding(line, error))
     except (ValueError, RecursionError) as error:
         return BadRow(FORMAT, f"no JSON: {error}")
     return row if isinstance(row, dict) else BadRow(FORMAT, f"must be a JSON object, not {type(row).__name__}")

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: Hugging Face safetensors folders and Megatron's native ones."""
+"""Hugging Face folders: safetensors read and written by boxes, codecs, config and tokenizer files, where models come from."""

@@ -1,4 +1,4 @@
-"""Stretches: the parts of a box that are contiguous, in a file and in a parameter, found without listing elements."""
+"""Contiguous runs: the parts of a box that are contiguous, in a file and in a parameter, found without listing elements."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from megabridge.config import error_messages, redaction, schema, validation
 from megabridge.errors import ConfigError, MegabridgeError, plain
 from megabridge.families.core.known_sizes import known_sizes
-from megabridge.launchers import local, rank_environment, run_lock, settings, slurm_task
+from megabridge.launchers import local, rank_environment, rank_task, run_lock, settings
 from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.prepare import conf_folder, resolve, write_config
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Terminated, WorkerFailure
@@ -173,10 +173,10 @@ def _become_rank(here: rank_environment.RankEnvironment) -> int:
     raw.pop("run_dir")  # rank 0's counts
     digest = sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
     if here.rank:
-        return slurm_task.beside(values, here, digest=digest)
+        return rank_task.beside(values, here, digest=digest)
     with run_lock.claimed(Path(values["run_dir"])) as held:
         write_config(cfg, values)
-        return slurm_task.beside(values, here, digest=digest, kept=(held,))
+        return rank_task.beside(values, here, digest=digest, kept=(held,))
 
 
 def _compose(arguments: Any) -> DictConfig:

@@ -18,9 +18,9 @@ OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORME
 
 HELD: Final = (
     "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1)); "
-    "os.execv(sys.executable, [sys.executable, '-m', 'megabridge.launchers.slurm_task', sys.argv[1]])"
+    "os.execv(sys.executable, [sys.executable, '-m', 'megabridge.launchers.rank_task', sys.argv[1]])"
 )
-"""Starts megabridge.launchers.slurm_task with the queue's signals blocked: one that comes while it is imported waits for it."""
+"""Starts megabridge.launchers.rank_task with the queue's signals blocked: one that comes while it is imported waits for it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Style: what Hugging Face decoders do that megatron-core's TransformerConfig has no word for."""
+"""Layer options: what Hugging Face decoders do that megatron-core's TransformerConfig has no word for."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ Init = Literal["random", "empty", "meta"]
 class ModelProvider:
     """The settings of a model, as attributes, and what builds it.
 
-    Every field of megatron-core's TransformerConfig is a setting, and those of `provider_rules.OWN_FIELDS`. Reading or
+    Every field of megatron-core's TransformerConfig is a setting, and those of `provider_settings.OWN_FIELDS`. Reading or
     setting another name raises ConfigError with the nearest one; so does setting anything after `finalize`.
 
         provider = ModelProvider(native, family_name="LlamaForCausalLM")

@@ -175,19 +175,29 @@ def _bytes(state: Mapping[str, Any]) -> int:
     return sum(entry.data.nbytes for entry in tensors if is_main_replica(entry.replica_id) and entry.data is not None)
 
 
-def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = None, scheduler: Any = None) -> TrainingProgress:
+def load(
+    folder: Path,
+    chunks: Sequence[torch.nn.Module],
+    *,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    agree: Callable[[TrainingProgress], object] | None = None,
+) -> TrainingProgress:
     """Reads `folder`, written under any layout, into the model, the optimizer and the scheduler, bit for bit.
 
     Hyperparameters (learning rate, decay, betas) stay those of the running optimizer; only its state is read. The random
     state and FP8's scales are restored where the layout is the same. A folder that was converted and never trained gives
-    its weights only: the run begins with them at step 0. Raises CheckpointError on every rank: before anything is changed
-    where the folder is incomplete or of another model; where a box in it is damaged, what was read before has its place already.
+    its weights only: the run begins with them at step 0. `agree` is told how far the run is before any tensor is compared or
+    read, and raises the same on every rank where that can't be gone on with. Raises CheckpointError on every rank: before anything
+    is changed where the folder is incomplete or of another model; where a box in it is damaged, what was read before has its place already.
     """
     with raise_together("opening a checkpoint"):
         source = reader.open_folder(folder)
         common = _common(source)
         _check_step(folder, common["step"])
         same_layout = Topology.of_sizes(common["layout"]) == process_groups.running()
+    if agree is not None:
+        agree(_progress(common))
     if optimizer is not None and "optimizer" not in common and common["step"] == 0:
         return replace(_progress(common), same_layout=True, rounded=load_weights(folder, chunks, optimizer=optimizer))
     state = _model_state(chunks)

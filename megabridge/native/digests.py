@@ -22,6 +22,7 @@ from megabridge.errors import CheckpointError
 from megabridge.hf.safetensors_format import TensorInfo, parse_json, stamp_of
 from megabridge.parallel.collectives import spread
 from megabridge.storage import regular_files
+from megabridge.storage.folders import MARKER
 
 FILE: Final = "megabridge_digests.json"
 FORMAT: Final = 1
@@ -78,6 +79,11 @@ class Digests:
                 f"{folder / METADATA} must be of the save that {FILE} beside it is of, but one of them is damaged or of another "
                 "checkpoint; use another step."
             )
+
+    def check_marker(self, folder: Path) -> None:
+        """Raises CheckpointError unless megatron-core's own description of the folder is what was written."""
+        if MARKER in self.files and self.files[MARKER] != of_file(folder / MARKER):
+            raise CheckpointError(f"{folder / MARKER} has other bytes than were written; use another step.")
 
     def problems(self, folder: Path, below: str) -> list[str]:
         """A line for each file in `folder`/`below` that is not what was written; reads them."""

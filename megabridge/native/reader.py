@@ -1,8 +1,8 @@
 """Reads tensors and objects out of a torch_dist folder without executing anything that is in it.
 
 The steps of megatron/core/dist_checkpointing/serialization.py:load and strategies/torch.py:TorchDistLoadShardedStrategy,
-with four differences: `.metadata` goes through `unpickle.py`, objects through torch's weights-only unpickler, files are checked
-(name, presence, size) before a weight is touched, and what is read is compared with its digest before it is copied anywhere.
+with four differences: `.metadata` goes through safe_unpickling.py, objects through torch's weights-only unpickler, files are
+checked (name, presence, size) before a weight is touched, and what is read is compared with its digest before it is copied anywhere.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class NativeReader:
         return _COMMON_KEY in self.metadata.state_dict_metadata
 
     def problems(self, wanted: Mapping[str, Any]) -> list[str]:
-        """What of `wanted` (from `requested`) the folder lacks or has in another shape, a line each."""
+        """What of `wanted` (from `requested_entries`) the folder lacks or has in another shape, a line each."""
         found = []
         for key, entry in wanted.items():
             stored = self.metadata.state_dict_metadata.get(key)
@@ -221,6 +221,7 @@ def open_folder(folder: Path) -> NativeReader:
     content = regular_files.read(folder / digests.METADATA)
     if record is not None:
         record.check_metadata(folder, content)
+        record.check_marker(folder)
     metadata = parse_metadata(folder / digests.METADATA, content)
     try:
         entries = list((metadata.storage_data or {}).values())

@@ -17,7 +17,7 @@ from megabridge.errors import CheckpointError, ConfigError, MappingError, Megabr
 
 _KINDS: Final = {kind.__name__: kind for kind in (ConfigError, MappingError, CheckpointError, ParityError)}
 PIECE: Final = 64 << 20
-"""Bytes of one message of `gather_bytes`: what it needs on a device."""
+"""Bytes of one message of `all_gather_bytes`: what it needs on a device."""
 
 
 def rank() -> int:

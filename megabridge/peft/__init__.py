@@ -1,5 +1,5 @@
 """Adapters: small trained matrices beside frozen linears, one per Hugging Face linear, also where Megatron fuses several."""
 
-from megabridge.peft.lora import LoRA
+from megabridge.peft.lora_config import LoRA
 
 __all__ = ["LoRA"]

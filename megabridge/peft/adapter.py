@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megabridge.models.layers.experts import by_token, products
 from megabridge.peft.linears import TensorParallelPlacement
-from megabridge.peft.lora import LoRA
+from megabridge.peft.lora_config import LoRA
 from megabridge.peft.rules import CHILD
 
 from megatron.core import tensor_parallel

@@ -22,7 +22,7 @@ from megabridge.models.backends.registry import adapting
 from megabridge.parallel import collectives
 from megabridge.peft.adapter import AdaptedRows, Adapter
 from megabridge.peft.linears import TensorParallelPlacement, placement_of
-from megabridge.peft.lora import LoRA, ends, is_named
+from megabridge.peft.lora_config import LoRA, ends, is_named
 from megabridge.peft.rules import ENDINGS, AdapterMap, AdapterTarget
 from megabridge.peft.state import sharded_state
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from megabridge.config import value_types
 from megabridge.config.value_types import FLAG, OBJECT, Kind, list_of, number, one_of, shown, text, whole
-from megabridge.peft.lora import HIGHEST, LARGEST_ALPHA
+from megabridge.peft.lora_config import HIGHEST, LARGEST_ALPHA
 
 UNSET: Final = Kind(
     "null, false or empty", lambda value: value is None or value is False or (type(value) in (dict, list, str) and not value)

@@ -13,7 +13,7 @@ from megabridge.hf import assets
 from megabridge.hf.assets import ADAPTER as CONFIG
 from megabridge.hf.safetensors_format import TensorInfo, read_header
 from megabridge.peft import config_fields
-from megabridge.peft.lora import ALL_LINEAR, LoRA
+from megabridge.peft.lora_config import ALL_LINEAR, LoRA
 from megabridge.peft.rules import ENDINGS, PREFIX
 
 WEIGHTS: Final = assets.ADAPTER_WEIGHTS

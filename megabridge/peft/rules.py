@@ -31,7 +31,7 @@ from megabridge.mapping import (
     Transpose,
     WeightMap,
 )
-from megabridge.peft.lora import LoRA, is_named
+from megabridge.peft.lora_config import LoRA, is_named
 
 CHILD: Final = ADAPTER.strip(".")
 """What an adapted module's child is called."""

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from megabridge.conversion.file_writer import plan_shards
 from megabridge.conversion.parameters import ParameterRecord, collect_parameters
 from megabridge.conversion.plan import Expansion, TensorSpec, WrittenBox, check_fits, tile, uncollected
+from megabridge.conversion.shards import plan_shards
 from megabridge.families import Family
 from megabridge.hf.tensor_files import STAGING
 from megabridge.mapping import Dims, Transfer
@@ -63,7 +63,7 @@ class AllRanksPlan:
     expansion: Expansion = field(repr=False)
 
     def records(self, rank: int) -> tuple[ParameterRecord, ...]:
-        """The records that `native.survey` finds on `rank`, in module order."""
+        """The records that `conversion.parameters.collect_parameters` finds on `rank`, in module order."""
         place = self.topology.coordinate(rank)
         return tuple(record_at(record, place, self.topology.ep) for record in self.stages[place.pp])
 

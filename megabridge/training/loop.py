@@ -166,13 +166,20 @@ class Trainer:
         return problems + [f"{line}; it is passed over" for line in steps.strange(self.checkpoints).values()]
 
     def _resume(self, source: Path) -> None:
-        progress = checkpoint.load(source, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
+        changed: list[str] = []
+        accepted = self.config.checkpoint.accept_changes
+        progress = checkpoint.load(
+            source,
+            self.chunks,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            agree=lambda found: changed.extend(resume.changes(found.settings, self.settings, accepted=accepted)),
+        )
         if self.bridge is not None:
             self.bridge.adopt_checkpoint(self.chunks, source, progress.rounded)
         if progress.rounded:
             self.say(f"rounded, because this run's parameters can't hold what the checkpoint has: {described(progress.rounded)}")
-        accepted = self.config.checkpoint.accept_changes
-        if changed := resume.changes(progress.settings, self.settings, accepted=accepted):
+        if changed:
             self.say("resumed with changed settings:\n  " + "\n  ".join(changed))
         self.step, self.consumed_samples = progress.step, progress.consumed_samples
         self.guard.resume(progress.recent_losses)

@@ -92,6 +92,8 @@ def test_paths_must_be_such_that_can_be_looked_up(tmp_path: Path) -> None:
         str(tmp_path / "circle"): "Too many levels of symbolic links",
         "~no_such_user_here/x": "Could not determine home directory",
     }
+    with pytest.raises(ConfigError, match="run_dir='' must name a directory"):
+        bounds.check_paths(Config(run_dir=""))
     for path, reason in reasons.items():
         config = Config(sweep=path, run_dir=path)
         config.model.path = config.conversion.output = config.peft.path = config.checkpoint.path = path

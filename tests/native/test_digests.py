@@ -34,6 +34,7 @@ FOUND = {
     "of no save": "megabridge_digests.json is of save other, not ",
     "a box without": "boxes, but lacks 1; use another step",
     "a bit of the metadata": "must be of the save that megabridge_digests.json beside it is of",
+    "the marker": "metadata.json has other bytes than were written",
 }
 UNREAD = ("master", "moment", "common")
 """What a load of the weights alone doesn't read."""

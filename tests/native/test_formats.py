@@ -39,6 +39,14 @@ def test_what_a_version_wrote_is_read(ranks: RankServer, tmp_path: Path, kept: P
     assert exported == () and payload(tmp_path / "out") == published
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((step / "hf" / "config.json").read_text())
 
+    # What can't be gone on with is said by its settings, before shapes are compared; adapters and their scale are of the model.
+    for change, line in {
+        "model.hf.num_hidden_layers=3": "model.hf.num_hidden_layers: 2 -> 3",
+        "peft=lora": 'peft.name: "none" -> "lora"',
+    }.items():
+        done = ranks.program([*COMMON, change, "recipe.steps=3", f"run_dir={run}", "checkpoint.resume=auto"], cwd=tmp_path)
+        assert done.returncode and line.replace('"', "") in done.stderr.replace('"', ""), done.stderr
+
     # The optimizer's state and the run's settings: the third step under another layout, over the run's own metrics.
     printed = program(*COMMON, "parallel=pp2", "recipe.steps=3", f"run_dir={run}", "checkpoint.resume=auto")
     assert "step 3/3" in printed

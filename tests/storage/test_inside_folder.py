@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megabridge.bridge import hub
+from megabridge.bridge import upload
 from megabridge.errors import CheckpointError
 from megabridge.hf import assets
 from megabridge.hf.opened_folder import OpenedFolder
@@ -41,7 +41,7 @@ def ways(folder: Path) -> list[tuple[str, Callable[[], object]]]:
     return [
         ("export", lambda: OpenedFolder.of(folder, code=True)),
         ("tokenizer", lambda: assets.read_assets(folder)),
-        ("push", lambda: hub._files(folder)),
+        ("push", lambda: upload._files(folder)),
         ("weights", lambda: find_tensors(folder)),
     ]
 
@@ -107,7 +107,7 @@ def test_links_inside_and_hard_links_are_followed(tmp_path: Path, secret: Path) 
         assert set(find_tensors(place)) == {"a"}
         (place / ".git").mkdir(exist_ok=True)
         (place / ".git/config").write_text("mine")
-        assert set(hub._files(place)) == {
+        assert set(upload._files(place)) == {
             "config.json", "merges.txt", "model.safetensors", "parts/merges", "parts/weights", "vocab.json", "vocab.txt",
         }  # fmt: skip
 

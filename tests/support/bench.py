@@ -11,7 +11,7 @@ import torch
 from megabridge import AutoBridge
 from megabridge.config import schema
 from megabridge.conversion.compare import compare, to_native
-from megabridge.conversion.file_writer import plan_shards
+from megabridge.conversion.shards import plan_shards
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.launchers import local
 from megabridge.parallel import process_groups

@@ -88,6 +88,7 @@ DAMAGES: Mapping[str, Damage] = {
     "of no save": lambda folder, other: rewrite(folder, lambda content: content.update(save="other"), seal=True),
     "a box without": lambda folder, other: rewrite(folder, _lose, seal=True),
     "a bit of the metadata": lambda folder, other: _flip_metadata(folder),
+    "the marker": lambda folder, other: os.truncate(folder / "metadata.json", 2),
 }
 
 

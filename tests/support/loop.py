@@ -1,4 +1,4 @@
-"""What the ranks of tests/training/test_policy.py, test_loop.py and test_update.py run."""
+"""What the ranks of tests/training/test_policy.py and test_update.py run."""
 
 from __future__ import annotations
 

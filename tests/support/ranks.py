@@ -1,4 +1,4 @@
-"""What the ranks of tests/platform/test_ranks.py and test_groups.py run."""
+"""What the ranks of tests/parallel and tests/launchers run."""
 
 from __future__ import annotations
 
