@@ -189,7 +189,8 @@ def load(
     state and FP8's scales are restored where the layout is the same. A folder that was converted and never trained gives
     its weights only: the run begins with them at step 0. `agree` is told how far the run is before any tensor is compared or
     read, and raises the same on every rank where that can't be gone on with. Raises CheckpointError on every rank: before anything
-    is changed where the folder is incomplete or of another model; where a box in it is damaged, what was read before has its place already.
+    is changed where the folder is incomplete or of another model; where a box in it is damaged, what was read before has its
+    place already.
     """
     with raise_together("opening a checkpoint"):
         source = reader.open_folder(folder)

@@ -2,7 +2,8 @@
 
 The steps of megatron/core/dist_checkpointing/serialization.py:load and strategies/torch.py:TorchDistLoadShardedStrategy,
 with four differences: `.metadata` goes through safe_unpickling.py, objects through torch's weights-only unpickler, files are
-checked (name, presence, size) before a weight is touched, and what is read is compared with its digest before it is copied anywhere.
+checked (name, presence, size) before a weight is touched, and what is read is compared with its digest before it is copied
+anywhere.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any], *, accepted: S
     if forbidden:
         others = [line for line in lines.values() if line not in forbidden]
         raise ConfigError(
-            "a run can't continue with other data, another tokenizer, another model or other adapters; put these back, or name them "
-            f"in checkpoint.accept_changes ({', '.join(_FIXED)}):\n  "
+            "a run can't continue with other data, another tokenizer, another model or other adapters; put these back, or name "
+            f"them in checkpoint.accept_changes ({', '.join(_FIXED)}):\n  "
             + "\n  ".join(forbidden)
             + ("\nThese have changed, too, and may:\n  " + "\n  ".join(others) if others else "")
         )
