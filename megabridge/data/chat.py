@@ -51,7 +51,7 @@ class ChatEncoder:
         if reserved := sorted(self._arguments.keys() & _RESERVED):
             raise ConfigError(
                 f"template_arguments={reserved} must be variables of the chat template, and these say how it is rendered; take "
-                "them away (another template belongs into a folder that model.tokenizer names)."
+                "them away (another template belongs into the model's folder)."
             )
         self._template = Template(self.tokenizer, folder)
         self._has_tag = bool(_TAG.search(self._template.source))

@@ -53,7 +53,7 @@ class Template:
             self.source = tokenizer.get_chat_template()
         except Exception as error:  # transformers': none, or several of which none is the default
             raise TemplateError(
-                f"the tokenizer in {folder} must have a chat template, but: {_line(error)}; set model.tokenizer to one that has."
+                f"the tokenizer in {folder} must have a chat template, but: {_line(error)}; put one beside it."
             ) from error
         if not isinstance(self.source, str):
             raise TemplateError(f"the chat template of {folder} must be text, not {type(self.source).__name__}; write one.")
@@ -86,7 +86,7 @@ class Template:
         if outcome not in (_GOOD, _REFUSED):
             raise TemplateError(
                 f"the chat template of {self._folder} must render a conversation within {SECONDS} seconds and {MEMORY >> 30} GiB, "
-                "and does not: it loops, or writes without end; mend it, or set model.tokenizer to another."
+                "and does not: it loops, or writes without end; mend it, or put another in its place."
             )
 
 

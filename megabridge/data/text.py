@@ -38,8 +38,8 @@ def load_tokenizer(folder: Path) -> Any:
     except BaseException as error:  # tokenizers' own failures are no Exceptions
         reason = said(error).splitlines()[0].rstrip(" .:")
         raise CheckpointError(
-            f"the tokenizer in {folder} must be one that transformers loads, but: {reason}; fetch its files again, or set "
-            "model.tokenizer to another."
+            f"the tokenizer in {folder} must be one that transformers loads, but: {reason}; fetch its files again, or put "
+            "another's in their place."
         ) from error
 
 

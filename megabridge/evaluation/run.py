@@ -83,7 +83,7 @@ def evaluate(folder: Path, tasks: Mapping[str, Task], *, batch_size: int, device
 def problems(folder: Path, tasks: Mapping[str, Task]) -> list[str]:
     """A line for everything about the tasks that a folder with this one's config and tokenizer can't be asked."""
     if not any(folder.glob("tokenizer*")):
-        return [f"{folder} must hold a tokenizer to be evaluated with; set model.tokenizer, or name another model"]
+        return [f"{folder} must hold a tokenizer to be evaluated with; put one there, or name another model"]
     tokenizer = load_tokenizer(folder)
     most, found = longest(folder, tokenizer), []
     for name, task in tasks.items():

@@ -13,7 +13,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 _UNKNOWN: Final[Mapping[str, object]] = {
-    "sequence_parallel": False,  # megatron-core's torch norms add no gradients up over tp
     "fp8": None,
     "fp4": None,
     "tp_comm_overlap": False,
