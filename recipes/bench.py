@@ -20,6 +20,7 @@ from megabridge.bridge.auto_bridge import AutoBridge
 from megabridge.config import validation
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
+from megabridge.families.core.known_sizes import known_sizes
 from megabridge.hf import assets
 from megabridge.launchers import local
 from megabridge.loggers import Reporter
@@ -63,7 +64,7 @@ def misfit(config: Config, layout: Topology) -> str | None:
     if not platform.is_cpu() and layout.world_size > hardware.visible_gpus():
         return f"it needs {layout.world_size} GPUs, and this host has {hardware.visible_gpus()}"
     try:
-        validation.check_layout(config, layout)
+        validation.check_layout(config, layout, known_sizes(config.model))
     except ConfigError as error:
         return str(error)
     return None

@@ -17,7 +17,7 @@ from megabridge import AutoBridge
 from megabridge.config.schema import Config
 from megabridge.conversion import verify as verify_folder
 from megabridge.conversion.report import Report
-from megabridge.errors import CheckpointError, ConfigError
+from megabridge.errors import CheckpointError, ConfigError, plain
 from megabridge.hf import resolve
 from megabridge.loggers import Reporter
 from megabridge.native import checkpoint
@@ -96,7 +96,7 @@ def verify(config: Config) -> None:
         checked += f", and its tensors are those of {conversion.source}"
     if problems:
         if collectives.rank() == 0:
-            print(*problems, sep="\n", flush=True)
+            print(*map(plain, problems), sep="\n", flush=True)
         raise CheckpointError(f"{folder} differs in {len(problems)} places from what it should be; export it again.")
     with Reporter(config, build.loggers(config)) as report:
         report.say(checked)

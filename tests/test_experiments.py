@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megabridge.config import schema, validation
+from megabridge.families.core.known_sizes import known_sizes
 from tests.support.compose import compose
 from tests.support.rank_server import RankServer
 
@@ -19,7 +20,7 @@ FOLDER = ROOT / "conf" / "experiment"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
 SAID = re.compile(r"Expected memory: ([\d.]+) GiB on each of (\d+) GPU")
 ON_GPUS = [name for name in NAMES if SAID.search((FOLDER / f"{name}.yaml").read_text())]
-TINY = "recipe.steps=2 recipe.seq_length=64 conversion.logits_tokens=8 logger=local platform=cpu"
+TINY = "recipe.steps=2 recipe.seq_length=64 callbacks.import_parity.logits_tokens=8 callbacks.hf_export.logits_tokens=8 logger=local platform=cpu"
 ON_CPU = {
     "smollm2_sft_export": f"model=tiny_llama {TINY}",
     "smollm2_lora": f"model=tiny_llama {TINY}",
@@ -50,7 +51,7 @@ def test_what_is_composed_can_run(composed: Mapping[str, dict[str, Any]], name: 
         validation.check_training,
     ):
         check(made)
-    validation.check_layout(made, schema.topology(made.parallel))
+    validation.check_layout(made, schema.topology(made.parallel), known_sizes(made.model))
 
 
 def test_expected_memory_is_what_is_said(ranks: RankServer, composed: Mapping[str, dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -15,18 +15,9 @@ import megabridge.platform as platform
 from megabridge.errors import CheckpointError, ConfigError
 from megabridge.models.provider import ModelProvider
 from megabridge.parallel import collectives, process_groups
+from megabridge.parallel.topology import SETTINGS
 from megabridge.platform.file_backed import file_backed
 from megabridge.storage import regular_files
-
-SIZES: Final[Mapping[str, str]] = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-}
-"""The short name of each size of a layout, and the provider's setting."""
 
 
 @contextlib.contextmanager
@@ -59,21 +50,22 @@ def scratch(folder: str | Path | None) -> Iterator[Path]:
 
 
 def arrange(provider: ModelProvider, settings: Mapping[str, Any]) -> None:
-    """Gives `provider` the settings, by its own names or by `SIZES`; sizes not given are those of the groups that run, else 1.
+    """Gives `provider` the settings, by its own names or by the short ones of `SETTINGS`.
 
-    Raises ConfigError for a size that is given under both names, and for a name that there isn't.
+    Sizes not given are those of the groups that run, else 1. Raises ConfigError for a size that is given under both names, and for
+    a name that there isn't.
     """
-    doubled = sorted(f"{short} and {name}" for short, name in SIZES.items() if short in settings and name in settings)
+    doubled = sorted(f"{short} and {name}" for short, name in SETTINGS.items() if short in settings and name in settings)
     if doubled:
         raise ConfigError(f"a size must be given once, not as {doubled[0]}; leave one out.")
-    named = {SIZES.get(name, name): value for name, value in settings.items()}
+    named = {SETTINGS.get(name, name): value for name, value in settings.items()}
     running = process_groups.current()
-    if running is not None and not named.keys() & set(SIZES.values()):
-        named |= {name: getattr(running, short) for short, name in SIZES.items()}
+    if running is not None and not named.keys() & set(SETTINGS.values()):
+        named |= running.settings()
     for name, value in named.items():
-        if name == SIZES["vpp"] and value == 1:
+        if name == SETTINGS["vpp"] and value == 1:
             value = None
-        if name != SIZES["etp"] or value is not None:
+        if name != SETTINGS["etp"] or value is not None:
             setattr(provider, name, value)
 
 

@@ -20,18 +20,18 @@ NEW_TOKENS: Final = 48
 
 
 class Answer(Callback):
-    """Adds two greedy answers to `recipe.answer_prompt` to the summary: before and after. Rank 0 generates, on the CPU."""
+    """Adds two greedy answers to `prompt` (None: not asked) to the summary: before and after. Rank 0 generates, on the CPU."""
 
-    def __init__(self, max_new_tokens: int = NEW_TOKENS) -> None:
-        self.max_new_tokens = max_new_tokens
+    def __init__(self, prompt: str | None = None, max_new_tokens: int = NEW_TOKENS) -> None:
+        self.prompt, self.max_new_tokens = prompt, max_new_tokens
 
     @override
     def on_end(self, trainer: Trainer) -> None:
-        prompt, bridge = trainer.config.recipe.answer_prompt, trainer.bridge
+        prompt, bridge = self.prompt, trainer.bridge
         if prompt is None or bridge is None or bridge.source.location is None or not trainer.exports:
             return
         if not any(trainer.exports[-1].glob("tokenizer*")):
-            trainer.say("recipe.answer_prompt is not asked: the model has no tokenizer")
+            trainer.say("the question is not asked: the model has no tokenizer")
             return
         lines: list[str] = []
         with collectives.raise_together("generating answers"):

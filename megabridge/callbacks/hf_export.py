@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, override
 
-from megabridge.callbacks.parity import compare_logits
+from megabridge.callbacks.parity import LOGITS_TOKENS, compare_logits
 from megabridge.errors import ConfigError
 from megabridge.parallel.collectives import on_rank_zero
 from megabridge.storage import regular_files
@@ -24,8 +24,12 @@ class HFExport(Callback):
     A resumed run writes that of the step that it goes on from where it is missing.
 
     Logs the export's report as `export/*` and the logits' comparison as `parity/*`. The rules are those of the group
-    `conversion`: export_dtype, export_quantization, max_shard_size, writer, verify, allow_nonfinite, logits_tokens.
+    `conversion`: export_dtype, export_quantization, max_shard_size, writer, verify, strict, allow_nonfinite. Logits are compared on
+    `logits_tokens` tokens; 0: not.
     """
+
+    def __init__(self, logits_tokens: int = LOGITS_TOKENS) -> None:
+        self.logits_tokens = logits_tokens
 
     @override
     def on_start(self, trainer: Trainer) -> None:
@@ -67,7 +71,7 @@ class HFExport(Callback):
                 **rules,
             )
             trainer.exports.append(target)
-            line = f"export of step {step}: {report}" + compare_logits(trainer, target, prefix="parity")
+            line = f"export of step {step}: {report}" + compare_logits(trainer, target, self.logits_tokens, prefix="parity")
         trainer.log({f"export/{name}": value for name, value in report.metrics().items()})
         trainer.say(line)
         trainer.summary.append(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, override
+from typing import TYPE_CHECKING, Final, override
 
 import torch
 
@@ -20,8 +20,18 @@ if TYPE_CHECKING:
     from megabridge.training.loop import Trainer
 
 
+LOGITS_TOKENS: Final = 64
+"""Of the batch on which logits are compared."""
+
+
 class ImportParity(Callback):
-    """Logs the import's report as `import/*` and compares logits with the source's before the first step."""
+    """Logs the import's report as `import/*` and compares logits with the source's before the first step.
+
+    Of `logits_tokens` tokens; 0: logits are not compared.
+    """
+
+    def __init__(self, logits_tokens: int = LOGITS_TOKENS) -> None:
+        self.logits_tokens = logits_tokens
 
     @override
     def on_import(self, trainer: Trainer, report: Report) -> None:
@@ -29,12 +39,12 @@ class ImportParity(Callback):
         line = f"import: {report}"
         bridge = trainer.bridge
         if bridge is not None and bridge.source.location is not None:
-            line += _with_source(trainer, bridge)
+            line += _with_source(trainer, bridge, self.logits_tokens)
         trainer.say(line)
         trainer.summary.append(line)
 
 
-def _with_source(trainer: Trainer, bridge: AutoBridge) -> str:
+def _with_source(trainer: Trainer, bridge: AutoBridge, length: int) -> str:
     """The end of a line about logits of the source, which may have gone since it was imported. Every rank calls it."""
     try:
         with collectives.raise_together("opening the source"):
@@ -42,15 +52,14 @@ def _with_source(trainer: Trainer, bridge: AutoBridge) -> str:
             find_tensors(folder, allow_bin=bridge.source.allow_bin)
     except CheckpointError as error:
         return f"; logits not compared: {error}"
-    return compare_logits(trainer, folder, prefix="import")
+    return compare_logits(trainer, folder, length, prefix="import")
 
 
-def compare_logits(trainer: Trainer, folder: Path, *, prefix: str) -> str:
+def compare_logits(trainer: Trainer, folder: Path, length: int, *, prefix: str) -> str:
     """Logs `prefix`/logits_* of the model in memory against transformers' of `folder`; returns the end of a line about it.
 
-    The batch is the same in every run: `conversion.logits_tokens` tokens, spread over the vocabulary. Every rank calls it.
+    The batch is the same in every run: `length` tokens (0: nothing is compared), spread over the vocabulary. Every rank calls it.
     """
-    length = trainer.config.conversion.logits_tokens
     if length == 0:
         return "; logits not compared"
     if not collectives.on_rank_zero("looking for what reads the weights", lambda: is_readable(folder)):

@@ -13,7 +13,6 @@ from megabridge.storage import regular_files
 
 _NEARLY_ONE: Final = math.nextafter(1.0, 0.0)
 BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
-    "conversion.logits_tokens": (0, math.inf),
     "checkpoint.save_every": (1, math.inf),
     "checkpoint.keep_last": (1, math.inf),
     "checkpoint.keep_best": (1, math.inf),
@@ -39,6 +38,12 @@ BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
     "timeout": (1e-3, 1e8),
 }
 """Least and most of the settings that no other rule here bounds."""
+CALLBACKS: Final[Mapping[str, tuple[float, float]]] = {
+    "callbacks.import_parity.logits_tokens": (0, math.inf),
+    "callbacks.hf_export.logits_tokens": (0, math.inf),
+    "callbacks.answer.max_new_tokens": (1, math.inf),
+}
+"""The same of the callbacks in conf/callbacks, by the names that they have there."""
 UNBOUNDED: Final = ("model.hf.", "recipe.options.")
 """Settings that may be infinite: Mamba's time_step_limit is."""
 _LARGEST: Final = 1 << 53
@@ -52,7 +57,7 @@ def check_numbers(config: Config) -> None:
     """
     problems = []
     for path, value in _numbers(config, ""):
-        least, most = BOUNDS.get(path, (-math.inf, math.inf))
+        least, most = BOUNDS.get(path) or CALLBACKS.get(path, (-math.inf, math.inf))
         if isinstance(value, int) and abs(value) >= _LARGEST:
             problems.append(f"{path}={str(value)[:40]} must be below 2**53 in size; use a smaller number")
         elif math.isnan(value) or (math.isinf(value) and not path.startswith(UNBOUNDED)):

@@ -30,6 +30,13 @@ _SHOWN: Final = 30
 """Keys of a node that are listed where none is close."""
 
 
+MOVED: Final = {
+    "recipe.answer_prompt": "callbacks.answer.prompt",
+    "conversion.logits_tokens": "callbacks.import_parity.logits_tokens and callbacks.hf_export.logits_tokens",
+}
+"""Keys that were, and what they are called now."""
+
+
 def explain(error: BaseException, conf: Path, others: Sequence[str] = ()) -> str:
     """One line: what is wrong, and what to write instead. `conf` is the folder of the config groups, `others` more keys."""
     if isinstance(error, MissingConfigException):
@@ -109,6 +116,8 @@ def _wrong_type(error: ValidationError) -> str:
 
 def _unknown_key(key: str, conf: Path, others: Sequence[str]) -> str:
     """For a key that the schema, or the chosen file of an open node, does not have."""
+    if key in MOVED:
+        return f"unknown key '{key}': it is {MOVED[key]} now; set that."
     parent = key.rpartition(".")[0]
     inside = next((f"{node}." for node in OPEN_NODES if key.startswith(f"{node}.")), "")
     known = [each for each in {*_known_keys(key, conf), *others} if each.startswith(inside)]

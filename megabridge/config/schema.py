@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from megabridge.config import installed
 from megabridge.errors import ConfigError
-from megabridge.parallel.topology import Topology
+from megabridge.parallel.topology import SETTINGS, Topology
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
@@ -46,7 +46,7 @@ class ModelConfig:
     ignore_keys: list[str] = field(default_factory=list)
     """Keys of config.json that nothing reads and that would be refused, where the model computes the same without them."""
     tokenizer: str | None = None
-    """A local folder, a hub id, or `bytes` for the byte-level one of megabridge.hf.byte_tokenizer. Null: the one of `path`."""
+    """Of a model without `path`: a local folder, a hub id, or `bytes` for the byte-level one of megabridge.hf.byte_tokenizer."""
     provider: dict[str, Any] = field(default_factory=dict)
     """Overrides of the Megatron model: TransformerConfig's fields, e.g. +model.provider.recompute_granularity=full."""
 
@@ -107,8 +107,6 @@ class ConversionConfig:
     """Largest safetensors file of an export, such as 5GB. Null: the source's files where tensors have its dtypes, else 5GB."""
     writer: str = choice("shared", "gather")
     """Who writes an export's files: every rank its own part, on a file system that all share; or rank 0, sent everything."""
-    logits_tokens: int = 64
-    """Tokens of the fixed batch on which logits are compared with transformers. 0: not compared."""
 
 
 @dataclass
@@ -151,8 +149,6 @@ class RecipeConfig:
     """Whether validation also runs before the first step."""
     log_every: int = 1
     """Steps between log lines."""
-    answer_prompt: str | None = None
-    """A question that the source and the exported model answer at the end, both through transformers. Null: none."""
     single_process: bool = False
     """Whether one process without process groups runs it, whatever `parallel` says: it plans, or starts ranks by itself."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -378,7 +374,7 @@ def topology(parallel: ParallelConfig, world_size: int | None = None) -> Topolog
 
     Raises ConfigError when the sizes don't multiply to `world_size`.
     """
-    sizes = {name: getattr(parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")}
+    sizes = {name: getattr(parallel, name) for name in SETTINGS}
     if world_size is None:
         return Topology(dp=1 if parallel.dp is None else parallel.dp, **sizes)
     return Topology.for_world(world_size, dp=parallel.dp, **sizes)

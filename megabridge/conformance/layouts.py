@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megabridge.bridge.auto_bridge import AutoBridge
+from megabridge.config import layout_rules
 from megabridge.config.schema import Config
-from megabridge.errors import ConfigError
 from megabridge.parallel.topology import Topology
-from megabridge.training import build
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ParallelLayout:
 
     def config(self, config: Config) -> Config:
         """`config` in this layout."""
-        sizes = {name: getattr(self.topology, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
+        sizes: dict[str, Any] = {**self.topology.sizes()}
         parallel = replace(config.parallel, **sizes, sequence_parallel=self.sequence_parallel, layout=None)
         return replace(config, parallel=parallel)
 
@@ -35,8 +35,14 @@ def legal_layouts(config: Config, bridge: AutoBridge, world_size: int) -> list[P
     dp takes what the other sizes leave; vpp is 1 or 2; tensor parallelism alone comes with sequence parallelism too, and always
     where there are experts.
     """
-    has_experts = bridge.source.native.get("num_moe_experts") is not None
-    return [layout for layout in _candidates(world_size, has_experts=has_experts) if _is_legal(layout.config(config), bridge)]
+    native, backend = bridge.source.native, layout_rules.backend_of_run(config)
+
+    def is_legal(layout: ParallelLayout) -> bool:
+        get = layout_rules.of_run(layout.config(config), native)
+        return not layout_rules.model_problems(get, layout.topology, backend=backend)
+
+    has_experts = native.get("num_moe_experts") is not None
+    return list(filter(is_legal, _candidates(world_size, has_experts=has_experts)))
 
 
 def _candidates(world_size: int, *, has_experts: bool) -> Iterator[ParallelLayout]:
@@ -59,11 +65,3 @@ def _with_experts(world_size: int, *, tp: int, pp: int, vpp: int) -> Iterator[Pa
     for etp in sorted({1, tp}):
         for ep in (size for size in range(1, inside // etp + 1) if inside % (etp * size) == 0):
             yield ParallelLayout(Topology.for_world(world_size, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp), sequence_parallel=tp > 1)
-
-
-def _is_legal(config: Config, bridge: AutoBridge) -> bool:
-    try:
-        build.provider(replace(config, model=replace(config.model, load_weights=False)), bridge)
-    except ConfigError:
-        return False
-    return True

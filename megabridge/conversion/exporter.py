@@ -30,8 +30,7 @@ from megabridge.errors import CheckpointError, MegabridgeError, ParityError, lis
 from megabridge.hf.dtypes import counted
 from megabridge.hf.safetensors_format import TensorInfo, read_header
 from megabridge.mapping import Transfer, coalescible, natural, whole
-from megabridge.native import checkpoint
-from megabridge.parallel import collectives
+from megabridge.parallel import collectives, process_groups
 from megabridge.storage import folders
 
 Boxes = Iterable[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]  # file, place in it, elements: what `Writer.write` takes
@@ -205,7 +204,7 @@ def _publish(export: ExportPlan, write_assets: Callable[[Path], None], found: Ma
     with space_named(export.partial, export.shards):
         write_index(export.partial, export.shards)
         write_assets(export.partial)
-        manifest.write(export.partial, export.infos, found, checkpoint.layout())
+        manifest.write(export.partial, export.infos, found, process_groups.running())
         earlier.carry(export.partial)
     folders.commit(export.path, replace=True)
 

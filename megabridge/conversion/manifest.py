@@ -19,11 +19,12 @@ from typing import Final, Self
 import torch
 import xxhash
 
-from megabridge.errors import CheckpointError
+from megabridge.errors import CheckpointError, ConfigError
 from megabridge.hf import assets
 from megabridge.hf.safetensors_format import NAMES, TensorInfo, parse_json
 from megabridge.hf.tensor_files import INDEX, SINGLE, Reader
 from megabridge.parallel import collectives
+from megabridge.parallel.topology import Topology
 from megabridge.storage import regular_files
 from megabridge.storage.inside_folder import entries, inside
 from megabridge.version import VERSION
@@ -61,7 +62,7 @@ class Manifest:
 
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry]
-    layout: Mapping[str, int]
+    layout: Topology
     versions: Mapping[str, str]
 
     def paths(self) -> set[str]:
@@ -114,10 +115,11 @@ def file_entry(file: Path) -> FileEntry:
         return FileEntry(stream.tell(), digest.hexdigest())
 
 
-def write(folder: Path, infos: Mapping[str, TensorInfo], found: Mapping[str, str], layout: Mapping[str, int]) -> None:
-    """Writes the manifest of a folder that is complete but for it; `found` has every tensor's digest. One rank calls it.
+def write(folder: Path, infos: Mapping[str, TensorInfo], found: Mapping[str, str], layout: Topology | None) -> None:
+    """Writes the manifest of a folder that is complete but for it; `found` has every tensor's digest.
 
-    Raises CheckpointError for files whose names differ by case alone.
+    `layout` is None for tensors that belong to no layout. One rank calls it. Raises CheckpointError for files whose
+    names differ by case alone.
     """
     shards = {info.file.name for info in infos.values()}
     others = [name for name in other_files(folder) if name not in shards]
@@ -131,7 +133,7 @@ def write(folder: Path, infos: Mapping[str, TensorInfo], found: Mapping[str, str
         "format": FORMAT,
         "tensors": {name: asdict(entry_of(info, found[name])) for name, info in infos.items()},
         "files": {name: asdict(file_entry(folder / name)) for name in others},
-        "layout": dict(layout),
+        "layout": {} if layout is None else layout.sizes(),
         "versions": {"megabridge": VERSION, "megatron-core": version("megatron-core"), "torch": torch.__version__},
     }
     lines = json.dumps(content, indent=1, ensure_ascii=False)
@@ -186,10 +188,10 @@ def read(folder: Path) -> Manifest:
         return Manifest(
             tensors={name: TensorEntry(**entry | {"shape": tuple(entry["shape"])}) for name, entry in content["tensors"].items()},
             files={name: FileEntry(**entry) for name, entry in content["files"].items()},
-            layout=dict(content["layout"]),
+            layout=Topology.of_sizes(content["layout"]),
             versions=dict(content["versions"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(
             f"{path} must say of every tensor file, offset, dtype, shape and digest ({error!r}); export again."
         ) from None

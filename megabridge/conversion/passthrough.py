@@ -146,7 +146,7 @@ def write(folder: Path, carried: Passthrough) -> None:
             carried.check(infos[name])
         writer.sync()
     write_index(target, shards)
-    manifest.write(target, written, manifest.digests(written.values()), {})
+    manifest.write(target, written, manifest.digests(written.values()), None)
 
 
 def read(folder: Path) -> Passthrough | None:

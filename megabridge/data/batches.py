@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 import torch
 
+from megabridge.config.layout_rules import batch_problems
 from megabridge.data.invalid_rows import TOO_LONG, UNANSWERED, BadRow
 from megabridge.data.module import Batch
 from megabridge.data.packing import pack
@@ -217,11 +218,8 @@ class Batching:
     def steps(self, row: Callable[[int], Row], consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:
         """The same over the endless rows row(0), row(1), ... of the whole run. Raises ConfigError at once."""
         step, micro = self.global_batch_size, self.micro_batch_size
-        if step % (micro * dp_size):
-            raise ConfigError(
-                f"recipe.global_batch_size={step} must be a multiple of recipe.micro_batch_size x dp = {micro} x {dp_size}; "
-                f"use {micro * dp_size * max(1, round(step / (micro * dp_size)))} or change either."
-            )
+        if problems := batch_problems(step, micro, dp_size):
+            raise ConfigError(listed(problems))
         return self._steps(row, consumed_samples, dp_rank * micro, dp_size * micro)
 
     def _steps(self, row: Callable[[int], Row], begin: int, first: int, stride: int) -> Iterator[Batch]:

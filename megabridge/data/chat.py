@@ -24,6 +24,12 @@ type Message = Mapping[str, Any]
 
 # The tag as transformers looks for it (utils/chat_template_utils.py).
 _TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What transformers' apply_chat_template takes besides the template's variables, and what the template is given as such.
+_RESERVED: Final = frozenset((
+    "self", "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+))  # fmt: skip
 _REMEDY: Final = "mark the assistant's text in the chat template with {% generation %}"
 
 
@@ -35,10 +41,18 @@ class ChatEncoder:
     """
 
     def __init__(self, folder: Path, *, template_arguments: Mapping[str, object] | None = None) -> None:
-        """`template_arguments` are passed to the template, e.g. a fixed date_string where it would write today's date."""
+        """`template_arguments` are passed to the template, e.g. a fixed date_string where it would write today's date.
+
+        Raises ConfigError for those that are none of its variables, and where the tokenizer has no chat template.
+        """
         self.tokenizer: Any = load_tokenizer(folder)
         self._folder = folder
         self._arguments = dict(template_arguments or {})
+        if reserved := sorted(self._arguments.keys() & _RESERVED):
+            raise ConfigError(
+                f"template_arguments={reserved} must be variables of the chat template, and these say how it is rendered; take "
+                "them away (another template belongs into a folder that model.tokenizer names)."
+            )
         self._template = Template(self.tokenizer, folder)
         self._has_tag = bool(_TAG.search(self._template.source))
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}

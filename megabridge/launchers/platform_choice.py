@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Final
+from typing import Any, Final
 
+from megabridge.config import layout_rules
 from megabridge.config.schema import Config
-from megabridge.config.validation import ModelShape, allowed_tp, known_shape
 from megabridge.errors import ConfigError
+from megabridge.families.core.known_sizes import known_sizes
 from megabridge.parallel.topology import Topology
 
 LARGEST_ON_CPU: Final = 500_000_000
@@ -33,7 +34,7 @@ def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: in
             f"parallel {topology} needs {world} processes, and one host starts at most {MOST_RANKS}; start them on several by "
             "torchrun or srun, or see with recipe=plan what each would do."
         )
-    parameters = known_shape(config.model).parameters
+    parameters = layout_rules.parameters(known_sizes(config.model).get)
     least = 0 if parameters is None or config.recipe.steps == 0 else parameters * BYTES_PER_PARAMETER
     size = "" if parameters is None else f" (about {parameters / 1e9:.2f}B parameters)"
     name = f"{config.model.name}{size} with parallel {topology}"
@@ -74,7 +75,7 @@ def _commands(config: Config, topology: Topology, *, gpus: int, on_cpu: bool, ov
             f"--rdzv-backend=c10d --rdzv-endpoint=FIRST_HOST:29500 -m megabridge.run {arguments}"
         )
     kept = [text for text in overrides if text.partition("=")[0].lstrip("+~").partition(".")[0] != "parallel"]
-    if smaller := _smaller(known_shape(config.model), topology, gpus):
+    if smaller := _smaller(known_sizes(config.model), topology, gpus):
         lines.append(f"on this host: python -m megabridge.run {shlex.join([*kept, *smaller])}")
     if on_cpu:
         lines.append(f"on this host's CPU: python -m megabridge.run {arguments} platform=cpu")
@@ -85,10 +86,10 @@ def _commands(config: Config, topology: Topology, *, gpus: int, on_cpu: bool, ov
     return [line.rstrip() for line in lines]
 
 
-def _smaller(shape: ModelShape, topology: Topology, gpus: int) -> list[str]:
-    """Overrides for the largest layout of the same kind on `gpus` GPUs; empty without a GPU or a known shape."""
-    if gpus == 0 or shape.heads is None:
+def _smaller(sizes: Mapping[str, Any], topology: Topology, gpus: int) -> list[str]:
+    """Overrides for the largest layout of the same kind on `gpus` GPUs; empty without a GPU or known sizes."""
+    if gpus == 0 or not sizes:
         return []
-    tp = max(size for size in allowed_tp(shape) if size <= min(gpus, topology.tp))
+    tp = max(size for size in layout_rules.allowed_tp(sizes.get) if size <= min(gpus, topology.tp))
     pp = max(1, min(topology.pp, gpus // tp))
     return [f"parallel.tp={tp}", f"parallel.pp={pp}"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megabridge.config import bounds, error_messages, redaction, schema, validation
+from megabridge.config import bounds, error_messages, readers, redaction, schema, validation
 from megabridge.errors import ConfigError
 from megabridge.launchers import run_lock
 from megabridge.storage import atomic_files
@@ -21,8 +22,11 @@ def conf_folder() -> Path:
     return packaged if packaged.is_dir() else package.parent / "conf"
 
 
-def resolve(cfg: DictConfig, run_dir: Path | None = None) -> tuple[dict[str, Any], schema.Config]:
-    """The config's plain values and its typed form, `run_dir` (None: its own) absolute. Raises ConfigError for what can't work."""
+def resolve(cfg: DictConfig, run_dir: Path | None = None, overrides: Collection[str] = ()) -> tuple[dict[str, Any], schema.Config]:
+    """The config's plain values and its typed form, `run_dir` (None: its own) absolute.
+
+    `overrides` are those of the command line. Raises ConfigError for what can't work, and for what would do nothing.
+    """
     values: Any = _resolved(cfg)
     values["run_dir"] = str((Path(str(values["run_dir"])) if run_dir is None else run_dir).absolute())
     try:
@@ -37,6 +41,7 @@ def resolve(cfg: DictConfig, run_dir: Path | None = None) -> tuple[dict[str, Any
     validation.check_peft(typed)
     validation.check_named(typed)
     validation.check_training(typed)
+    readers.check_readers(typed, overrides, conf_folder())
     return values, typed
 
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from megabridge.config import error_messages, redaction, schema, validation
 from megabridge.errors import ConfigError, MegabridgeError, plain
+from megabridge.families.core.known_sizes import known_sizes
 from megabridge.launchers import local, rank_environment, run_lock, settings, slurm_task
 from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.prepare import conf_folder, resolve, write_config
@@ -142,8 +143,8 @@ def job(cfg: DictConfig) -> float | None:
 
 
 def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
-    values, run_config = resolve(cfg, run_dir)
-    validation.check_layout(run_config, schema.topology(run_config.parallel))
+    values, run_config = resolve(cfg, run_dir, overrides)
+    validation.check_layout(run_config, schema.topology(run_config.parallel), known_sizes(run_config.model))
     topology = schema.processes(run_config)
     platform = choose_platform(
         run_config, topology, gpus=hardware.visible_gpus(), memory=hardware.memory_bytes(), overrides=overrides
@@ -164,9 +165,10 @@ def _become_rank(here: rank_environment.RankEnvironment) -> int:
     if arguments.multirun:
         raise ConfigError("-m starts several runs, but torchrun or srun started this one as rank; sweep without them.")
     cfg = _compose(arguments)
-    values, run_config = resolve(cfg)
+    values, run_config = resolve(cfg, overrides=arguments.overrides)
     started = schema.processes(run_config, here.world_size)
-    validation.check_layout(run_config, schema.topology(run_config.parallel) if run_config.recipe.single_process else started)
+    layout = schema.topology(run_config.parallel) if run_config.recipe.single_process else started
+    validation.check_layout(run_config, layout, known_sizes(run_config.model))
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     raw.pop("run_dir")  # rank 0's counts
     digest = sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from megabridge.config import schema, validation
 from megabridge.errors import CheckpointError, MegabridgeError
+from megabridge.families.core.known_sizes import known_sizes
 from megabridge.launchers import results, run_lock
 from megabridge.launchers.prepare import resolve, write_config
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Failure, Outcome
@@ -222,8 +223,8 @@ def _composed(context: Any, master: DictConfig, overrides: list[str], number: in
 
 def _check(job: SweepJob, runner: Runner) -> None:
     """Everything that can be known of a point before it runs; leaves its config.yaml. Raises ConfigError for what can't work."""
-    job.values, job.config = resolve(job.cfg, Path(job.point.run_dir))
-    validation.check_layout(job.config, schema.topology(job.config.parallel))
+    job.values, job.config = resolve(job.cfg, Path(job.point.run_dir), job.point.overrides)
+    validation.check_layout(job.config, schema.topology(job.config.parallel), known_sizes(job.config.model))
     job.topology = schema.processes(job.config)
     job.point.world_size = job.topology.world_size
     runner.check(job)

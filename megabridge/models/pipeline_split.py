@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megabridge.errors import ConfigError
+from megabridge.config.layout_rules import stage_problems
+from megabridge.errors import ConfigError, listed
 
 
 def split_layers(num_layers: int, *, pp: int, vpp: int = 1) -> list[int]:
@@ -13,11 +14,8 @@ def split_layers(num_layers: int, *, pp: int, vpp: int = 1) -> list[int]:
     between them would be empty.
     """
     chunks = pp * vpp
-    if num_layers < 1 or num_layers < chunks - 2:
-        raise ConfigError(
-            f"pp x vpp = {pp} x {vpp} leaves chunks without layers for num_layers={num_layers}; "
-            f"use at most {num_layers + 2} chunks."
-        )
+    if problems := stage_problems(num_layers, pp=pp, vpp=vpp):
+        raise ConfigError(listed(problems))
     each, extra = divmod(num_layers, chunks)
     layers = [each] * chunks
     heavier = [*range(1, chunks - 1), 0]  # the middle first, then the first chunk, never the last

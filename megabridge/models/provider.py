@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 import megabridge.platform as platform
-from megabridge.config import instantiate
+from megabridge.config import instantiate, layout_rules
 from megabridge.config.value_types import shown
 from megabridge.errors import ConfigError, listed
 from megabridge.models import provider_settings as rules
@@ -19,7 +20,7 @@ from megabridge.models.causal_lm import CausalLM
 from megabridge.models.layer_options import LayerOptions
 from megabridge.models.pipeline_split import by_stage
 from megabridge.parallel import process_groups
-from megabridge.parallel.topology import Topology
+from megabridge.parallel.topology import SETTINGS, Topology
 from megabridge.platform.patches import wgrad_products
 from megabridge.platform.patches.half_precision import in_half_precision
 
@@ -135,9 +136,8 @@ class ModelProvider:
 
     @property
     def padded_vocab_size(self) -> int:
-        """vocab_size, padded to a multiple of make_vocab_size_divisible_by x tensor_model_parallel_size."""
-        multiple = int(self.make_vocab_size_divisible_by * self.tensor_model_parallel_size)
-        return -(-int(self.vocab_size) // multiple) * multiple
+        """Rows of the embedding, over all ranks."""
+        return layout_rules.padded_vocabulary(lambda name: getattr(self, name), self.tensor_model_parallel_size)
 
     @property
     def split(self) -> list[list[int]]:
@@ -157,16 +157,7 @@ class ModelProvider:
         Needs finalize().
         """
         config = self.config
-        sizes = {
-            "tp": config.tensor_model_parallel_size,
-            "pp": config.pipeline_model_parallel_size,
-            "vpp": config.virtual_pipeline_model_parallel_size or 1,
-            "cp": config.context_parallel_size,
-            "ep": config.expert_model_parallel_size,
-        }
-        layout = "".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "single"
-        if config.num_moe_experts and config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-            layout += f"etp{config.expert_tensor_parallel_size}"
+        layout = Topology.of_settings(vars(config).__getitem__).model
         if config.sequence_parallel:
             layout += " sequence-parallel"
         stages = " | ".join("+".join(map(str, stage)) for stage in self.split)
@@ -180,17 +171,7 @@ class ModelProvider:
 
     def topology(self, world_size: int) -> Topology:
         """The topology of this model over `world_size` processes. Raises ConfigError when the sizes don't fit."""
-        config = self.config
-        etp = config.expert_tensor_parallel_size
-        return Topology.for_world(
-            world_size,
-            tp=config.tensor_model_parallel_size,
-            pp=config.pipeline_model_parallel_size,
-            vpp=config.virtual_pipeline_model_parallel_size,
-            cp=config.context_parallel_size,
-            ep=config.expert_model_parallel_size,
-            etp=None if etp == config.tensor_model_parallel_size else etp,
-        )
+        return Topology.of_settings(vars(self.config).__getitem__, world_size)
 
     # ------------------------------------------------------------------ model
 
@@ -208,8 +189,8 @@ class ModelProvider:
         Raises ConfigError, with the torchrun command, when more processes are needed.
         """
         self.finalize()
-        config = self.config
-        needed = config.tensor_model_parallel_size * config.pipeline_model_parallel_size * config.context_parallel_size
+        sizes = vars(self.config)
+        needed = math.prod(sizes[SETTINGS[name]] for name in ("tp", "pp", "cp"))
         process_groups.ensure(self.topology(max(process_groups.world_size(), needed)))
 
     def provide(

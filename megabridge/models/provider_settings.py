@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import megabridge.platform as platform
-from megabridge.config.validation import divisors
+from megabridge.config import layout_rules
 from megabridge.errors import ConfigError
 from megabridge.families.core.rope_types import rope_problems, width_problems
 from megabridge.models import layer_options
@@ -20,6 +20,7 @@ from megabridge.models.backends import chosen
 from megabridge.models.backends.registry import problems as backend_problems
 from megabridge.models.layers.multi_latent_attention import rotary_scale
 from megabridge.models.pipeline_split import layout_of, split_layers
+from megabridge.parallel.topology import Topology
 
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
@@ -116,85 +117,44 @@ def problems_of(get: Callable[[str], Any]) -> list[str]:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
         if not isinstance(get(name), int) or get(name) < 1
     ]
-    missing += [
-        f"{name}={get(name)!r} must be a positive whole number."
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "context_parallel_size",
-            "expert_model_parallel_size",
-            "make_vocab_size_divisible_by",
-        )
-        if not isinstance(get(name), int) or get(name) < 1
-    ]
+    padding = get("make_vocab_size_divisible_by")
+    if not isinstance(padding, int) or padding < 1:
+        missing.append(f"make_vocab_size_divisible_by={padding!r} must be a positive whole number.")
+    try:
+        topology = Topology.of_settings(get)
+    except ConfigError as error:
+        missing.append(str(error))
     if missing:  # the other rules divide by these
         return missing
-    return [
-        *_head_problems(get),
-        *_width_problems(get),
-        *_expert_problems(get),
-        *_pipeline_problems(get),
-        *_layer_problems(get),
-    ]
+    if problems := _size_problems(get):
+        return problems
+    try:
+        backend = chosen(get)
+    except ConfigError as error:
+        return [*_router_problems(get), *_layer_problems(get), str(error)]
+    layout = layout_rules.model_problems(get, topology, backend=backend.name)
+    return [*layout, *_router_problems(get), *_layer_problems(get), *backend_problems(backend, get)]
 
 
-def _divisors(number: int, limit: int = 8) -> str:
-    found = [str(size) for size in divisors(number)]
-    return ", ".join(found if len(found) <= limit else [*found[: limit - 1], "..."])
-
-
-def _head_problems(get: Callable[[str], Any]) -> list[str]:
-    tp, heads = get("tensor_model_parallel_size"), get("num_attention_heads")
+def _size_problems(get: Callable[[str], Any]) -> list[str]:
+    """Sizes that contradict each other under any layout."""
+    heads, hidden = get("num_attention_heads"), get("hidden_size")
     groups = get("num_query_groups") or heads
     problems = []
-    if heads % tp:
-        problems.append(f"tensor_model_parallel_size={tp} must divide num_attention_heads={heads}; use one of {_divisors(heads)}.")
     if heads % groups:
-        problems.append(f"num_query_groups={groups} must divide num_attention_heads={heads}; use {_divisors(heads)}.")
-    if groups % tp and tp % groups:
+        allowed = layout_rules.one_of(layout_rules.divisors(heads))
+        problems.append(f"num_query_groups={groups} must divide num_attention_heads={heads}; use {allowed}.")
+    if get("kv_channels") is None and hidden % heads:
         problems.append(
-            f"tensor_model_parallel_size={tp} must divide num_query_groups={groups}, or be a multiple of it; "
-            f"use one of {_divisors(groups)}."
-        )
-    channels = get("kv_channels")
-    if channels is None and get("hidden_size") % heads:
-        problems.append(
-            f"num_attention_heads={heads} must divide hidden_size={get('hidden_size')} when kv_channels is not set; "
-            "set kv_channels."
-        )
-    channels = channels or get("hidden_size") // heads
-    if groups < tp and (heads + 2 * groups) * channels % tp:
-        problems.append(
-            f"tensor_model_parallel_size={tp} must divide the query, key and value rows, "
-            f"({heads} + 2 x {groups}) x {channels}; use a smaller one."
+            f"num_attention_heads={heads} must divide hidden_size={hidden} when kv_channels is not set; set kv_channels."
         )
     return problems
 
 
-def _width_problems(get: Callable[[str], Any]) -> list[str]:
-    tp = get("tensor_model_parallel_size")
-    width = get("ffn_hidden_size") or 4 * get("hidden_size")
-    problems = []
-    if width % tp:
-        problems.append(f"tensor_model_parallel_size={tp} must divide ffn_hidden_size={width}; use one of {_divisors(width)}.")
-    if get("sequence_parallel"):
-        if tp == 1:
-            problems.append("sequence_parallel=True needs tensor_model_parallel_size > 1; set sequence_parallel=False.")
-        parts = tp * get("context_parallel_size")
-        if get("seq_length") % parts:
-            problems.append(
-                f"sequence_parallel=True needs tp x cp = {parts} to divide seq_length={get('seq_length')}; "
-                f"use seq_length={get('seq_length') // parts * parts or parts}."
-            )
-    return problems
-
-
-def _expert_problems(get: Callable[[str], Any]) -> list[str]:
-    ep, tp, experts = get("expert_model_parallel_size"), get("tensor_model_parallel_size"), get("num_moe_experts")
-    etp = get("expert_tensor_parallel_size") or tp
+def _router_problems(get: Callable[[str], Any]) -> list[str]:
+    experts = get("num_moe_experts")
     if experts is None:
-        sizes = {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp if etp != tp else 1}
-        return [f"{name}={size} needs a model with experts; leave it at 1." for name, size in sizes.items() if size > 1]
+        return []
     problems = []
     topk = get("moe_router_topk")
     if not isinstance(topk, int) or not 0 < topk <= experts:
@@ -205,53 +165,12 @@ def _expert_problems(get: Callable[[str], Any]) -> list[str]:
             f"moe_router_num_groups={groups} must divide num_moe_experts={experts}, and moe_router_group_topk={best} of them hold "
             f"moe_router_topk={topk} experts; set them so."
         )
-    if experts % ep:
-        problems.append(f"expert_model_parallel_size={ep} must divide num_moe_experts={experts}; use one of {_divisors(experts)}.")
-    width = get("moe_ffn_hidden_size") or get("ffn_hidden_size")
-    if width % etp:
-        problems.append(
-            f"expert_tensor_parallel_size={etp} must divide moe_ffn_hidden_size={width}; use one of {_divisors(width)}."
-        )
-    shared = get("moe_shared_expert_intermediate_size")
-    if shared is not None and shared % tp:
-        problems.append(
-            f"tensor_model_parallel_size={tp} must divide moe_shared_expert_intermediate_size={shared}; "
-            f"use one of {_divisors(shared)}."
-        )
-    if tp > 1 and not get("sequence_parallel"):
-        problems.append(f"tensor_model_parallel_size={tp} needs sequence_parallel=True for a model with experts; set it.")
     if get("moe_router_bias_update_rate") and not get("moe_router_enable_expert_bias"):
         problems.append(
             f"moe_router_bias_update_rate={get('moe_router_bias_update_rate')} moves no bias without moe_router_enable_expert_bias "
             "and sigmoid scores; leave it at 0."
         )
-    if etp > 1 and get("add_mlp_bias"):
-        problems.append(f"expert_tensor_parallel_size={etp} must be 1 for experts with biases; set it to 1.")
     return problems
-
-
-def _pipeline_problems(get: Callable[[str], Any]) -> list[str]:
-    pp, vpp = get("pipeline_model_parallel_size"), get("virtual_pipeline_model_parallel_size") or 1
-    if vpp > 1 and pp == 1:
-        return [f"virtual_pipeline_model_parallel_size={vpp} needs pipeline_model_parallel_size > 1; unset it."]
-    if follows_megatron(get):
-        return []
-    try:
-        split_layers(get("num_layers"), pp=pp, vpp=vpp)
-    except ConfigError as error:
-        return [str(error)]
-    return []
-
-
-def follows_megatron(get: Callable[[str], Any]) -> bool:
-    """Whether the user says how layers are dealt to stages; megatron-core checks it then."""
-    return (
-        get("pipeline_model_parallel_layout") is not None
-        or get("num_layers_in_first_pipeline_stage") is not None
-        or get("num_layers_in_last_pipeline_stage") is not None
-        or get("account_for_embedding_in_pipeline_split")
-        or get("account_for_loss_in_pipeline_split")
-    )
 
 
 def _layer_problems(get: Callable[[str], Any]) -> list[str]:
@@ -269,10 +188,7 @@ def _layer_problems(get: Callable[[str], Any]) -> list[str]:
         problems.append(f"rope's partial_rotary_factor={partial} must equal rotary_percent={get('rotary_percent')}; set it so.")
     if mtp not in (0, published):
         problems.append(f"mtp_num_layers={mtp} must be 0, or {published} as the model has.")
-    try:
-        return [*problems, *backend_problems(chosen(get), get)]
-    except ConfigError as error:
-        return [*problems, str(error)]
+    return problems
 
 
 def _rope_problems(get: Callable[[str], Any]) -> list[str]:
@@ -336,7 +252,7 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
     if get("multi_latent_attention"):  # its rotary embedding is replaced by ours (models/layers/multi_latent_attention.py)
         scaling, all_dim = rotary_scale(get("rope") or {})
         settings |= {"rope_type": "yarn", "rotary_scaling_factor": scaling, "mscale_all_dim": all_dim}
-    if not follows_megatron(get) and get("num_layers") % (pp * vpp):
+    if not layout_rules.follows_megatron(get) and get("num_layers") % (pp * vpp):
         settings["pipeline_model_parallel_layout"] = layout_of(
             split_layers(get("num_layers"), pp=pp, vpp=vpp), mtp=get("mtp_num_layers") or 0
         )

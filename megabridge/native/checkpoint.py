@@ -26,10 +26,11 @@ from megabridge.errors import CheckpointError, listed
 from megabridge.hf.dtypes import Casts, holds, joined
 from megabridge.native import digests, fp8_scales, optimizer_state, reader, writer
 from megabridge.native.digests import Digests
+from megabridge.parallel import process_groups
 from megabridge.parallel.collectives import all_gather, on_rank_zero, raise_together, rank
+from megabridge.parallel.topology import Topology
 from megabridge.storage import folders, regular_files
 
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -111,19 +112,6 @@ def assets(folder: Path) -> Path | None:
     return folder / ASSETS if (folder / ASSETS).is_dir() else None
 
 
-def layout() -> dict[str, int]:
-    """The sizes of the running process groups."""
-    return {
-        "tp": parallel_state.get_tensor_model_parallel_world_size(),
-        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
-        "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
-        "cp": parallel_state.get_context_parallel_world_size(),
-        "ep": parallel_state.get_expert_model_parallel_world_size(),
-        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
-        "dp": parallel_state.get_data_parallel_world_size(),
-    }
-
-
 def save(
     folder: Path,
     chunks: Sequence[torch.nn.Module],
@@ -148,7 +136,7 @@ def save(
             "consumed_samples": progress.consumed_samples,
             "settings": dict(progress.settings),
             "recent_losses": list(progress.recent_losses),
-            "layout": layout(),
+            "layout": process_groups.running().sizes(),
         }
         if optimizer is not None:
             common["optimizer"] = optimizer_state.common(optimizer)
@@ -198,6 +186,8 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
     with raise_together("opening a checkpoint"):
         source = reader.open_folder(folder)
         common = _common(source)
+        _check_step(folder, common["step"])
+        same_layout = Topology.of_sizes(common["layout"]) == process_groups.running()
     if optimizer is not None and "optimizer" not in common and common["step"] == 0:
         return replace(_progress(common), same_layout=True, rounded=load_weights(folder, chunks, optimizer=optimizer))
     state = _model_state(chunks)
@@ -206,7 +196,6 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = No
             raise CheckpointError(f"{folder} holds weights only; load it as weights, or resume from another step.")
         optimizer_state.seed(optimizer)
         state["optimizer"] = optimizer_state.sharded(optimizer, state, loading=True)
-    same_layout = common["layout"] == layout()
     if same_layout:
         state[_RNG] = _own(_RNG, None)
         if common.get("fp8"):
@@ -277,6 +266,16 @@ def _common(source: reader.NativeReader) -> dict[str, Any]:
             "from it; load its weights instead."
         )
     return common
+
+
+def _check_step(folder: Path, step: int) -> None:
+    """Raises CheckpointError where `folder` bears the name of another step: which steps are newest, and go, is told by names."""
+    named = folders.STEP.fullmatch(folder.parent.name) if folder.name == folders.NATIVE else None
+    if named is not None and int(named[1]) != step:
+        raise CheckpointError(
+            f"{folder} must hold the step that its folder is named after, but holds step {step}; rename {folder.parent.name} to "
+            f"step_{step}, or use another step."
+        )
 
 
 def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:

@@ -47,6 +47,20 @@ def current() -> Topology | None:
     return _started.topology
 
 
+def running() -> Topology:
+    """The topology of megatron-core's groups, whoever started them. Every rank has the same."""
+    sizes = {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
+    return Topology.of_sizes(sizes)
+
+
 def become_forked_rank(listener: socket.socket, *, threads: int) -> None:
     """Makes this forked process a rank that meets the others at `listener`, computing with `threads` threads, before `start`."""
     _started.listener = listener
@@ -84,12 +98,7 @@ def start(
 
 def _start_megatron(topology: Topology, **options: bool) -> None:
     parallel_state.initialize_model_parallel(
-        topology.tp,
-        topology.pp,
-        topology.vpp if topology.vpp > 1 else None,
-        context_parallel_size=topology.cp,
-        expert_model_parallel_size=topology.ep,
-        expert_tensor_parallel_size=topology.expert_tp,
+        **topology.settings(),
         distributed_timeout_minutes=_started.timeout / 60,  # each group has its own; half an hour, unless told
         **options,
     )
@@ -155,7 +164,7 @@ def change(topology: Topology, *, seed: int = DEFAULT_SEED) -> None:
 
 def _groups_of(topology: Topology) -> Topology:
     """Equal for topologies whose groups are equal."""
-    return dataclasses.replace(topology, vpp=1, etp=topology.expert_tp)
+    return dataclasses.replace(topology, vpp=1)
 
 
 def world_size(default: int = 1) -> int:

@@ -6,10 +6,24 @@ Dense layers see tp x cp x dp x pp; expert layers see etp x ep x edp x pp over t
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Final
 
-from megabridge.errors import ConfigError
+from megabridge.errors import ConfigError, listed
+
+SETTINGS: Final[Mapping[str, str]] = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+"""The short name of each size of a layout, and megatron-core's setting. dp has none: it follows from the number of ranks."""
+_NAMES: Final = (*SETTINGS, "dp")
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,10 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of the parallel dimensions. `vpp` is the number of model chunks per pipeline rank; `etp` None means tp."""
+    """Sizes of the parallel dimensions. `vpp` is the number of model chunks per pipeline rank; `etp` None means tp.
+
+    An `etp` that is given as tp's size becomes None, so that equal layouts are equal.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -38,12 +55,11 @@ class Topology:
     dp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "cp", "ep", "dp", "etp"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"parallel.{name}={value} must be at least 1.")
+        _check_sizes({name: getattr(self, name) for name in _NAMES})
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(f"parallel.vpp={self.vpp} needs pp > 1; set parallel.pp=2 or parallel.vpp=1.")
+        if self.etp == self.tp:
+            object.__setattr__(self, "etp", None)
         if self.stage_size % (self.expert_tp * self.ep):
             raise ConfigError(
                 f"etp x ep = {self.expert_tp} x {self.ep} must divide tp x cp x dp = {self.stage_size}; "
@@ -71,6 +87,7 @@ class Topology:
         Raises ConfigError when the sizes don't multiply to `world_size`.
         """
         fixed = {name: size for name, size in sizes.items() if size is not None}
+        _check_sizes(fixed)
         model = fixed.get("tp", 1) * fixed.get("pp", 1) * fixed.get("cp", 1)
         if dp is None:
             if world_size % model:
@@ -85,6 +102,37 @@ class Topology:
                 "start that many or change the sizes in parallel."
             )
         return cls(dp=dp, **fixed)
+
+    @classmethod
+    def of_settings(cls, get: Callable[[str], Any], world_size: int | None = None) -> Topology:
+        """The topology that megatron-core's settings describe, over `world_size` ranks, or with None over as few as they allow.
+
+        `get` reads a setting by its name in `SETTINGS`. Raises ConfigError for sizes that can't be, or don't fit `world_size`.
+        """
+        sizes = {short: get(name) for short, name in SETTINGS.items()}
+        if sizes["vpp"] is None:
+            sizes["vpp"] = 1
+        if world_size is not None:
+            return cls.for_world(world_size, **sizes)
+        _check_sizes(sizes)
+        experts = sizes["ep"] * (sizes["etp"] or sizes["tp"])
+        return cls(**sizes, dp=experts // math.gcd(experts, sizes["tp"] * sizes["cp"]))
+
+    def settings(self) -> dict[str, int | None]:
+        """The sizes by megatron-core's names, as `of_settings` reads them; None for one virtual chunk, and for an `etp` as tp."""
+        sizes = {name: getattr(self, short) for short, name in SETTINGS.items()}
+        return {**sizes, SETTINGS["vpp"]: self.vpp if self.vpp > 1 else None}
+
+    @classmethod
+    def of_sizes(cls, sizes: Mapping[str, Any]) -> Topology:
+        """The topology whose `sizes` these are, as files have them. Raises ConfigError for anything else."""
+        if not isinstance(sizes, Mapping) or not set(sizes) <= set(_NAMES):
+            raise ConfigError(f"a layout must be sizes of {', '.join(_NAMES)}, not {str(sizes)[:200]}.")
+        return cls(**sizes)
+
+    def sizes(self) -> dict[str, int]:
+        """All sizes by their short names, `etp` too."""
+        return {**{name: getattr(self, name) for name in _NAMES}, "etp": self.expert_tp}
 
     @classmethod
     def parse(cls, text: str) -> Topology:
@@ -109,9 +157,26 @@ class Topology:
         """The global rank at a dense coordinate."""
         return ((pp * self.dp + dp) * self.cp + cp) * self.tp + tp
 
+    @property
+    def model(self) -> str:
+        """As `str`, without dp: what a model is cut into."""
+        return self._text(*(name for name in _NAMES if name != "dp"))
+
     def __str__(self) -> str:
-        sizes = (("tp", self.tp), ("pp", self.pp), ("vpp", self.vpp), ("cp", self.cp), ("ep", self.ep), ("dp", self.dp))
-        text = "".join(f"{name}{size}" for name, size in sizes if size > 1)
-        if self.etp is not None and self.etp != self.tp:
-            text += f"etp{self.etp}"
-        return text or "single"
+        return self._text(*_NAMES)
+
+    def _text(self, *names: str) -> str:
+        sizes = self.sizes()
+        text = "".join(f"{name}{sizes[name]}" for name in names if name != "etp" and sizes[name] > 1)
+        return (text if self.etp is None else f"{text}etp{self.etp}") or "single"
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Raises ConfigError naming every size that is none."""
+    problems = [
+        f"parallel.{name}={size!r} must be at least 1, and whole; set it so."
+        for name, size in sizes.items()
+        if not (type(size) is int and size >= 1) and not (name == "etp" and size is None)
+    ]
+    if problems:
+        raise ConfigError(listed(problems))

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from itertools import islice
 
 import megabridge.platform as platform
+from megabridge.config import layout_rules
 from megabridge.config.schema import Config
-from megabridge.errors import ConfigError
+from megabridge.errors import ConfigError, listed
+from megabridge.parallel import process_groups
 from megabridge.parallel.collectives import together_where_cheap
 from megabridge.training.step import Batch
-
-from megatron.core import parallel_state
 
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:
@@ -25,21 +25,7 @@ def take(batches: Iterator[Batch], count: int) -> list[Batch]:
 
 def micro_batches(config: Config) -> int:
     """Micro-batches of one optimizer step on this data-parallel rank. Raises ConfigError where they don't come out even."""
-    recipe = config.recipe
-    dp: int = parallel_state.get_data_parallel_world_size()
-    count, rest = divmod(recipe.global_batch_size, recipe.micro_batch_size * dp)
-    if rest or not count:
-        raise ConfigError(
-            f"recipe.global_batch_size={recipe.global_batch_size} must be a multiple of recipe.micro_batch_size x dp = "
-            f"{recipe.micro_batch_size} x {dp}; use {recipe.micro_batch_size * dp * max(count, 1)} or change either."
-        )
-    pp, vpp = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-    )
-    if vpp is not None and count % pp:
-        raise ConfigError(
-            f"with parallel.vpp={vpp} the {count} micro-batches of a step must be a multiple of parallel.pp={pp}; use "
-            f"recipe.global_batch_size={recipe.micro_batch_size * dp * pp * (count // pp + 1)}."
-        )
-    return count
+    recipe, topology = config.recipe, process_groups.running()
+    if problems := layout_rules.step_problems(config, topology):
+        raise ConfigError(listed(problems))
+    return recipe.global_batch_size // (recipe.micro_batch_size * topology.dp)

@@ -20,6 +20,7 @@ from megabridge.hf import assets, byte_tokenizer, resolve
 from megabridge.loggers import Logger
 from megabridge.models.provider import ModelProvider
 from megabridge.parallel.collectives import on_rank_zero, raise_together
+from megabridge.parallel.topology import SETTINGS
 from megabridge.peft import LoRA
 from megabridge.training import freezing
 from megabridge.training.hooks import Callback
@@ -59,7 +60,7 @@ def provider(config: Config, bridge: AutoBridge, *, keeps_dtypes: bool = False) 
     """
     parallel = config.parallel
     made = bridge.to_megatron_provider(load_weights=False)
-    sessions.arrange(made, {name: getattr(parallel, name) for name in sessions.SIZES})
+    sessions.arrange(made, {name: getattr(parallel, name) for name in SETTINGS})
     made.sequence_parallel = parallel.sequence_parallel
     if parallel.layout is not None:
         made.pipeline_model_parallel_layout = parallel.layout
@@ -160,6 +161,8 @@ def _write_source(config: Config) -> Path:
     files = {}
     if config.model.tokenizer not in (BYTES, None):
         files = assets.read_assets(resolve.resolve(str(config.model.tokenizer), config_only=True))
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} must be a folder of this run's own, not a link; remove it, or set another run_dir.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as made:

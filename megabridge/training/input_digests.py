@@ -9,7 +9,7 @@ import xxhash
 
 from megabridge.config.schema import Config
 from megabridge.hf import assets
-from megabridge.native import checkpoint
+from megabridge.parallel import process_groups
 from megabridge.parallel.collectives import on_rank_zero
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def found(config: Config, bridge: AutoBridge | None, data: DataModule) -> dict[s
         if bridge is not None and bridge.import_digest:
             out[WEIGHTS] = bridge.import_digest
         elif not config.model.load_weights:
-            sizes = {name: size for name, size in checkpoint.layout().items() if name not in ("dp", "cp")}
+            sizes = {name: size for name, size in process_groups.running().sizes().items() if name not in ("dp", "cp")}
             out[WEIGHTS] = f"random, of seed {config.seed} under {sizes}"
     if bridge is not None and config.model.path is not None:
         out |= {f"{MODEL}.{name}": json.loads(json.dumps(value, default=str)) for name, value in bridge.source.native.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from megabridge.config import redaction
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError, listed, plain
-from megabridge.native import checkpoint
+from megabridge.parallel import process_groups
 from megabridge.parallel.collectives import on_rank_zero
 from megabridge.storage import folders, regular_files, steps
 from megabridge.training import input_digests
@@ -46,10 +46,7 @@ def settings(config: Config, bridge: AutoBridge | None, data: DataModule) -> dic
     A secret is never in it, and of what came from the environment a short digest.
     """
     values = on_rank_zero("collecting the settings", lambda: _open(config))
-    layout = checkpoint.layout()
-    if layout["etp"] == layout["tp"]:
-        del layout["etp"]
-    values["parallel"] = "".join(f"{name}{size}" for name, size in layout.items() if size > 1 or name == "etp") or "single"
+    values["parallel"] = str(process_groups.running())
     return values | input_digests.found(config, bridge, data)
 
 

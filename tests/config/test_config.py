@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from megabridge.config import schema, validation
+from megabridge.config import layout_rules, schema, validation
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
+from megabridge.families.core.known_sizes import known_sizes
+from megabridge.families.gpt2 import FAMILY as GPT2
 from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.prepare import conf_folder, resolve
 from megabridge.parallel import hardware
@@ -106,11 +109,24 @@ def test_defaults_are_the_main_job() -> None:
     assert schema.topology(run.parallel).world_size == 1
 
 
+def test_the_question_is_the_recipes_choice_of_callbacks() -> None:
+    def asked(*overrides: str) -> str | None:
+        prompt: str | None = typed(*overrides).callbacks["answer"]["prompt"]
+        return prompt
+
+    assert asked() == asked("experiment=smollm2_sft_export") == "Explain the Python topic 'assert'."
+    assert asked("callbacks.answer.prompt=Why?") == "Why?"
+    assert {asked("recipe=pretrain"), asked("experiment=llama31_8b_sft", "data.path=x"), asked("callbacks=evaluate")} == {None}
+    assert typed("experiment=llama31_8b_lora", "data=random_tokens", "callbacks=none").callbacks == {}
+    with pytest.raises(ConfigError, match=r"callbacks\.hf_export\.logits_tokens=-1 must be at least 0"):
+        typed("callbacks.hf_export.logits_tokens=-1")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes(name: str) -> None:
-    shape = validation.known_shape(typed(f"model={name}").model)
-    assert (shape.layers, shape.heads, shape.kv_heads) == MODELS[name]
-    assert name not in PARAMETERS or shape.parameters == PARAMETERS[name]
+    sizes = known_sizes(typed(f"model={name}").model)
+    assert (sizes["num_layers"], sizes["num_attention_heads"], sizes["num_query_groups"]) == MODELS[name]
+    assert name not in PARAMETERS or layout_rules.parameters(sizes.get) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -118,7 +134,7 @@ def test_layouts_fit_the_models_they_are_for(name: str) -> None:
     run = typed(f"parallel={name}", "model=smollm2_135m" if "tp3" in name else "model=tiny_llama")
     topology = schema.topology(run.parallel)
     assert topology.world_size == LAYOUTS[name] and str(topology) == name
-    validation.check_layout(run, topology)
+    validation.check_layout(run, topology, known_sizes(run.model))
 
 
 @pytest.mark.parametrize("name", MIXTURE_LAYOUTS)
@@ -127,7 +143,7 @@ def test_layouts_with_experts_fit_a_mixture(name: str) -> None:
     topology = schema.topology(run.parallel)
     assert topology == MIXTURE_LAYOUTS[name]
     assert run.parallel.sequence_parallel == (topology.tp > 1), "megatron-core's mixtures need it"
-    validation.check_layout(run, topology)
+    validation.check_layout(run, topology, known_sizes(run.model))
 
 
 def test_dp_follows_from_the_world_or_sets_it() -> None:
@@ -150,20 +166,47 @@ def test_a_recipe_of_one_process(recipe: str) -> None:
     ("overrides", "message"),
     [
         ("model=llama32_1b parallel=tp3", r"parallel\.tp=3 must divide num_attention_heads=32.*use one of 1, 2, 4, 8, 16, 32"),
-        ("parallel.tp=9", "intermediate_size=1536 of smollm2_135m; use one of 1, 3$"),
+        ("parallel.tp=9", r"parallel\.tp=9 must divide ffn_hidden_size=1536; use one of 1, 3\.$"),
         ("model=smollm2_360m parallel=tp2", "use one of 1, 5"),
-        ("model=tiny_llama parallel.pp=5", "needs at least 5 layers"),
-        ("model=tiny_llama parallel.pp=2 parallel.vpp=3", "needs at least 6 layers"),
+        ("model=tiny_llama parallel.pp=7", "7 x 1 leaves chunks without layers for num_layers=4; use at most 6 chunks"),
+        ("model=tiny_llama parallel.pp=2 parallel.vpp=4", "2 x 4 leaves chunks without layers"),
         ("model=tiny_llama parallel.pp=3", None),
+        ("model=tiny_llama parallel.pp=7 parallel.layout=Et|t|t|t||||L", None),
+        ("model=tiny_llama parallel.pp=7 +model.provider.num_layers=5", None),
         (
             "model=mixtral_8x7b parallel.ep=3 parallel.dp=3",
-            r"parallel\.ep=3 must divide the 8 experts of mixtral_8x7b; use one of 1, 2, 4, 8",
+            r"parallel\.ep=3 must divide num_moe_experts=8; use one of 1, 2, 4, 8\.",
         ),
-        ("model=deepseek_v3 parallel=tp8pp2", r"parallel\.tp=8 needs parallel\.sequence_parallel=true for deepseek_v3"),
+        ("model=deepseek_v3 parallel=tp8pp2", r"parallel\.tp=8 needs parallel\.sequence_parallel=true for a model with experts"),
         ("model=mixtral_8x7b parallel=tp2ep2", None),
+        (
+            "model=tiny_moe parallel.tp=1 parallel.etp=5 parallel.dp=5 recipe.steps=0",
+            r"parallel\.etp=5 must divide moe_ffn_hidden_size=96",
+        ),
+        ("model=gpt_oss_20b parallel.etp=2 parallel.dp=2", r"parallel\.etp=2 must be 1 for experts with biases"),
+        ("model=tiny_llama parallel=ep2", r"parallel\.ep=2 needs a model with experts"),
+        ("model=gpt2 parallel.tp=5", r"parallel\.tp=5 must divide num_attention_heads=12; use one of 1, 2, 3, 4, 6, 12\."),
+        ("model=gpt2 parallel.pp=15", "for num_layers=12"),
+        ("model=pythia_160m parallel.tp=8", "must divide num_attention_heads=12"),
+        ("model=phi3_mini parallel.tp=3", "must divide num_attention_heads=32"),
+        ("model=deepseek_v3 parallel.tp=3 parallel.sequence_parallel=true", "must divide num_attention_heads=128"),
+        ("model=tiny_llama parallel.cp=2 backend=torch", r"parallel\.cp=2 needs backend=te, not torch; set it to 1\."),
+        ("model=tiny_llama parallel.cp=2 platform=cpu", "needs backend=te, not torch"),
+        ("model=tiny_llama parallel.cp=2 backend=te", None),
+        (
+            "model=tiny_llama parallel.cp=2 backend=te recipe.seq_length=66",
+            r"recipe\.seq_length=66 must be a multiple of 2 x cp = 4",
+        ),
+        (
+            "model=tiny_llama parallel=tp2 parallel.sequence_parallel=true backend=local",
+            "backend=local has no sequence parallelism",
+        ),
         ("parallel.sequence_parallel=true", r"needs parallel\.tp > 1"),
-        ("parallel=tp3 parallel.sequence_parallel=true recipe.seq_length=256", "multiple of parallel.tp=3"),
-        ("parallel=dp2 recipe.global_batch_size=3", r"use recipe\.global_batch_size=2 or a multiple"),
+        (
+            "parallel=tp3 parallel.sequence_parallel=true recipe.seq_length=256",
+            r"recipe\.seq_length=256 must be a multiple of tp x cp = 3",
+        ),
+        ("parallel=dp2 recipe.global_batch_size=3", r"use recipe\.global_batch_size=2 or another multiple of 2"),
         ("parallel=dp2 recipe.steps=0 recipe.global_batch_size=3", None),
         ("parallel=pp2vpp2 recipe.global_batch_size=3", "multiple of parallel.pp=2"),
         ("recipe.micro_batch_size=0", "must be at least 1"),
@@ -172,28 +215,34 @@ def test_a_recipe_of_one_process(recipe: str) -> None:
 def test_layout_rules(overrides: str, message: str | None) -> None:
     run = typed(*overrides.split())
     if message is None:
-        validation.check_layout(run, schema.topology(run.parallel))
+        validation.check_layout(run, schema.topology(run.parallel), known_sizes(run.model))
         return
     with pytest.raises(ConfigError, match=message):
-        validation.check_layout(run, schema.topology(run.parallel))
+        validation.check_layout(run, schema.topology(run.parallel), known_sizes(run.model))
 
 
 def test_all_broken_rules_are_named_at_once() -> None:
-    run = typed("model=tiny_llama", "parallel.tp=3", "parallel.pp=5", "recipe.global_batch_size=3", "parallel.dp=2")
+    run = typed("model=tiny_llama", "parallel.tp=3", "parallel.pp=7", "recipe.global_batch_size=3", "parallel.dp=2")
     with pytest.raises(ConfigError) as caught:
-        validation.check_layout(run, schema.topology(run.parallel))
-    assert all(word in str(caught.value) for word in ("parallel.tp=3", "5 layers", "global_batch_size=3"))
+        validation.check_layout(run, schema.topology(run.parallel), known_sizes(run.model))
+    assert all(word in str(caught.value) for word in ("parallel.tp=3", "num_layers=4", "global_batch_size=3"))
 
 
-def test_shape_of_a_local_folder_is_read_from_its_config(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": true}')
-    run = typed("model=auto", f"model.path={tmp_path}", "parallel.tp=4")
-    with pytest.raises(ConfigError, match="use one of 1, 2, 6"):
-        validation.check_layout(run, schema.topology(run.parallel))
-    assert validation.known_shape(run.model).layers is None
+def test_sizes_of_a_local_folder_are_read_by_its_family(tmp_path: Path) -> None:
+    run = typed("model=auto", f"model.path={tmp_path}", "parallel.tp=5")
+
+    def check(**changes: object) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({**GPT2.tiny, "architectures": ["GPT2LMHeadModel"], **changes}))
+        validation.check_layout(run, schema.topology(run.parallel), known_sizes(run.model))
+
+    with pytest.raises(ConfigError, match=r"parallel\.tp=5 must divide num_attention_heads=6; use one of 1, 2, 3, 6"):
+        check(n_head=6, n_embd=48, n_inner=96)
+    check(n_head="six")
+    check(architectures=["NobodysForCausalLM"])
+    assert not known_sizes(run.model), "the ranks say what is wrong with it"
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="readable"):
-        validation.known_shape(run.model)
+        known_sizes(run.model)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +263,7 @@ def test_shape_of_a_local_folder_is_read_from_its_config(tmp_path: Path) -> None
         ("family=nowhere.at_all:FAMILY", r"family='nowhere\.at_all:FAMILY': there is no module"),
         ("recipe=check model.path=null", "has neither"),
         ("model=auto", "has neither model.path nor a shape"),
-        ("peft.path=somewhere", "no meaning with peft=none"),
+        ("peft.path=somewhere", r"peft\.path='somewhere' has no effect in this run: peft=lora or peft=dora would read it"),
         ("model.path=null", "load_weights=true needs model.path"),
     ],
 )
@@ -280,7 +329,7 @@ def test_suggested_commands_work() -> None:
     overrides = line.partition("megabridge.run ")[2].split()
     assert platform_of(*overrides, gpus=5) == "cuda"
     run = typed(*overrides)
-    validation.check_layout(run, schema.topology(run.parallel))
+    validation.check_layout(run, schema.topology(run.parallel), known_sizes(run.model))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from megabridge.launchers.prepare import conf_folder, resolve, write_config
 from tests.support.compose import compose
 
 COMPOSED = {
+    "recipe.answer_prompt=Why?": "unknown key 'recipe.answer_prompt': it is callbacks.answer.prompt now",
     "model.hf={a: 1}": "unknown key 'model.hf.a'. To add it, write +model.hf.a=...",
     "model.hf={rope_parameters: {x: 1}}": "unknown key 'model.hf.rope_parameters.x'; did you mean 'model.hf.rope_parameters",
     "optimizer={lr: 1, lrr: 2}": "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
@@ -23,6 +24,7 @@ COMPOSED = {
     "optimizer.lr={a: 1}": "optimizer.lr: \"{'a': 1}\" must be a number.",
 }
 RESOLVED = {
+    "+conversion.logits_tokens=8": "unknown key 'conversion.logits_tokens': it is callbacks.import_parity.logits_tokens and callbacks.hf",
     "++optimizer.lrr=3": "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
     "model.hf=${oc.decode:x}": "model.hf: Cannot assign str to Dict[str, Any]",
     "peft.target_modules=${oc.decode:x}": "peft.target_modules: Invalid value assigned: AnyNode is not a ListConfig",

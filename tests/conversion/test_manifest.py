@@ -227,6 +227,7 @@ def test_the_command_prints_every_mismatch_and_fails(out: Path, source: Path, tm
     names = [name for name in find_tensors(folder) if "layers" in name]
     for name in names:
         flip(folder, name, 1)
+    edit(folder, lambda content: content["files"].update({"\x1b[2J": content["files"]["config.json"]}))
     command = [sys.executable, "-m", "megabridge.run", "recipe=convert", "conversion.mode=verify", f"conversion.folder={folder}"]
     command += [f"conversion.source={source}", f"run_dir={tmp_path / 'run'}", "model=tiny_llama", "logger=local"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
@@ -234,4 +235,5 @@ def test_the_command_prints_every_mismatch_and_fails(out: Path, source: Path, tm
     for name in names:
         assert f": {name} has other bytes than were written\n" in done.stdout
         assert f"\n{name} has other values, as torch.float32\n" in done.stdout
-    assert len(names) > 20 and f"differs in {2 * len(names)} places" in done.stderr
+    assert "\\x1b[2J: the file is missing\n" in done.stdout and "\x1b" not in done.stdout
+    assert len(names) > 20 and f"differs in {2 * len(names) + 1} places" in done.stderr

@@ -119,7 +119,9 @@ def test_when_nothing_is_left_the_error_says_what_would_do() -> None:
 
 
 def test_sizes_that_do_not_come_out_even_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"recipe.global_batch_size=4 must be a multiple .* 1 x 3; use 3"):
+    with pytest.raises(
+        ConfigError, match=r"recipe.global_batch_size=4 must be a multiple .* 1 x 3; use recipe.global_batch_size=3 "
+    ):
         next(Batching(8, 1, 4, PAD).train(samples(3), 0, seed=0, dp_rank=0, dp_size=3))
     with pytest.raises(ConfigError, match=r"recipe.micro_batch_size=0 must be at least 1"):
         Batching(8, 0, 4, PAD)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from megabridge.data import chat
 from megabridge.data.batches import Sample
 from megabridge.data.chat import ChatEncoder
 from megabridge.errors import ConfigError
@@ -137,6 +139,21 @@ def test_content_that_is_not_text_needs_the_tag(tmp_path: Path) -> None:
     encoder = ChatEncoder(byte_folder(tmp_path, CHATML.replace("m['content']", "(m['content'] or 'none')")))
     with pytest.raises(ConfigError, match="message 1 must have its content as text, not NoneType"):
         encoder.encode([TURNS[1], {"role": "assistant", "content": None}])
+
+
+@pytest.mark.parametrize("template", [CHATML, byte_tokenizer.CHAT_TEMPLATE], ids=["prefixes", "tag"])
+def test_arguments_that_are_no_variables_of_the_template_are_refused(tmp_path: Path, template: str) -> None:
+    given = {"messages": [], "tokenize": True, "return_tensors": "pt", "chat_template": CHATML, "date_string": "today"}
+    with pytest.raises(
+        ConfigError, match=r"\['chat_template', 'messages', 'return_tensors', 'tokenize'\] must be variables of the"
+    ):
+        ChatEncoder(byte_folder(tmp_path, template), template_arguments=given)
+
+
+def test_every_setting_of_rendering_is_known(tmp_path: Path) -> None:
+    encoder = ChatEncoder(byte_folder(tmp_path, CHATML))
+    taken = set(inspect.signature(encoder.tokenizer.apply_chat_template).parameters) - {"tools", "documents", "kwargs"}
+    assert taken <= chat._RESERVED
 
 
 def test_arguments_reach_the_template(tmp_path: Path) -> None:

@@ -81,9 +81,7 @@ def test_adam_is_one_kernel_and_memory_is_the_devices(single: None, tmp_path: Pa
     assert 0 < rates["train/memory_gib"] < torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
-COMMAND = (
-    "model=tiny_llama platform=cuda logger=local recipe.steps=6 recipe.seq_length=64 optimizer.lr=5e-3 conversion.logits_tokens=16"
-)
+COMMAND = "model=tiny_llama platform=cuda logger=local recipe.steps=6 recipe.seq_length=64 optimizer.lr=5e-3"
 
 
 def rows(run_dir: Path, *arguments: str) -> list[dict[str, Any]]:

@@ -27,8 +27,9 @@ pytestmark = pytest.mark.skipif(not (ON_CPU or HAS_TWO), reason="needs two CUDA 
 DENSE, MIXTURE = ("model=tiny_llama",), ("model=tiny_moe",)
 TRAIN = (
     f"platform={PLATFORM}", "data=random_tokens", "logger=local", "recipe.seq_length=64", "recipe.global_batch_size=8",
-    "optimizer.lr=1e-3", "scheduler=constant", "conversion.logits_tokens=0", "backend=torch",
+    "optimizer.lr=1e-3", "scheduler=constant", "backend=torch",
     "callbacks=none", "+callbacks.hf_export._target_=megabridge.callbacks.hf_export.HFExport",
+    "+callbacks.hf_export.logits_tokens=0",
 )  # fmt: skip
 LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tp2": (DENSE, ("parallel.tp=2",)),

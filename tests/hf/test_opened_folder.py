@@ -65,9 +65,7 @@ def test_a_run_ends_as_if_its_source_were_there(ranks: RankServer, tmp_path: Pat
     source = tmp_path / "source"
     ranks.run("tests.support.recipes:make_source", kwargs={"folder": str(source), "tokenizer": True})
     before = {path.name: path.read_bytes() for path in source.iterdir() if path.suffix != ".safetensors"}
-    config = values(
-        tmp_path / "run", source, Topology(dp=2), recipe={"answer_prompt": "HELLO", "steps": 2}, checkpoint={"save_every": 1}
-    )
+    config = values(tmp_path / "run", source, Topology(dp=2), prompt="HELLO", recipe={"steps": 2}, checkpoint={"save_every": 1})
     config["callbacks"] |= {"loses": {"_target_": f"{CASES}.Loses"}}
     run(ranks, "finetune", Topology(dp=2), config)
     assert not source.exists() and metrics(tmp_path / "run", "parity/")

@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megabridge.config import schema, validation
 from megabridge.errors import ConfigError
+from megabridge.families.core.known_sizes import known_sizes
+from megabridge.launchers.prepare import resolve
 from megabridge.models.logits import gather_logits
 from megabridge.models.provider import ModelProvider
 from megabridge.parallel import process_groups
 from tests.support import llama
+from tests.support.compose import compose
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -113,11 +118,11 @@ def test_all_problems_come_in_one_error() -> None:
         rope={"rope_type": "spiral", "rope_theta": 1e4},
     )
     assert found == [
-        "tensor_model_parallel_size=3 must divide num_attention_heads=8; use one of 1, 2, 4, 8.",
-        "tensor_model_parallel_size=3 must divide num_query_groups=4, or be a multiple of it; use one of 1, 2, 4.",
-        "tensor_model_parallel_size=3 must divide ffn_hidden_size=100; use one of 1, 2, 4, 5, 10, 20, 25, ....",
-        "sequence_parallel=True needs tp x cp = 3 to divide seq_length=64; use seq_length=63.",
-        "pp x vpp = 9 x 1 leaves chunks without layers for num_layers=4; use at most 6 chunks.",
+        "parallel.tp=3 must divide num_attention_heads=8; use one of 1, 2, 4.",
+        "parallel.tp=3 must divide num_query_groups=4, or be a multiple of it; use one of 1, 2, 4.",
+        "parallel.tp=3 must divide ffn_hidden_size=100; use one of 1, 2, 4.",
+        "parallel.pp x parallel.vpp = 9 x 1 leaves chunks without layers for num_layers=4; use at most 6 chunks.",
+        "seq_length=64 must be a multiple of tp x cp = 3 under parallel.sequence_parallel; use 63.",
         "activation_func='swoosh' must be one of silu, gelu, gelu_pytorch_tanh, gelu_new, relu, relu2, quick_gelu, or a function.",
         "rope_type='spiral' is not supported; use one of default, linear, llama3, yarn, dynamic, longrope, proportional, alpha.",
     ]
@@ -127,23 +132,20 @@ def test_all_problems_come_in_one_error() -> None:
     ("settings", "problem"),
     [
         ({"hidden_size": None}, "hidden_size must be set to a positive number; it is None."),
-        ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size=0 must be a positive whole number."),
+        ({"tensor_model_parallel_size": 0}, "parallel.tp=0 must be at least 1, and whole"),
         ({"num_query_groups": 3}, "num_query_groups=3 must divide num_attention_heads=8; use 1, 2, 4, 8."),
         ({"kv_channels": None, "hidden_size": 60}, "num_attention_heads=8 must divide hidden_size=60"),
         (
             {"tensor_model_parallel_size": 8, "num_query_groups": 1, "kv_channels": 2},
-            "tensor_model_parallel_size=8 must divide the query, key and value rows, (8 + 2 x 1) x 2",
+            "parallel.tp=8 must divide the query, key and value rows, (8 + 2 x 1) x 2",
         ),
-        ({"sequence_parallel": True}, "sequence_parallel=True needs tensor_model_parallel_size > 1"),
+        ({"sequence_parallel": True}, "parallel.sequence_parallel=true needs parallel.tp > 1"),
         (
             {"virtual_pipeline_model_parallel_size": 2},
-            "virtual_pipeline_model_parallel_size=2 needs pipeline_model_parallel_size > 1",
+            "parallel.vpp=2 needs pp > 1",
         ),
-        ({"expert_model_parallel_size": 2}, "expert_model_parallel_size=2 needs a model with experts"),
-        (
-            {"context_parallel_size": 2},
-            "context_parallel_size=2 needs backend=te, not torch; set it so, or context_parallel_size=1.",
-        ),
+        ({"expert_model_parallel_size": 2}, "parallel.ep=2 needs a model with experts"),
+        ({"context_parallel_size": 2}, "parallel.cp=2 needs backend=te, not torch"),
         ({"backend": "tea"}, "backend='tea' must be one of auto, torch, te, local; did you mean 'te'?"),
         ({"backend": "te"}, "backend=te runs on CUDA only; use backend=torch."),
         (
@@ -166,6 +168,23 @@ def test_all_problems_come_in_one_error() -> None:
 def test_rules(settings: dict[str, Any], problem: str) -> None:
     found = problems(**settings)
     assert len(found) == 1 and found[0].startswith(problem), found
+
+
+def test_a_rule_is_one_sentence_in_the_parent_and_in_the_provider() -> None:
+    sizes = {"tp": 3, "pp": 7, "cp": 2, "sequence_parallel": True}
+    given = ["model=tiny_llama", "backend=torch", *(f"parallel.{name}={value}" for name, value in sizes.items())]
+    run = resolve(compose(*given), Path("run"))[1]
+    topology, native = schema.topology(run.parallel), known_sizes(run.model)
+    with pytest.raises(ConfigError) as caught:
+        validation.check_layout(run, topology, native)
+    ours = ModelProvider(native, family_name="LlamaForCausalLM")
+    for name, value in {**topology.settings(), "sequence_parallel": True, "backend": "torch"}.items():
+        setattr(ours, name, value)
+    with pytest.raises(ConfigError) as refused:
+        ours.finalize()
+    lines = str(refused.value).split("\n  ")
+    assert len(lines) == 6
+    assert lines == [line for line in str(caught.value).split("\n  ") if not line.startswith("recipe.")], "the batches are a run's"
 
 
 # ---------------------------------------------------------------------- splits

@@ -45,6 +45,24 @@ def test_impossible_sizes(sizes: dict[str, int], message: str) -> None:
         Topology(**sizes)
 
 
+def test_sizes_travel_by_their_names_and_megatrons_and_come_back() -> None:
+    layouts = (Topology(), Topology(tp=2, pp=2, vpp=2, dp=3), Topology(tp=2, ep=2, etp=1), Topology(tp=2, cp=2, ep=8, dp=4))
+    for topology in layouts:
+        assert Topology.of_sizes(topology.sizes()) == topology
+        assert Topology.of_settings(topology.settings().__getitem__, topology.world_size) == topology
+    assert Topology(tp=2, etp=2) == Topology(tp=2) and Topology(tp=2).sizes()["etp"] == 2
+    assert Topology.of_sizes({"tp": 2, "dp": 3}) == Topology(tp=2, dp=3), "as files have it that were written without etp"
+    for wrong in ({"tp": "2"}, {"tp": True}, {"xp": 2}, [2], {"dp": 0}):
+        with pytest.raises(ConfigError):
+            Topology.of_sizes(wrong)  # type: ignore[arg-type]
+    settings = Topology(ep=8, dp=8).settings()
+    assert Topology.of_settings(settings.__getitem__) == Topology(ep=8, dp=8), (
+        "the fewest ranks that have so many shares of experts"
+    )
+    with pytest.raises(ConfigError, match=r"(?s)parallel\.tp=0 must .*parallel\.ep=None must"):
+        Topology.of_settings({**settings, "tensor_model_parallel_size": 0, "expert_model_parallel_size": None}.__getitem__)
+
+
 def test_names() -> None:
     assert [str(t) for t in (Topology(), Topology(tp=2, pp=2, vpp=2, dp=3), Topology(tp=2, ep=2, etp=1))] == [
         "single",

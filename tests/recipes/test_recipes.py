@@ -37,7 +37,7 @@ def values(run_dir: Path, source: Path | None, topology: Topology, **groups: Any
             "import_parity": {"_target_": "megabridge.callbacks.parity.ImportParity"},
             "hf_export": {"_target_": "megabridge.callbacks.hf_export.HFExport"},
             "progress": {"_target_": "megabridge.callbacks.progress.Progress"},
-            "answer": {"_target_": "megabridge.callbacks.answer.Answer", "max_new_tokens": 4},
+            "answer": {"_target_": "megabridge.callbacks.answer.Answer", "max_new_tokens": 4, "prompt": groups.pop("prompt", None)},
             "order": {"_target_": "tests.support.recipes.HookOrder"},
         },
         "logger": {
@@ -61,9 +61,7 @@ def metrics(run_dir: Path, prefix: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2)], ids=str)
 def test_finetune_imports_trains_exports_and_reports(ranks: RankServer, tmp_path: Path, source: Path, topology: Topology) -> None:
-    config = values(
-        tmp_path, source, topology, recipe={"answer_prompt": "HELLO", "steps": 8}, checkpoint={"save_every": 4, "keep_last": 1}
-    )
+    config = values(tmp_path, source, topology, prompt="HELLO", recipe={"steps": 8}, checkpoint={"save_every": 4, "keep_last": 1})
     losses = run(ranks, "finetune", topology, config)
 
     assert len(set(losses)) == 1 and losses[0] is not None

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from megabridge.config import validation
 from megabridge.config.schema import ModelConfig
 from megabridge.conversion import manifest
 from megabridge.data import sources
 from megabridge.data.indexed import Indexed
 from megabridge.errors import CheckpointError, ConfigError, MegabridgeError
 from megabridge.evaluation import rows
+from megabridge.families.core.known_sizes import known_sizes
 from megabridge.hf import assets
 from megabridge.hf.safetensors_format import read_header
 from megabridge.hf.tensor_files import find_tensors
@@ -75,7 +75,7 @@ def readers(folder: Path) -> dict[str, tuple[str, Callable[[], object]]]:
     (folder / "named").mkdir()
     (folder / "named" / manifest.MANIFEST).write_text(json.dumps(said))
     return {
-        "shape": ("config.json", lambda: validation.known_shape(ModelConfig(path=str(folder)))),
+        "shape": ("config.json", lambda: known_sizes(ModelConfig(path=str(folder)))),
         "config": ("config.json", lambda: assets.read_config(folder)),
         "manifest": (manifest.MANIFEST, lambda: manifest.read(folder)),
         "file of a manifest": ("named/a.json", lambda: manifest.file_entry(folder / "named" / "a.json")),

@@ -57,7 +57,7 @@ def changed_after_import(folder: str) -> tuple[dict[str, float], dict[str, float
         with torch.no_grad():
             chunks[0].decoder.layers[0].mlp.linear_fc2.weight[3, 5] += change
         trainer: Any = FakeTrainer(Config(), bridge=bridge, chunks=chunks)
-        compare_logits(trainer, source, prefix="import")
+        compare_logits(trainer, source, 64, prefix="import")
         figures.append(trainer.logged)
     return figures[0], figures[1]
 

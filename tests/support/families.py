@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megabridge import AutoBridge
+from megabridge import AutoBridge, platform
 from megabridge.config import schema
 from megabridge.conformance import check_family, tiny_model
 from megabridge.conformance.findings import problems_of
@@ -108,7 +108,7 @@ def make(root: str, architectures: list[str]) -> dict[str, int]:
 
 def _is_made(folder: Path, name: str, seed: int) -> bool:
     tiny_model.write_trial(folder, tiny_config(name), all_families()[name.partition(":")[0]], ranks=4, seed=seed)
-    if name not in MIXTURES:
+    if name not in MIXTURES or not platform.is_cpu():  # on a GPU one process is compared with transformers, not with other layouts
         return True
     reference = tiny_model.read_reference(folder)
     return steady.is_model_steady(folder, reference.prompt, reference.rows[:, :-1])

@@ -70,7 +70,7 @@ def watched() -> Iterator[list[bool]]:
 
 def is_model_steady(folder: Path, *inputs: torch.Tensor) -> bool:
     """Whether all routers of the model in `folder` are steady for tokens [b, s]. In a process of its own groups, or none."""
-    model = AutoBridge.from_hf_pretrained(folder).to_megatron_model()
+    model = AutoBridge.from_hf_pretrained(folder).to_megatron_model(backend="torch")
     with watched() as found:
         for tokens in inputs:
             gather_logits(model, tokens)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megabridge.config.schema import Config
 from megabridge.errors import CheckpointError, ConfigError
 from megabridge.loggers.jsonl import JsonLines
 from megabridge.models.logits import gather_logits
@@ -294,14 +295,22 @@ def without_room(run_dir: str) -> dict[str, Any]:
     source = Path(run_dir, "source/config.json")
     source.parent.mkdir()
     source.write_text("config.json before")
-    refused = ""
     with largest_file(1000):
-        try:
-            build._write_source(config)
-        except CheckpointError as error:
-            refused = str(error)
+        refused = _refused_source(config)
+    source.parent.rename(elsewhere := Path(run_dir, "elsewhere"))
+    source.parent.symlink_to(elsewhere)
+    linked = _refused_source(config)
     metrics = [json.loads(line) for line in Path(run_dir, FILE_NAME).read_text().splitlines()]
-    return {"metrics": metrics, "printed": printed.getvalue(), "failed": failed, "refused": refused, "source": source.read_text()}
+    said = {"printed": printed.getvalue(), "failed": failed, "refused": refused, "linked": linked}
+    return {"metrics": metrics, "source": source.read_text(), **said}
+
+
+def _refused_source(config: Config) -> str:
+    try:
+        build._write_source(config)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 class FullDisk(Callback):

@@ -32,9 +32,12 @@ TRAIN = (
     "data=random_tokens",
     "data.vocab_size=260",
     "logger=local",
-    "conversion.logits_tokens=0",
 )
-PLAIN = ("callbacks=none", "+callbacks.hf_export._target_=megabridge.callbacks.hf_export.HFExport")
+PLAIN = (
+    "callbacks=none",
+    "+callbacks.hf_export._target_=megabridge.callbacks.hf_export.HFExport",
+    "+callbacks.hf_export.logits_tokens=0",
+)
 SMALL = ("recipe.seq_length=32", "recipe.eval_at_start=false")
 
 

@@ -194,11 +194,25 @@ def test_a_step_may_be_a_link_and_what_is_none_is_said(ranks: RankServer, tmp_pa
     assert sorted(entry.name for entry in checkpoints.glob("step_*")) == ["step_6", "step_9"]
 
 
+def test_a_step_under_another_steps_name_is_refused(ranks: RankServer, tmp_path: Path) -> None:
+    """Else what is trained from it would count as older than it, and be what `keep_last` removes."""
+    trained(ranks, Topology(), tmp_path, steps=2)
+    (tmp_path / "checkpoints/step_2").rename(tmp_path / "checkpoints/step_9")
+    kwargs = {"steps": 4, "save_every": 1, "keep_last": 1}
+    for resume in ("auto", str(tmp_path / "checkpoints/step_9")):
+        with pytest.raises(RankError, match="step_9/native must hold the step that its folder is named after, but holds step 2"):
+            trained(ranks, Topology(), tmp_path, **kwargs, resume=resume)
+    (tmp_path / "checkpoints/step_9").rename(tmp_path / "checkpoints/step_2")
+    assert trained(ranks, Topology(), tmp_path, **kwargs, resume="auto")[0]["step"] == 4
+    assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == ["step_4"]
+
+
 def test_a_full_disk_ends_no_training_and_takes_no_save(ranks: RankServer, tmp_path: Path) -> None:
     (found,) = ranks.run("tests.support.training:without_room", topology=Topology(), kwargs={"run_dir": str(tmp_path)})
     assert [line["step"] for line in found["metrics"] if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
     assert found["printed"].count("can't be written (File too large)") == 1 and "nothing is missing" in found["printed"]
     assert found["source"] == "config.json before" and "source can't be written (File too large); free space" in found["refused"]
+    assert "source must be a folder of this run's own, not a link" in found["linked"]
     assert "step_6/native can't be written: " in found["failed"]
     assert [entry.name for entry in (tmp_path / "checkpoints").glob("*/native")] == ["native"]
     assert trained(ranks, Topology(), tmp_path, steps=6, resume="auto")[0]["step"] == 6

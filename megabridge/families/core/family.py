@@ -63,6 +63,24 @@ class Family:
         Values are checked before anything is computed with them; a field whose keys are unfit is left out then. `ignore` names keys
         that no field reads and that would be refused.
         """
+        native, problems = self._read(hf)
+        problems += self._refused(hf, ignore)
+        if problems:
+            raise ConfigError(f"{self.architecture}: " + listed(list(dict.fromkeys(problems))))
+        return native
+
+    def sizes(self, hf: Json) -> dict[str, Any]:
+        """The native config of a config.json, whatever keys it has that no field reads. Imports nothing.
+
+        Raises ConfigError where something that a field reads can't be represented.
+        """
+        native, problems = self._read(hf)
+        if problems:
+            raise ConfigError(f"{self.architecture}: " + listed(list(dict.fromkeys(problems))))
+        return native
+
+    def _read(self, hf: Json) -> tuple[dict[str, Any], list[str]]:
+        """(what can be read, what can't be represented)"""
         if not OBJECT.allows(hf):
             raise ConfigError(f"a config.json must be an object, not {shown(hf)}.")
         native: dict[str, Any] = {}
@@ -85,10 +103,7 @@ class Family:
                 quantization_of(hf)  # `native` describes the model, whatever its weights are stored as; but they must be readable
         except ConfigError as error:
             problems.append(str(error))
-        problems += self._refused(hf, ignore)
-        if problems:
-            raise ConfigError(f"{self.architecture}: " + listed(list(dict.fromkeys(problems))))
-        return native
+        return native, problems
 
     @cached_property
     def keys(self) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -24,11 +25,18 @@ _registered: dict[str, Family] = {}
 
 
 @cache
-def _installed() -> dict[str, Family]:
+def own_families() -> dict[str, Family]:
+    """Ours alone, by Hugging Face class name: no other package is imported."""
     found: dict[str, Family] = {}
     for name in _OURS:
         names = vars(import_module(f"megabridge.families.{name}"))
         found |= {family.architecture: family for family in names.get("FAMILIES") or (names["FAMILY"],)}
+    return found
+
+
+@cache
+def _installed() -> dict[str, Family]:
+    found = dict(own_families())
     for point in entry_points(group="megabridge.families"):
         family = point.load()
         if not isinstance(family, Family):
@@ -56,29 +64,31 @@ def all_families() -> dict[str, Family]:
     return {**_installed(), **_registered}
 
 
-def architecture_of(hf: Json) -> str:
-    """The class name in a config.json, as transformers has it, or the one that its model_type implies.
+def architecture_of(hf: Json, *, among: Mapping[str, Family] | None = None) -> str:
+    """The class name in a config.json, as transformers has it, or the one that its model_type implies, of all families or `among`.
 
     Raises ConfigError when there is neither.
     """
     if problems := [problem for key in ("architectures", "model_type") if (problem := COMMON[key].problem(hf, key)) is not None]:
         raise ConfigError(listed(problems))
+    families = all_families() if among is None else among
     named = hf.get("architectures") or []
     if named:
-        owners = [family.architecture for family in all_families().values() if named[0] in family.other_names]
+        owners = [family.architecture for family in families.values() if named[0] in family.other_names]
         return owners[0] if owners else str(named[0])
-    for family in all_families().values():
+    for family in families.values():
         if family.model_type == hf.get("model_type"):
             return family.architecture
     raise ConfigError(
         f"config.json must name an architecture; it has architectures={shown(hf.get('architectures'))} and "
-        f"model_type={shown(hf.get('model_type'))}, which no family knows; known: {', '.join(sorted(all_families()))}."
+        f"model_type={shown(hf.get('model_type'))}, which no family knows; known: {', '.join(sorted(families))}."
     )
 
 
-def family_for(hf: Json) -> Family:
-    """The family of a config.json. Raises ConfigError with near matches when there is none."""
-    architecture, known, kind = architecture_of(hf), all_families(), hf.get("model_type")
+def family_for(hf: Json, *, among: Mapping[str, Family] | None = None) -> Family:
+    """The family of a config.json, of all or `among`. Raises ConfigError with near matches when there is none."""
+    known = all_families() if among is None else among
+    architecture, kind = architecture_of(hf, among=known), hf.get("model_type")
     others = [name for name, family in known.items() if family.model_type == kind and name != architecture]
     if architecture in known and others and known[architecture].model_type != kind:
         raise ConfigError(

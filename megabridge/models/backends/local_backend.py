@@ -14,7 +14,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 _UNKNOWN: Final[Mapping[str, object]] = {
     "sequence_parallel": False,  # megatron-core's torch norms add no gradients up over tp
-    "context_parallel_size": 1,
     "fp8": None,
     "fp4": None,
     "tp_comm_overlap": False,

@@ -38,7 +38,6 @@ _UNKNOWN: Final[Mapping[str, object]] = {
     "cpu_offloading": False,
     "tp_comm_overlap": False,
     "apply_rope_fusion": False,
-    "context_parallel_size": 1,
 }
 """Settings that its layers don't know, and the value that leaves them off."""
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megabridge.errors import ConfigError
+from megabridge.config.layout_rules import expert_cut_problems
+from megabridge.errors import ConfigError, listed
 from megabridge.models.layers.parameters import empty
 
 from megatron.core import tensor_parallel
@@ -65,10 +66,8 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         self.count = num_local_experts
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         etp, width = self.tp_group.size(), config.moe_ffn_hidden_size
-        if width % etp:
-            raise ConfigError(f"expert_tensor_parallel_size={etp} must divide moe_ffn_hidden_size={width}; use a smaller one.")
-        if etp > 1 and config.add_bias_linear:
-            raise ConfigError(f"expert_tensor_parallel_size={etp} must be 1 for experts with biases; set it so.")
+        if problems := expert_cut_problems(etp, width, has_biases=config.add_bias_linear):
+            raise ConfigError(listed(problems))
         sections = 2 if config.gated_linear_unit else 1
         shared = {
             "bias": config.add_bias_linear,

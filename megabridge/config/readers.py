@@ -1,0 +1,231 @@
+"""Who reads which setting: one that nothing reads in a run is an error, not a wish that is passed over. No torch.
+
+A setting counts where a user gave it, on the command line or in a file of their own, and it is not the default. What is not in
+`READERS` is read by every run, or by none that could tell. A recipe or a callback of the user's own may read anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from omegaconf import OmegaConf
+
+from megabridge.config.schema import Config
+from megabridge.config.value_types import shown
+from megabridge.errors import ConfigError, listed
+
+RECIPES: Final = "finetune pretrain convert plan bench check collect compare draft evaluate prepare_data report show_data".split()
+"""Those of the package `recipes`; one of the user's own may read anything."""
+TRAINING: Final = ("finetune", "pretrain")
+PLANNED: Final = (*TRAINING, "plan", "show_data")
+"""Recipes that train, and those that look ahead at a run which would: they take all of its settings."""
+CALLBACKS: Final = tuple(
+    f"megabridge.callbacks.{name}"
+    for name in "answer.Answer evaluate.Evaluate hf_export.HFExport parity.ImportParity profile.Profile progress.Progress".split()
+)
+"""Ours, which are known not to export, but for one."""
+EXPORT: Final = "megabridge.callbacks.hf_export.HFExport"
+_EVERYWHERE: Final = ("experiment", "recipe")
+"""Groups whose files may set keys of any group."""
+_ABSENT: Final = object()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`by` names what reads the `settings`, and `reads` says whether a run has it. A setting's name stands for all below it.
+
+    `is_typed` settings count on the command line alone: a file of a training run is also what its model is converted or checked
+    with. `asks` has their default count too where it was typed.
+    """
+
+    settings: tuple[str, ...]
+    by: str
+    reads: Callable[[Config], bool]
+    is_typed: bool = False
+    asks: bool = False
+
+
+def _of(group: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{group}.{name}" for name in names.split())
+
+
+def _recipe(*names: str) -> Callable[[Config], bool]:
+    def reads(config: Config) -> bool:
+        module, _, function = config.recipe.target.partition(":")
+        name = module.removeprefix("recipes.")
+        is_ours = module.startswith("recipes.") and name in RECIPES and function == "main"
+        return not is_ours or name in names
+
+    return reads
+
+
+_trains, _is_planned, _converts = _recipe(*TRAINING), _recipe(*PLANNED), _recipe("convert")
+
+
+def _has_export(config: Config) -> bool:
+    targets = [node.get("_target_") for node in config.callbacks.values() if isinstance(node, Mapping)]
+    return any(target == EXPORT or target not in CALLBACKS for target in targets)
+
+
+def _publishes(config: Config) -> bool:
+    """Whether a training run publishes folders, or recipe=convert or a look ahead is about one."""
+    if _converts(config):
+        return config.conversion.mode in ("export", "roundtrip")
+    return _is_planned(config) and (not _trains(config) or (config.checkpoint.hf and _has_export(config)))
+
+
+def _has_whole_exports(config: Config) -> bool:
+    return _publishes(config) and (config.peft.name == "none" or config.peft.merge)
+
+
+def _imports(config: Config) -> bool:
+    if _converts(config):
+        return config.conversion.mode in ("import", "roundtrip") or (
+            config.conversion.mode == "export" and config.peft.name != "none"
+        )
+    return config.model.load_weights and _recipe(*PLANNED, "check", "compare")(config)
+
+
+def _is_half(config: Config) -> bool:
+    return config.model.dtype == "float16" or bool({"fp16", "params_dtype"} & set(config.model.provider))
+
+
+_PUBLISHING: Final = "callbacks.hf_export with checkpoint.hf=true, and recipe=convert conversion.mode=export or roundtrip,"
+READERS: Final[tuple[Reader, ...]] = (
+    Reader(("prepare",), "recipe=prepare_data", _recipe("prepare_data")),
+    Reader(("bench",), "recipe=bench", _recipe("bench")),
+    Reader(("sweep",), "recipe=collect or recipe=report", _recipe("collect", "report")),
+    Reader(("conversion.mode",), "recipe=convert", _converts),
+    Reader(
+        ("conversion.output",),
+        "recipe=convert with another conversion.mode than verify",
+        lambda config: _converts(config) and config.conversion.mode != "verify",
+    ),
+    Reader(
+        ("conversion.folder", "conversion.source"),
+        "recipe=convert conversion.mode=verify",
+        lambda config: _converts(config) and config.conversion.mode == "verify",
+    ),
+    Reader(
+        _of("conversion", "allow_missing allow_unexpected allow_bin reader dedupe"),
+        "an import of weights (model.load_weights=true)",
+        _imports,
+    ),
+    Reader(("conversion.export_dtype", "conversion.writer"), _PUBLISHING, _publishes),
+    Reader(
+        ("conversion.export_quantization", "conversion.max_shard_size"),
+        f"{_PUBLISHING} of a whole model (with adapters: peft.merge=true)",
+        _has_whole_exports,
+    ),
+    Reader(
+        ("checkpoint.hf",),
+        "callbacks.hf_export, as in callbacks=default,",
+        lambda config: not _trains(config) or not config.checkpoint.hf or _has_export(config),
+        asks=True,
+    ),
+    Reader(
+        ("callbacks.answer.prompt",),
+        "an export of a whole model by callbacks.hf_export (checkpoint.hf=true; with adapters: peft.merge=true)",
+        lambda config: not _trains(config) or _has_whole_exports(config),
+    ),
+    Reader(
+        (
+            *_of("checkpoint", "save_every save_at_end native hf keep_last keep_best accept_changes path"),
+            *("recipe.eval_every", "recipe.log_every", "policy", "scheduler"),
+        ),
+        "recipe=finetune and recipe=pretrain",
+        _is_planned,
+        is_typed=True,
+    ),
+    Reader(
+        _of("peft", "target_modules exclude_modules target_parameters r lora_alpha lora_dropout use_rslora path merge"),
+        "peft=lora or peft=dora",
+        lambda config: config.peft.name != "none",
+    ),
+    Reader(_of("optimizer", "beta1 beta2 eps"), "optimizer=adam", lambda config: config.optimizer.name == "adam"),
+    Reader(_of("optimizer", "momentum"), "optimizer=sgd", lambda config: config.optimizer.name == "sgd"),
+    Reader(
+        _of("optimizer", "loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis"),
+        "model.dtype=float16",
+        _is_half,
+    ),
+    Reader(("scheduler.wsd_decay",), "scheduler=wsd", lambda config: config.scheduler.name == "wsd"),
+    Reader(("scheduler.min_lr",), "a scheduler other than constant", lambda config: config.scheduler.name != "constant"),
+    Reader(
+        ("policy.spike_factor", "policy.spike_window"),
+        "policy.spike=stop, skip or rollback",
+        lambda config: config.policy.spike != "ignore",
+    ),
+    Reader(
+        ("policy.limit",),
+        "policy.nonfinite or policy.spike=skip or rollback",
+        lambda config: bool({"skip", "rollback"} & {config.policy.nonfinite, config.policy.spike}),
+    ),
+    Reader(("model.tokenizer",), "a model without model.path", lambda config: config.model.path is None),
+    Reader(("model.revision", "model.trust_remote_code"), "a model with model.path", lambda config: config.model.path is not None),
+)
+
+
+def check_readers(config: Config, overrides: Collection[str], conf: Path) -> None:
+    """Raises ConfigError naming every setting that a user gave and that nothing reads in this run, with what would.
+
+    `overrides` are those of the command line, as they were typed; `conf` is the folder of our own config groups, whose values
+    nobody gave.
+    """
+    values, defaults, typed = asdict(config), asdict(Config()), _typed(overrides)
+    found: dict[str, tuple[object, str, bool]] = {}
+    for reader in READERS:
+        if reader.reads(config):
+            continue
+        for name in (leaf for setting in reader.settings for leaf in _leaves(values, setting)):
+            value, is_typed = _at(values, name), any(name == key or name.startswith(f"{key}.") for key in typed)
+            is_default = value == _at(defaults, name) or value is None
+            if (is_typed or not reader.is_typed) and (not is_default or (is_typed and reader.asks)):
+                found.setdefault(name, (value, reader.by, is_typed))
+    ours = _ours(conf, {name.partition(".")[0] for name, (_, _, is_typed) in found.items() if not is_typed})
+    problems = [
+        f"{name}={shown(value)} has no effect in this run: {by} would read it; take it away."
+        for name, (value, by, is_typed) in found.items()
+        if is_typed or (name, json.dumps(value, default=str)) not in ours
+    ]
+    if problems:
+        raise ConfigError(listed(problems))
+
+
+def _typed(overrides: Collection[str]) -> set[str]:
+    """The settings that overrides name; not the groups of which they choose a file."""
+    pairs = [(key.lstrip("+"), value) for key, _, value in (text.partition("=") for text in overrides) if not key.startswith("~")]
+    return {key for key, value in pairs if "." in key or value.lstrip().startswith("{") or key == "sweep"}
+
+
+def _at(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values.get(part, _ABSENT) if isinstance(values, Mapping) else _ABSENT
+    return values
+
+
+def _leaves(values: Mapping[str, Any], name: str) -> Iterator[str]:
+    """The names of the single settings below `name`, or it; nothing where the config lacks it."""
+    value = _at(values, name)
+    if isinstance(value, Mapping):
+        for key in value:
+            yield from _leaves(values, f"{name}.{key}")
+    elif value is not _ABSENT:
+        yield name
+
+
+def _ours(conf: Path, groups: Collection[str]) -> set[tuple[str, str]]:
+    """What our own files say of settings in these groups: (name, value as JSON)."""
+    said = set()
+    for group in {*groups, *_EVERYWHERE} if groups else ():
+        for file in (conf / group).glob("*.yaml"):
+            content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False) or {}
+            content.pop("defaults", None)
+            is_global = "@package _global_" in file.read_text(encoding="utf-8").partition("\n")[0]
+            nested = content if is_global else {group: content}
+            said |= {(leaf, json.dumps(_at(nested, leaf), default=str)) for key in nested for leaf in _leaves(nested, key)}
+    return said
