@@ -54,7 +54,7 @@ def test_auto_asks(monkeypatch: pytest.MonkeyPatch) -> None:
         {"use_cpu_initialization": True},
     ]
     assert [chosen(**settings) for settings in needs] == ["torch"] * 4
-    with pytest.raises(ConfigError, match=r"context_parallel_size=2 needs backend=te, not torch"):
+    with pytest.raises(ConfigError, match=r"parallel\.cp=2 needs backend=te, not torch"):
         llama.provider_of({}, {"adapted": True, "context_parallel_size": 2}).finalize()
     with pytest.raises(ConfigError, match=r"adapters need backend=torch or local, not te; set it so\."):
         llama.provider_of({}, {"adapted": True, "backend": "te"}).finalize()

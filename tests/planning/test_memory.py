@@ -15,7 +15,8 @@ from tests.support.rank_server import RankError, RankServer
 
 SHAPE = {**TINY, "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
 MIXTURE = {
-    **SHAPE, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
+    **{key: value for key, value in SHAPE.items() if key not in ("attention_bias", "mlp_bias")},
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
 STACKED = {**all_families()["GraniteMoeForCausalLM"].tiny, "architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
