@@ -130,7 +130,7 @@ def _started(folder: Path) -> int:
     count = 0
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            count += f"-m\0megabridge.launchers.rank\0{folder}\0".encode() in (process / "cmdline").read_bytes()
+            count += f"-m\0megabridge.launchers.rank_task\0{folder}\0".encode() in (process / "cmdline").read_bytes()
     return count
 
 
