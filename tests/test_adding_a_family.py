@@ -118,11 +118,11 @@ def test_a_family_of_an_installed_package(ranks: RankServer, tmp_path: Path) -> 
 FAMILIES = """\
     from dataclasses import replace
 
-    from megabridge.families.core.fields import Fixed, Only
+    from megabridge.families.core.fields import Fixed, RequiredValue
     from megabridge.families.gpt2 import FAMILY as GPT2
 
     KEY = "scale_attn_by_inverse_layer_idx"
-    FIELDS = (*(field for field in GPT2.fields if KEY not in field.keys()), Only(KEY, (True,)))
+    FIELDS = (*(field for field in GPT2.fields if KEY not in field.keys()), RequiredValue(KEY, (True,)))
     PLAIN = replace(GPT2, fields=FIELDS, tiny={**GPT2.tiny, KEY: True})
     FAMILY = replace(PLAIN, fields=(*FIELDS, Fixed("core_attention", "outside.layers:ScaledAttention")))
     BY_SPEC = replace(PLAIN, fields=(*FIELDS, Fixed("transformer_layer_spec", "outside.layers:spec")))

@@ -1,6 +1,6 @@
 """The battery on one family under one layout: bijection, byte identity, logits and gradients of a trial model.
 
-`check_trial` runs in the process groups of its layout; `check_family` goes through all layouts of the processes that run, by
+`check_tiny_model` runs in the process groups of its layout; `check_family` goes through all layouts of the processes that run, by
 ending and starting megatron-core's groups.
 """
 

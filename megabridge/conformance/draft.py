@@ -18,12 +18,12 @@ from megabridge.families.core.rope_types import SHARE, THETA, value_problems
 from megabridge.families.core.unread_keys import is_harmless
 
 _IMPORTS: Final = {
-    "megabridge.families.core.fields": ("Choice", "Converted", "Field", "Fixed", "Follows"),
+    "megabridge.families.core.fields": ("Choice", "Converted", "Field", "Fixed", "Derived"),
     "megabridge.families.core.parts": (
         "GATED_SILU", "LAYER", "QKV", "QKV_JOINED", "TIED", "UNTIED", "attention", "embeddings", "gated_mlp", "plain_mlp",
         "post_norms", "pre_norms", "qk_norms", "rms", "sizes",
     ),
-    "megabridge.families.core.rope_and_windows": ("LayerRopes", "Rope", "Windows", "every"),
+    "megabridge.families.core.rope_and_windows": ("LayerRopes", "Rope", "SlidingWindow", "every"),
     "megabridge.mapping": ("Same", "Transpose", "WeightMap", "block", "weight"),
 }  # fmt: skip
 _TINY: Final = {

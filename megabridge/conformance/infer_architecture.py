@@ -106,12 +106,12 @@ def _sizes(model: UnknownModel, rows: DraftRows) -> None:
             end = ", 0.02" if native == "init_method_std" else ""
             rows.fields.append(f'Field("{native}", "{found[native]}"{end})')
         elif native == "num_query_groups":
-            rows.fields.append(f'Follows("num_query_groups", lambda hf: hf["{found["num_attention_heads"]}"])')
+            rows.fields.append(f'Derived("num_query_groups", lambda hf: hf["{found["num_attention_heads"]}"])')
         elif native == "kv_channels":
             heads_key, hidden_key = found["num_attention_heads"], found["hidden_size"]
-            rows.fields.append(f'Follows("kv_channels", lambda hf: hf["{hidden_key}"] // hf["{heads_key}"])')
+            rows.fields.append(f'Derived("kv_channels", lambda hf: hf["{hidden_key}"] // hf["{heads_key}"])')
         elif native == "ffn_hidden_size":
-            rows.fields.append(f'Follows("ffn_hidden_size", lambda hf: 4 * hf["{found["hidden_size"]}"])')
+            rows.fields.append(f'Derived("ffn_hidden_size", lambda hf: 4 * hf["{found["hidden_size"]}"])')
 
 
 def _head_width(model: UnknownModel) -> int | None:
@@ -322,7 +322,7 @@ def _windows(model: UnknownModel, rows: DraftRows) -> None:
     patterns = [key for key in ("sliding_window_pattern", "max_window_layers") if key in config]
     if patterns:
         arguments.append(f"pattern_keys=({', '.join(_quoted(key) for key in patterns)},)")
-    rows.key(f"Windows({', '.join(arguments)})", "sliding_window", "layer_types", "use_sliding_window", *patterns)
+    rows.key(f"SlidingWindow({', '.join(arguments)})", "sliding_window", "layer_types", "use_sliding_window", *patterns)
 
 
 def _pattern(kinds: list[str]) -> str | None:

@@ -210,7 +210,7 @@ class ConcatRows:
 
 @dataclass(frozen=True)
 class InterleaveColumns:
-    """Like Below, but the tensor's last dimension takes an index of each row in turn: an adapter's B of all experts in one.
+    """Like ConcatRows, but the tensor's last dimension takes an index of each row in turn: an adapter's B of all experts in one.
 
     `inner` has this dimension as the parameter has it.
     """

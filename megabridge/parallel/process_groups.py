@@ -113,7 +113,7 @@ def fake_groups(topology: Topology, rank: int) -> Iterator[None]:
     """
     if dist.is_initialized():
         raise ConfigError(
-            "ranks that don't run are imagined in a process without groups, but this one has some; call process_groups.stop()."
+            "ranks that don't run are planned in a process without groups, but this one has some; call process_groups.stop()."
         )
     hook = sys.excepthook  # torch replaces it by one that names the rank
     dist.init_process_group("fake", rank=rank, world_size=topology.world_size)

@@ -136,4 +136,4 @@ def test_what_does_not_tile_is_named(ranks: RankServer) -> None:
 
 def test_a_process_with_groups_imagines_no_others(ranks: RankServer) -> None:
     (said,) = ranks.run(f"{CASES}:refused_with_groups", topology=Topology(), kwargs={"config": TINY})
-    assert said.startswith("ConfigError: ranks that don't run are imagined in a process without groups")
+    assert said.startswith("ConfigError: ranks that don't run are planned in a process without groups")
