@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from megabridge.errors import ConfigError
+from megabridge.native import digests
 from megabridge.parallel.topology import Topology
 from megabridge.storage.metrics_file import read
 from tests.recipes.test_recipes import source, values
@@ -57,9 +59,14 @@ def evaluated(run_dir: Path) -> list[tuple[int, float]]:
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
-    """The exported weights and what the run resumes from, but for files that hold times and paths."""
-    files = [*run_dir.glob("checkpoints/step_*/hf/*.safetensors"), *run_dir.glob("checkpoints/step_*/native/*.distcp")]
-    return {str(file.relative_to(run_dir)): file.read_bytes() for file in files}
+    """The exported weights."""
+    return {str(file.relative_to(run_dir)): file.read_bytes() for file in run_dir.glob("checkpoints/step_*/hf/*.safetensors")}
+
+
+def boxes(native: Path) -> Counter[str]:
+    """The digests of all that a run resumes from: tensors, random states, and the run's settings."""
+    content = json.loads((native / digests.FILE).read_text())
+    return Counter(digest for held in content["boxes"].values() for digest in held.values())
 
 
 @pytest.mark.parametrize("topology", [Topology(dp=2), Topology(tp=2)], ids=str)
@@ -81,7 +88,10 @@ def test_saves_are_evaluated_and_training_keeps_its_bits(
     assert f"evaluation of step 4: held/perplexity {found[1][1]:.4g}" in lines
 
     plain = weights(tmp_path / "plain")
-    assert len(plain) >= 4 and weights(run) == plain
+    assert len(plain) == 2 and weights(run) == plain
+    for step in ("step_2", "step_4"):
+        ours, theirs = (boxes(folder / "checkpoints" / step / "native") for folder in (run, tmp_path / "plain"))
+        assert ours.total() > 20 and (ours - theirs).total() == (theirs - ours).total() == 1, "only the settings differ"
     losses = [[row["train/loss"] for row in read(folder) if "train/loss" in row] for folder in (tmp_path / "plain", run)]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
     exported = {file.name for file in (run / "checkpoints/step_4/hf").iterdir()}
