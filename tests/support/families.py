@@ -122,9 +122,9 @@ def checks(root: str, out: str, architectures: list[str]) -> list[str]:
     for number, name in enumerate(architectures):
         layout = ParallelLayout(topology, sequence_parallel=topology.tp > 1 and (number % 2 == 1 or name in MIXTURES))
         values = schema.typed({"model": {"name": "trial"}, "run_dir": out})
-        config = layout.config(check_family.trial_config(values, Path(root) / name))
+        config = layout.config(check_family.tiny_model_config(values, Path(root) / name))
         with steady.watched() as routed:
-            found = check_family.check_trial(config, layout, Path(root) / name, Path(out) / name)
+            found = check_family.check_tiny_model(config, layout, Path(root) / name, Path(out) / name)
         assert all(routed), f"{name}: a router is near a tie"
         assert [finding.what for finding in found] == ["bijection", "bytes", "logits", "gradients"]
         problems += [f"{name}: {line}" for line in problems_of(found)]
