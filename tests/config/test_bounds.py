@@ -102,4 +102,4 @@ def test_paths_must_be_such_that_can_be_looked_up(tmp_path: Path) -> None:
         said = str(caught.value)
         assert said.count("can't be looked up (") == 6 and reason in said and "; name another path." in said
     for path in ("nothing", str(tmp_path / "file" / "below"), os.fsdecode(b"b\xff"), "org/name", "a b", ""):
-        bounds.check_paths(Config(sweep=path, run_dir=path))
+        bounds.check_paths(Config(sweep=path, run_dir=path or "run"))
