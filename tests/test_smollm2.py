@@ -14,7 +14,7 @@ from tests.support.rank_server import RankServer
 
 
 @pytest.fixture(scope="module")
-def resolve() -> Path:
+def source() -> Path:
     from megabridge.hf import quickstart, resolve
 
     return resolve.resolve(quickstart.HUB_ID)
