@@ -16,17 +16,17 @@ from tests.test_run import ROOT, environ
 
 BESIDE = """
 import sys
-from megabridge.launchers import local, slurm_task
+from megabridge.launchers import local, rank_task
 from megabridge.launchers.rank_environment import RankEnvironment
 local.WORKER = "tests.launchers.processes.program"
 values = {"text": sys.argv[1], "deterministic": False, "platform": "cpu"}
-sys.exit(slurm_task.beside(values, RankEnvironment(3, 4, 1, 2, "127.0.0.1", 29500), digest="0"))
+sys.exit(rank_task.beside(values, RankEnvironment(3, 4, 1, 2, "127.0.0.1", 29500), digest="0"))
 """
 QUEUED = """
 import sys
-from megabridge.launchers import local, slurm_task
+from megabridge.launchers import local, rank_task
 local.WORKER = "tests.launchers.processes.program"
-sys.exit(slurm_task.main())
+sys.exit(rank_task.main())
 """
 # What a training loop does with the signals that it lets through (megabridge.training.stopping), then without saving at all.
 TRAINS = """
