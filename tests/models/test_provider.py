@@ -150,7 +150,7 @@ def test_all_problems_come_in_one_error() -> None:
         ({"backend": "te"}, "backend=te runs on CUDA only; use backend=torch."),
         (
             {"backend": "local", "sequence_parallel": True, "tensor_model_parallel_size": 2},
-            "sequence_parallel=True needs backend=torch or te, not local; set it so, or sequence_parallel=False.",
+            "backend=local has no sequence parallelism (megatron-core's torch norms); use backend=torch.",
         ),
         ({"normalization": "BatchNorm"}, "normalization='BatchNorm' must be one of RMSNorm, LayerNorm."),
         ({"softmax_type": "off-by-one"}, "softmax_type='off-by-one' needs backend=te or local, not torch; set it so."),
