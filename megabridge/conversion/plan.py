@@ -8,11 +8,11 @@ import sys
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import Self
 
 import torch
 
@@ -48,6 +48,11 @@ class LocalItem(PlannedParameter):
     """An entry whose parameter lives on this rank."""
 
     live: LocalParameter
+
+    @classmethod
+    def of(cls, entry: PlannedParameter, parameter: LocalParameter) -> Self:
+        """The entry for a parameter with its record."""
+        return cls(entry.record, entry.hf, entry.shapes, entry.transfers, entry.is_tied_copy, parameter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class Plan:
     def bound(self, parameters: Sequence[LocalParameter]) -> Plan:
         """The plan for parameters with the records that it was made for, in their order."""
         pairs = zip(self.entries, parameters, strict=True)
-        return replace(self, items=tuple(LocalItem(**_fields(entry), live=parameter) for entry, parameter in pairs))
+        return replace(self, items=tuple(LocalItem.of(entry, parameter) for entry, parameter in pairs))
 
     @cached_property
     def has_mtp(self) -> bool:
@@ -184,10 +189,6 @@ def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[Loca
         check_fits({line for lines in collectives.all_gather(_contradictions(own, tensors, set())) for line in lines})
     aliases = family.weights.aliases(expansion.dims, tensors)
     return Plan(tuple(own), (), tensors, sources, aliases, family, expansion.dims, records).bound(lives)
-
-
-def _fields(entry: PlannedParameter) -> dict[str, Any]:
-    return {field.name: getattr(entry, field.name) for field in fields(PlannedParameter)}
 
 
 @contextmanager
