@@ -205,6 +205,8 @@ def _program(request: dict[str, Any]) -> int:
     """The exit status of the command, as a shell gives it."""
     import recipes
     from megabridge import run, worker
+    from megabridge.config import installed
+    from megabridge.families.core import registry
     from megabridge.launchers.processes import children
 
     for module in worker._IMPORTED_LATE:
@@ -216,6 +218,8 @@ def _program(request: dict[str, Any]) -> int:
         for descriptor, name in ((1, "stdout.txt"), (2, "stderr.txt")):
             os.dup2(os.open(Path(request["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         children.spawn = _forked_worker
+        for asked in (registry._installed, installed.backends):
+            asked.cache_clear()  # what lies on this program's PYTHONPATH is its own
         os.chdir(request["cwd"])
         sys.argv = ["megabridge", *request["program"]]
         return run.main()
