@@ -50,8 +50,8 @@ def config(
     return {**made, "callbacks": callbacks}
 
 
-def train(ranks: RankServer, topology: Topology, given: dict[str, Any]) -> None:
-    ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": "finetune", "values": given}, timeout=240)
+def train(ranks: RankServer, topology: Topology, given: dict[str, Any], **how: bool) -> None:
+    ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": "finetune", "values": given, **how}, timeout=240)
 
 
 def evaluated(run_dir: Path) -> list[tuple[int, float]]:
@@ -165,6 +165,7 @@ def test_merged_adapters_are_evaluated(ranks: RankServer, tmp_path: Path, source
         ranks,
         Topology(dp=2),
         config(tmp_path, source, Topology(dp=2), tasks, peft={"name": "lora", "merge": True}, evaluate={"every": 2}),
+        is_forked=False,
     )
     assert [step for step, _ in evaluated(tmp_path)] == [4]
 
