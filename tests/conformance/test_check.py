@@ -5,35 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megabridge.parallel.topology import Topology
+from tests.support.checked import check, findings
 from tests.support.models import TINY
 from tests.support.rank_server import RankError, RankServer
 
 LLAMA = "megabridge.families.llama:FAMILY"
 LAYOUTS = ["dp4", "tp2dp2", "tp2dp2sp", "tp4", "tp4sp", "pp2dp2", "tp2pp2", "pp2vpp2dp2", "tp2pp2vpp2", "pp4"]
-
-
-def check(ranks: RankServer, run_dir: Path, topology: Topology, family: str | None, **model: Any) -> None:
-    values = {
-        "model": {"name": "auto", "path": None, **model},
-        "parallel": {"tp": topology.tp, "pp": topology.pp, "dp": topology.dp},
-        "recipe": {"steps": 0},
-        "family": family,
-        "logger": {"lines": {"_target_": "tests.support.loggers.Lines"}},
-        "run_dir": str(run_dir),
-    }
-    ranks.run("tests.support.recipes:recipe", topology=topology, kwargs={"name": "check", "values": values}, timeout=300)
-
-
-def findings(run_dir: Path) -> dict[str, dict[str, list[str]]]:
-    found: dict[str, dict[str, list[str]]] = {}
-    for entry in json.loads((run_dir / "check/findings.json").read_text()):
-        found.setdefault(entry["where"], {})[entry["what"]] = entry["problems"]
-    return found
 
 
 @pytest.fixture(scope="module")

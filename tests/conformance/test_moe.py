@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megabridge.parallel.topology import Topology
-from tests.conformance.test_check import check, findings
+from tests.support.checked import check, findings
 from tests.support.rank_server import RankServer
 
 MIXTRAL = "megabridge.families.mixtral:FAMILY"

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from megabridge.errors import CheckpointError
 from megabridge.parallel.topology import Topology
 from megabridge.storage import folders
-from tests.conversion.test_round_trip import payload
 from tests.support import disk
 from tests.support.models import TINY
+from tests.support.payload import payload
 from tests.support.rank_server import RankError, RankServer
 
 CASES = "tests.support.faults"

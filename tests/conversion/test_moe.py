@@ -10,10 +10,10 @@ import pytest
 
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
-from tests.conversion.test_stream import check_tasks, files
 from tests.support.models import mixtral_config
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
+from tests.support.stream_checks import check_tasks, files
 
 CASES = "tests.support.moe"
 SEEDS = [1, 2]

@@ -10,8 +10,8 @@ import pytest
 
 from megabridge.families import all_families
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
 from tests.support.families import MIXTURES, VARIANTS
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
 
 ARCHITECTURES = sorted({*all_families(), *VARIANTS} - {*MIXTURES})

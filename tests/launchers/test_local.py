@@ -14,9 +14,9 @@ import pytest
 
 from megabridge.launchers import local
 from megabridge.launchers.processes.outcome import WorkerFailure
-from tests.test_run import ROOT, environ
+from tests.support.command import ROOT, environ
 
-RECIPES = "tests.launchers.recipes"
+RECIPES = "tests.support.launched"
 
 
 def start(recipe: str, run_dir: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -89,7 +89,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("text", PROGRAMS)
 def test_ranks_of_their_own_programs_are_judged_as_forked_ones_are(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, with a program in the worker's place that needs no torch."""
-    monkeypatch.setattr(local, "WORKER", "tests.launchers.processes.program")
+    monkeypatch.setattr(local, "WORKER", "tests.support.worker_program")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     values, expected = {"text": text, "deterministic": False}, PROGRAMS[text]
     if isinstance(expected, float):

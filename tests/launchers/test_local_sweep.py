@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.test_run import command, environ
+from tests.support.command import command, environ
 
 SWEEP = ("-m", "hydra/launcher=local", "model=tiny_llama", "platform=cpu", "hydra.sweep.dir=sweep")
 
@@ -30,7 +30,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 def test_points_at_once_of_which_one_fails_and_one_is_refused(tmp_path: Path) -> None:
     run = start(
-        "parallel=single,tp2,tp3", "recipe.target=tests.launchers.recipes:fail_under_tp", "hydra.launcher.at_once=2", cwd=tmp_path
+        "parallel=single,tp2,tp3", "recipe.target=tests.support.launched:fail_under_tp", "hydra.launcher.at_once=2", cwd=tmp_path
     )
     out, err = run.communicate(timeout=300)
     assert run.returncode == 1, out + err
@@ -46,7 +46,7 @@ def test_points_at_once_of_which_one_fails_and_one_is_refused(tmp_path: Path) ->
 
 
 def test_a_signal_ends_the_points_that_run(tmp_path: Path) -> None:
-    run = start("seed=1,2,3", "recipe.target=tests.launchers.recipes:wait", "hydra.launcher.at_once=2", cwd=tmp_path)
+    run = start("seed=1,2,3", "recipe.target=tests.support.launched:wait", "hydra.launcher.at_once=2", cwd=tmp_path)
     until = time.monotonic() + 240
     waits = [tmp_path / "sweep" / number / "waits0" for number in ("0", "1")]
     while not all(file.exists() for file in waits):
