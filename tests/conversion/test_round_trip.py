@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from megabridge.parallel.topology import Topology
+from tests.support.covering import GRID
 from tests.support.models import TINY, llama_config
 from tests.support.payload import identical, payload
 from tests.support.rank_server import RankServer
 
 LAYOUTS = [*(Topology(tp=tp, pp=pp) for pp in (1, 2) for tp in (1, 2, 4)), Topology(tp=2, pp=2, vpp=2)]
-COUNT = int(os.environ.get("MEGABRIDGE_SHAPES", "18"))
-"""Random shapes; `make test-shapes` draws 54."""
+COUNT = 54 if GRID else 9
+"""Random shapes."""
 
 
 @given(seeds=st.lists(st.integers(0, 2**32 - 1), min_size=COUNT, max_size=COUNT, unique=True))
