@@ -49,10 +49,8 @@ def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServe
     wrong = sorted({line for problems in results for line in problems})
     wrong += [f"{name}: the export differs" for name in names if payload(tmp_path / name) != payload(sources / name)]
     assert not wrong, "\n".join(wrong)
-    if layout == "tp2pp2":
-        folders = [str(root / name) for root in (sources, tmp_path) for name in names]
-        tokens = ranks.run("tests.support.families:generations", kwargs={"folders": folders}, timeout=300)
-        assert len(tokens) == 1 and tokens[0][: len(names)] == tokens[0][len(names) :]
+    for name in names:  # with the same bytes, all that transformers could read otherwise
+        assert json.loads((tmp_path / name / "config.json").read_text()) == json.loads((sources / name / "config.json").read_text())
 
 
 def test_steps_lower_the_loss(sources: Path, ranks: RankServer) -> None:
