@@ -12,6 +12,7 @@ import torch
 
 from megabridge.bridge import sessions
 from megabridge.config.value_types import shown
+from megabridge.conversion import first_values
 from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.families import Family, family_for
 from megabridge.families.core.quantization import KEY
@@ -21,6 +22,7 @@ from megabridge.hf.opened_folder import OpenedFolder
 from megabridge.models.provider import ModelProvider
 from megabridge.models.provider_settings import DTYPES
 from megabridge.native import checkpoint
+from megabridge.parallel import process_groups
 
 # Settings in which two configs of one model may differ: they change neither the parameters nor what is computed from them.
 _FREE: Final = frozenset(("seq_length", "init_method_std"))
@@ -129,11 +131,16 @@ def supports(config: Any, *, ignore_keys: Collection[str] = ()) -> bool:
 
 
 def provider(source: ModelSource) -> ModelProvider:
-    """A provider of the model that loads no weights; its settings can still be changed."""
+    """A provider of the model that loads no weights; its settings can still be changed. Random weights follow from the seed."""
     made = ModelProvider(source.native, family_name=source.family.architecture, unread=source.unread)
     if source.dtype is not None:
         made.params_dtype = source.dtype
     sessions.follow_device_map(made, source.device_map)
+    made.draw_by(
+        lambda chunk, deviations: first_values.draw(
+            chunk, deviations, family=source.family, native=source.native, seed=process_groups.current_seed()
+        )
+    )
     return made
 
 

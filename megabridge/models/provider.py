@@ -6,7 +6,8 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Final, Literal
 
 import torch
 
@@ -37,6 +38,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 Chunk = torch.nn.Module
 Hook = Callable[[list[Chunk]], list[Chunk]]
 Init = Literal["random", "empty", "meta"]
+Draw = Callable[[Chunk, Mapping[str, float]], None]
+"""Fills the named parameters of a bare chunk with random values of these standard deviations."""
+_INIT_METHODS: Final = {"init_method": 64.0, "output_layer_init_method": 128.0, "embedding_init_method": 256.0}
+"""The config's, and the mark of each: exact in every dtype that a parameter may have, and no value that another begins with."""
 
 
 class ModelProvider:
@@ -58,6 +63,7 @@ class ModelProvider:
     _config: Any
     _pre_wrap_hooks: list[Hook]
     _post_wrap_hooks: list[Hook]
+    _draw: Draw | None
 
     def __init__(self, native: Mapping[str, object], *, family_name: str, unread: Sequence[str] = ()) -> None:
         own: dict[str, object] = {
@@ -67,6 +73,7 @@ class ModelProvider:
             "_config": None,
             "_pre_wrap_hooks": [],
             "_post_wrap_hooks": [],
+            "_draw": None,
         }
         for name, value in own.items():
             object.__setattr__(self, name, value)
@@ -183,6 +190,13 @@ class ModelProvider:
         """`hook(chunks) -> chunks` runs on every rank after mixed-precision and data-parallel wrapping."""
         self._post_wrap_hooks.append(hook)
 
+    def draw_by(self, draw: Draw) -> None:
+        """`draw(chunk, deviations)` gives every chunk its random values; megatron-core's depend on the layout.
+
+        `deviations` names the parameters that config's init methods would fill by normal values; others remain megatron-core's.
+        """
+        object.__setattr__(self, "_draw", draw)
+
     def start_groups(self) -> None:
         """Finalizes, and makes the process groups of this layout current, starting them when there are none. Every rank calls it.
 
@@ -204,8 +218,8 @@ class ModelProvider:
         """One bare chunk of this rank: embedding when `pre_process`, output layer when `post_process`.
 
         Both follow from the rank's place in the pipeline when None. Needs finalize() and process groups. `init` is
-        random (config.init_method), empty (uninitialised memory, for weights that are loaded next) or meta (no memory,
-        for plans; with the layers that the backend has for this).
+        random (config.init_method; see `draw_by`), empty (uninitialised memory, for weights that are loaded next) or meta (no
+        memory, for plans; with the layers that the backend has for this).
         """
         config, backend = self.config, self.resolved_backend
         if init == "meta":  # a config of its own: the other chunks share one, which a trainer sets functions on
@@ -219,8 +233,9 @@ class ModelProvider:
         specs = self._layer_specs(config, backend, parallel_state.get_pipeline_model_parallel_rank(), vp_stage or 0)
         on_cpu = config.use_cpu_initialization  # on a CUDA host: the model is converted, not run
         device = torch.device("meta" if init == "meta" else "cpu") if on_cpu else platform.device()
-        with device, _initialization(config, enabled=init == "random"):
-            return CausalLM(
+        draw = self._draw if init == "random" and config.perform_initialization else None
+        with device, _initialization(config, enabled=init == "random"), _marks(config, enabled=draw is not None) as marks:
+            chunk = CausalLM(
                 config,
                 TransformerBlockSubmodules(specs, backend.norm(config, self.style)),
                 mtp_block_spec=self._mtp_spec(config, backend, vp_stage),
@@ -235,6 +250,9 @@ class ModelProvider:
                 rotary_percent=self.rotary_percent,
                 style=self.style,
             )
+        if draw is not None:
+            draw(chunk, _deviations(chunk, marks))
+        return chunk
 
     def provide_distributed_model(
         self,
@@ -308,6 +326,35 @@ def _initialization(config: Any, *, enabled: bool) -> Iterator[None]:
         yield
     finally:
         config.perform_initialization = wanted
+
+
+@contextlib.contextmanager
+def _marks(config: Any, *, enabled: bool) -> Iterator[dict[float, float]]:
+    """Modules that are built inside fill with a mark what would begin with normal values; gives standard deviations by mark.
+
+    Which module fills what, when and through which copies is megatron-core's and Transformer Engine's own affair.
+    """
+    methods = {name: getattr(config, name) for name in _INIT_METHODS if enabled and _is_normal(getattr(config, name))}
+    marks = {name: _INIT_METHODS[name] for name in methods}
+    try:
+        for name, mark in marks.items():
+            setattr(config, name, partial(torch.nn.init.constant_, val=mark))
+        yield {mark: methods[name].keywords["std"] for name, mark in marks.items()}
+    finally:
+        for name, method in methods.items():
+            setattr(config, name, method)
+
+
+def _is_normal(method: Any) -> bool:
+    """Whether it is one of megatron-core's (utils.py, init_method_normal), and no function of the user's."""
+    is_partial = isinstance(method, partial) and method.func is torch.nn.init.normal_ and not method.args
+    return is_partial and method.keywords.keys() == {"mean", "std"} and method.keywords["mean"] == 0.0
+
+
+def _deviations(chunk: Chunk, marks: Mapping[float, float]) -> dict[str, float]:
+    """The standard deviation of each parameter that has a mark. Rows of padding are zero already."""
+    largest = {name: float(parameter.detach().max()) for name, parameter in chunk.named_parameters() if parameter.numel()}
+    return {name: marks[value] for name, value in largest.items() if value in marks}
 
 
 def _data_parallel(chunks: list[Chunk], config: Any, overrides: Mapping[str, object]) -> list[Chunk]:

@@ -37,6 +37,7 @@ class _Started:
     timeout: float = DEFAULT_TIMEOUT
     listener: socket.socket | None = None
     """Of a forked rank: what rank 0's store listens on."""
+    seed: int = DEFAULT_SEED
 
 
 _started = _Started()
@@ -194,11 +195,17 @@ def seed(value: int) -> None:
     """
     if value < 0:
         raise ConfigError(f"seed={value} must not be negative.")
+    _started.seed = value
     own = value + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(own)
     np.random.seed(own % 2**32)
     torch.manual_seed(own)
     tensor_parallel.model_parallel_cuda_manual_seed(own)
+
+
+def current_seed() -> int:
+    """What `seed` was called with last, the same on every rank; its default where another program made the groups."""
+    return _started.seed
 
 
 def _check_world(topology: Topology, world_size: int) -> None:

@@ -9,7 +9,6 @@ import xxhash
 
 from megabridge.config.schema import Config
 from megabridge.hf import assets
-from megabridge.parallel import process_groups
 from megabridge.parallel.collectives import on_rank_zero
 
 if TYPE_CHECKING:
@@ -24,15 +23,14 @@ def found(config: Config, bridge: AutoBridge | None, data: DataModule) -> dict[s
     """By name; what the run doesn't depend on is left out. Collective.
 
     A full training's weights are its own, of which a native checkpoint has all: only adapters depend on those that they began with.
-    Where they are random, they follow from the seed and the layout.
+    Where they are random, they follow from the seed.
     """
     out: dict[str, Any] = {}
     if config.peft.name != "none":
         if bridge is not None and bridge.import_digest:
             out[WEIGHTS] = bridge.import_digest
         elif not config.model.load_weights:
-            sizes = {name: size for name, size in process_groups.running().sizes().items() if name not in ("dp", "cp")}
-            out[WEIGHTS] = f"random, of seed {config.seed} under {sizes}"
+            out[WEIGHTS] = f"random, of seed {config.seed}"
     if bridge is not None and config.model.path is not None:
         out |= {f"{MODEL}.{name}": json.loads(json.dumps(value, default=str)) for name, value in bridge.source.native.items()}
     if (digest := on_rank_zero("reading the tokenizer", lambda: _tokenizer(bridge))) is not None:

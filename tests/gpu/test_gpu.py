@@ -251,3 +251,14 @@ def test_flex_attention_beside_the_formula(window: int | None, softcap: float | 
     limit = 1e-2 if dtype is torch.bfloat16 else 2e-3  # rounding of inputs to bf16, or to tf32 inside the kernel
     for ours, theirs in zip(got, wanted, strict=True):
         assert ((ours.double() - theirs).norm() / theirs.norm()).item() < limit
+
+
+def test_random_weights_are_those_of_a_cpu(single: None) -> None:
+    from megabridge import AutoBridge
+    from tests.support.families import tiny_config
+
+    bridge = AutoBridge.from_hf_config(tiny_config("LlamaForCausalLM"))
+    models = [bridge.to_megatron_model(False, use_cpu_initialization=on_cpu) for on_cpu in (False, True)]
+    pairs = zip(*(model[0].state_dict().values() for model in models), strict=True)
+    for here, there in ((here, there) for here, there in pairs if isinstance(here, torch.Tensor)):
+        assert here.is_cuda and not there.is_cuda and torch.equal(here.cpu(), there)
