@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from megabridge.data.batches import Sample
-from megabridge.data.rendering import Template
+from megabridge.data.rendering import Refused, Template
 from megabridge.data.text import load_tokenizer, pad_token
 from megabridge.errors import ConfigError
 
@@ -66,25 +66,37 @@ class ChatEncoder:
         """The id that fills up rows; it is never a label that counts."""
         return pad_token(self.tokenizer)
 
-    def encode(self, messages: Sequence[Message]) -> Sample:
-        """The whole conversation. Raises ConfigError when the assistant's tokens can't be told apart exactly, and what
-        `Template.apply` raises."""
+    def encode(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> Sample:
+        """The whole conversation, in which `tools` may be called.
+
+        Raises ConfigError when the assistant's tokens can't be told apart exactly, Refused for tools that the template doesn't
+        write, and what `Template.apply` raises.
+        """
+        self._check_tools(messages, tools)
+        given = self._arguments if tools is None else {**self._arguments, "tools": list(tools)}
         if self._has_tag:
-            return self._by_tag(messages)
-        text = self._render(messages)
+            return self._by_tag(messages, given)
+        text = self._render(messages, given)
         tokens = self._tokens(text)
         mask = [False] * len(tokens)
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                begin, end = self._span(text, messages, number)
+                begin, end = self._span(text, messages, number, given)
                 first, last = (self._boundary(text, tokens, place, number) for place in (begin, end))
                 mask[first:last] = [True] * (last - first)
         return Sample(tokens, mask)
 
-    def _by_tag(self, messages: Sequence[Message]) -> Sample:
-        encoded = self._template.apply(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self._arguments
-        )
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
+        """Raises Refused for what the template would leave out without a word."""
+        used = {"tools": tools is not None, "tool_calls": any(message.get("tool_calls") for message in messages)}
+        if lacking := [name for name, is_used in used.items() if is_used and name not in self._template.source]:
+            raise Refused(
+                f"the chat template of {self._folder} must write {' and '.join(lacking)}, and doesn't; take another template, or "
+                "leave such rows out."
+            )
+
+    def _by_tag(self, messages: Sequence[Message], given: Mapping[str, object]) -> Sample:
+        encoded = self._template.apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **given)
         sample = Sample(list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]])
         if not any(sample.mask) and any(message["role"] == "assistant" for message in messages):
             raise ConfigError(
@@ -93,10 +105,10 @@ class ChatEncoder:
             )
         return sample
 
-    def _span(self, text: str, messages: Sequence[Message], number: int) -> tuple[int, int]:
+    def _span(self, text: str, messages: Sequence[Message], number: int, given: Mapping[str, object]) -> tuple[int, int]:
         """(begin, end) in characters of what assistant message `number` adds to `text`, up to its end-of-turn token."""
-        before = self._render(messages[:number], prompt=True) if number else ""
-        through = self._render(messages[: number + 1])
+        before = self._render(messages[:number], given, prompt=True) if number else ""
+        through = self._render(messages[: number + 1], given)
         if not number or not text.startswith(through) or not through.startswith(before):
             why = "changes when more follows, or does not follow its prompt" if number else "has no prompt before it"
             raise ConfigError(
@@ -143,8 +155,8 @@ class ChatEncoder:
             )
         return len(before)
 
-    def _render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        text: str = self._template.apply(messages, tokenize=False, add_generation_prompt=prompt, **self._arguments)
+    def _render(self, messages: Sequence[Message], given: Mapping[str, object], *, prompt: bool = False) -> str:
+        text: str = self._template.apply(messages, tokenize=False, add_generation_prompt=prompt, **given)
         return text
 
     def _tokens(self, text: str) -> list[int]:

@@ -6,23 +6,34 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from megabridge.config.validation import nearest
+from megabridge.data import sharegpt
 from megabridge.data.batches import Sample
 from megabridge.data.chat import ChatEncoder
 from megabridge.data.invalid_rows import CONTENT, EMPTY, ENCODING, FORMAT, INEXACT, MISSING, REFUSED, ROLES, BadRow
 from megabridge.data.rendering import Refused, TemplateError
-from megabridge.data.text import TextEncoder, pad_token
+from megabridge.data.sharegpt import parsed_json
+from megabridge.data.text import TextEncoder, load_tokenizer, pad_token
 from megabridge.errors import ConfigError
 
 FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-"""The fields of each schema."""
+"""The fields of each schema, in the order in which a row is tried."""
+OPTIONAL: Final[Mapping[str, tuple[str, ...]]] = {
+    "messages": ("tools",),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "system"),
+}
+"""The fields that a row of a schema may have besides."""
 SCHEMAS: Final = ("auto", *FIELDS)
 DIGEST: Final = 16
 """Bytes of a row's digest."""
@@ -32,6 +43,13 @@ _BEFORE: Final[Mapping[str, tuple[str | None, ...]]] = {
     "user": (None, "assistant"),
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
+}
+# Columns that are known to hold what a field of ours does.
+_LIKELY: Final[Mapping[str, tuple[str, ...]]] = {
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "prompt": ("question", "query", "problem", "instruction", "input", "source"),
+    "completion": ("answer", "response", "solution", "output", "target", "chosen"),
+    "text": ("content", "document", "body"),
 }
 
 
@@ -52,7 +70,7 @@ class Examples:
 
         Raises ConfigError for an unknown field.
         """
-        known = sorted({field for fields in FIELDS.values() for field in fields})
+        known = sorted({field for schemas in (FIELDS, OPTIONAL) for fields in schemas.values() for field in fields})
         for field in columns:
             if field not in known:
                 raise ConfigError(f"data.columns.{field} must be one of {', '.join(known)}{nearest(field, known)}")
@@ -64,14 +82,25 @@ class Examples:
         self._folder, self._columns = folder, columns
         self._prompt_as_chat, self._arguments = prompt_as_chat, template_arguments
         self.vocab_size = vocab_size
+        self.unknown: list[str] | None = None
+        """The columns of the first row, where it has those of no schema."""
         self._chat: ChatEncoder | None = None
         self._text: TextEncoder | None = None
 
     @property
     def pad_token(self) -> int:
         """The id that fills up rows. After the first row."""
-        is_chat = self.schema == "messages" or (self.schema == "prompt_completion" and self._prompt_as_chat)
+        is_chat = self.schema in ("messages", "sharegpt") or self._is_turn
         return pad_token((self.chat if is_chat else self.text).tokenizer, self.vocab_size)
+
+    @property
+    def _is_turn(self) -> bool:
+        """Whether a prompt and what should follow are a turn of the chat template."""
+        return self._prompt_as_chat if self.schema == "prompt_completion" else self.schema == "alpaca" and self._has_template
+
+    @cached_property
+    def _has_template(self) -> bool:
+        return bool(load_tokenizer(self._folder).chat_template)
 
     @property
     def text(self) -> TextEncoder:
@@ -91,15 +120,20 @@ class Examples:
         """The sample of one row. Raises BadRow, and ConfigError where the tokenizer lacks what the schema needs."""
         if self.schema == "auto":
             self.schema = self._recognised(row)
-        values = self._values(row)
+        values, more = self._values(row), self._optional(row)
         if self.schema == "text":
             return self.text.encode(_text("text", values[0]))
         if self.schema == "messages":
-            return self._conversation(_messages(values[0]))
+            return self._conversation(_messages(values[0]), _tools(more))
+        if self.schema == "sharegpt":
+            return self._conversation(_messages(sharegpt.messages(values[0], more.get("system"))), _tools(more))
         prompt, completion = (_text(field, value) for field, value in zip(FIELDS[self.schema], values, strict=True))
-        if self._prompt_as_chat:
-            return self._conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
-        return self.text.pair(prompt, completion)
+        system = [{"role": "system", "content": _text("system", more["system"])}] if "system" in more else []
+        if self.schema == "alpaca":
+            prompt = alpaca_prompt(prompt, _text("input", more["input"]) if "input" in more else "", is_chat=self._is_turn)
+        if self._is_turn:
+            return self._conversation([*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+        return self.text.pair("".join(f"{one['content']}\n\n" for one in system) + prompt, completion)
 
     def settle(self, row: Mapping[str, Any] | BadRow) -> None:
         """Takes the schema from a row that another rank encodes, where none before it had one."""
@@ -109,15 +143,36 @@ class Examples:
 
     def digest(self, row: Mapping[str, Any]) -> bytes:
         """What the row says, in DIGEST bytes; the same for the same content, wherever it stands."""
-        content = json.dumps(self._values(row), sort_keys=True, default=str)
+        more = self._optional(row)
+        content = json.dumps([*self._values(row), *([more] if more else [])], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).digest()[:DIGEST]
 
     def _recognised(self, row: Mapping[str, Any]) -> str:
         for schema, fields in FIELDS.items():
             if all(self._columns.get(field, field) in row for field in fields):
                 return schema
-        wanted = "; ".join(" and ".join(self._columns.get(field, field) for field in fields) for fields in FIELDS.values())
-        raise BadRow(MISSING, f"the row has {', '.join(row) or 'nothing'}, and none of: {wanted}")
+        self.unknown = list(row) if self.unknown is None else self.unknown
+        raise BadRow(MISSING, f"the row has {', '.join(row) or 'nothing'}, and none of: {self._wanted()}")
+
+    def _wanted(self) -> str:
+        return "; ".join(" and ".join(self._columns.get(field, field) for field in fields) for fields in FIELDS.values())
+
+    def check_known(self, what: str) -> None:
+        """Raises ConfigError where no row had the columns of a schema; `what` is the source."""
+        if self.schema != "auto" or self.unknown is None:
+            return
+        example = next(
+            (pairs for fields in FIELDS.values() if (pairs := _likely(fields, self.unknown))), "prompt: ..., completion: ..."
+        )
+        raise ConfigError(
+            f"{what} must have rows of a known schema ({self._wanted()}), and its columns are {', '.join(self.unknown) or 'none'}; "
+            f"say which is which by data.columns, e.g. data.columns='{{{example}}}'."
+        )
+
+    def _optional(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What the row has of the schema's optional fields; null and nothing are the same."""
+        named = {field: row.get(self._columns.get(field, field)) for field in OPTIONAL.get(self.schema, ())}
+        return {field: value for field, value in named.items() if value is not None and value != [] and not _is_blank(value)}
 
     def _values(self, row: Mapping[str, Any]) -> list[Any]:
         names = [self._columns.get(field, field) for field in FIELDS[self.schema]]
@@ -126,14 +181,49 @@ class Examples:
             raise BadRow(MISSING, f"{' and '.join(lacking)}; the row has {', '.join(row) or 'nothing'}")
         return [row[name] for name in names]
 
-    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> Sample:
+    def _conversation(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> Sample:
         chat = self.chat
         try:
-            return chat.encode(messages)
+            return chat.encode(messages, tools=tools)
         except TemplateError as error:  # not the row's fault
             raise ConfigError(str(error)) from error
         except ConfigError as error:
             raise BadRow(REFUSED if isinstance(error, Refused) else INEXACT, str(error)) from error
+
+
+def _likely(fields: Sequence[str], columns: Sequence[str]) -> str:
+    """`prompt: question, completion: answer` where every field is likely to be one of the columns; else nothing."""
+    pairs = [(field, next((name for name in (field, *_LIKELY.get(field, ())) if name in columns), None)) for field in fields]
+    return "" if None in [name for _, name in pairs] else ", ".join(f"{field}: {name}" for field, name in pairs)
+
+
+def alpaca_prompt(instruction: str, given: str, *, is_chat: bool) -> str:
+    """What a user says in a chat; otherwise the prompt that Alpaca was trained with."""
+    if is_chat:
+        return f"{instruction}\n\n{given}" if given else instruction
+    paired = ", paired with an input that provides further context" if given else ""
+    middle = f"### Input:\n{given}\n\n" if given else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+    )
+
+
+def _is_blank(value: object) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _tools(optional: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """The tools of a row, as the template takes them: a list of objects, or its JSON. None: it has none."""
+    value = optional.get("tools")
+    if isinstance(value, str):
+        value = parsed_json("tools", value)
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRow(FORMAT, "tools must be a list of objects")
+    _check_encoding(value)
+    return value
 
 
 def _text(field: str, value: object) -> str:
@@ -184,8 +274,10 @@ def _message(number: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
     """The message with its content as text. Columns of a table that say nothing in this row are left out."""
     content, calls, where = message.get("content"), message.get("tool_calls"), f"of message {number}"
     given = {key: value for key, value in message.items() if value is not None}
-    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise BadRow(FORMAT, f"tool_calls {where} must be a list of objects")
+    if calls:
+        if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            raise BadRow(FORMAT, f"tool_calls {where} must be a list of objects")
+        given["tool_calls"] = [_call(call, f"tool_calls {where}") for call in calls]
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in content)
     is_call = bool(calls) and message["role"] == "assistant"
@@ -194,6 +286,21 @@ def _message(number: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
     if not (is_call and (content is None or content == "")):
         _text(f"content {where}", content)
     return given | {"content": content}
+
+
+def _call(call: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A call of a tool with its arguments as an object: some programs write its JSON, which templates would write as a text."""
+    given = {key: value for key, value in call.items() if value is not None}
+    function = given.get("function", given)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow(FORMAT, f"{where} must each have a function with a name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = parsed_json(f"arguments in {where}", arguments)
+    if arguments is not None and not isinstance(arguments, dict):
+        raise BadRow(FORMAT, f"arguments in {where} must be an object")
+    function = {key: value for key, value in function.items() if value is not None} | {"arguments": arguments or {}}
+    return given | {"function": function} if "function" in given else function
 
 
 def _part(part: object, where: str) -> str:

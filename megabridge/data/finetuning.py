@@ -86,6 +86,7 @@ class Finetuning(DataModule):
         """Reads and tokenises all rows of `what`, with the other ranks; raises ConfigError where too many are bad."""
         rows = sources.rows(**source)  # type: ignore[arg-type]  # a path is never None
         found = read(rows, examples, seq_length=seq_length, overlong=self._overlong, what=what)
+        examples.check_known(what)
         found.tally.judge(self._max_bad_share, what)
         return found
 

@@ -14,7 +14,7 @@ from megabridge.data.batches import Sample
 from megabridge.data.chat import ChatEncoder
 from megabridge.errors import ConfigError
 from megabridge.hf import byte_tokenizer
-from tests.support.chat_templates import CHATML, TURNS, byte_folder
+from tests.support.chat_templates import CHATML, TOOLS, TURNS, byte_folder, tagged
 
 TRIMMING = CHATML.replace("m['content']", "(m['content'] | trim)")
 # Earlier answers are shortened, as templates of reasoning models do with earlier thoughts.
@@ -139,6 +139,60 @@ def test_every_setting_of_rendering_is_known(tmp_path: Path) -> None:
     encoder = ChatEncoder(byte_folder(tmp_path, CHATML))
     taken = set(inspect.signature(encoder.tokenizer.apply_chat_template).parameters) - {"tools", "documents", "kwargs"}
     assert taken <= chat._RESERVED
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Says how warm it is.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"city": city}}} for city in ("Oslo", "Rome")]
+CALLING = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Where is it warmer?"},
+    {"role": "assistant", "content": "I look.", "tool_calls": CALLS},
+    {"role": "tool", "content": "4", "name": "weather"},
+    {"role": "tool", "content": "21", "name": "weather"},
+    {"role": "assistant", "content": "In Rome."},
+    {"role": "user", "content": "And now?"},
+    {"role": "assistant", "content": "", "tool_calls": CALLS[:1]},
+    {"role": "tool", "content": "30", "name": "weather"},
+    {"role": "assistant", "content": "In Oslo."},
+]
+
+
+@pytest.mark.parametrize("tools", [None, [WEATHER]], ids=["no tools", "tools"])
+def test_calls_of_tools_are_learned_and_results_are_not_as_transformers_renders_them(
+    tmp_path: Path, tools: list[dict[str, object]] | None
+) -> None:
+    folders = {keep: byte_folder(tmp_path / str(keep), tagged(TOOLS, keep=keep)) for keep in (False, True)}
+    theirs = ChatEncoder(folders[True]).tokenizer.apply_chat_template(
+        CALLING, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+    )
+    cities = ("Oslo", "Rome")
+    calls = [f'<tool_call>\n{{"name": "weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>' for city in cities]
+    for folder in folders.values():
+        encoder = ChatEncoder(folder)
+        sample = encoder.encode(CALLING, tools=tools)
+        assert sample.tokens == theirs["input_ids"] and [int(flag) for flag in sample.mask] == theirs["assistant_masks"]
+        assert learned(encoder, sample) == [
+            "I look.\n" + "\n".join(calls) + "<|im_end|>",
+            "In Rome.<|im_end|>",
+            calls[0] + "<|im_end|>",
+            "In Oslo.<|im_end|>",
+        ]
+        assert ("# Tools" in encoder.tokenizer.decode(sample.tokens)) == bool(tools)
+
+
+def test_tools_that_a_template_would_leave_out_are_refused(tmp_path: Path) -> None:
+    encoder = ChatEncoder(byte_folder(tmp_path, CHATML))
+    with pytest.raises(ConfigError, match=r"must write tools, and doesn't"):
+        encoder.encode(TURNS, tools=[WEATHER])
+    with pytest.raises(ConfigError, match=r"must write tools and tool_calls, and doesn't"):
+        encoder.encode(CALLING, tools=[WEATHER])
 
 
 def test_arguments_reach_the_template(tmp_path: Path) -> None:
