@@ -12,6 +12,8 @@ from megabridge.training import Trainer, build, build_optimizer, ddp_settings
 def main(config: Config) -> float | None:
     """Every rank calls it, in running process groups. Returns the validation loss at the end."""
     bridge = build.bridge(config)
+    data = build.data(config, bridge)
+    epochs = build.settle_steps(config, data)
     provider = build.provider(config, bridge)
     chunks = provider.provide_distributed_model(ddp_config=ddp_settings(config.optimizer), init=build.init(config))
     optimizer, scheduler = build_optimizer(chunks, config.optimizer, config.scheduler, steps=config.recipe.steps)
@@ -20,11 +22,13 @@ def main(config: Config) -> float | None:
         chunks=chunks,
         optimizer=optimizer,
         scheduler=scheduler,
-        data=build.data(config, bridge),
+        data=data,
         bridge=bridge,
         callbacks=build.callbacks(config),
         loggers=build.loggers(config),
     )
     trainer.say(provider.describe())
-    trainer.say(trainer.data.describe())
+    trainer.say(data.describe())
+    if epochs:
+        trainer.say(epochs)
     return trainer.fit()

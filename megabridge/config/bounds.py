@@ -17,6 +17,7 @@ BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
     "checkpoint.keep_last": (1, math.inf),
     "checkpoint.keep_best": (1, math.inf),
     "recipe.eval_every": (1, math.inf),
+    "recipe.epochs": (1e-6, math.inf),
     "prepare.workers": (1, 4096),
     "prepare.max_bad_share": (0, 1),
     "bench.repeats": (1, math.inf),

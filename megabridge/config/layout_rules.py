@@ -144,10 +144,19 @@ def _sequence_parallel_problems(get: Get, topology: Topology) -> list[str]:
     return [] if length is None else sequence_problems("seq_length", length, topology, sequence_parallel=True)
 
 
+def sequence_multiple(topology: Topology, *, sequence_parallel: bool) -> int:
+    """What the length of a sequence must be a multiple of, to be cut evenly."""
+    return lcm(*_sequence_parts(topology, sequence_parallel))
+
+
+def _sequence_parts(topology: Topology, sequence_parallel: bool) -> tuple[int, int]:
+    """(parts of tensor and context parallelism, chunks of context parallelism, of which a rank takes two)."""
+    return topology.tp * topology.cp if sequence_parallel else 1, 2 * topology.cp if topology.cp > 1 else 1
+
+
 def sequence_problems(name: str, length: int, topology: Topology, *, sequence_parallel: bool) -> list[str]:
-    """Sequences of `length` tokens, the setting `name`, must be cut evenly. A rank of context parallelism takes two chunks."""
-    parts = topology.tp * topology.cp if sequence_parallel else 1
-    chunks = 2 * topology.cp if topology.cp > 1 else 1
+    """Sequences of `length` tokens, the setting `name`, must be cut evenly."""
+    parts, chunks = _sequence_parts(topology, sequence_parallel)
     needed = lcm(parts, chunks)
     said = [f"tp x cp = {parts} under parallel.sequence_parallel"] * bool(length % parts)
     said += [f"2 x cp = {chunks}"] * bool(length % chunks)

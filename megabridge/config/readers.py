@@ -136,7 +136,7 @@ READERS: Final[tuple[Reader, ...]] = (
     Reader(
         (
             *_of("checkpoint", "save_every save_at_end native hf keep_last keep_best accept_changes path"),
-            *("recipe.eval_every", "recipe.log_every", "policy", "scheduler"),
+            *("recipe.epochs", "recipe.eval_every", "recipe.log_every", "policy", "scheduler"),
         ),
         "recipe=finetune and recipe=pretrain",
         _is_planned,
@@ -195,6 +195,15 @@ def check_readers(config: Config, overrides: Collection[str], conf: Path) -> Non
     ]
     if problems:
         raise ConfigError(listed(problems))
+
+
+def check_length(config: Config, overrides: Collection[str]) -> None:
+    """Raises ConfigError where the length of a run was typed twice: recipe.steps beside recipe.epochs, which would replace it."""
+    if config.recipe.epochs is not None and "recipe.steps" in _typed(overrides):
+        raise ConfigError(
+            f"recipe.steps={config.recipe.steps} must not stand beside recipe.epochs={config.recipe.epochs:g}, from which steps "
+            "follow; take one of them away (recipe.epochs=null where a file sets it)."
+        )
 
 
 def _typed(overrides: Collection[str]) -> set[str]:

@@ -138,7 +138,9 @@ class RecipeConfig:
     target: str = "recipes.finetune:main"
     """module:function that every rank calls with the whole config."""
     steps: int = 20
-    """Optimizer steps in the run."""
+    """Optimizer steps in the run, where `epochs` is null."""
+    epochs: float | None = None
+    """Passes over the training data, from which `steps` follows; not for data without an end."""
     global_batch_size: int = 4
     """Sequences per optimizer step, over all data parallel ranks."""
     micro_batch_size: int = 1

@@ -5,18 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import lcm
 from typing import Final, Literal
 
 import torch
 
 from megabridge.config.layout_rules import batch_problems
 from megabridge.data.invalid_rows import TOO_LONG, UNANSWERED, BadRow
-from megabridge.data.module import Batch
+from megabridge.data.module import Batch, RowRules
 from megabridge.data.packing import pack
 from megabridge.errors import ConfigError, listed
 
 type Overlong = Literal["truncate", "drop"]
 OVERLONG: Final = ("truncate", "drop")
+type PadTo = Literal["longest", "seq_length"] | int
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,9 @@ class LengthOrder:
 class Batching:
     """Sizes of batches. Raises ConfigError where they don't come out even.
 
-    `pad_to` None pads every row to seq_length. A number pads a step's rows to its longest one, rounded up to a multiple of it: the
-    shape changes from step to step and is the same on all ranks. Under sequence parallelism it must be a multiple of tp.
+    `pad_to` "seq_length" pads every row to that. "longest" pads a micro-batch's rows to its longest one, or a step's to the step's
+    where `row_rules` asks for a common length; a number does the same and rounds up to a multiple of it. In any case lengths are
+    multiples of what `row_rules` says, and at most seq_length.
     `group_by_length` puts samples of about the same length into a step, which saves padding. With `packing` a row holds as many
     samples as fit, and a step's global_batch_size counts rows.
     """
@@ -172,31 +175,40 @@ class Batching:
     micro_batch_size: int
     global_batch_size: int
     pad_token: int
-    pad_to: int | None = None
+    pad_to: PadTo = "seq_length"
     packing: bool = False
     group_by_length: bool = False
+    row_rules: RowRules = field(default_factory=RowRules)
 
     def __post_init__(self) -> None:
         sizes = (
             ("recipe.seq_length", self.seq_length),
             ("recipe.micro_batch_size", self.micro_batch_size),
             ("recipe.global_batch_size", self.global_batch_size),
-            ("data.pad_to", 1 if self.pad_to is None else self.pad_to),
+            ("data.pad_to", self.pad_to if isinstance(self.pad_to, int) else 1),
         )
         problems = [f"{name}={size} must be at least 1." for name, size in sizes if size < 1]
-        if self.packing and (self.pad_to is not None or self.group_by_length):
+        if isinstance(self.pad_to, bool) or (not isinstance(self.pad_to, int) and self.pad_to not in ("longest", "seq_length")):
+            problems.append(f"data.pad_to={self.pad_to!r} must be longest, seq_length, or a number to pad to multiples of.")
+        if self.packing and (isinstance(self.pad_to, int) or self.group_by_length):
             problems.append("data.packing=true fills rows up to recipe.seq_length; remove data.pad_to and data.group_by_length.")
-        elif self.group_by_length and self.pad_to is None:
-            problems.append("data.group_by_length=true saves nothing where all rows are padded alike; set data.pad_to, e.g. 64.")
+        elif self.group_by_length and self.pad_to == "seq_length":
+            problems.append("data.group_by_length=true saves nothing where all rows are padded alike; set data.pad_to=longest.")
         if problems:
             raise ConfigError(listed(problems))
 
     def length(self, rows: Sequence[Row]) -> int:
         """The common length of `rows`."""
-        if self.pad_to is None:
+        if self._is_full:
             return self.seq_length
-        longest = max(sum(sample.positions for sample in row) for row in rows)
-        return min(-(-longest // self.pad_to) * self.pad_to, self.seq_length)
+        multiple = lcm(self.row_rules.multiple, self.pad_to if isinstance(self.pad_to, int) else 1)
+        longest = max((sum(sample.positions for sample in row) for row in rows), default=0)
+        return min(max(-(-longest // multiple), 1) * multiple, self.seq_length)
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether every row has seq_length places."""
+        return self.packing or self.pad_to == "seq_length"
 
     def rows(self, samples: Sequence[Sample], seed: int) -> Sequence[Row]:
         """The rows of an epoch, before they are put in order."""
@@ -226,9 +238,10 @@ class Batching:
         step, micro = self.global_batch_size, self.micro_batch_size
         while True:
             starts = range(first, step, stride)
-            if self.pad_to is None:  # only this rank's rows are made
+            if self._is_full or not self.row_rules.is_common:  # only this rank's rows are made
                 for start in starts:
-                    yield self.collate([row(begin + start + number) for number in range(micro)], self.seq_length)
+                    rows = [row(begin + start + number) for number in range(micro)]
+                    yield self.collate(rows, self.length(rows))
             else:
                 rows = [row(begin + number) for number in range(step)]
                 length = self.length(rows)
@@ -244,10 +257,8 @@ class Batching:
         """The same of rows that are made already."""
         micro = self.micro_batch_size
         batches = -(-len(rows) // (micro * dp_size)) * dp_size
-        return [
-            self.collate(rows[number * micro : (number + 1) * micro], self.seq_length)
-            for number in range(dp_rank, batches, dp_size)
-        ]
+        own = [rows[number * micro : (number + 1) * micro] for number in range(dp_rank, batches, dp_size)]
+        return [self.collate(part, self.length(rows if self.row_rules.is_common else part)) for part in own]
 
     def collate(self, rows: Sequence[Row], length: int) -> Batch:
         """[micro_batch_size, length] of up to micro_batch_size rows; rows that are missing have no loss."""
@@ -255,6 +266,7 @@ class Batching:
         tokens = torch.full(shape, self.pad_token, dtype=torch.long)
         labels = torch.full(shape, self.pad_token, dtype=torch.long)
         mask = torch.zeros(shape)
+        lengths = torch.zeros(self.micro_batch_size, dtype=torch.long)
         documents = torch.zeros(shape, dtype=torch.long)
         positions = torch.arange(length).repeat(self.micro_batch_size, 1)
         for number, row in enumerate(rows):
@@ -270,5 +282,6 @@ class Batching:
                 if self.packing:
                     positions[number, end:] = torch.arange(length - end)
                 begin = end
-        batch = {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}
+            lengths[number] = begin
+        batch = {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions, "lengths": lengths}
         return {**batch, "documents": documents} if self.packing else batch

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import override
+from typing import Literal, override
 
 from megabridge.data import digests, sources
-from megabridge.data.batches import OVERLONG, Batching, Overlong, Sample
+from megabridge.data.batches import OVERLONG, Batching, Order, Overlong, PadTo, Sample
 from megabridge.data.examples import Examples
 from megabridge.data.invalid_rows import check_share
 from megabridge.data.module import Batch, DataModule
+from megabridge.data.packing import filling
 from megabridge.data.reading import Read, read
 from megabridge.errors import ConfigError, listed
 
@@ -36,9 +38,9 @@ class Finetuning(DataModule):
         validation_split: str | None = None,
         validation_share: float = 0.05,
         overlong: Overlong = "drop",
-        packing: bool = False,
+        packing: bool | Literal["auto"] = "auto",
         group_by_length: bool = False,
-        pad_to: int | None = None,
+        pad_to: PadTo = "longest",
         max_bad_share: float = 0.01,
         template_arguments: Mapping[str, object] | None = None,
     ) -> None:
@@ -50,6 +52,8 @@ class Finetuning(DataModule):
             problems.append(f"data.validation_share={validation_share} must be at least 0 and less than 1, e.g. 0.05.")
         if validation_path is not None and validation_split is not None and sources.local_files(validation_path):
             problems.append("data.validation_split is for data sets of the hub, and data.validation_path is local; remove one.")
+        if packing not in (True, False, "auto"):
+            problems.append(f"data.packing={packing!r} must be auto, true or false.")
         if problems:
             raise ConfigError(listed(problems))
         check_share(max_bad_share)
@@ -62,7 +66,7 @@ class Finetuning(DataModule):
         }
         self._validation = (validation_path, validation_split)
         self._share, self._overlong, self._max_bad_share = validation_share, overlong, max_bad_share
-        self._filling = {"packing": packing, "group_by_length": group_by_length, "pad_to": pad_to}
+        self._packing, self._filling = packing, {"group_by_length": group_by_length, "pad_to": pad_to}
 
     @override
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
@@ -80,7 +84,22 @@ class Finetuning(DataModule):
             self.train, self.validation = train.samples, self._reads["validation"].samples
         self._schema = examples.schema
         sizes = (seq_length, micro_batch_size, global_batch_size, examples.pad_token)
-        self.batching = Batching(*sizes, **self._filling)  # type: ignore[arg-type]  # each has its own type
+        padded = Batching(*sizes, **self._filling, row_rules=self.row_rules)  # type: ignore[arg-type]  # each has its own type
+        packs, self._decision = self._decided(padded) if self._packing == "auto" else (bool(self._packing), "")
+        self.batching = replace(padded, packing=packs)
+        self._rows = len(self.batching.rows(self.train, seed))
+
+    def _decided(self, padded: Batching) -> tuple[bool, str]:
+        """Whether rows are packed, and why."""
+        if (chosen := [name for name, value in self._filling.items() if value not in ("longest", False)]) or not self.train:
+            return False, f"padded, because of data.{chosen[0]}" if chosen else ""
+        if self.row_rules.unpackable:
+            return False, f"padded: {self.row_rules.unpackable} has no packed rows"
+        order = Order(len(self.train), self._seed)
+        lengths = [sample.positions for sample in self.train]
+        places = [order.sample(place) for place in range(len(lengths))]
+        found = filling(lengths, places, padded.seq_length, self._seed, padded.global_batch_size)
+        return found.pays, found.describe()
 
     def _read(self, examples: Examples, seq_length: int, source: Mapping[str, str | None], what: str) -> Read:
         """Reads and tokenises all rows of `what`, with the other ranks; raises ConfigError where too many are bad."""
@@ -110,6 +129,14 @@ class Finetuning(DataModule):
         return self.batching.validation(self.validation, dp_rank=dp_rank, dp_size=dp_size)
 
     @override
+    def epoch_rows(self) -> int:
+        return self._rows
+
+    @override
+    def decided(self) -> dict[str, object]:
+        return {"data.packing": self.batching.packing}
+
+    @override
     def digest(self) -> str:
         return digests.of_samples(self.train, self.validation)
 
@@ -118,8 +145,10 @@ class Finetuning(DataModule):
         parts = [f"{self._source['path']} ({self._schema})"]
         for name, samples in (("train", self.train), ("validation", self.validation)):
             tokens = sum(len(sample.tokens) for sample in samples)
-            rows = f" in {len(self.batching.rows(samples, self._seed))} packed rows" if self.batching.packing else ""
+            count = self._rows if name == "train" else len(self.batching.rows(samples, 0))
+            rows = f" in {count} packed rows" if self.batching.packing else ""
             parts.append(f"{name} {len(samples)} samples, {tokens} tokens{rows}")
+        parts += [f"data.packing=auto: {self._decision}"] if self._decision else []
         for found in self._reads.values():
             parts += [f"{found.truncated} truncated"] if found.truncated else []
             parts += [found.tally.describe()] if found.tally.bad else []

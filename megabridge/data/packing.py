@@ -1,10 +1,57 @@
-"""Which documents share a row: best fit, in a random order that the seed alone decides."""
+"""Whether documents share rows, and which: best fit, in a random order that the seed alone decides."""
 
 from __future__ import annotations
 
 import bisect
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+SAVES: Final = 0.25
+"""Share of the places that packing must save to pay."""
+STEPS: Final = 8
+"""Steps that an epoch must still have: few steps of many samples learn less."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How one epoch's rows come out in both ways; padded, a step's are as long as its longest.
+
+    It follows from what a resumed run must have in common alone: neither layout nor micro-batches count.
+    """
+
+    tokens: int
+    padded_places: int
+    rows: int
+    """When packed."""
+    places: int
+    """Of those."""
+    steps: int
+    """Of those; whole ones."""
+
+    @property
+    def pays(self) -> bool:
+        return self.places <= (1 - SAVES) * self.padded_places and self.steps >= STEPS
+
+    def describe(self) -> str:
+        """Why it pays, or doesn't."""
+        shares = [f"{1 - self.tokens / max(places, 1):.0%}" for places in (self.padded_places, self.places)]
+        ways = f"{self.rows} rows with {shares[1]} padding, where steps padded to their longest sample have {shares[0]}"
+        if self.pays:
+            return f"packed: {ways}"
+        if self.steps < STEPS:
+            return f"padded: packed, an epoch would be {self.rows} rows, {self.steps} steps, and should be {STEPS}"
+        return f"padded: packed, an epoch would be {ways}, and that must save {SAVES:.0%} of the places"
+
+
+def filling(lengths: Sequence[int], order: Sequence[int], capacity: int, seed: int, step: int) -> Filling:
+    """Of samples of these lengths, which come in `order`, `step` at once; `capacity` is a row's."""
+    longest = (max(lengths[index] for index in order[begin : begin + step]) for begin in range(0, len(order), step))
+    sizes = (min(step, len(order) - begin) for begin in range(0, len(order), step))
+    padded = sum(most * size for most, size in zip(longest, sizes, strict=True))
+    rows = len(pack(lengths, capacity, seed))
+    return Filling(sum(lengths), padded, rows, rows * capacity, rows // step)
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:

@@ -201,6 +201,11 @@ class IndexedTokens(DataModule):
         return self._batching.fixed(self._validation, dp_rank=dp_rank, dp_size=dp_size)
 
     @override
+    def epoch_rows(self) -> int:
+        """As many as all sets have, whatever their weights."""
+        return sum(windows.per_epoch for windows in self._train)
+
+    @override
     def digest(self) -> str:
         return digests.of_files([file for path in self._paths for file in files(path)])
 
@@ -210,8 +215,8 @@ class IndexedTokens(DataModule):
             f"{path} ({weight:.1%}, {windows.tokens} tokens)"
             for path, weight, windows in zip(self._paths, self._blend.weights, self._train, strict=True)
         ]
-        rows = sum(windows.per_epoch for windows in self._train)
-        return f"indexed tokens: train {rows} rows an epoch of {', '.join(parts)}; validation {len(self._validation)} rows"
+        train = f"train {self.epoch_rows()} rows an epoch of {', '.join(parts)}"
+        return f"indexed tokens: {train}; validation {len(self._validation)} rows"
 
 
 def split_documents(count: int, shares: Sequence[float]) -> list[range]:

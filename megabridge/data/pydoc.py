@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, override
 
 from megabridge.data import digests
-from megabridge.data.batches import OVERLONG, Batching, Fitted, Overlong, Sample, fit
+from megabridge.data.batches import OVERLONG, Batching, Fitted, Overlong, PadTo, Sample, fit
 from megabridge.data.chat import ChatEncoder
 from megabridge.data.module import Batch, DataModule
 from megabridge.data.text import pad_token
@@ -31,7 +31,7 @@ class PydocTopics(DataModule):
         prompt: str = "Explain the Python topic '{topic}'.",
         validation_share: float = 0.1,
         overlong: Overlong = "truncate",
-        pad_to: int | None = None,
+        pad_to: PadTo = "longest",
         answers_only: bool = True,
         template_arguments: Mapping[str, object] | None = None,
     ) -> None:
@@ -55,7 +55,8 @@ class PydocTopics(DataModule):
         encoder = ChatEncoder(tokenizer_folder, template_arguments=self._template_arguments)
         self._seed = seed
         pad = pad_token(encoder.tokenizer, self.vocab_size)
-        self._batching = Batching(seq_length, micro_batch_size, global_batch_size, pad, self._pad_to)
+        sizes = (seq_length, micro_batch_size, global_batch_size, pad)
+        self._batching = Batching(*sizes, self._pad_to, row_rules=self.row_rules)
         train, validation = split(self._validation_share)
         self.train = self._fitted(encoder, train)
         self.validation = self._fitted(encoder, validation)
@@ -78,6 +79,10 @@ class PydocTopics(DataModule):
     @override
     def validation_batches(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
         return self._batching.validation(self.validation.samples, dp_rank=dp_rank, dp_size=dp_size)
+
+    @override
+    def epoch_rows(self) -> int:
+        return len(self.train.samples)
 
     @override
     def digest(self) -> str:

@@ -53,6 +53,10 @@ class RandomTokens(DataModule):
         return self._batching.validation(self._validation, dp_rank=dp_rank, dp_size=dp_size)
 
     @override
+    def epoch_rows(self) -> int:
+        return self._counts[0]
+
+    @override
     def describe(self) -> str:
         return (
             f"random tokens: train {self._counts[0]} samples, validation {self._counts[1]}, of {self._batching.seq_length} tokens"

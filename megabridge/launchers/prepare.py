@@ -42,6 +42,7 @@ def resolve(cfg: DictConfig, run_dir: Path | None = None, overrides: Collection[
     validation.check_peft(typed)
     validation.check_named(typed)
     validation.check_training(typed)
+    readers.check_length(typed, overrides)
     readers.check_readers(typed, overrides, conf_folder())
     return values, typed
 

@@ -18,6 +18,7 @@ _SHORT: Final[dict[str, tuple[str, str]]] = {
     "train/grad_norm": ("gradient norm", ".3f"),
     "train/learning_rate": ("lr", ".2e"),
     "train/tokens_per_second": ("tokens/s", ",.0f"),
+    "train/padding": ("pad", ".0%"),
     "train/tflops_per_device": ("TFLOP/s", ".1f"),
     "train/mfu": ("MFU", ".1%"),
     "train/memory_gib": ("GiB", ".1f"),
@@ -39,6 +40,8 @@ _HIDDEN: Final = (
     "parity/",
     "evaluation/",
 )
+_WHERE_THERE_IS_SOME: Final = ("train/padding",)
+"""Metrics that a line leaves out where they are less than a hundredth."""
 _ROWS: Final = 2
 """Rows of a table that are printed; files have all."""
 
@@ -61,7 +64,8 @@ class Console(Logger):
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        parts = [_written(name, value) for name, value in metrics.items() if not name.startswith(_HIDDEN)]
+        shown = [pair for pair in metrics.items() if not pair[0].startswith(_HIDDEN)]
+        parts = [_written(name, value) for name, value in shown if value >= 0.01 or name not in _WHERE_THERE_IS_SOME]
         if parts:
             self.say(f"step {step}/{self._steps}  {'  '.join(parts)}")
 

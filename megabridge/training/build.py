@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 import tempfile
 from functools import partial
+from math import ceil, lcm
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 
+import megabridge.platform as platform
 from megabridge.bridge import sessions
 from megabridge.bridge.auto_bridge import AutoBridge
-from megabridge.config import instantiate
+from megabridge.config import instantiate, layout_rules
 from megabridge.config.schema import Config, PeftConfig
-from megabridge.data import DataModule
-from megabridge.errors import CheckpointError
+from megabridge.data import DataModule, RowRules
+from megabridge.errors import CheckpointError, ConfigError
 from megabridge.hf import assets, byte_tokenizer, resolve
 from megabridge.loggers import Logger
 from megabridge.models.provider import ModelProvider
+from megabridge.parallel import process_groups
 from megabridge.parallel.collectives import on_rank_zero, raise_together
-from megabridge.parallel.topology import SETTINGS
+from megabridge.parallel.topology import SETTINGS, Topology
 from megabridge.peft import LoRA
 from megabridge.training import freezing
 from megabridge.training.hooks import Callback
 
 BYTES: Final = "bytes"
 """model.tokenizer for the byte-level tokenizer that needs no file."""
+_ON_CUDA: Final = 32
+"""What lengths of rows are multiples of on CUDA: few shapes for its allocator, and whole tiles of 16- and 8-bit matrices."""
 
 
 def bridge(config: Config) -> AutoBridge:
@@ -132,6 +137,7 @@ def data(config: Config, bridge: AutoBridge) -> DataModule:
     with raise_together("preparing the data"):
         made = instantiate.build(config.data, DataModule, where="data")
         made.vocab_size = int(bridge.source.native["vocab_size"])
+        made.row_rules = row_rules(config, has_experts=bridge.source.native.get("num_moe_experts") is not None)
         assert bridge.source.folder is not None  # `bridge` above makes one from a folder
         made.setup(
             bridge.source.folder,
@@ -141,6 +147,42 @@ def data(config: Config, bridge: AutoBridge) -> DataModule:
             seed=config.seed,
         )
     return made
+
+
+def settle_steps(config: Config, data: DataModule) -> str:
+    """Sets recipe.steps from recipe.epochs and the rows of `data`, and returns a line that says so; nothing where it is set itself.
+
+    Raises ConfigError for data without an end.
+    """
+    recipe = config.recipe
+    if recipe.epochs is None:
+        return ""
+    if not (rows := data.epoch_rows()):
+        raise ConfigError(
+            f"recipe.epochs={recipe.epochs:g} needs data whose rows are counted, and {type(data).__name__} has no end that is "
+            "known; set recipe.steps, and recipe.epochs=null."
+        )
+    recipe.steps = max(1, ceil(recipe.epochs * rows / recipe.global_batch_size))
+    return f"{recipe.epochs:g} epochs of {rows} rows: {recipe.steps} steps of {recipe.global_batch_size}"
+
+
+def row_rules(config: Config, *, has_experts: bool) -> RowRules:
+    """What rows shorter than recipe.seq_length must keep to in the running layout.
+
+    The stages of a pipeline send each other micro-batches of one shape: telling it would cost a message and a wait for the device
+    each time. Routers' losses are means over micro-batches, which must count alike.
+    """
+    topology = process_groups.current() or Topology()
+    multiple = layout_rules.sequence_multiple(topology, sequence_parallel=config.parallel.sequence_parallel)
+    backend = layout_rules.backend_of_run(config)
+    unpackable = f"parallel.cp={topology.cp}" if topology.cp > 1 else ""
+    if backend not in (None, "torch", "te"):
+        unpackable = f"backend={backend}"
+    return RowRules(
+        multiple if platform.is_cpu() else lcm(multiple, _ON_CUDA),
+        is_common=topology.pp > 1 or has_experts,
+        unpackable=unpackable,
+    )
 
 
 def callbacks(config: Config) -> list[Callback]:

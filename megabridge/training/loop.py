@@ -84,7 +84,7 @@ class Trainer:
         self._good: Path | None = None
         self._lock: IO[str] | None = None
         self._micro_batches = batches.micro_batches(config)
-        self._clock = Clock(config, self.chunks)
+        self._clock = Clock(self.chunks)
         self._stop_flag = SharedFlag()
         self.stop = StopSignal()
         """Whether a signal has asked this rank to stop, while `fit` runs: long work beside the loop looks at it."""
@@ -233,7 +233,9 @@ class Trainer:
         self.optimizer.zero_grad()
         reads = self._reads(self.step + 1)
         self._routers.begin(is_logged=reads)
-        totals = forward_backward(self.chunks, batches.take(data, self._micro_batches), forward_only=False)
+        taken = batches.take(data, self._micro_batches)
+        self._clock.count(taken)
+        totals = forward_backward(self.chunks, taken, forward_only=False)
         scale = optimizer_step.loss_scale(self.optimizer)
         norm = optimizer_step.gradient_norm(self.optimizer)
         action = self._judged(totals, norm, scale) if reads or self.guard.reads_every_step else "go"

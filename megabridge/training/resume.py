@@ -37,6 +37,8 @@ _FIXED: Final = (
     input_digests.TOKENIZER,
     input_digests.ROWS,
 )
+_FREE: Final = ("data.pad_to",)
+"""What may change below these: a row's padding says nothing about which rows come."""
 _NOT_COMPARED: Final = ("checkpoint.resume", "checkpoint.accept_changes", "config_format")
 """Settings that say how a run is resumed or written down, and nothing about the run: the only ones that are not compared."""
 _LONGEST: Final = 200  # characters of a value in a message
@@ -49,7 +51,7 @@ def settings(config: Config, bridge: AutoBridge | None, data: DataModule) -> dic
     """
     values = on_rank_zero("collecting the settings", lambda: _open(config))
     values["parallel"] = str(process_groups.running())
-    return values | input_digests.found(config, bridge, data)
+    return values | data.decided() | input_digests.found(config, bridge, data)
 
 
 def changes(saved: Mapping[str, Any], current: Mapping[str, Any], *, accepted: Sequence[str] = ()) -> list[str]:
@@ -76,6 +78,8 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any], *, accepted: S
 
 def _fixed(name: str) -> str | None:
     """The name in _FIXED that stands for a setting."""
+    if name in _FREE:
+        return None
     return next((fixed for fixed in _FIXED if name == fixed or name.startswith(f"{fixed}.")), None)
 
 

@@ -54,12 +54,13 @@ def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward
 
     Returns [sum of the unmasked tokens' losses, their number] over all data-parallel ranks, float64, on this rank's device;
     the same on every rank. With `forward_only=False` gradients are left in the buffers, finalized. Every rank calls it.
-    Raises ConfigError for tokens or labels that are none of the model's.
+    Under pipeline parallelism all have one shape. Raises ConfigError for tokens or labels that are none of the model's.
     """
     size = int(get_attr_wrapped_model(chunks[0], "unpadded_vocab_size"))
     with together_where_cheap("looking at a step's tokens"):
         for number, batch in enumerate(batches):
             check_batch(batch, size, f"micro-batch {number} of this rank")
+        _check_shapes(batches)
     on_device = [_placed(batch) for batch in batches]
     micro, sequence = on_device[0].tensors["tokens"].shape
     if not forward_only and get_model_config(chunks[0]).num_moe_experts is not None:
@@ -77,13 +78,23 @@ def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward
     return _over_ranks(outputs)
 
 
+def _check_shapes(batches: Sequence[Batch]) -> None:
+    """Raises ConfigError where the stages of a pipeline, which expect one shape, would wait for each other."""
+    shapes = {tuple(batch["tokens"].shape) for batch in batches}
+    if len(shapes) > 1 and parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        raise ConfigError(
+            f"micro-batches of a step must have one shape under parallel.pp, and have {sorted(shapes)}; pad them alike "
+            "(DataModule.row_rules)."
+        )
+
+
 def _scale_router_losses(chunks: Sequence[Any], batches: Sequence[Batch]) -> None:
     """Weighs routers' auxiliary losses as the mean over micro-batches, whatever share of the tokens has a loss.
 
     megatron-core multiplies them by the number of tokens that a router saw, and the gradients are divided by the number of unmasked
     ones (transformer/moe/router.py): where one token in ten has a loss, a router's would count ten times.
     """
-    mask = torch.stack([batch["loss_mask"] for batch in batches])
+    mask = torch.cat([batch["loss_mask"].flatten() for batch in batches])
     share = mask.float().mean().reshape(1)  # data-parallel ranks have as many tokens each
     dist.all_reduce(share, group=parallel_state.get_data_parallel_group())
     share /= parallel_state.get_data_parallel_world_size()
@@ -103,7 +114,8 @@ class _Placed:
 
 def _placed(batch: Batch) -> _Placed:
     """On every pipeline stage: with `documents`, rows lie one after the other in a micro-batch of one."""
-    tensors = {name: tensor.to(platform.device(), non_blocking=True) for name, tensor in batch.items() if name != "documents"}
+    on_host = ("documents", "lengths")
+    tensors = {name: tensor.to(platform.device(), non_blocking=True) for name, tensor in batch.items() if name not in on_host}
     if "documents" not in batch:
         return _Placed(tensors, None)
     if (cp := parallel_state.get_context_parallel_world_size()) > 1:

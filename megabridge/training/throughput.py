@@ -15,12 +15,14 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import megabridge.platform as platform
-from megabridge.config.schema import Config
 from megabridge.conversion.plan import Plan
+from megabridge.data import Batch
 from megabridge.training.freezing import frozen_names
 
+from megatron.core import parallel_state
 from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.core.utils import get_model_config
 
@@ -53,10 +55,15 @@ def peak(device: str, dtype: torch.dtype) -> float | None:
 
 
 def flops_per_token(plan: Plan, config: Any, *, seq_length: int, frozen: Container[str] = ()) -> float:
-    """Floating-point operations of a training step per token, of the whole model.
+    """Floating-point operations of a training step per token of a sequence of `seq_length`, of the whole model.
 
     `config` is its TransformerConfig; `frozen` are native names of parameters that are not trained.
     """
+    return _matrices(plan, config, frozen) + 3 * _attention(config, seq_length)
+
+
+def _matrices(plan: Plan, config: Any, frozen: Container[str]) -> float:
+    """What every token costs, wherever it stands."""
     native = {name: sources[0].native for name, sources in plan.sources.items()}
     is_tied = "output_layer.weight" not in native.values()
     heads = 1 + (config.mtp_num_layers or 0)  # multi-token prediction passes through the output layer once more for each depth
@@ -72,7 +79,7 @@ def flops_per_token(plan: Plan, config: Any, *, seq_length: int, frozen: Contain
         elif ".experts." in where:
             count *= config.moe_router_topk / config.num_moe_experts
         total += count * (4 if where in frozen else 6)
-    return total + 3 * _attention(config, seq_length)
+    return total
 
 
 def _attention(config: Any, seq_length: int) -> float:
@@ -92,24 +99,39 @@ def _attention(config: Any, seq_length: int) -> float:
 
 
 class Clock:
-    """Rates between two logged steps, without what validation and saves took in between."""
+    """Rates between two logged steps, without what validation and saves took in between. Padding is no token."""
 
-    def __init__(self, config: Config, chunks: Sequence[Any]) -> None:
-        self._tokens = config.recipe.global_batch_size * config.recipe.seq_length
-        self._seq_length = config.recipe.seq_length
+    def __init__(self, chunks: Sequence[Any]) -> None:
         self._model = get_model_config(chunks[0])
         self._flops: float | None = None
+        self._attention: dict[int, float] = {}
         name = "" if platform.is_cpu() else torch.cuda.get_device_name()
         self._peak = peak(name, self._model.params_dtype)
         self.start(0)
 
     def measure(self, plan: Plan) -> None:
         """Learns what a token costs; without it TFLOP/s and MFU are left out. Every rank calls it."""
-        self._flops = flops_per_token(plan, self._model, seq_length=self._seq_length, frozen=frozen_names(plan.items))
+        self._flops = _matrices(plan, self._model, frozen_names(plan.items))
 
     def start(self, step: int) -> None:
         """Begins to measure, at `step`."""
         self._step, self._since = step, time.perf_counter()
+        self._tokens, self._places, self._scores = 0, 0, 0.0
+
+    def count(self, batches: Sequence[Batch]) -> None:
+        """Adds the micro-batches of a step on this rank."""
+        for batch in batches:
+            rows, width = batch["tokens"].shape
+            lengths = batch["lengths"].tolist() if "lengths" in batch else [width] * rows
+            self._tokens += sum(lengths)
+            self._places += rows * width
+            self._scores += sum(length * self._attention_at(length) for length in lengths)
+
+    def _attention_at(self, length: int) -> float:
+        """`_attention` of a row of `length` tokens, per token."""
+        if length not in self._attention:
+            self._attention[length] = _attention(self._model, length) if length else 0.0
+        return self._attention[length]
 
     def skip(self, seconds: float) -> None:
         """Leaves `seconds` out."""
@@ -117,16 +139,27 @@ class Clock:
 
     def rates(self, step: int) -> dict[str, float]:
         """The metrics of the steps since the last call, per step; of the rank with most memory. Every rank calls it."""
-        seconds = (time.perf_counter() - self._since) / max(step - self._step, 1)
+        steps, whole = max(step - self._step, 1), time.perf_counter() - self._since
+        tokens, places, scores = self._over_ranks().tolist()
         self.start(step)
-        rates = {"train/step_seconds": seconds, "train/tokens_per_second": self._tokens / seconds}
+        rates = {
+            "train/step_seconds": whole / steps,
+            "train/tokens_per_second": tokens / whole,
+            "train/padding": 1 - tokens / max(places, 1),
+        }
         if self._flops is not None:
-            achieved = self._flops * self._tokens / seconds / dist.get_world_size()
+            achieved = (self._flops * tokens + 3 * scores) / whole / dist.get_world_size()
             rates["train/tflops_per_device"] = achieved / 1e12
             if self._peak is not None:
                 rates["train/mfu"] = achieved / self._peak
         rates["train/memory_gib"] = _most_memory() / GIB
         return rates
+
+    def _over_ranks(self) -> Tensor:
+        """[tokens, places, operations of scores] since `start`, over all data-parallel ranks."""
+        sums = torch.tensor([self._tokens, self._places, self._scores], dtype=torch.float64, device=platform.device())
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        return sums
 
 
 def _most_memory() -> int:

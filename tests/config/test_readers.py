@@ -74,6 +74,15 @@ def test_what_is_read_or_was_not_given_is_taken() -> None:
         run(given.split())
 
 
+def test_a_runs_length_is_said_once() -> None:
+    run(["recipe.epochs=3"])
+    run(["recipe.steps=3"])
+    with pytest.raises(ConfigError, match=r"recipe\.steps=9 must not stand beside recipe\.epochs=0\.5, from which steps follow"):
+        run(["recipe.epochs=0.5", "recipe.steps=9"])
+    with pytest.raises(ConfigError, match=r"recipe\.epochs=3\.0 has no effect in this run: recipe=finetune and recipe=pretrain"):
+        run(["recipe=convert", "recipe.epochs=3"])
+
+
 def test_all_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         run(["peft.r=8", "prepare.column=body", "optimizer.momentum=0.5"])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabridge.data.batches import Batching, Order, Sample, fit
-from megabridge.data.module import Batch
+from megabridge.data.batches import Batching, Order, PadTo, Sample, fit
+from megabridge.data.module import Batch, RowRules
 from megabridge.data.packing import pack
 from megabridge.errors import ConfigError
 
@@ -78,12 +79,23 @@ def test_a_batch_is_shifted_padded_and_masked() -> None:
     assert kinds.pop("loss_mask") == torch.float32 and set(kinds.values()) == {torch.int64}
 
 
-def test_padding_to_a_multiple_gives_all_ranks_the_steps_shape() -> None:
-    batching = Batching(8, 1, 4, PAD, pad_to=3)
-    for step in steps(batching, 10, dp=2, number_of_samples=5):
-        lengths = {batch["tokens"].shape for batch in step}
-        longest = max(int(batch["loss_mask"].sum()) for batch in step)
-        assert lengths == {(1, min(-(-longest // 3) * 3, 8))}
+@pytest.mark.parametrize(("pad_to", "multiple", "unit"), [("longest", 1, 1), ("longest", 3, 3), (2, 3, 6), (3, 1, 3)])
+def test_rows_are_padded_to_the_longest_of_their_micro_batch_or_step(pad_to: PadTo, multiple: int, unit: int) -> None:
+    def needed(batches: list[Batch]) -> int:
+        return min(-(-max(int(batch["lengths"].max()) for batch in batches) // unit) * unit, 8)
+
+    for is_common in (False, True):
+        batching = Batching(8, 2, 8, PAD, pad_to=pad_to, row_rules=RowRules(multiple, is_common))
+        for step in steps(batching, 10, dp=2, number_of_samples=5):
+            for batch in step:
+                assert batch["tokens"].shape == (2, needed(step if is_common else [batch]))
+                assert batch["lengths"].tolist() == batch["loss_mask"].sum(1).tolist()
+        parts = [batching.validation(samples(7, 8), dp_rank=rank, dp_size=2) for rank in range(2)]
+        everything = [batch for part in parts for batch in part]
+        for batch in everything:
+            assert batch["tokens"].shape == (2, needed(everything if is_common else [batch]))
+    full = Batching(8, 2, 8, PAD)
+    assert all(batch["tokens"].shape == (2, 8) for step in steps(full, 3) for batch in step)
 
 
 @pytest.mark.parametrize("dp", [1, 2, 3])
@@ -160,8 +172,8 @@ def test_packs_fit_and_lose_nothing(lengths: list[int], seed: int) -> None:
 
 def test_steps_of_grouped_samples_are_about_equally_long() -> None:
     data = samples(512, 40)
-    grouped = Batching(40, 1, 4, PAD, pad_to=1, group_by_length=True)
-    plain = Batching(40, 1, 4, PAD, pad_to=1)
+    grouped = Batching(40, 1, 4, PAD, pad_to="longest", group_by_length=True, row_rules=RowRules(is_common=True))
+    plain = Batching(40, 1, 4, PAD, pad_to="longest", row_rules=RowRules(is_common=True))
     padding = {}
     for name, batching in (("grouped", grouped), ("plain", plain)):
         batches = list(islice(batching.train(data, 0, seed=2, dp_rank=0, dp_size=1), 512))
@@ -179,3 +191,7 @@ def test_ways_of_filling_rows_that_exclude_each_other_are_refused() -> None:
         Batching(8, 1, 1, PAD, packing=True, pad_to=4)
     with pytest.raises(ConfigError, match=r"data\.group_by_length=true saves nothing"):
         Batching(8, 1, 1, PAD, group_by_length=True)
+    wrong: Any
+    for wrong in ("longer", True, None):
+        with pytest.raises(ConfigError, match=rf"data\.pad_to={wrong!r} must be longest, seq_length, or a number"):
+            Batching(8, 1, 1, PAD, pad_to=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pyarrow.parquet
 import pytest
 
 from megabridge.data.finetuning import Finetuning
-from megabridge.data.module import Batch
+from megabridge.data.module import Batch, RowRules
 from megabridge.data.show import stretches
 from megabridge.data.text import load_tokenizer
 from megabridge.errors import ConfigError
 from megabridge.hf import byte_tokenizer
 from tests.support.chat_rows import BAD, chat, jsonl, made
+from tests.support.chat_templates import TOOLS, byte_folder, tagged
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,6 @@ def test_order_resumes_and_does_not_depend_on_dp(tmp_path: Path, tokenizer: Path
         data = [made(path, tokenizer, rows=4, **filling) for _ in range(dp)]
         iterators = [one.train_batches(consumed, dp_rank=rank, dp_size=dp) for rank, one in enumerate(data)]
         found = [[batch for iterator in iterators for batch in islice(iterator, 4 // dp)] for _ in range(count)]
-        assert all(len({batch["tokens"].shape for batch in step}) == 1 for step in found)
         return [sorted(learned(step, tokenizer)) for step in found]
 
     alone = steps(20, 1)
@@ -219,6 +220,146 @@ def test_parts_of_text_and_calls_of_tools(tmp_path: Path, tokenizer: Path) -> No
         jsonl(tmp_path / "mixed.jsonl", [*rows[:1], *[chat(number) for number in range(20)]]), tokenizer, max_bad_share=0.1
     )
     assert "1 refused by the chat template" in plain.describe()
+
+
+def rendered(data: Finetuning, tokenizer: Path) -> list[str]:
+    """The first epoch's rows as text, sorted; what is learned stands in brackets."""
+    loaded, batches = load_tokenizer(tokenizer), islice(data.train_batches(0, dp_rank=0, dp_size=1), data.epoch_rows())
+    parts = [stretches(batch, loaded) for batch in batches]
+    return sorted("".join(f"[{part.text}]" if part.is_learned else part.text for part in row) for row in parts)
+
+
+def turn(role: str, content: str) -> str:
+    return f"<|im_start|>{role}\n{content}<|im_end|>\n"
+
+
+def answer(content: str) -> str:
+    return f"<|im_start|>assistant\n[{content}<|im_end|>]"
+
+
+def test_alpaca_rows_are_understood(tmp_path: Path, tokenizer: Path) -> None:
+    rows = [
+        {"instruction": "Add.", "input": "2, 3", "output": "5", "text": "all of it"},
+        {"instruction": "Say yes.", "input": "", "output": "Yes."},
+        {"instruction": "Say no.", "output": "No.", "system": "Obey."},
+    ]
+    path = jsonl(tmp_path / "alpaca.jsonl", rows)
+    data = made(path, tokenizer, validation_share=0)
+    assert "(alpaca)" in data.describe()
+    assert rendered(data, tokenizer) == sorted(
+        [
+            turn("user", "Add.\n\n2, 3") + answer("5"),
+            turn("user", "Say yes.") + answer("Yes."),
+            turn("system", "Obey.") + turn("user", "Say no.") + answer("No."),
+        ]
+    )
+    (tmp_path / "base").mkdir()
+    base = byte_folder(tmp_path / "base", None)  # no chat template: the prompts that Alpaca had
+    texts = rendered(made(path, base, length=600, validation_share=0), base)
+    assert len(texts) == 3 and any(text.endswith("### Input:\n2, 3\n\n### Response:\n[5<|im_end|>]") for text in texts)
+    assert any(text.startswith("Obey.\n\nBelow is an instruction") for text in texts)
+
+
+def test_sharegpt_rows_are_understood(tmp_path: Path) -> None:
+    tokenizer = byte_folder(tmp_path / "model", tagged(TOOLS, keep=False))
+    call = {"name": "add", "arguments": {"a": 1}}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    talk = [{"from": "human", "value": "1 + 1?"}, {"from": "function_call", "value": json.dumps(call)}]
+    talk += [{"from": "observation", "value": "2"}, {"from": "gpt", "value": "Two."}]
+    said = answer('<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>') + "\n"
+    said += "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n" + answer("Two.")
+    hello = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    greeted = turn("system", "Be kind.") + turn("user", "Hi") + answer("Hello.")
+    rows = [
+        {"conversations": talk, "tools": json.dumps(tools)},
+        {"conversations": talk, "tools": "[]"},
+        {"conversations": hello, "id": "1"},
+        {"conversations": hello[1:], "system": "Be kind.", "tools": ""},
+        {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}], "tools": None},
+    ]
+    path = jsonl(tmp_path / "chats.jsonl", rows)
+    data = made(path, tokenizer, validation_share=0)
+    assert "(sharegpt)" in data.describe() and "left out" not in data.describe()
+    head = '<|im_start|>system\n# Tools\n{"type": "function", "function": {"name": "add"}}<|im_end|>\n'
+    begun = turn("user", "1 + 1?")
+    assert rendered(data, tokenizer) == sorted(
+        [head + begun + said, begun + said, greeted, greeted, turn("user", "Hi") + answer("Hello.")]
+    )
+    bad = [
+        {"conversations": [{"from": "wizard", "value": "x"}, *hello]},
+        {"conversations": [hello[1], {"from": "function_call", "value": "add 1"}]},
+        {"conversations": [hello[1], {"from": "function_call", "value": "[]"}]},
+        {"conversations": [hello[1], {"from": "function_call", "value": '{"name": 1}'}]},
+        {"conversations": [hello[1], {"from": "gpt"}]},
+        {"conversations": "none"},
+        {"conversations": hello, "tools": "add"},
+        {"conversations": hello, "tools": [1]},
+    ]
+    some = made(jsonl(tmp_path / "some.jsonl", [*rows, *bad]), tokenizer, validation_share=0, max_bad_share=0.9)
+    assert len(some.train) == 5 and "8 of 13 rows left out (6 not readable, 1 role order, 1 missing field)" in some.describe()
+
+
+def test_tools_of_a_row_and_arguments_as_json(tmp_path: Path) -> None:
+    tokenizer = byte_folder(tmp_path / "model", tagged(TOOLS, keep=False))
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    texts = []
+    for arguments in ({"a": 1}, '{"a": 1}'):
+        call = {"id": None, "type": "function", "function": {"name": "add", "arguments": arguments}}
+        talk = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        path = jsonl(tmp_path / "rows.jsonl", [{"messages": talk, "tools": tools}])
+        texts += rendered(made(path, tokenizer, validation_share=0), tokenizer)
+    assert texts[0] == texts[1] and texts[0].endswith(
+        '[<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>]'
+    )
+    assert "# Tools" in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"question": "a", "answer": "b", "id": 1}, "prompt: question, completion: answer"),
+        ({"dialogue": []}, "messages: dialogue"),
+        ({"content": "a"}, "text: content"),
+        ({"x": "a", "y": "b"}, "prompt: ..., completion: ..."),
+    ],
+)
+def test_columns_that_are_not_known_are_named_with_the_remedy(
+    tmp_path: Path, tokenizer: Path, row: dict[str, Any], example: str
+) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", [row] * 5)
+    with pytest.raises(ConfigError) as caught:
+        made(path, tokenizer)
+    said = str(caught.value)
+    assert said.startswith(f"data.path={path} must have rows of a known schema (messages; conversations; prompt and completion; ")
+    assert f"its columns are {', '.join(row)}; say which is which by data.columns, e.g. data.columns='{{{example}}}'." in said
+
+
+def test_rows_are_packed_where_it_pays_and_it_is_said(tmp_path: Path, tokenizer: Path) -> None:
+    """Twenty of a hundred samples are long."""
+    long = [{"text": "x" * 360 + str(number)} for number in range(20)]
+    path = jsonl(tmp_path / "texts.jsonl", [*long, *({"text": "short" + str(number)} for number in range(180))])
+
+    def said(**settings: Any) -> tuple[bool, str, int]:
+        data = made(path, tokenizer, **{"packing": "auto", "validation_share": 0, "rows": 2, **settings})
+        return data.decided()["data.packing"] is True, data.describe(), data.epoch_rows()
+
+    packs, line, rows = said()
+    assert packs and f"in {rows} packed rows; validation" in line and rows < 40
+    assert f"data.packing=auto: packed: {rows} rows with " in line and "where steps padded to their longest sample have 37%" in line
+    few = said(rows=8)
+    assert not few[0] and few[2] == 200
+    assert f"padded: packed, an epoch would be {rows} rows, {rows // 8} steps, and should be 8" in few[1]
+    assert "padded, because of data.pad_to" in said(pad_to="seq_length")[1] and not said(pad_to=8)[0]
+    assert said(packing=True)[2] == rows and "auto" not in said(packing=True)[1] and said(packing=False)[2] == 200
+    even = jsonl(tmp_path / "even.jsonl", [{"text": "x" * 300}] * 60)
+    data = made(even, tokenizer, packing="auto", validation_share=0)
+    assert not data.batching.packing and "with 25% padding, where steps padded to their longest sample have 0%" in data.describe()
+    unable = Finetuning(path=str(path))
+    unable.row_rules = RowRules(unpackable="parallel.cp=2")
+    unable.setup(tokenizer, seq_length=400, micro_batch_size=1, global_batch_size=2, seed=3)
+    assert not unable.batching.packing and "auto: padded: parallel.cp=2 has no packed rows" in unable.describe()
+    with pytest.raises(ConfigError, match=r"data\.packing='maybe' must be auto, true or false"):
+        made(path, tokenizer, packing="maybe")
 
 
 def test_a_file_without_a_row_for_validation(tmp_path: Path, tokenizer: Path) -> None:

@@ -55,6 +55,21 @@ def test_finetune_imports_trains_exports_and_reports(
         assert any(line.startswith(beginning) for line in lines), beginning
 
 
+def test_epochs_are_counted_in_rows(ranks: RankServer, tmp_path: Path) -> None:
+    """1.5 epochs of 10 rows, of which a step takes 4: the fourth step is the last one of the schedule, too."""
+    length = {"steps": 99, "epochs": 1.5, "eval_at_start": False}
+    config = values(tmp_path, None, Topology(), model={"hf": TINY, "load_weights": False}, recipe=length)
+    config["data"] = {"_target_": "megabridge.data.synthetic.RandomTokens", "vocab_size": 61, "samples": 10}
+    config["scheduler"] = {"name": "linear", "warmup_steps": 1}
+    config |= {"callbacks": {}, "checkpoint": {"save_at_end": False}}
+    run(ranks, "pretrain", Topology(), config)
+    rates = [row["train/learning_rate"] for row in metrics(tmp_path, "train/")]
+    assert rates == pytest.approx([0.005, 0.01, 0.01 * 2 / 3, 0.01 / 3])
+    assert "1.5 epochs of 10 rows: 4 steps of 4" in (tmp_path / "lines.txt").read_text()
+    with pytest.raises(RankError, match=r"recipe\.epochs=1\.5 needs data whose rows are counted, and TinyData has no end"):
+        run(ranks, "pretrain", Topology(), values(tmp_path / "endless", None, Topology(), model=config["model"], recipe=length))
+
+
 def test_hooks_come_in_order(ranks: RankServer, tmp_path: Path, tiny_source: Path) -> None:
     run(ranks, "finetune", Topology(), values(tmp_path, tiny_source, Topology(), recipe={"steps": 1}))
     assert json.loads((tmp_path / "hooks.json").read_text()) == [

@@ -30,7 +30,7 @@ def jsonl(file: Path, rows: list[Any]) -> Path:
 
 
 def made(path: Path | str, tokenizer: Path, *, length: int = 400, rows: int = 2, **settings: Any) -> Finetuning:
-    data = Finetuning(path=str(path), **settings)
+    data = Finetuning(path=str(path), **{"packing": False, **settings})
     data.setup(tokenizer, seq_length=length, micro_batch_size=1, global_batch_size=rows, seed=3)
     return data
 

@@ -10,7 +10,7 @@ from megabridge.conversion.parameters import collect_parameters
 from megabridge.conversion.plan import make_plan
 from megabridge.families import all_families
 from megabridge.models.provider import ModelProvider
-from megabridge.training.throughput import flops_per_token, peak
+from megabridge.training.throughput import Clock, _attention, flops_per_token, peak
 from tests.support import tiny
 
 SIZES = {**tiny.NATIVE, "num_layers": 2}
@@ -38,6 +38,17 @@ def _count(family: str, *, frozen: tuple[str, ...] = (), **settings: Any) -> flo
     return flops_per_token(
         plan, provider.config, seq_length=16, frozen={name for name in names if name.endswith(frozen)} if frozen else ()
     )
+
+
+def padded() -> tuple[dict[str, float], dict[int, float]]:
+    """The rates after one step, a token's matrices taken for 100 operations, and what attention costs a token by the row's length."""
+    chunks = tiny.model()
+    clock = Clock(chunks)
+    clock._flops = 100.0
+    clock.start(4)
+    row = {"tokens": torch.zeros(2, 8, dtype=torch.long)}
+    clock.count([{**row, "lengths": torch.tensor(lengths)} for lengths in ([3, 5], [8, 0])])
+    return clock.rates(5), {length: _attention(clock._model, length) for length in (3, 5, 8)}
 
 
 def peaks() -> list[float | None]:

@@ -124,6 +124,9 @@ class Samples:
     def digest(self) -> str:
         return ""
 
+    def decided(self) -> dict[str, object]:
+        return {}
+
     def left_out(self) -> str:
         return ""
 

@@ -25,6 +25,26 @@ def replaced(file: Path, old: bytes, new: bytes) -> None:
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
 
+def test_a_run_goes_on_with_rows_packed_as_it_began(ranks: RankServer, tmp_path: Path) -> None:
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    ranks.run(f"{CASES}:make_source", kwargs={"folder": str(model), "tokenizer": True})
+    texts = [chr(65 + number % 26) * (1 if number % 4 else 15) for number in range(160)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def train(steps: int, topology: Topology, micro: int, **data: Any) -> str:
+        sizes = {"steps": steps, "micro_batch_size": micro}
+        config = values(tmp_path / "run", model, topology, recipe=sizes, checkpoint={"resume": "auto"})
+        config["data"] = {"_target_": "megabridge.data.finetuning.Finetuning", "path": str(rows), **data}
+        run(ranks, "finetune", topology, config | {"callbacks": {}})
+        return (tmp_path / "run/lines.txt").read_text()
+
+    assert "data.packing=auto: packed: " in train(1, Topology(), 2)
+    assert "data.packing" in train(2, Topology(dp=2), 1)  # neither the layout nor micro-batches change it
+    with pytest.raises(RankError, match=r"(?s)put these back, or name them in.*\n  data\.packing: true -> false"):
+        train(3, Topology(), 2, packing=False)
+    assert "resumed from" in train(3, Topology(), 2, packing=True)
+
+
 def test_a_run_goes_on_over_what_it_began_with(ranks: RankServer, tmp_path: Path) -> None:
     model, rows, topology = tmp_path / "model", tmp_path / "rows.jsonl", Topology(dp=2)
     ranks.run(f"{CASES}:make_source", kwargs={"folder": str(model), "tokenizer": True})

@@ -36,6 +36,15 @@ def test_flops_of_a_token(ranks: RankServer) -> None:
     assert counts["dense"] - counts["windows"] == pytest.approx(layers * 3 * 2 * heads * 2 * width * (8 - 3.5))
 
 
+def test_padding_is_no_token(ranks: RankServer) -> None:
+    """Of two ranks' steps of rows of 3, 5, 8 and 0 tokens in 8 places each, packed or not."""
+    for rates, attention in ranks.run("tests.support.throughput:padded", topology=Topology(dp=2)):
+        assert rates["train/padding"] == pytest.approx(0.5)
+        assert rates["train/tokens_per_second"] * rates["train/step_seconds"] == pytest.approx(2 * 16)
+        work = rates["train/tflops_per_device"] * 1e12 * 2 * rates["train/step_seconds"]
+        assert work == pytest.approx(2 * (16 * 100.0 + 3 * sum(length * attention[length] for length in (3, 5, 8))))
+
+
 def test_peaks(ranks: RankServer) -> None:
     (found,) = ranks.run("tests.support.throughput:peaks")
     assert found == [989e12, 756e12, 312e12, 121e12, None, None]
