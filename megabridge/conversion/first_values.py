@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final
 
-import numpy as np
 import torch
 
 from megabridge.conversion.parameters import ParameterRecord, collect_parameters
@@ -43,10 +42,12 @@ class Tile:
 
     def fill(self, seed: int) -> None:
         """Draws the tile, N(0, deviation^2) in float32, and copies its pieces into the parameter, in the parameter's dtype."""
-        words = hashlib.blake2b(f"{seed} {self.name} {self.number}".encode(), digest_size=16).digest()
-        generator = np.random.Generator(np.random.SFC64(int.from_bytes(words)))
-        drawn = torch.from_numpy(generator.standard_normal(self.pieces[0].hf_shape, dtype=np.float32))
-        values = drawn.mul_(self.deviation).to(self.target.device)
+        word = hashlib.blake2b(
+            f"{seed} {self.name} {self.number}".encode(), digest_size=4
+        ).digest()  # all that torch takes of a seed
+        generator = torch.Generator().manual_seed(int.from_bytes(word))
+        drawn = torch.empty(self.pieces[0].hf_shape).normal_(0.0, self.deviation, generator=generator)
+        values = drawn.to(self.target.device)
         for piece in self.pieces:
             native_box(self.target, piece).copy_(view(values, piece.hf_view()))
 
