@@ -163,7 +163,7 @@ def settle_steps(config: Config, data: DataModule) -> str:
             "known; set recipe.steps, and recipe.epochs=null."
         )
     recipe.steps = max(1, ceil(recipe.epochs * rows / recipe.global_batch_size))
-    return f"{recipe.epochs:g} epochs of {rows} rows: {recipe.steps} steps of {recipe.global_batch_size}"
+    return f"recipe.epochs={recipe.epochs:g} of {rows} rows: recipe.steps={recipe.steps}, each of {recipe.global_batch_size} rows"
 
 
 def row_rules(config: Config, *, has_experts: bool) -> RowRules:

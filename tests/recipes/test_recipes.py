@@ -65,7 +65,7 @@ def test_epochs_are_counted_in_rows(ranks: RankServer, tmp_path: Path) -> None:
     run(ranks, "pretrain", Topology(), config)
     rates = [row["train/learning_rate"] for row in metrics(tmp_path, "train/")]
     assert rates == pytest.approx([0.005, 0.01, 0.01 * 2 / 3, 0.01 / 3])
-    assert "1.5 epochs of 10 rows: 4 steps of 4" in (tmp_path / "lines.txt").read_text()
+    assert "recipe.epochs=1.5 of 10 rows: recipe.steps=4, each of 4 rows" in (tmp_path / "lines.txt").read_text()
     with pytest.raises(RankError, match=r"recipe\.epochs=1\.5 needs data whose rows are counted, and TinyData has no end"):
         run(ranks, "pretrain", Topology(), values(tmp_path / "endless", None, Topology(), model=config["model"], recipe=length))
 
