@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.mapping import natural
 from megabridge.parallel.topology import Topology
+from tests.support.covering import further
 from tests.support.models import TINY, llama_config
 from tests.support.payload import identical, payload
 from tests.support.rank_server import RankServer
@@ -37,7 +38,9 @@ def models(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.mark.parametrize(
-    "layout", [Topology(), Topology(tp=4), Topology(tp=2, pp=2), Topology(pp=2, vpp=2), Topology(tp=2, dp=2)], ids=str
+    "layout",
+    [Topology(tp=2, pp=2), *further(Topology(), Topology(tp=4), Topology(pp=2, vpp=2), Topology(tp=2, dp=2))],
+    ids=str,
 )
 def test_the_tensors_of_the_files(ranks: RankServer, models: list[Path], layout: Topology) -> None:
     results = ranks.run("tests.support.stream:streams", topology=layout, kwargs={"sources": [str(model) for model in models]})
