@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megabridge.parallel.topology import Topology
+from tests.support.covering import further
 from tests.support.rank_server import RankError, RankServer
 from tests.support.resumed import assert_equal, trained, whole_tensors, without_padding
 
@@ -43,7 +44,7 @@ def test_dropout_continues_with_the_same_random_numbers(ranks: RankServer, tmp_p
 
 
 @pytest.mark.parametrize(
-    "other", [Topology(pp=2), Topology(pp=2, vpp=2), Topology(dp=2), Topology(), Topology(tp=2, pp=2)], ids=str
+    "other", [Topology(pp=2, vpp=2), Topology(dp=2), *further(Topology(), Topology(pp=2), Topology(tp=2, pp=2))], ids=str
 )
 def test_another_layout_reads_the_same_bits_and_goes_on(ranks: RankServer, tmp_path: Path, other: Topology) -> None:
     written = trained(ranks, Topology(tp=2), tmp_path / "run", steps=6, stop_after=3)
