@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import islice
 
 from megabridge.config.schema import Config
-from megabridge.data.show import stretches
+from megabridge.data.show import spans
 from megabridge.data.text import load_tokenizer
 from megabridge.loggers import Reporter
 from megabridge.loggers.console import stdout
@@ -28,7 +28,7 @@ def main(config: Config) -> None:
     with Reporter(config, build.loggers(config)) as report:
         report.say(data.describe())
         for number, batch in enumerate(islice(data.train_batches(0, dp_rank=0, dp_size=1), count)):
-            found = stretches(batch, tokenizer)
+            found = spans(batch, tokenizer)
             learned = sum(part.tokens for part in found if part.is_learned)
             report.say(f"row {number}: {sum(part.tokens for part in found)} tokens, {learned} learned")
             for part in found:
