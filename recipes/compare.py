@@ -28,7 +28,7 @@ def main(config: Config) -> None:
             )
         family = register_named(config.family)
         tiny = tiny_model.tiny_config(family, check_family.LAYERS)
-        on_rank_zero("making the trial model", lambda: tiny_model.write_trial(folder / "tiny", tiny, family).exists())
+        on_rank_zero("making the trial model", lambda: tiny_model.write_tiny_model(folder / "tiny", tiny, family).exists())
         config = check_family.tiny_model_config(config, folder / "tiny")
     with Reporter(config, build.loggers(config)) as report:
         bridge = build.bridge(config)

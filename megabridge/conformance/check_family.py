@@ -21,7 +21,7 @@ from megabridge.config.schema import Config
 from megabridge.conformance.check_config import check_config
 from megabridge.conformance.findings import Finding, failed, over_ranks, problems_of
 from megabridge.conformance.layouts import ParallelLayout, legal_layouts
-from megabridge.conformance.tiny_model import GRADIENTS, Reference, read_reference, tiny_config, write_trial
+from megabridge.conformance.tiny_model import GRADIENTS, Reference, read_reference, tiny_config, write_tiny_model
 from megabridge.conversion import verify
 from megabridge.conversion.plan import Plan
 from megabridge.errors import MegabridgeError, ParityError, listed
@@ -55,7 +55,7 @@ def check_family(config: Config, family: Family, folder: Path, world_size: int, 
     hf = tiny_config(family, LAYERS)
     found = [check_config(family, {**family.tiny, "model_type": family.model_type}, "tiny config")]
     try:
-        collectives.on_rank_zero("making the trial model", lambda: write_trial(folder, hf, family, ranks=world_size).exists())
+        collectives.on_rank_zero("making the trial model", lambda: write_tiny_model(folder, hf, family, ranks=world_size).exists())
         trial = tiny_model_config(config, folder)
         layouts = legal_layouts(trial, AutoBridge.from_hf_pretrained(folder), world_size)
     except MegabridgeError as error:

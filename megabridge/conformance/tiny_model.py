@@ -73,7 +73,7 @@ def prompt_length(native: Mapping[str, Any]) -> int:
     return int(min(-(-length // 8) * 8, native["seq_length"]))
 
 
-def write_trial(folder: Path, config: Json, family: Family, *, ranks: int = 1, seed: int = 3) -> Path:
+def write_tiny_model(folder: Path, config: Json, family: Family, *, ranks: int = 1, seed: int = 3) -> Path:
     """Writes a trial of `config` into `folder`, for up to `ranks` data-parallel ranks. One rank calls it.
 
     Every tensor is random, norms and biases too. Raises ConfigError when transformers can't build the model.
@@ -104,7 +104,7 @@ def write_trial(folder: Path, config: Json, family: Family, *, ranks: int = 1, s
 
 
 def read_reference(folder: Path) -> Reference:
-    """The reference of a trial that `write_trial` wrote."""
+    """The reference of a trial that `write_tiny_model` wrote."""
     return Reference(**load_file(folder / REFERENCE))
 
 

@@ -153,7 +153,7 @@ def test_what_cannot_work_is_refused_on_every_rank_before_the_first_step(ranks: 
         "callbacks.evaluate.on_error='explode' is not one of warn, fail",
         "callbacks.evaluate.every=0 must be at least 1",
         "device='tpu' must be auto",
-        "with peft=lora a save publishes adapters alone; set peft.merge=true",
+        "with peft=lora a save has only the adapters; set peft.merge=true",
         "would evaluate no save of this run",
     ):
         assert part in text, part
