@@ -223,5 +223,5 @@ def test_the_harness_runs_beside_the_training(ranks: RankServer, tmp_path: Path,
     (row,) = [row for row in read(tmp_path / "run") if "evaluation/own/own/acc" in row]
     assert row["evaluation/own/own/acc"] == row["evaluation/quiz/acc"]
     given = config(tmp_path / "other", source, Topology(dp=2), {"own": {**own, "tasks": ["own", "not_there"]}})
-    with pytest.raises(RankError, match="lm-evaluation-harness knows no 'not_there'"):
+    with pytest.raises(RankError, match="lm-evaluation-harness has no 'not_there'"):
         train(ranks, Topology(dp=2), given)
