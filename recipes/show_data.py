@@ -1,8 +1,7 @@
 """Prints samples as the model gets them: recipe=show_data data=chat data.path=chats.jsonl.
 
-What is learned stands in colour, what is not is dimmed; without a terminal, what is learned stands between brackets. Padding is
-left out.
-recipe.options.samples says how many rows of the first steps are shown.
+Learned tokens are coloured and the others dimmed; without a terminal, learned tokens are in double brackets. Padding is left out.
+recipe.options.samples is the number of rows shown.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from megabridge.training import build
 def main(config: Config) -> None:
     """One process calls it, without process groups."""
     bridge = build.bridge(config)
-    assert bridge.source.folder is not None  # `build.bridge` makes one from a folder
+    assert bridge.source.folder is not None  # `build.bridge` makes the bridge from a folder
     config.recipe.micro_batch_size = 1
     data = build.data(config, bridge)
     tokenizer = load_tokenizer(bridge.source.folder)

@@ -20,7 +20,7 @@ from megabridge.errors import MegabridgeError, said
 
 
 def main() -> None:
-    # SLURM sends this signal to all processes of a job; the parent decides what to do.
+    # The queue may send this signal to every process of a job; the parent decides what to do.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
