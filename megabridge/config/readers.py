@@ -1,4 +1,4 @@
-"""Which part of a run reads which setting: a setting that nothing reads is an error and not silently ignored. No torch.
+"""Checks that some part of a run reads each setting: one that nothing reads is an error and not silently ignored. No torch.
 
 A setting counts if the user gave it, on the command line or in a file of their own, and it is not the default. Settings that aren't
 in `READERS` count as read in every run. A recipe or a callback of the user's own may read anything.

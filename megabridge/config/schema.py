@@ -76,7 +76,7 @@ class ParallelConfig:
 @dataclass
 class ConversionConfig:
     mode: str = choice("roundtrip", "import", "export", "verify")
-    """What recipe=convert does. import: HF to native; export: native to HF; roundtrip: both; verify: checks an exported folder."""
+    """Task of recipe=convert. import: HF to native; export: native to HF; roundtrip: both; verify: checks an exported folder."""
     output: str | None = None
     """Folder that recipe=convert publishes to. Null: inside the run directory."""
     folder: str | None = None
@@ -96,7 +96,7 @@ class ConversionConfig:
     allow_nonfinite: bool = False
     """Whether weights may hold NaN or infinity."""
     reader: str = choice("auto", "mapped", "sequential")
-    """How column cuts are read: copied out of a mapped file (mapped) or out of whole rows (sequential); auto: by file system."""
+    """Source of column cuts: copied out of a mapped file (mapped) or out of whole rows (sequential); auto: by file system."""
     dedupe: bool = False
     """Whether the ranks of a host read each part of a checkpoint only once between them, through 64 MiB of shared memory."""
     export_dtype: str | None = field(default=None, metadata={"choices": DTYPES})
@@ -106,7 +106,7 @@ class ConversionConfig:
     max_shard_size: str | None = None
     """Maximum size of an export's safetensors files, such as 5GB. Null: the source's files if all dtypes are its own, else 5GB."""
     writer: str = choice("shared", "gather")
-    """Who writes an export's files. shared: every rank its own part, on a shared file system; gather: rank 0 everything."""
+    """Writers of an export's files. shared: every rank writes its own part, on a shared file system; gather: rank 0 writes all."""
 
 
 @dataclass
@@ -164,8 +164,8 @@ class PeftConfig:
     exclude_modules: list[str] = field(default_factory=list)
     """Ends of HF module names that get no adapter."""
     target_parameters: list[str] = field(default_factory=list)
-    """Ends of names of experts' weights that are one 3-D parameter of a layer and get an adapter (experts.down_proj, * as
-    wildcard), as transformers' model names them."""
+    """Ends of names of experts' weights that get an adapter and are a single 3-D parameter of a layer (experts.down_proj, * as
+    wildcard), as in transformers' model."""
     r: int = 16
     """Rank of each adapter."""
     lora_alpha: float = 32.0
@@ -261,7 +261,7 @@ class BackendConfig:
 @dataclass
 class BenchConfig:
     name: str = choice("conversion")
-    """What recipe=bench measures."""
+    """The benchmark that recipe=bench runs."""
     layouts: list[str] = field(default_factory=lambda: ["single"])
     """Layouts to measure, each written as single or tp2pp2. On CUDA, layouts that need more GPUs than the host has are left out."""
     repeats: int = 3
@@ -297,7 +297,7 @@ class Config:
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
     """Rules of import and export."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What is saved and when, and from which checkpoint a run resumes."""
+    """Saves, and the checkpoint that a run resumes from."""
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     """The program that runs, and for how long."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -305,9 +305,9 @@ class Config:
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """Input and output of recipe=prepare_data."""
     bench: BenchConfig = field(default_factory=BenchConfig)
-    """What recipe=bench measures."""
+    """Settings of recipe=bench."""
     peft: PeftConfig = field(default_factory=PeftConfig)
-    """Which parameters are trained: all, or adapters."""
+    """The trained parameters: all, or adapters."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -323,7 +323,7 @@ class Config:
     family: str | None = None
     """module:NAME of a megabridge.families.Family of your own; every process registers it before anything else happens."""
     platform: str = choice("auto", "cpu", "cuda")
-    """Where ranks compute. auto: CUDA where there is a GPU, else the CPU with gloo."""
+    """Device of the ranks. auto: CUDA if there is a GPU, else the CPU with gloo."""
     seed: int = 1234
     """Seed of random weights, data order and dropout."""
     deterministic: bool = False

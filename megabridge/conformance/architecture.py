@@ -45,7 +45,7 @@ EITHER: Final = "post_attention_layernorm"  # before the MLP in Llama, after the
 
 @dataclass
 class UnknownModel:
-    """What is known about an unknown model. `take` removes recognised tensors; those left at the end are unrecognised."""
+    """The config and tensors of an unknown model. `take` removes recognised tensors; those left at the end are unrecognised."""
 
     config: Mapping[str, Any]
     defaults: Mapping[str, Any]

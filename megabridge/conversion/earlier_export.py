@@ -24,7 +24,7 @@ from megabridge.storage import folders, regular_files
 from megabridge.storage.inside_folder import entries
 
 State = Mapping[str, tuple[int, int, int]]  # by path: inode, size in bytes, time of change in ns
-_LOCK: Final = re.compile(rb"[0-9a-f]{0,32}")  # what `folders.claim` writes, or a part of it
+_LOCK: Final = re.compile(rb"[0-9a-f]{0,32}")  # content that `folders.claim` writes, or a part of it
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _manifest(path: Path) -> Manifest:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file, and no link to one."""
+    """Whether it is a regular file and not a symbolic link."""
     return regular_files.exists(path) and not path.is_symlink()
 
 
@@ -141,5 +141,5 @@ def _is_folder(path: Path) -> bool:
 def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:  # a file system without such names, or a file of another user's
+    except OSError:  # a file system without hard links, or another user's file
         shutil.copy2(source, target, follow_symlinks=False)

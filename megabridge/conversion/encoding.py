@@ -171,7 +171,7 @@ def _fill(plan: Plan, grids: Mapping[str, torch.Tensor], encoder: Encoder) -> No
 
 
 def raise_to(grid: torch.Tensor, part: Transfer, values: torch.Tensor, block: tuple[int, int]) -> None:
-    """Raises the entries of `grid`, one per block of a tensor, to the largest magnitudes of its `part`, `values` on the CPU."""
+    """Raises the entries of `grid`, one per block of a tensor, to the largest magnitudes in `values`, its `part` on the CPU."""
     largest_of(values.to(torch.float32).reshape(sizes_of(part)), runs_of(part), block, grid)
 
 

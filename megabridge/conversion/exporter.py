@@ -135,7 +135,7 @@ def _release(path: Path, own: list[IO[str]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one rank wrote: bytes written, bytes found written already, tensors that aren't finite, and digests of tensors."""
+    """A rank's result: bytes written, bytes found written already, tensors that aren't finite, and digests of tensors."""
 
     bytes_written: int
     bytes_kept: int

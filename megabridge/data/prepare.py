@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rules:
-    """How files are divided into rows, and how a row becomes a document."""
+    """Rules for dividing files into rows, and for making a document of a row."""
 
     tokenizer: Path
     column: str = "text"
