@@ -1,5 +1,6 @@
-"""Computes log-likelihoods with the conventions of lm-evaluation-harness (lm_eval 0.4.13: api/model.py, models/huggingface.py).
+"""Computes log-likelihoods with the conventions of lm-evaluation-harness 0.4.13.
 
+They are those of lm_eval/api/model.py and lm_eval/models/huggingface.py.
 A text is encoded with the tokenizer's defaults. Without context, its first token follows the beginning-of-text token, or the
 end-of-text token if there is none; that token is not scored, and not added twice.
 """
