@@ -462,7 +462,7 @@ class AutoBridge:
         checkpoints.load_weights(self.source, self.state, model, path)
 
     def adopt_checkpoint(self, model: Model, folder: Path, rounded: Casts) -> None:
-        """Takes over a native checkpoint's record of its source, after filling `model` from it rounded `rounded`. Collective."""
+        """Takes over the source record of a native checkpoint that `model` was filled from, rounding `rounded`. Collective."""
         checkpoints.adopt(self.source, self.state, model, folder, rounded)
 
     def keep_native_dtypes(self, model: Model, path: str | Path) -> list[torch.nn.Module]:

@@ -204,7 +204,7 @@ def _export(source: ModelSource, state: BridgeState, plan: Plan, path: Path, wri
     casts = _casts(state, plan, specs)
     state.print_casts("exported with less precision than the source had", casts)
     # A config.json may state another dtype than its files have: "source" keeps what it states.
-    name = None if options.weight_dtype == "source" else _most(specs)
+    name = None if options.weight_dtype == "source" else _usual_dtype(specs)
     with collectives.raise_together("choosing what to quantise"):
         quantized, said = quantization_for(plan, options.quantization, source.config)
     export = plan_export(
@@ -294,7 +294,7 @@ def _held(plan: Plan, names: Sequence[str]) -> dict[str, torch.dtype]:
     return {name: plan.tensors[plan.aliases.get(name, name)].dtype for name in names}
 
 
-def _most(specs: Mapping[str, TensorSpec]) -> str:
+def _usual_dtype(specs: Mapping[str, TensorSpec]) -> str:
     """Returns the dtype that most elements of an export have, as config.json spells it."""
     elements: Counter[torch.dtype] = Counter()
     for spec in specs.values():

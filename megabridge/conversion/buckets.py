@@ -74,7 +74,7 @@ class Section:
     pieces: tuple[WireBox, ...]
 
     @property
-    def travels(self) -> bool:
+    def is_sent(self) -> bool:
         """Whether any other rank receives it."""
         return self.stop > self.start
 

@@ -142,7 +142,7 @@ def agree_on_encoder(
         parts = dict(zip(batch, torch.split(flat, [prod(grids[name]) for name in batch]), strict=True))
         with collectives.raise_together("finding the largest weights"):
             _fill(plan, {name: part.view(grids[name]) for name, part in parts.items()}, encoder)
-        flat.copy_(_most(flat, plan))
+        flat.copy_(_maximum(flat, plan))
         largest |= {name: part.view(grids[name]).clone() for name, part in parts.items() if name in held}
     return replace(encoder, largest=largest)
 
@@ -175,7 +175,7 @@ def raise_to(grid: torch.Tensor, part: Transfer, values: torch.Tensor, block: tu
     largest_of(values.to(torch.float32).reshape(sizes_of(part)), runs_of(part), block, grid)
 
 
-def _most(flat: torch.Tensor, plan: Plan) -> torch.Tensor:
+def _maximum(flat: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Returns the elementwise maximum over all ranks. Collective."""
     if collectives.world_size() == 1:
         return flat

@@ -48,8 +48,8 @@ def plan_shards(
 ) -> list[Shard]:
     """Plans files in `folder` for tensors in the given order: a new file starts when the next tensor would not fit.
 
-    `only` names a single file for all tensors, whatever its size; `files` lists the tensors of each file, in order, and goes before
-    both.
+    `only` names a single file for all tensors, whatever its size. `files` lists the tensors of each file, in order; it overrides
+    the other two.
     """
     if files:
         return [_shard(folder, file, {name: specs[name] for name in names}) for file, names in files.items()]

@@ -109,10 +109,10 @@ class Stream:
             is_handed_over = False
             self._send_next()
             for bucket in self._buckets:
-                self._arrive()
+                self._wait()
                 self._guarded(partial(self._join, bucket))
                 self._send_next()
-                self._guarded(partial(self._land, bucket))
+                self._guarded(partial(self._copy_to_host, bucket))
                 if self._is_consumer and self._error is None:
                     is_handed_over = True
                     yield self._buffers["host" if self._to_host else "flat"][: bucket.size], bucket.entries
@@ -159,7 +159,7 @@ class Stream:
         return int(state.item())
 
     def _end(self) -> None:
-        """Ends the stream: raises the reason, except on ranks that closed it or, if no rank failed, aren't consumers."""
+        """Ends the stream: raises a failed rank's error on every rank, else MegabridgeError on consumers that didn't close it."""
         states = collectives.all_gather((self._is_leaving, self._delivered))
         with collectives.raise_together("streaming weights"):
             if self._error is not None:
@@ -177,7 +177,7 @@ class Stream:
             return  # dropped after the groups were stopped: no rank is waiting
         self._is_leaving = True
         try:
-            self._arrive()
+            self._wait()
             if self._next <= len(self._buckets):
                 self._send_next()
         except (_Ended, MegabridgeError):
@@ -189,13 +189,13 @@ class Stream:
         self._sections, size = layout_of_bucket(bucket, self._plan, self._rank, self._consumers)
         wire = self._buffer("wire", size, self._wire_device)
         for section in self._sections:
-            if section.rank == self._rank and section.travels:
+            if section.rank == self._rank and section.is_sent:
                 for piece in section.pieces:
                     piece.view(wire).copy_(self._own(piece))
 
     def _send(self) -> list[Any]:
         wire = self._buffers["wire"]
-        moving = [section for section in self._sections if section.travels]
+        moving = [section for section in self._sections if section.is_sent]
         if len(self._consumers) == self._world:
             return [dist.broadcast(wire[s.start : s.stop], src=s.rank, async_op=True) for s in moving]
         operations = []
@@ -207,7 +207,7 @@ class Stream:
                 operations.append(dist.P2POp(dist.irecv, data, section.rank))
         return dist.batch_isend_irecv(operations) if operations else []
 
-    def _arrive(self) -> None:
+    def _wait(self) -> None:
         while self._works:
             self._works.pop(0).wait()
 
@@ -219,9 +219,9 @@ class Stream:
         for section in self._sections:
             for piece in section.pieces:
                 box = view(piece.entry.view(flat), piece.transfer.hf_view())
-                box.copy_(piece.view(wire) if section.travels else self._own(piece))
+                box.copy_(piece.view(wire) if section.is_sent else self._own(piece))
 
-    def _land(self, bucket: Bucket) -> None:
+    def _copy_to_host(self, bucket: Bucket) -> None:
         """Copies the flat tensor to the host, if the caller asked for that, while the next bucket is sent."""
         if self._is_consumer and self._to_host:
             host = self._buffer("host", bucket.size, torch.device("cpu"))
