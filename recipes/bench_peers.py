@@ -112,7 +112,7 @@ def import_whole(plan: Plan, infos: Mapping[str, TensorInfo], groups: Groups) ->
     first = groups.tp_ranks[0] == dist.get_rank()
     files: dict[Path, Any] = {}
     for item in plan.items:
-        record, target = item.record, item.live.data
+        record, target = item.record, item.local.data
         names, moves = _moves(plan, record)
         tensors = []
         for name in names:
@@ -170,15 +170,15 @@ def _from_stage(item: LocalItem | None, owner: int, groups: Groups) -> tuple[Par
     """Sends a parameter of one stage to all stages: its shape, its record, then its elements. `item` is None on the others."""
     if len(groups.pp_ranks) == 1:
         assert item is not None
-        return item.record, item.live.data
+        return item.record, item.local.data
     shapes: list[Any] = [None] * len(groups.pp_ranks)
-    dist.all_gather_object(shapes, None if item is None else tuple(item.live.data.shape), group=groups.pp)
+    dist.all_gather_object(shapes, None if item is None else tuple(item.local.data.shape), group=groups.pp)
     packed = [None if item is None else item.record]
     dist.broadcast_object_list(packed, src=owner, group=groups.pp)
     record = packed[0]
     assert record is not None
     shape = next(shape for shape in shapes if shape is not None)
-    shard = torch.empty(shape, dtype=record.dtype, device=platform.device()) if item is None else item.live.data.contiguous()
+    shard = torch.empty(shape, dtype=record.dtype, device=platform.device()) if item is None else item.local.data.contiguous()
     dist.broadcast(_bytes(shard), owner, group=groups.pp)
     return record, shard
 

@@ -188,8 +188,8 @@ def gradient_differences(plan: Plan, gradients: Path) -> tuple[dict[str, float],
     with Reader(infos.values()) as reader:
         sizes = {name: float(reader.mapped(info).abs().max()) for name, info in infos.items() if name in plan.tensors}
         floor = 1e-4 * max(sizes.values())
-        for item in (item for item in plan.items if isinstance(item.live.parameter, torch.nn.Parameter)):  # buffers have none
-            gradient: Any = vars(item.live.parameter).get("main_grad")
+        for item in (item for item in plan.items if isinstance(item.local.parameter, torch.nn.Parameter)):  # buffers have none
+            gradient: Any = vars(item.local.parameter).get("main_grad")
             for transfer in item.transfers:
                 name = item.hf[transfer.part]
                 if gradient is None or name not in sizes:

@@ -90,9 +90,9 @@ def pairs(plan: Plan, chunks: Sequence[torch.nn.Module]) -> list[ModulePair]:
     models = [unwrap(chunk) for chunk in chunks]
     found: list[ModulePair] = []
     for item in plan.items:
-        if not item.is_tied_copy and item.live.local.rpartition(".")[2] != "bias":
-            path = item.live.local.rpartition(".")[0]
-            found += _of_parameter(item, models[item.live.chunk].get_submodule(path))
+        if not item.is_tied_copy and item.local.local.rpartition(".")[2] != "bias":
+            path = item.local.local.rpartition(".")[0]
+            found += _of_parameter(item, models[item.local.chunk].get_submodule(path))
     for model in models:
         found += _of_layers(plan.family, model)
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and model is models[-1]:

@@ -104,7 +104,7 @@ def compare(
 def _read_tasks(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[ReadTask]:
     out = []
     for item in plan.items:
-        target = item.live.data
+        target = item.local.data
         for transfer in item.transfers:
             names = plan.copies_of(item.hf[transfer.part], infos)
             out += [ReadTask(infos[name], transfer, target) for name in names if name not in absent]

@@ -167,7 +167,7 @@ def _fill(plan: Plan, grids: Mapping[str, torch.Tensor], encoder: Encoder) -> No
         for transfer in item.transfers if item.is_writer else ():
             name = item.hf[transfer.part]
             for part in transfer.split(_AT_ONCE) if name in grids and transfer.elements else ():
-                raise_to(grids[name], part, native_box(item.live.data, part).to("cpu", encoder.dtypes[name]), sizes)
+                raise_to(grids[name], part, native_box(item.local.data, part).to("cpu", encoder.dtypes[name]), sizes)
 
 
 def raise_to(grid: torch.Tensor, part: Transfer, values: torch.Tensor, block: tuple[int, int]) -> None:
@@ -179,7 +179,7 @@ def _maximum(flat: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Returns the elementwise maximum over all ranks. Collective."""
     if collectives.world_size() == 1:
         return flat
-    moved = flat.to(collectives.communication_device(plan.items[0].live.data.device if plan.items else torch.device("cpu")))
+    moved = flat.to(collectives.communication_device(plan.items[0].local.data.device if plan.items else torch.device("cpu")))
     dist.all_reduce(moved, op=dist.ReduceOp.MAX)
     return moved.cpu()
 

@@ -149,7 +149,7 @@ def _own(export: ExportPlan) -> Generator[tuple[TensorInfo, Sequence[Transfer], 
     for item in plan.items:
         for group in coalescible(item.transfers) if item.is_writer else ():
             for name in plan.copies_of(item.hf[group[0].part], infos):
-                yield infos[name], group, item.live.data
+                yield infos[name], group, item.local.data
 
 
 def _scales(export: ExportPlan) -> Boxes:

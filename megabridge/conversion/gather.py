@@ -85,7 +85,7 @@ def _digests(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encoder) -> D
         for transfer in item.transfers:
             for name in plan.copies_of(item.hf[transfer.part], infos):
                 parts = transfer.split(STAGING)
-                out.append((name, transfer, _digest(encoder.encode(infos[name], p, native_box(item.live.data, p)) for p in parts)))
+                out.append((name, transfer, _digest(encoder.encode(infos[name], p, native_box(item.local.data, p)) for p in parts)))
     return out
 
 

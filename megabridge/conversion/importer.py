@@ -107,14 +107,14 @@ def _check_dtypes(infos: Sequence[TensorInfo]) -> None:
 
 def _read_tasks(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[ReadTask]:
     named = ((item, transfer, item.hf[transfer.part]) for item in plan.items for transfer in item.transfers)
-    return [ReadTask(infos[name], transfer, item.live.data) for item, transfer, name in named if name not in absent]
+    return [ReadTask(infos[name], transfer, item.local.data) for item, transfer, name in named if name not in absent]
 
 
 def _zero_unfed(plan: Plan, absent: frozenset[str]) -> None:
     for item in plan.items:
         fed = sum(transfer.elements for transfer in item.transfers)
-        if fed < prod(item.live.data.shape) and not absent.intersection(item.hf):
-            item.live.data.zero_()
+        if fed < prod(item.local.data.shape) and not absent.intersection(item.hf):
+            item.local.data.zero_()
 
 
 def _synchronize(tasks: Sequence[ReadTask]) -> None:
@@ -136,10 +136,10 @@ def _refuse(plan: Plan, mismatched: tuple[str, ...]) -> None:
 
 def refuse_nonfinite(plan: Plan, absent: frozenset[str] = frozenset()) -> None:
     """Raises the same CheckpointError on every rank, naming tensors whose parameters hold NaN or infinity. Collective."""
-    verdicts = [is_finite(item.live.data) for item in plan.items]
+    verdicts = [is_finite(item.local.data) for item in plan.items]
     answers = torch.stack(verdicts).tolist() if verdicts else []
     items = [item for item, finite in zip(plan.items, answers, strict=True) if not finite]
-    boxes = [(item.hf[t.part], native_box(item.live.data, t)) for item in items for t in item.transfers if t.elements]
+    boxes = [(item.hf[t.part], native_box(item.local.data, t)) for item in items for t in item.transfers if t.elements]
     bad = [name for name, box in boxes if name not in absent and not box.float().isfinite().all()]
     names = sorted(set(chain.from_iterable(collectives.all_gather(bad))))
     if names:

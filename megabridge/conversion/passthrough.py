@@ -102,12 +102,12 @@ def with_passthrough(plan: Plan, passthrough: Passthrough, scratch: Path) -> Pla
         sources[name] = (WrittenBox(owner, name, move),)
         if owner == collectives.rank():
             record = ParameterRecord(name, info.shape, info.dtype, (), is_writer=True)
-            live = (
+            parameter = (
                 LocalParameter(record, name, -1, decoded[name])
                 if name in decoded
                 else PassthroughParameter(record, name, -1, torch.empty(0), passthrough)
             )
-            items.append(LocalItem(record, (name,), (info.shape,), (move,), False, live))
+            items.append(LocalItem(record, (name,), (info.shape,), (move,), False, parameter))
     return replace(
         plan, items=tuple(items), tensors={name: tensors[name] for name in sorted(tensors, key=natural)}, sources=sources
     )

@@ -47,7 +47,7 @@ class PlannedParameter:
 class LocalItem(PlannedParameter):
     """An entry of the plan, with this rank's parameter."""
 
-    live: LocalParameter
+    local: LocalParameter
 
     @classmethod
     def of(cls, entry: PlannedParameter, parameter: LocalParameter) -> Self:
@@ -119,7 +119,7 @@ class Plan:
     @property
     def owned_bytes(self) -> int:
         """Bytes of this rank's parameters that some tensor feeds."""
-        return sum(t.elements * item.live.parameter.element_size() for item in self.items for t in item.transfers)
+        return sum(t.elements * item.local.parameter.element_size() for item in self.items for t in item.transfers)
 
 
 class Expansion:

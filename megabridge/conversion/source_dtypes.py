@@ -27,9 +27,9 @@ def keep_source_dtypes(plan: Plan, infos: Mapping[str, TensorInfo]) -> bool:
     """
     wanted = _by_kind(plan, infos)
     others = [
-        (item.live.parameter, dtype)
+        (item.local.parameter, dtype)
         for item in plan.items
-        if (dtype := wanted.get(_kind(item.record.name))) is not None and dtype != item.live.parameter.dtype
+        if (dtype := wanted.get(_kind(item.record.name))) is not None and dtype != item.local.parameter.dtype
     ]
     for parameter, dtype in others:
         parameter.data = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)

@@ -56,8 +56,8 @@ class Stream:
         self._buckets = plan_buckets(specs, bucket_bytes, in_rows=in_rows)
         self._count = sum(len(bucket.entries) for bucket in self._buckets)
         self._delivered = 0  # tensors that were yielded to the caller
-        self._parameters = {item.record.name: item.live for item in plan.items}
-        self._home = plan.items[0].live.data.device if plan.items else torch.device("cpu")
+        self._parameters = {item.record.name: item.local for item in plan.items}
+        self._home = plan.items[0].local.data.device if plan.items else torch.device("cpu")
         self._wire_device = collectives.communication_device(self._home)  # where the wire lies
         self._to_host = cpu and self._home.type != "cpu"
         self._buffers: dict[str, torch.Tensor] = {}

@@ -83,7 +83,7 @@ def make_tasks(plan: Plan, model: Sequence[torch.nn.Module], specs: Mapping[str,
     here: dict[str, LocalParameter] = {}
     for item in sorted(plan.items, key=lambda item: item.is_tied_copy):
         for name in item.hf:
-            here.setdefault(name, item.live)
+            here.setdefault(name, item.local)
     return [_task(plan, model, name, spec, shapes, here) for name, spec in specs.items()]
 
 
@@ -92,7 +92,7 @@ def _task(plan: Plan, model: Sequence[torch.nn.Module], name: str, spec: TensorS
     target = plan.aliases.get(name, name)
     sources = plan.sources[target]
     natives = tuple(dict.fromkeys(source.native for source in sources))
-    live = here.get(target)
+    own = here.get(target)
     return ConversionTask(
         hf_name=name,
         shape=spec.shape,
@@ -101,10 +101,10 @@ def _task(plan: Plan, model: Sequence[torch.nn.Module], name: str, spec: TensorS
         global_param_shapes=tuple(shapes[native] for native in natives),
         source_ranks=tuple(sorted({source.rank for source in sources})),
         mapping=sources,
-        param_name=None if live is None else live.local,
-        param_weight=None if live is None else live.parameter,
-        megatron_module=None if live is None else unwrap(model[live.chunk]).get_submodule(live.local.rpartition(".")[0]),
-        vp_stage=None if live is None else live.chunk,
+        param_name=None if own is None else own.local,
+        param_weight=None if own is None else own.parameter,
+        megatron_module=None if own is None else unwrap(model[own.chunk]).get_submodule(own.local.rpartition(".")[0]),
+        vp_stage=None if own is None else own.chunk,
     )
 
 
