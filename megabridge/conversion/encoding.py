@@ -92,8 +92,8 @@ def tensors_to_quantise(plan: Plan, quantization: Quantization) -> list[str]:
     ]
     if odd:
         raise ConfigError(
-            "quantization=fp8_block needs matrices named *.weight; no published checkpoint has these in it, export in bfloat16:\n  "
-            + listed(odd)
+            "quantization=fp8_block needs matrices named *.weight; these have no published form in block FP8, export in "
+            "bfloat16:\n  " + listed(odd)
         )
     return names
 
