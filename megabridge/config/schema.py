@@ -19,6 +19,8 @@ from megabridge.config import installed
 from megabridge.errors import ConfigError
 from megabridge.parallel.topology import SETTINGS, Topology
 
+CONFIG_FORMAT: Final = 1
+"""Increased when a published key gets another name or meaning; tests/fixtures keeps a config of every version."""
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
@@ -330,6 +332,8 @@ class Config:
     """Whether torch refuses operations whose result may differ from run to run."""
     timeout: float = 600.0
     """Seconds that a rank waits for the others in a collective before it fails, as another host may be cut off."""
+    config_format: int = CONFIG_FORMAT
+    """Version of the names and meanings of these keys: a config of another version is refused."""
     sweep: str | None = None
     """Directory of the sweep that recipe=collect and recipe=report read. Null: they refuse to run."""
     run_dir: str = "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 from megabridge.config import layout_rules
-from megabridge.config.schema import Config
+from megabridge.config.schema import CONFIG_FORMAT, Config
 from megabridge.errors import ConfigError, listed
 from megabridge.parallel.topology import Topology
 
@@ -24,6 +24,15 @@ def nearest(word: str, words: list[str]) -> str:
     """Returns the end of a sentence: `; did you mean 'x'?` for the closest of `words`, or a full stop."""
     close = get_close_matches(word, words, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else "."
+
+
+def check_format(config: Config) -> None:
+    """Raises ConfigError for a config with another version of the keys."""
+    if config.config_format != CONFIG_FORMAT:
+        raise ConfigError(
+            f"config_format={config.config_format} must be {CONFIG_FORMAT}, which this version of megabridge reads; run it with "
+            "the version that wrote it, or bring its keys up to date (CHANGELOG.md)."
+        )
 
 
 def check_choices(config: Config) -> None:

@@ -33,6 +33,7 @@ def resolve(cfg: DictConfig, run_dir: Path | None = None, overrides: Collection[
         typed = schema.typed(values)
     except OmegaConfBaseException as error:  # an interpolation brought another type, or ++ another key
         raise ConfigError(error_messages.explain(error, conf_folder())) from error
+    validation.check_format(typed)
     bounds.check_numbers(typed)
     bounds.check_paths(typed)
     validation.check_choices(typed)

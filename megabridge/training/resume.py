@@ -37,8 +37,8 @@ _FIXED: Final = (
     input_digests.TOKENIZER,
     input_digests.ROWS,
 )
-_OF_RESUMING: Final = ("checkpoint.resume", "checkpoint.accept_changes")
-"""Settings that say how a run is resumed, and nothing about the run: the only ones that are not compared."""
+_NOT_COMPARED: Final = ("checkpoint.resume", "checkpoint.accept_changes", "config_format")
+"""Settings that say how a run is resumed or written down, and nothing about the run: the only ones that are not compared."""
 _LONGEST: Final = 200  # characters of a value in a message
 
 
@@ -60,7 +60,7 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any], *, accepted: S
     """
     if unknown := [name for name in accepted if name not in _FIXED]:
         raise ConfigError(f"checkpoint.accept_changes={unknown} must be of {', '.join(_FIXED)}; others need not be accepted.")
-    names = [name for name in {**current, **saved} if name not in _OF_RESUMING] if saved else []
+    names = [name for name in {**current, **saved} if name not in _NOT_COMPARED] if saved else []
     lines = {name: _line(name, saved, current) for name in names if _text(saved, name) != _text(current, name)}
     forbidden = [line for name, line in lines.items() if (fixed := _fixed(name)) is not None and fixed not in accepted]
     if forbidden:

@@ -249,6 +249,7 @@ def test_sizes_of_a_local_folder_are_read_by_its_family(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         ("optimizer.name=adma", "did you mean 'adam'"),
+        ("config_format=2", "config_format=2 must be 1, which this version of megabridge reads"),
         ("model.dtype=bf16", "is not one of float32, bfloat16, float16"),
         ("data._target_=os", "must name a class"),
         ("+callbacks.mine.x=1", r"callbacks\.mine\._target_=None must name"),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import cast
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
+from megabridge.config import schema
 from megabridge.storage.metrics_file import read
-from tests.conversion.test_round_trip import payload
 from tests.support.fixtures import COMMON, ROOT
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
 
 FORMATS = sorted((ROOT / "tests" / "fixtures").iterdir())
@@ -25,6 +28,9 @@ def test_what_a_version_wrote_is_read(ranks: RankServer, tmp_path: Path, kept: P
     run = shutil.copytree(kept / "run", tmp_path / "run")
     step = run / "checkpoints" / "step_2"
     published = payload(step / "hf")
+
+    # The config: its keys are known, and have these types.
+    assert schema.typed(cast(DictConfig, OmegaConf.load(run / "config.yaml"))).config_format <= schema.CONFIG_FORMAT
 
     def program(*overrides: str) -> str:
         done = ranks.program([*overrides, "platform=cpu", "logger=local"], cwd=tmp_path)
