@@ -1,4 +1,4 @@
-"""One page that compares the runs of a sweep: recipe=report sweep=DIR."""
+"""Writes a page that compares the runs of a sweep: recipe=report sweep=DIR."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recipes.collect import sweep_folder
 
 
 def main(config: Config) -> None:
-    """Writes report.html in the sweep's directory, from sweep.json and the runs' metrics as they are now."""
+    """Writes report.html to the sweep's directory, from sweep.json and the current metrics of the runs."""
     folder = sweep_folder(config)
     text = page(f"Sweep {folder.name}", results.rows(sweep.read(folder)))
     file = folder / "report.html"

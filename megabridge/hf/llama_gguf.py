@@ -1,7 +1,7 @@
 """A llama GGUF file turned into a Hugging Face folder: weights dequantised, tokenizer and chat template unpacked.
 
 Only what the quickstart's file needs: the Llama architecture and a GPT-2 style byte-level BPE. llama.cpp stores the rows of
-q and k in the order of its rotary embedding (convert_hf_to_gguf.py, `permute`); they are put back here.
+q and k in the order of its rotary embedding (llama.cpp/convert_hf_to_gguf.py, `permute`); they are put back here.
 """
 
 from __future__ import annotations

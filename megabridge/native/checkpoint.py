@@ -297,7 +297,7 @@ def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 
 def _sharded(chunk: Any) -> dict[str, Any]:
-    """A chunk's sharded parameters by their names in it; Transformer Engine's extra state is a pickle, of what fp8.py stores."""
+    """A chunk's sharded parameters by their names in it, without Transformer Engine's extra state, a pickle: see fp8_scales.py."""
     return {name: tensor for name, tensor in chunk.sharded_state_dict().items() if not name.endswith("_extra_state")}
 
 

@@ -53,10 +53,10 @@ def with_merged(plan: Plan, chunks: Sequence[torch.nn.Module]) -> Plan:
     owners = {id(adapter.weight): adapter for adapter in adapters([unwrap(chunk) for chunk in chunks])}
     scales = {key: adapter.scale() for key, adapter in owners.items()}
     for item in plan.items:
-        adapter = owners.get(id(item.live.parameter))
+        adapter = owners.get(id(item.local.parameter))
         if adapter is not None:
-            live = item.live
-            merged = Merged(live.record, live.local, live.chunk, live.parameter, adapter, scales[id(live.parameter)], last)
-            item = replace(item, live=merged)
+            own = item.local
+            merged = Merged(own.record, own.local, own.chunk, own.parameter, adapter, scales[id(own.parameter)], last)
+            item = replace(item, local=merged)
         items.append(item)
     return replace(plan, items=tuple(items))

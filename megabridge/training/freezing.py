@@ -30,7 +30,7 @@ def freeze(chunks: Chunks, *, bridge: AutoBridge, patterns: Sequence[str]) -> Ch
     items = bridge.plan(chunks).items
     frozen, here = choose(items, patterns)
     check(patterns, all_gather(here))
-    freeze_parameters(chunks, [item.live.parameter for item in items if item.record.name in frozen])
+    freeze_parameters(chunks, [item.local.parameter for item in items if item.record.name in frozen])
     return chunks
 
 
@@ -85,7 +85,7 @@ def freeze_parameters(chunks: Iterable[Any], parameters: Iterable[torch.Tensor])
 
 def frozen_names(items: Iterable[LocalItem]) -> set[str]:
     """Native names of the parameters that no rank trains. Every rank calls it; names are exchanged once."""
-    here = {item.record.name for item in items if not item.live.parameter.requires_grad}
+    here = {item.record.name for item in items if not item.local.parameter.requires_grad}
     return set().union(*all_gather(here))
 
 

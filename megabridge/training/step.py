@@ -170,7 +170,7 @@ def _batches_on_every_rank(count: int) -> int:
     most = torch.tensor(count, device=platform.device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
-    # The interleaved schedule runs whole groups of pp micro-batches (schedules.py, microbatch_group_size_per_vp_stage).
+    # The interleaved schedule runs whole groups of pp micro-batches (pipeline_parallel/schedules.py).
     group = parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1
     return max(1, -(-int(most) // group)) * group
 

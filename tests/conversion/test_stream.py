@@ -161,7 +161,7 @@ def test_tasks_of_another_checkpoint(ranks: RankServer, models: list[Path], tmp_
         assert seen["tasks"] == names and "lm_head.weight" in tensors
         assert [entry[:2] for entry in seen["streamed"]] == names
         assert "nothing" in seen["refusal"] and "(3,) is not a tensor of this model" in seen["refusal"]
-        assert "stands twice" in seen["refusal"] and seen["refusal"].startswith("ConfigError: conversion_tasks must be")
+        assert "is given twice" in seen["refusal"] and seen["refusal"].startswith("ConfigError: conversion_tasks must be")
         assert seen["dtype"].startswith("ConfigError: dtype='int3'") and seen["none"] == []
 
 

@@ -84,7 +84,7 @@ def test_ids() -> None:
     check_ids([0, 3], 4, "x")
     check_ids([10**12, -1], None, "x")
     for ids, first in (([0, 4, 5], 4), ([1, -1], -1), ([-100], -100)):
-        with pytest.raises(ConfigError, match=f"x: token id {first} is none of the model's, which has vocab_size=4"):
+        with pytest.raises(ConfigError, match=f"x: token id {first} must be below the model's vocab_size=4, and not negative"):
             check_ids(ids, 4, "x")
 
 

@@ -35,7 +35,7 @@ SWAPPED = replace(
 def trials(root: str, architectures: list[str]) -> None:
     for name in architectures:
         family = all_families()[name]
-        tiny_model.write_trial(Path(root) / name, tiny_model.tiny_config(family, check_family.LAYERS), family, ranks=4)
+        tiny_model.write_tiny_model(Path(root) / name, tiny_model.tiny_config(family, check_family.LAYERS), family, ranks=4)
 
 
 def config_of(folder: Path, run_dir: Path, **groups_of: Any) -> tuple[Config, ParallelLayout]:
@@ -140,7 +140,7 @@ def _draft(folder: Path, name: str) -> dict[str, Any]:
     register(family)
     try:
         found = [check_config.check_config(family, {**family.tiny, "model_type": family.model_type}, "tiny")]
-        source = tiny_model.write_trial(folder / "trial", tiny_model.tiny_config(family, check_family.LAYERS), family)
+        source = tiny_model.write_tiny_model(folder / "trial", tiny_model.tiny_config(family, check_family.LAYERS), family)
         config_of_trial, layout = config_of(source, folder)
         found += check_family.check_tiny_model(config_of_trial, layout, source, folder / "export")
         problems = problems_of(found)

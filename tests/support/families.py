@@ -106,7 +106,7 @@ def make(root: str, architectures: list[str]) -> dict[str, int]:
 
 
 def _is_made(folder: Path, name: str, seed: int) -> bool:
-    tiny_model.write_trial(folder, tiny_config(name), all_families()[name.partition(":")[0]], ranks=4, seed=seed)
+    tiny_model.write_tiny_model(folder, tiny_config(name), all_families()[name.partition(":")[0]], ranks=4, seed=seed)
     if name not in MIXTURES or not platform.is_cpu():  # on a GPU one process is compared with transformers, not with other layouts
         return True
     reference = tiny_model.read_reference(folder)

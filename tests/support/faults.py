@@ -264,11 +264,11 @@ def not_finite(source: str, root: str) -> dict[str, Any]:
     with torch.no_grad():
         for item in plan.items:
             if item.record.name == "decoder.layers.3.mlp.linear_fc2.weight":
-                item.live.data[-1, -1] = float("nan")
+                item.local.data[-1, -1] = float("nan")
             if item.record.name == "decoder.layers.0.self_attention.linear_proj.weight":
-                item.live.data[0, 0] = float("-inf")
+                item.local.data[0, 0] = float("-inf")
             if item.record.name == "decoder.final_layernorm.weight":
-                item.live.data[3] = 1e9
+                item.local.data[3] = 1e9
 
     def save(name: str, **how: Any) -> str:
         raised = refusal(lambda: bridge.save_hf_pretrained(model, Path(root) / name, show_progress=False, **how))

@@ -24,7 +24,7 @@ def make(folder: str, architecture: str) -> None:
     """A trial whose model has a multi-token-prediction layer: its tensors are in the file, and in the loss and its gradients."""
     family, root = all_families()[architecture], Path(folder)
     config = tiny_model.tiny_config(family, check_family.LAYERS)
-    tiny_model.write_trial(root, config, family, ranks=4)
+    tiny_model.write_tiny_model(root, config, family, ranks=4)
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import MtpModel
 
@@ -66,7 +66,7 @@ def make(folder: str, architecture: str) -> None:
 def make_with(folder: str, architecture: str, key: str, tensor: str) -> None:
     """A trial whose config's `key` says that there is such a layer, and whose file has `tensor` of it."""
     family, root = all_families()[architecture], Path(folder)
-    tiny_model.write_trial(root, {**tiny_model.tiny_config(family, check_family.LAYERS), key: 1}, family)
+    tiny_model.write_tiny_model(root, {**tiny_model.tiny_config(family, check_family.LAYERS), key: 1}, family)
     file = load_file(root / "model.safetensors")
     save_file({**file, tensor: torch.arange(6.0).view(2, 3)}, root / "model.safetensors", {"format": "pt"})
 

@@ -1,7 +1,7 @@
 """Parts that families share. The only place that knows what different backends call the same parameter.
 
-Native names are megatron-core's (gpt_model.py, transformer_layer.py); alternatives are Transformer Engine's, which puts a norm into
-the linear that follows it.
+Native names are megatron-core's (models/gpt/gpt_model.py, transformer/transformer_layer.py); alternatives are Transformer Engine's,
+which puts a norm into the linear that follows it.
 """
 
 from __future__ import annotations

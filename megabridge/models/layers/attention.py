@@ -108,7 +108,7 @@ class TorchAttention(torch.nn.Module):
         if is_special or attention_mask is not None:
             allowed = _allowed(attention_mask, key, window, causal=causal, chunks=self.style.attention_chunks)
         # Heads are cut over tp, so that each rank drops its own; under sequence parallelism megatron-core uses the
-        # default generator here (dot_product_attention.py).
+        # default generator here (transformer/dot_product_attention.py).
         forked = dropout > 0 and not self.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
             attend = self._written_out if is_written_out else _kernel

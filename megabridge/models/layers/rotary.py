@@ -108,7 +108,7 @@ def _yarn_attention_factor(rope: Mapping[str, Any]) -> float:
 class HFRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
     """megatron-core's RotaryEmbedding with the frequencies of a Hugging Face `rope_parameters` dict.
 
-    `attention_factor` is what cosine and sine are multiplied by; megatron-core's Attention does so (model.py).
+    `attention_factor` multiplies cosine and sine, in megatron-core's Attention, which gets it from models/causal_lm.py.
     """
 
     def __init__(

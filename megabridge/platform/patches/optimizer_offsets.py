@@ -1,8 +1,9 @@
 """Offsets of parameters in a buffer without the padding between its buckets, while the optimizer's state is taken out of it.
 
-Stands for `param_index_map` of megatron/core/distributed/param_and_grad_buffer.py as distrib_optimizer.py:1690-1828 reads it: a
-`fully_reshardable` save takes the state out of a buffer without the padding, but by offsets that count it. Where a bucket ends off
-a multiple of 128 x dp elements and is not the last, all that follows is shifted: wrong state, no error. megatron-core 0.19.
+Stands for `param_index_map` of megatron/core/distributed/param_and_grad_buffer.py as optimizer/distrib_optimizer.py:1690-1828 reads
+it: a `fully_reshardable` save takes the state out of a buffer without the padding, but by offsets that count it. Where a bucket
+ends off a multiple of 128 x dp elements and is not the last, all that follows is shifted: wrong state, no error.
+megatron-core 0.19.
 """
 
 from __future__ import annotations
