@@ -195,12 +195,6 @@ def step_problems(config: Config, topology: Topology) -> list[str]:
     return problems
 
 
-def padded_vocabulary(get: Get, tp: int) -> int:
-    """vocab_size, padded to a multiple of make_vocab_size_divisible_by x tp."""
-    multiple = int(get("make_vocab_size_divisible_by")) * tp
-    return -(-int(get("vocab_size")) // multiple) * multiple
-
-
 def parameters(get: Get) -> int | None:
     """Parameters of a decoder with an MLP, or experts, in each layer: of a dense one without biases exactly. None: not known."""
     layers, hidden, heads, vocab = (get(name) for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"))

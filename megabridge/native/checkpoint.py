@@ -305,7 +305,8 @@ def _fill(chunks: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
     for index, chunk in enumerate(unwrap_model(list(chunks))):
         read = loaded.get("model" if len(chunks) == 1 else f"model{index}", {})  # nothing for a stage without adapters
         wrong = chunk.load_state_dict(read, strict=False)
-        missing = wrong.missing_keys if chunk.stored is None else ()  # adapters alone are read; the rest came with the model
+        # A chunk with a sharded state of its own reads adapters alone; all else came with the model.
+        missing = wrong.missing_keys if chunk.own_sharded_state is None else ()
         names = [name for name in (*missing, *wrong.unexpected_keys) if not name.endswith("_extra_state")]
         if names:
             raise CheckpointError(f"parameters that the checkpoint and the model don't share:\n  {listed(names)}")

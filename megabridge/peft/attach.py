@@ -115,8 +115,8 @@ def inject(chunks: Sequence[Any], family: Family, native: Mapping[str, object], 
         if (target := rules.target(live.name, dims)) is not None:
             made.append(Adapter(module, spread, rows_of(expansion.entry(live.record), live, target), lora))
     for chunk in chunks:
-        chunk.stored = partial(sharded_state, chunk)
-        chunk.keep_recomputation_alive()
+        chunk.own_sharded_state = partial(sharded_state, chunk)
+        chunk.enable_input_require_grads()
     return made
 
 

@@ -80,7 +80,7 @@ def freeze_parameters(chunks: Iterable[Any], parameters: Iterable[torch.Tensor])
             parameter.requires_grad_(False)
     for chunk in chunks:
         model: Any = unwrap(chunk)
-        model.keep_recomputation_alive()
+        model.enable_input_require_grads()
 
 
 def frozen_names(items: Iterable[LocalItem]) -> set[str]:
