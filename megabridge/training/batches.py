@@ -1,4 +1,4 @@
-"""How many micro-batches a step has on this rank, and their way to the device."""
+"""Micro-batches of a step: their number on this rank, and their transfer to the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megabridge.training.step import Batch
 
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:
-    """The next `count` micro-batches, on CUDA in pinned memory: a copy out of other memory waits for the device. Collective."""
+    """Takes the next `count` micro-batches; on CUDA in pinned memory, without which a copy waits for the device. Collective."""
     with together_where_cheap("taking a step's batches"):
         taken = list(islice(batches, count))
     if platform.is_cpu():
@@ -24,7 +24,7 @@ def take(batches: Iterator[Batch], count: int) -> list[Batch]:
 
 
 def micro_batches(config: Config) -> int:
-    """Micro-batches of one optimizer step on this data-parallel rank. Raises ConfigError where they don't come out even."""
+    """Number of micro-batches of one optimizer step on this data-parallel rank. Raises ConfigError where it isn't whole."""
     recipe, topology = config.recipe, process_groups.running()
     if problems := layout_rules.step_problems(config, topology):
         raise ConfigError(listed(problems))
