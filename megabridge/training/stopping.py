@@ -31,24 +31,24 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = False
         self._before: dict[signal.Signals, Any] = {}
-        self._held: set[int] = set()
+        self._blocked: set[int] = set()
 
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only, and refuses handlers elsewhere.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-            self._held = signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(self.SIGNALS)
+            self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(self.SIGNALS)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # a pending one arrives here
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._before:
-            signal.pthread_sigmask(signal.SIG_BLOCK, self._held)
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        if not self._held:
+        if not self._blocked:
             self._restore()
 
     def _restore(self) -> None:

@@ -1,4 +1,4 @@
-"""What Hydra finds as `hydra/launcher=local` and `hydra/launcher=slurm`.
+"""Hydra plugins `hydra/launcher=local` and `hydra/launcher=slurm`.
 
 Hydra takes plugins only from modules below the namespace `hydra_plugins`, which it imports by that name: launchers/run.py puts
 the folder above this one on sys.path. Hydra imports this at every start, so the launchers themselves are imported when used.
@@ -17,13 +17,13 @@ from omegaconf import DictConfig
 
 
 class _Sweeping(Launcher):
-    """Hydra builds it from its settings, and gives it every batch of points that its sweeper thinks of."""
+    """Base of the launchers: Hydra builds one from its settings, and passes it every batch of points of its sweeper."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Claims the sweep's directory for this process, before its sweeper writes there."""
+        """Locks the sweep's directory for this process, before the sweeper writes there."""
         from megabridge.launchers import run_lock
 
         run_lock.take(Path(str(config.hydra.sweep.dir)).absolute(), "hydra.sweep.dir")
@@ -32,7 +32,7 @@ class _Sweeping(Launcher):
 
 
 class LocalLauncher(_Sweeping):
-    """Points on this host, one after another or several at once."""
+    """Runs points on this host, one after another or several at once."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from megabridge.launchers import local_sweep, sweep
@@ -43,7 +43,7 @@ class LocalLauncher(_Sweeping):
 
 
 class SlurmLauncher(_Sweeping):
-    """Points as a job array of SLURM."""
+    """Runs points as job arrays of SLURM."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from megabridge.launchers import slurm, sweep
