@@ -260,7 +260,7 @@ class Reader(Files):
         itemsize = info.dtype.itemsize
         sizes, strides, offset = part.hf_view()
         if _is_long(info, part):
-            length, starts = part.rows()
+            length, starts = part.contiguous_runs()
             flat = buffer()
             place = flat.data_ptr()
             for start in starts:

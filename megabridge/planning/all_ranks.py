@@ -209,5 +209,5 @@ class _Sums:
     def _figures(self, moves: tuple[Transfer, ...]) -> tuple[int, int, int]:
         if id(moves) not in self.known:
             sizes = [move.elements for move in moves]
-            self.known[id(moves)] = sum(sizes), sum(move.stretches for move in moves), max(sizes, default=0)
+            self.known[id(moves)] = sum(sizes), sum(move.contiguous_run_count for move in moves), max(sizes, default=0)
         return self.known[id(moves)]
