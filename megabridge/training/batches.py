@@ -10,13 +10,13 @@ from megabridge.config import layout_rules
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError, listed
 from megabridge.parallel import process_groups
-from megabridge.parallel.collectives import together_where_cheap
+from megabridge.parallel.collectives import raise_together_if_cheap
 from megabridge.training.step import Batch
 
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:
     """Takes the next `count` micro-batches; on CUDA in pinned memory, without which a copy waits for the device. Collective."""
-    with together_where_cheap("taking a step's batches"):
+    with raise_together_if_cheap("taking a step's batches"):
         taken = list(islice(batches, count))
     if platform.is_cpu():
         return taken

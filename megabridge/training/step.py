@@ -20,7 +20,7 @@ from megabridge.data.vocabulary import check_batch
 from megabridge.errors import ConfigError
 from megabridge.models.layers.packed import Packed, packed
 from megabridge.native import fp8_scales
-from megabridge.parallel.collectives import together_where_cheap
+from megabridge.parallel.collectives import raise_together_if_cheap
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
@@ -57,7 +57,7 @@ def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward
     Raises ConfigError for tokens or labels outside the vocabulary.
     """
     size = int(get_attr_wrapped_model(chunks[0], "unpadded_vocab_size"))
-    with together_where_cheap("looking at a step's tokens"):
+    with raise_together_if_cheap("looking at a step's tokens"):
         for number, batch in enumerate(batches):
             check_batch(batch, size, f"micro-batch {number} of this rank")
     on_device = [_placed(batch) for batch in batches]
