@@ -47,8 +47,8 @@ def prepare() -> None:
 
     Silences useless warnings; on a CPU it redirects the CUDA calls that megatron-core makes, and imports it. A rank's main function
     calls it, `megabridge.AutoBridge` does, and so do packages and modules that import megatron-core, so that importing them needs
-    no call. On a CPU it works for the thread that calls it first (patches/cuda_devices.py). Raises ConfigError for versions of torch
-    or megatron-core that the patches were not written for.
+    no call. On a CPU it works for the thread that calls it first (patches/cuda_devices.py). Raises ConfigError for versions of
+    torch or megatron-core that the patches were not written for.
     """
     device_connections.install()
     quiet.install()

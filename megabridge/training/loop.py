@@ -163,7 +163,7 @@ class Trainer:
         """Locks the checkpoint folder for this run, on rank 0; returns lines about its contents."""
         self._lock = folders.lock(self.checkpoints)
         problems = steps.remove_orphans(self.checkpoints)
-        return problems + [f"{line}; it is ignored" for line in steps.strange(self.checkpoints).values()]
+        return problems + [f"{line}; it is ignored" for line in steps.invalid(self.checkpoints).values()]
 
     def _resume(self, source: Path) -> None:
         changed: list[str] = []

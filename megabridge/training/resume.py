@@ -144,8 +144,8 @@ def source(config: Config, checkpoints: Path) -> Path | None:
             )
         here = [step for step, folder in saved.items() if folder.resolve() == found.resolve()]
         start = here[0] if here else 0
-    strange = steps.strange(checkpoints).items()
-    if in_the_way := [line for step, line in strange if start < step <= config.recipe.steps]:
+    invalid = steps.invalid(checkpoints).items()
+    if in_the_way := [line for step, line in invalid if start < step <= config.recipe.steps]:
         raise ConfigError(
             f"{checkpoints} must have room for the steps that this run saves after step {start}; remove or rename what is in the "
             f"way:\n  {listed(in_the_way)}"

@@ -51,7 +51,7 @@ def prune(trainer: Trainer, folder: Path) -> None:
         said = []
         if loss is not None and saving.native:
             try:
-                steps.note_validation(folder, loss)
+                steps.write_validation_loss(folder, loss)
             except OSError as error:
                 said.append(f"the validation loss of {folder} can't be recorded ({error.strerror}): keep_best ignores that step")
         if saving.keep_last or saving.keep_best:

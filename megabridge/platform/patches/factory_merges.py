@@ -16,7 +16,7 @@ from megabridge.platform import patches
 
 
 def merge_in_place(factories: Any, wholes: Any) -> None:
-    """Replaces the merge functions in the nested dict `factories`: parts that are views of the tensors in `wholes` aren't copied."""
+    """Replaces the merge functions in the nested dict `factories`, so that views of the tensors in `wholes` aren't copied."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     patches.check_megatron(__name__)
