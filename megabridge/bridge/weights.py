@@ -112,7 +112,7 @@ def load(source: ModelSource, state: BridgeState, model: Model, hf_path: str | P
     names = [name for name in (*plan.tensors, *plan.aliases) if name in infos]
     patterns = [*source.family.ignored, *allow_missing, *allow_unexpected]
     with collectives.raise_together("opening what exports have again"):
-        state.carry(Passthrough.of({name: info for name, info in infos.items() if plan.is_carried(name)}))
+        state.carry(Passthrough.of({name: info for name, info in infos.items() if plan.is_passthrough(name)}))
     differing = (infos.keys() - plan.aliases.keys()) ^ (plan.tensors.keys() | state.passthrough.infos.keys())
     left_out = [name for name in differing if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     record = SourceRecord.of(infos, aliases=plan.aliases.keys() & infos.keys(), left_out=sorted(left_out))

@@ -89,7 +89,7 @@ def with_passthrough(plan: Plan, carried: Passthrough, scratch: Path) -> Plan:
     CheckpointError where it can't be read, or has no room there; the same on every rank.
     """
     infos = carried.infos
-    names = sorted((name for name in infos if plan.is_carried(name)), key=natural)
+    names = sorted((name for name in infos if plan.is_passthrough(name)), key=natural)
     if not names:
         return plan
     tensors = dict(plan.tensors) | {name: TensorSpec(infos[name].shape, infos[name].dtype) for name in names}

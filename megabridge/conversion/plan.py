@@ -109,11 +109,11 @@ class Plan:
 
     def is_accepted(self, name: str) -> bool:
         """Whether a file may hold the tensor `name`, which no parameter takes: nobody needs it, or it is carried along."""
-        return self.family.is_ignored(name) or self.is_carried(name)
+        return self.family.is_ignored(name) or self.is_passthrough(name)
 
-    def is_carried(self, name: str) -> bool:
+    def is_passthrough(self, name: str) -> bool:
         """Whether `name` is a tensor of a multi-token-prediction layer that the model was built without."""
-        return not self.has_mtp and self.family.is_carried(name, self.dims)
+        return not self.has_mtp and self.family.is_passthrough(name, self.dims)
 
     @property
     def owned_bytes(self) -> int:

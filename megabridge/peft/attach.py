@@ -26,7 +26,7 @@ from megabridge.peft.state import sharded_state
 
 def adapted(family: Family, lora: LoRA) -> Family:
     """Returns a family whose tensors are the adapters that `lora` gives to a model of `family`."""
-    return replace(family, weights=AdapterMap(family, lora), ignored=(), carried=())
+    return replace(family, weights=AdapterMap(family, lora), ignored=(), passthrough=())
 
 
 def attach(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lora: LoRA, *, seed: int) -> None:
