@@ -49,7 +49,7 @@ def _unpickled(file: Path) -> Any:
     except pickle.UnpicklingError as error:
         refused = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error)[:300])
         raise CheckpointError(
-            f"{file} asks for more than tensors ({refused.strip()}); it was not run. Don't use a checkpoint from where it came."
+            f"{file} asks for more than tensors ({refused.strip()}); it was not run. Don't use checkpoints from this source."
         ) from error
     except Exception as error:
         raise CheckpointError(f"{file} can't be read ({str(error)[:300]}); fetch it again, or {_REMEDY}.") from error

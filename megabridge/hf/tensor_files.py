@@ -182,7 +182,7 @@ class Reader(Files):
         self._counting = threading.Lock()
 
     def way(self, file: Path) -> Way:
-        """How short runs of `file` are read: "mapped" or "sequential"."""
+        """The way in which short runs of `file` are read: "mapped" or "sequential"."""
         if file not in self._ways:
             self._ways[file] = "sequential" if is_remote(file) else "mapped"
         return self._ways[file]

@@ -20,7 +20,7 @@ from megabridge.storage import atomic_files
 
 FILE: Final = "point.json"
 STOPPED: Final = "stopped"
-"""Created beside it by rank 0 of a run that a signal stopped after a save."""
+"""File that rank 0 creates in the point's folder if a signal stopped the run after a save."""
 OUTPUT: Final = "output.log"
 _HIDDEN: Final = "$environment"
 

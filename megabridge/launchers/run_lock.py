@@ -37,7 +37,7 @@ def claimed(folder: Path, key: str = "run_dir") -> Iterator[int]:
 
 
 def take(folder: Path, key: str = "run_dir") -> int:
-    """As `claimed`, until all processes that have the descriptor have closed it."""
+    """Locks as `claimed` does, until all processes that have the descriptor have closed it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)

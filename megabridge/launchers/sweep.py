@@ -93,7 +93,7 @@ class SweepJob:
 
 
 class Runner(Protocol):
-    """Where and how the points of a sweep run."""
+    """Runs the points of a sweep."""
 
     def check(self, job: SweepJob) -> None:
         """Chooses the job's platform. Raises ConfigError when it can't run here."""
@@ -166,7 +166,7 @@ def write(folder: Path, points: Sequence[SweepRun]) -> None:
 
 
 def _save(folder: Path, points: Sequence[SweepRun]) -> None:
-    """As `write`, during a sweep: an error is printed, and the sweep goes on."""
+    """Writes as `write` does, during a sweep: an error is printed, and the sweep continues."""
     try:
         write(folder, points)
     except MegabridgeError as error:

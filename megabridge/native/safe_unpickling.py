@@ -63,7 +63,7 @@ def parse_metadata(path: Path, content: bytes) -> Any:
     except _Refused as error:
         raise CheckpointError(
             f"{path} asks for {error}, which is not part of a checkpoint's metadata; it was not run. "
-            "Don't use a checkpoint from where this one came."
+            "Don't use checkpoints from this source."
         ) from error
     except Exception as error:
         raise CheckpointError(f"{path} can't be read ({error}); the checkpoint is damaged, use another step.") from error

@@ -70,7 +70,7 @@ def check(lora: LoRA, everywhere: Iterable[Names]) -> None:
     found = list(everywhere)
     linears, parameters = {name for one in found for name in one.linears}, {name for one in found for name in one.parameters}
     if not linears | parameters:
-        raise ConfigError(f"adapters know the linears of backend={adapting()}, and this model has none of them; set backend so.")
+        raise ConfigError(f"adapters need linears of backend={adapting()}, but this model has none of them; set backend so.")
     problems = []
     modules = (*(() if lora.takes_all else lora.target_modules), *lora.exclude_modules)
     if wrong := _fitting_none(modules, linears):
@@ -92,7 +92,7 @@ def _fitting_none(patterns: Iterable[str], names: Collection[str]) -> list[str]:
 
 
 def _described(pattern: str, kind: str, others: Collection[str], key: str) -> str:
-    line = f"{pattern!r} is the end of no {kind}'s name"
+    line = f"{pattern!r} matches the end of no {kind}'s name"
     return line if _fitting_none((pattern,), others) else f"{line}; name it in {key}"
 
 

@@ -65,10 +65,10 @@ def check(patterns: Sequence[str], everywhere: Iterable[Found]) -> None:
     unused = set(patterns).difference(*(part.used for part in parts))
     problems = sorted({problem for part in parts for problem in part.problems})
     problems += [
-        f"{pattern!r} fits no Hugging Face and no native name; look them up with recipe=plan" for pattern in sorted(unused)
+        f"{pattern!r} matches no Hugging Face and no native name; look them up with recipe=plan" for pattern in sorted(unused)
     ]
     if not problems and not any(part.has_trained for part in parts):
-        problems.append("nothing is left to train; take a pattern away, or add one that begins with !")
+        problems.append("nothing is left to train; remove a pattern, or add one that begins with !")
     if problems:
         raise ConfigError(f"optimizer.freeze={list(patterns)}: " + listed(problems))
 

@@ -242,7 +242,7 @@ class Repeats:
         expected = [each(hf) if isinstance(each, Callable) else each for each in self.values]  # type: ignore[arg-type]
         if value is not None and not any(same(value, each) for each in expected):
             said = " or ".join(map(shown, expected))
-            raise ConfigError(f"{self.hf}={shown(value)} can't be represented: it must be {said}, as it is anyway; remove it.")
+            raise ConfigError(f"{self.hf}={shown(value)} can't be represented: it must be {said}, which is always so; remove it.")
         return {}
 
     def write(self, native: Json) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Child:
     note: mmap.mmap
     """The files that it reads, in case it is killed while reading (crash_notes)."""
     popen: subprocess.Popen[bytes] | None = None
-    """None for a fork."""
+    """The program; None for a fork."""
     _outcome: Outcome | None = field(default=None, init=False)
 
     def has_ended(self) -> bool:

@@ -67,5 +67,5 @@ def adapting() -> str:
 
 
 def _suits(one: Backend, get: Get) -> bool:
-    is_off_device = get("use_cpu_initialization") and not one.on_cpu  # a model that is converted beside the device
+    is_off_device = get("use_cpu_initialization") and not one.on_cpu  # a model that is converted in CPU memory
     return not is_off_device and not problems(one, get)

@@ -185,7 +185,7 @@ class TorchAttention(torch.nn.Module):
         return F.dropout(weights, dropout_p) @ value
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None) -> dict[str, Any]:
-        """As in megatron-core: sinks are sharded over tp, norms are replicated."""
+        """Returns sharded tensors as in megatron-core: sinks are sharded over tp, norms are replicated."""
         out: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,
