@@ -74,7 +74,7 @@ def target(path: str | Path, *, replace: bool) -> Path:
 
     Without `replace` it must not exist or be empty, else CheckpointError on every rank.
     """
-    folder = regular_files.place(path).absolute()
+    folder = regular_files.expand(path).absolute()
 
     def prepare() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)

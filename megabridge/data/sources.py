@@ -29,7 +29,7 @@ def local_files(path: str) -> list[Path] | None:
     A folder without them is none: `datasets` may know it. Raises ConfigError for a file of another kind, and
     CheckpointError for what is no regular file.
     """
-    place = regular_files.place(path)
+    place = regular_files.expand(path)
     if place.is_dir():
         found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and regular_files.exists(file))
         return found or None

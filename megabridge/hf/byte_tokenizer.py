@@ -30,7 +30,7 @@ def write_tokenizer(folder: Path) -> None:
     # GPT-2's printable stand-ins of the 256 bytes, in the order of the bytes.
     vocabulary = {name: number for number, name in enumerate(SPECIAL)}
     for byte in range(256):
-        vocabulary[_stand_in(byte)] = len(SPECIAL) + byte
+        vocabulary[_printable(byte)] = len(SPECIAL) + byte
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,7 +49,7 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _stand_in(byte: int) -> str:
+def _printable(byte: int) -> str:
     """The character for `byte` in byte-level BPE: itself if it is printable, else one from 256 on (GPT-2, encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     if byte in printable:

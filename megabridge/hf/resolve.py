@@ -51,7 +51,7 @@ def resolve(
     Raises CheckpointError for a path that is no folder with a config.json, and for a hub id that is unknown, gated or unreachable.
     """
     name = str(path)
-    local = regular_files.place(path)
+    local = regular_files.expand(path)
     if name and local.exists():
         return _checked(local)
     if _is_path(name) or not _HUB_ID.fullmatch(name):

@@ -333,7 +333,7 @@ class Reader(Files):
     def _opened(self, file: Path, fd: int) -> None:
         self._compare(file, stamp_of(fd))
 
-    def hold(self) -> None:
+    def open_all(self) -> None:
         """Opens every file now, so that they stay readable if they are deleted. Raises CheckpointError if one has changed."""
         for file in self._stamps:
             try:

@@ -24,7 +24,7 @@ pre { white-space: pre-wrap; } .wide { overflow-x: auto; } dt { font-family: mon
 """
 
 
-def page(title: str, found: Sequence[Row]) -> str:
+def render(title: str, found: Sequence[Row]) -> str:
     """Returns the report's HTML for ranked rows."""
     columns = "".join(f"<dt>{_text(name)}</dt><dd>{_text(MEASURES[name])}</dd>" for name in shown(found))
     parts = [

@@ -76,7 +76,7 @@ class CheckpointInfo:
 
 def locate(path: Path) -> Path:
     """Finds the native folder of `path`: itself, that of a step, or a run's newest. Raises CheckpointError. Needs no ranks."""
-    path = regular_files.place(path)
+    path = regular_files.expand(path)
     known = (path, path / folders.NATIVE, folders.latest(path), folders.latest(path / "checkpoints"))
     found = next((folder for folder in known if folder is not None and folders.is_committed(folder)), None)
     if found is None:

@@ -14,7 +14,7 @@ from megabridge.conversion.plan import Expansion, PlannedParameter
 from megabridge.errors import ConfigError, listed
 from megabridge.families import Family
 from megabridge.mapping import Dims
-from megabridge.models.backends.registry import adapting
+from megabridge.models.backends.registry import adapter_backends
 from megabridge.parallel import collectives
 from megabridge.peft import initial_values
 from megabridge.peft.adapter import AdaptedRows, Adapter
@@ -36,7 +36,7 @@ def attach(chunks: Sequence[Any], family: Family, native: Mapping[str, object], 
     DoRA the weights must be loaded before: magnitudes are initialised with their norms. Raises the same ConfigError on every rank
     when a pattern matches nothing.
     """
-    with collectives.raise_together("adapting the model"):
+    with collectives.raise_together("adapter_backends the model"):
         if collect_parameters(chunks, adapters=True):
             raise ConfigError("the model has adapters already; merge them into an export, and adapt that.")
         here = names(chunks, family, native, lora)  # raises before anything is changed
@@ -70,7 +70,9 @@ def check(lora: LoRA, everywhere: Iterable[Names]) -> None:
     found = list(everywhere)
     linears, parameters = {name for one in found for name in one.linears}, {name for one in found for name in one.parameters}
     if not linears | parameters:
-        raise ConfigError(f"adapters need linears of backend={adapting()}, but this model has none of them; set backend so.")
+        raise ConfigError(
+            f"adapters need linears of backend={adapter_backends()}, but this model has none of them; set backend so."
+        )
     problems = []
     modules = (*(() if lora.takes_all else lora.target_modules), *lora.exclude_modules)
     if wrong := _fitting_none(modules, linears):

@@ -91,7 +91,7 @@ def _stage(config: Config, bridge: AutoBridge, provider: ModelProvider, topology
         _freeze(config, bridge, chunks)
         trained = [parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad]
         passes = [_trace(config, chunk, topology) for chunk in chunks]
-        activations = _under_way(config, topology, pp, [one.kept for one in passes])
+        activations = _in_flight(config, topology, pp, [one.kept for one in passes])
         head, largest = passes[-1].head, 0
         if provider.config.recompute_granularity == "full":
             for chunk in chunks:
@@ -137,7 +137,7 @@ def _state(parameter: Tensor, config: Config, topology: Topology, width: int) ->
     return parameter.numel() * numbers * FP32 // ranks
 
 
-def _under_way(config: Config, topology: Topology, pp: int, kept: Sequence[int]) -> int:
+def _in_flight(config: Config, topology: Topology, pp: int, kept: Sequence[int]) -> int:
     """Bytes saved by the micro-batches whose forward pass a stage has done, and not yet their backward pass (schedules.py)."""
     micro_batches = config.recipe.global_batch_size // (config.recipe.micro_batch_size * topology.dp)
     if topology.vpp == 1:

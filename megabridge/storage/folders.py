@@ -85,20 +85,20 @@ def latest(checkpoints: Path) -> Path | None:
 
 def partial_of(folder: Path) -> Path:
     """Returns the temporary name under which `folder` is written."""
-    return _beside(folder, PARTIAL_SUFFIX)
+    return _sibling(folder, PARTIAL_SUFFIX)
 
 
 def removed_of(folder: Path) -> Path:
     """Returns the name of a replaced `folder` until it is removed, if it can't be exchanged in one step."""
-    return _beside(folder, REMOVED_SUFFIX)
+    return _sibling(folder, REMOVED_SUFFIX)
 
 
 def lock_of(folder: Path) -> Path:
     """Returns the file that is locked while `folder` is written."""
-    return _beside(folder, LOCK_SUFFIX)
+    return _sibling(folder, LOCK_SUFFIX)
 
 
-def _beside(folder: Path, suffix: str) -> Path:
+def _sibling(folder: Path, suffix: str) -> Path:
     name = folder.name
     if len(os.fsencode(name)) + len(suffix) + 1 > _NAME_BYTES:
         name = sha256(os.fsencode(name)).hexdigest()
@@ -107,7 +107,7 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 def begin(folder: Path) -> Path:
     """Creates an empty temporary sibling of `folder` and returns it. Raises CheckpointError if `folder` exists."""
-    if regular_files.place(folder).exists():
+    if regular_files.expand(folder).exists():
         raise CheckpointError(
             f"{folder} exists already and is not overwritten; start in another run folder, or continue it with "
             "checkpoint.resume=auto."
@@ -252,7 +252,7 @@ def claim(folder: Path) -> tuple[IO[str], str]:
     The lock file is beside the folder, which gets renamed. The lock becomes a shared one once it is taken, so that the other ranks
     of this save can hold it too with `join`: it ends with the last of them. Raises CheckpointError if another process saves there.
     """
-    path = lock_of(regular_files.place(folder))
+    path = lock_of(regular_files.expand(folder))
     try:
         make_parents(folder)
         file = _exclusive(path, folder)

@@ -23,7 +23,7 @@ _KINDS: Final = {
 }
 
 
-def place(path: str | Path) -> Path:
+def expand(path: str | Path) -> Path:
     """Expands ~ in a user's path, which need not exist. Raises CheckpointError if it can't be looked up."""
     try:
         found = Path(path).expanduser()

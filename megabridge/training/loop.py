@@ -281,7 +281,7 @@ class Trainer:
     def _judged(self, totals: torch.Tensor, norm: torch.Tensor | None, scale: torch.Tensor) -> Action:
         """Returns the policy's decision on the current step; logs a line if it isn't taken."""
         total, count = totals.tolist()
-        size = optimizer_step.size_of(norm, scale, least_scale=self.config.optimizer.min_loss_scale)
+        size = optimizer_step.norm_for_policy(norm, scale, least_scale=self.config.optimizer.min_loss_scale)
         action, fault = self.guard.judge(self.step + 1, total / max(count, 1.0), size)
         if action != "go":
             self.say(f"{fault}: " + ("the step is skipped" if action == "skip" else "back to the last saved step"))

@@ -81,7 +81,7 @@ class MoEMetrics:
         if self.config.num_moe_experts is None:
             return {}
         names = self._names()
-        values = torch.cat([self._tokens, self._losses(names), self._marks()], dim=1)
+        values = torch.cat([self._tokens, self._losses(names), self._router_flags()], dim=1)
         dist.all_reduce(values)
         rows = values.tolist()
         experts = self.config.num_moe_experts
@@ -91,7 +91,7 @@ class MoEMetrics:
         for place, name in enumerate(names):
             total = sum(row[experts + place] for _, row in found) / len(found)
             out[f"router/{name}"] = total / micro_batches / _repeats(name, stage)
-        out |= _spread([(number, row[:experts]) for number, row in found])
+        out |= _balance([(number, row[:experts]) for number, row in found])
         if biased := [row for _, row in found if row[-3]]:
             out["router/bias_min"] = min(row[-2] for row in biased) / stage
             out["router/bias_max"] = max(row[-1] for row in biased) / stage
@@ -113,7 +113,7 @@ class MoEMetrics:
                 out[:, column] = entry.values
         return out
 
-    def _marks(self) -> torch.Tensor:
+    def _router_flags(self) -> torch.Tensor:
         """[layers, 4]: 1 if this rank has the router, 1 if it has a correction bias, and the bias's smallest and largest value."""
         out = torch.zeros(len(self._tokens), 4, dtype=torch.float64, device=self._tokens.device)
         for row, router in self._routers:
@@ -133,7 +133,7 @@ def _repeats(name: str, stage: int) -> int:
     return int(parallel_state.get_data_parallel_world_size())  # shares over tp and cp; of its own batch over dp
 
 
-def _spread(layers: Sequence[tuple[int, Sequence[float]]]) -> dict[str, float]:
+def _balance(layers: Sequence[tuple[int, Sequence[float]]]) -> dict[str, float]:
     """Metrics of how evenly tokens were spread over experts, from (layer, tokens by expert)."""
     imbalance, entropy, idle = [], [], 0
     out = {}

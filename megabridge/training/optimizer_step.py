@@ -49,7 +49,7 @@ def optimizer_step(optimizer: Any, norm: torch.Tensor, *, clip: float) -> bool:
     return bool(optimizer.step_with_ready_grads())
 
 
-def size_of(norm: torch.Tensor | None, scale: torch.Tensor, *, least_scale: float) -> float:
+def norm_for_policy(norm: torch.Tensor | None, scale: torch.Tensor, *, least_scale: float) -> float:
     """The norm for the policy. If FP16 gradients overflowed (None): infinite at the smallest loss scale, else 0."""
     if norm is not None:
         return float(norm)

@@ -134,7 +134,7 @@ def source(config: Config, checkpoints: Path) -> Path | None:
     elif resume == "none":
         found, start = None, 0
     else:
-        found = regular_files.place(resume)
+        found = regular_files.expand(resume)
         if not folders.is_committed(found) and folders.is_committed(found / folders.NATIVE):
             found = found / folders.NATIVE
         if not folders.is_committed(found):

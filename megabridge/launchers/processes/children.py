@@ -111,13 +111,13 @@ def fork(rank: int, work: Callable[[], float | None]) -> Child:
         report, note = unnamed(), crash_notes.new_note()
         pid = os.fork()
         if pid == 0:
-            _live(rank, work, report, note, parent)
+            _child_main(rank, work, report, note, parent)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.setpgid(pid, pid)  # the child does so too, since either may be first
         return Child(rank, pid, _pidfd(pid), report, note)
 
 
-def _live(rank: int, work: Callable[[], float | None], report: int, note: mmap.mmap, parent: int) -> NoReturn:
+def _child_main(rank: int, work: Callable[[], float | None], report: int, note: mmap.mmap, parent: int) -> NoReturn:
     """The main function of a forked process. It never returns into its parent's code, and runs none of its exit hooks."""
     status = 1
     try:

@@ -53,7 +53,7 @@ def check() -> None:
         )
 
 
-class _Lasting(io.FileIO):
+class _ResilientStream(io.FileIO):
     """A standard stream whose writes always succeed: after an error it is redirected to /dev/null."""
 
     def __init__(self, descriptor: int) -> None:
@@ -67,7 +67,7 @@ class _Lasting(io.FileIO):
             try:
                 written = super().write(rest)
             except OSError as error:
-                _lose(self.fileno(), error)
+                _redirect_to_null(self.fileno(), error)
                 break
             if written is None:  # the other end is slow, and the descriptor is non-blocking
                 poll = select.poll()
@@ -79,7 +79,7 @@ class _Lasting(io.FileIO):
 
 def _text(stream: IO[str] | None, descriptor: int) -> io.TextIOWrapper:
     """Returns the replacement of `stream`, which is None where its descriptor was closed."""
-    raw = _Lasting(descriptor)
+    raw = _ResilientStream(descriptor)
     if not isinstance(stream, io.TextIOWrapper):
         return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=descriptor == 2)
     stream.flush()
@@ -88,7 +88,7 @@ def _text(stream: IO[str] | None, descriptor: int) -> io.TextIOWrapper:
     return io.TextIOWrapper(buffered, stream.encoding, "backslashreplace", **options)  # type: ignore[arg-type]
 
 
-def _lose(descriptor: int, error: OSError) -> None:
+def _redirect_to_null(descriptor: int, error: OSError) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)

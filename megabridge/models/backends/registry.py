@@ -49,7 +49,7 @@ def problems(one: Backend, get: Get) -> list[str]:
     if (missing := one.missing()) is not None:
         found.append(f"backend={one.name} {missing}; use backend={_BEST_FIRST[-1]}.")
     if get("adapted") and not one.has_adapters:
-        found.append(f"adapters need backend={adapting()}, not {one.name}; set it so.")
+        found.append(f"adapters need backend={adapter_backends()}, not {one.name}; set it so.")
     for name, instead in one.lacks(get).items():
         others = " or ".join(other.name for other in OURS.values() if name not in other.lacks(get))
         rule = (
@@ -61,7 +61,7 @@ def problems(one: Backend, get: Get) -> list[str]:
     return found
 
 
-def adapting() -> str:
+def adapter_backends() -> str:
     """The names of the backends that support adapters, joined by "or"."""
     return " or ".join(name for name, one in OURS.items() if one.has_adapters)
 

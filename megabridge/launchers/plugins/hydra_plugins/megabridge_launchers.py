@@ -16,7 +16,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 
-class _Sweeping(Launcher):
+class _SweepLauncher(Launcher):
     """Base of the launchers: Hydra builds one from its settings, and passes it every batch of points of its sweeper."""
 
     def __init__(self, **settings: Any) -> None:
@@ -31,7 +31,7 @@ class _Sweeping(Launcher):
         self.config = config
 
 
-class LocalLauncher(_Sweeping):
+class LocalLauncher(_SweepLauncher):
     """Runs points on this host, one after another or several at once."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -42,7 +42,7 @@ class LocalLauncher(_Sweeping):
         return sweep.run(self.hydra_context, self.config, job_overrides, initial_job_idx, local_sweep.runner(settings))
 
 
-class SlurmLauncher(_Sweeping):
+class SlurmLauncher(_SweepLauncher):
     """Runs points as job arrays of SLURM."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
