@@ -80,7 +80,7 @@ def document_bounds(documents: Tensor) -> tuple[int, ...]:
 def for_attention(params: Packed, cores: Sequence[Any], own: type) -> PackedSeqParams:
     """Returns `params` in the form that a chunk's core attentions take, unchanged where all are of class `own`.
 
-    Raises ConfigError for megatron-core's DotProductAttention, which takes none.
+    Raises ConfigError for megatron-core's DotProductAttention, which has no packed sequences.
     """
     if all(isinstance(core, own) for core in cores):
         return params
