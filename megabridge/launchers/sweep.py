@@ -228,7 +228,7 @@ def _check(job: SweepJob, runner: Runner) -> None:
     job.topology = schema.processes(job.config)
     job.point.world_size = job.topology.world_size
     runner.check(job)
-    with run_lock.claimed(Path(job.point.run_dir)):  # until it runs
+    with run_lock.claimed(Path(job.point.run_dir)):  # and released until the point runs
         write_config(job.cfg, job.values)
 
 

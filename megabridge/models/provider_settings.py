@@ -82,7 +82,7 @@ def our_defaults() -> dict[str, object]:
         "gradient_accumulation_fusion": on_cuda,
         "cuda_graph_modules": [],  # TransformerConfig's own default is deprecated, and warns
         "moe_router_load_balancing_type": "none",  # transformers adds its loss on request only
-        "moe_router_bias_update_rate": 0.0,  # a correction bias moves on request only
+        "moe_router_bias_update_rate": 0.0,  # a correction bias is updated on request only
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": None,  # follows from the device
     }
@@ -196,7 +196,7 @@ def _rope_problems(get: Callable[[str], Any]) -> list[str]:
     width = get("qk_pos_emb_head_dim") if get("multi_latent_attention") else int(channels * get("rotary_percent"))
     ropes = [rope for rope in (get("rope"), get("local_rope")) if rope is not None]
     problems = [problem for rope in ropes for problem in rope_problems(rope)]
-    is_whole = channels == int(channels)  # else there is a problem with that
+    is_whole = channels == int(channels)  # otherwise that is reported
     return problems or [problem for rope in ropes if is_whole for problem in width_problems(rope, width)]
 
 

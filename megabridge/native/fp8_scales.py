@@ -44,7 +44,7 @@ def restore(chunks: Sequence[torch.nn.Module], found: Mapping[str, Mapping[str, 
         for kind in _KINDS:
             for part in _PARTS:
                 current = getattr(meta[kind], part, None)
-                if current is not None and current.shape == found[name][f"{kind}.{part}"].shape:  # another history, or recipe
+                if current is not None and current.shape == found[name][f"{kind}.{part}"].shape:  # not in another recipe
                     current.copy_(found[name][f"{kind}.{part}"])
 
 

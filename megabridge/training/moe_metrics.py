@@ -130,7 +130,7 @@ def _repeats(name: str, stage: int) -> int:
         return 1  # ranks' shares of one number
     if name == "z_loss":
         return stage  # each rank's own mean
-    return int(parallel_state.get_data_parallel_world_size())  # shares over tp and cp; of its own batch over dp
+    return int(parallel_state.get_data_parallel_world_size())  # shares over tp and cp; over dp each rank's own batch
 
 
 def _balance(layers: Sequence[tuple[int, Sequence[float]]]) -> dict[str, float]:

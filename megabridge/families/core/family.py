@@ -90,7 +90,7 @@ class Family:
             try:
                 native |= field.read(valid)
             except _InvalidKey:
-                continue  # its problem is among the others
+                continue  # its problem is listed already
             except ConfigError as error:
                 problems.append(str(error))
         problems += [

@@ -32,7 +32,7 @@ def mla_sizes(
         Derived("qk_norm_epsilon",                 lambda hf: None if given(hf, "rms_norm_eps", eps) == 1e-6 else 1e-6),
         RequiredValue("attention_bias",                     (False,)),
         Repeats("qk_head_dim",                     width),
-        Repeats("head_dim",                        lambda hf: given(hf, "qk_rope_head_dim", rope)),  # what rotates
+        Repeats("head_dim",                        lambda hf: given(hf, "qk_rope_head_dim", rope)),  # the rotated part
     )
 
 

@@ -75,7 +75,7 @@ class Backend(ABC):
         block = TransformerBlockSubmodules([layer])
         made = get_gpt_mtp_block_spec_for_backend(config, block, self.modules(options), vp_stage=vp_stage)
         norm = self.norm(config, options)
-        for spec in () if made is None else made.layer_specs:  # megatron-core asks for LayerNorm whatever the model has
+        for spec in () if made is None else made.layer_specs:  # megatron-core always takes LayerNorm
             spec.submodules = dataclasses.replace(spec.submodules, enorm=norm, hnorm=norm, layer_norm=norm)
         return made
 

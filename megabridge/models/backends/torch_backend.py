@@ -102,7 +102,7 @@ class TorchBackend(Backend):
             pre_mlp_layernorm=IdentityOp if options.parallel_residual == "shared" else norm,
             mlp=self.mlp(modules, config) if experts is None else self.moe(modules, config, experts),
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine holds the norms inside the linears; checkpoints carry its names.
+            # Transformer Engine has the norms inside the linears; checkpoints use its names.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -146,7 +146,7 @@ def _qk_norm(modules: TorchModules, config: Any, heads: int) -> Any:
     if not config.qk_layernorm:
         return IdentityOp
     kind = modules.options.qk_norm
-    if kind in ("rotated", "l2"):  # the core attention's, after the rotary embedding
+    if kind in ("rotated", "l2"):  # applied by the core attention, after the rotary embedding
         return lambda **_: None
     if kind in ("heads", "whole"):
         return functools.partial(HeadsNorm, heads=heads, whole=kind == "whole")

@@ -37,7 +37,7 @@ def inverse_frequencies(rope: Mapping[str, Any], dim: int, length: int = 0) -> t
     base = rope["rope_theta"]
     if kind == "dynamic":
         positions = rope["max_position_embeddings"]
-        longest = torch.tensor(length, device="cpu") if length > positions else positions  # a tensor there too: fp32
+        longest = torch.tensor(length, device="cpu") if length > positions else positions  # a tensor in transformers too, so fp32
         base = base * ((rope["factor"] * longest / positions) - (rope["factor"] - 1)) ** (dim / (dim - 2))
     if kind == "alpha":
         base = base * rope["alpha"] ** (dim / (dim - 2))

@@ -29,7 +29,7 @@ class Router(TopKRouter):  # type: ignore[misc]
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.options = options
         if options.router_bias and self.expert_bias is None:
-            del self.expert_bias  # an attribute so far
+            del self.expert_bias  # a plain attribute until now
             self.register_buffer("expert_bias", torch.zeros(config.num_moe_experts, dtype=torch.float32, device=platform.device()))
 
     @override
@@ -68,7 +68,7 @@ class Router(TopKRouter):  # type: ignore[misc]
     def _within_groups(self, choice: Tensor) -> Tensor:
         """Returns `choice` with -inf for experts whose group is not among the best moe_router_group_topk."""
         groups = choice.view(choice.shape[0], self.config.moe_router_num_groups, -1)
-        taken = self.topk // self.config.moe_router_group_topk  # of a token's experts, by each of its groups
+        taken = self.topk // self.config.moe_router_group_topk  # experts that a token takes from each of its groups
         best = {"top2": 2, "max": 1, None: taken}[self.options.router_group_score]
         chosen = groups.topk(best, dim=-1).values.sum(-1).topk(self.config.moe_router_group_topk, dim=-1, sorted=False).indices
         allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, chosen, True)
