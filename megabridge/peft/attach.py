@@ -36,7 +36,7 @@ def attach(chunks: Sequence[Any], family: Family, native: Mapping[str, object], 
     DoRA the weights must be loaded before: magnitudes are initialised with their norms. Raises the same ConfigError on every rank
     when a pattern matches nothing.
     """
-    with collectives.raise_together("adapter_backends the model"):
+    with collectives.raise_together("adapting the model"):
         if collect_parameters(chunks, adapters=True):
             raise ConfigError("the model has adapters already; merge them into an export, and adapt that.")
         here = names(chunks, family, native, lora)  # raises before anything is changed
