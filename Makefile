@@ -10,6 +10,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 UV := $(VENV)/uv/bin/uv
 ARGS ?=
+# How many processes run tests, each with ranks of its own.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+PYTEST := $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 # Compiled modules and the tools' caches stay inside .venv.
 unexport PYTHONDONTWRITEBYTECODE PYTHONHOME VIRTUAL_ENV
@@ -33,7 +37,7 @@ exit 1
 endef
 export find_python
 
-.PHONY: help venv run test test-system test-gpu test-memory test-curves test-plans test-shapes lowest lint format lock wheel clean
+.PHONY: help venv run test test-system test-gpu test-memory test-curves test-plans test-grid lowest lint format lock wheel clean
 
 help:  ## What can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -42,31 +46,31 @@ run: venv  ## The main job: fine-tune SmolLM2-135M-Instruct on this machine and 
 	@$(PYTHON) -m megabridge.run $(ARGS)
 
 test: venv  ## All tests
-	@$(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest $(ARGS)
+	@$(PYTEST) $(PARALLEL) $(ARGS)
 
 test-system: venv  ## Tests on a real SLURM and on two hosts (network namespaces); installs Debian's packages where it may
 	@.ci/system-packages
-	@$(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest -rs tests/system $(ARGS)
+	@$(PYTEST) -rs tests/system $(ARGS)
 
 test-memory: venv  ## Converts a 3 GB model in 1.5 GB of memory; takes 12 GB of disk
-	@MEGABRIDGE_MEMORY_GB=3 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/test_memory.py $(ARGS)
+	@MEGABRIDGE_MEMORY_GB=3 $(PYTEST) tests/test_memory.py $(ARGS)
 
 test-curves: venv  ## The real model on real text: the same losses under every layout, with all parameters and with LoRA
-	@MEGABRIDGE_CURVES=1 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/training/test_smollm2.py $(ARGS)
+	@MEGABRIDGE_CURVES=1 $(PYTEST) tests/training/test_smollm2.py $(ARGS)
 
 test-plans: venv  ## Plans the largest published models for hundreds and thousands of ranks
-	@MEGABRIDGE_PLANS=1 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/planning/test_plans.py $(ARGS)
+	@MEGABRIDGE_PLANS=1 $(PYTEST) tests/planning/test_plans.py $(ARGS)
 
-test-shapes: venv  ## Round trips of 54 random shapes under every layout; make test draws 18
-	@MEGABRIDGE_SHAPES=54 $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest tests/conversion/test_round_trip.py $(ARGS)
+test-grid: venv  ## Every family and many random shapes under every layout, of which make test makes a covering choice
+	@MEGABRIDGE_GRID=1 $(PYTEST) $(PARALLEL) -m 'grid or cover' $(ARGS)
 
 test-gpu: venv  ## Tests that need one CUDA device
-	@MEGABRIDGE_PLATFORM=cuda $(PYTHON) -m pytest -o cache_dir=$(VENV)/pytest -rs tests/gpu $(ARGS)
+	@MEGABRIDGE_PLATFORM=cuda $(PYTEST) -rs tests/gpu $(ARGS)
 
 lowest: $(UV)  ## All tests with the lowest versions that pyproject.toml allows, in an environment of their own
 	@$(PYTHON) -m venv $(VENV)/lowest
 	@$(UV) pip install --quiet --python $(VENV)/lowest/bin/python --resolution lowest-direct --editable '.[dev]'
-	@PATH=$(abspath $(VENV))/lowest/bin:$$PATH $(VENV)/lowest/bin/python -m pytest -o cache_dir=$(VENV)/pytest $(ARGS)
+	@PATH=$(abspath $(VENV))/lowest/bin:$$PATH $(VENV)/lowest/bin/python -m pytest -o cache_dir=$(VENV)/pytest $(PARALLEL) $(ARGS)
 
 lint: venv  ## Style, types, and who imports whom
 	@$(PYTHON) -m ruff check .

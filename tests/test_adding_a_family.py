@@ -9,8 +9,8 @@ from textwrap import dedent
 
 import pytest
 
+from tests.support.pages import COMMANDS, PYTHON, ROOT, blocks
 from tests.support.rank_server import RankServer
-from tests.test_documentation import COMMANDS, PYTHON, ROOT, blocks
 
 PAGE = ROOT / "docs" / "adding-a-family.md"
 BLOCKS = blocks(PAGE)

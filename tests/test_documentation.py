@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import shlex
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 
@@ -19,28 +17,8 @@ from megabridge.data import DataModule
 from megabridge.errors import ConfigError
 from megabridge.families import all_families
 from megabridge.hf import byte_tokenizer
+from tests.support.pages import COMMANDS, ENVIRONMENT, PAGES, PYTHON, ROOT
 from tests.support.rank_server import RankServer
-
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "MEGABRIDGE_PLATFORM": "cpu"}
-
-
-def blocks(page: Path) -> list[str]:
-    """The indented code of a page."""
-    return [dedent(block) for block in re.findall(r"(?:^ {4}.*\n|^\n(?=\n* {4}))+", page.read_text(encoding="utf-8"), re.MULTILINE)]
-
-
-COMMANDS = sorted(
-    {
-        line
-        for page in PAGES
-        for block in blocks(page)
-        for line in block.splitlines()
-        if line.startswith("python -m megabridge.run") and "--help" not in line and "--cfg" not in line
-    }
-)
-PYTHON = {str(page.relative_to(ROOT)): block for page in PAGES for block in blocks(page) if block.lstrip().startswith("from ")}
 
 
 def run(command: list[str], folder: Path) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conversion.test_round_trip import payload
+from tests.support.pages import ENVIRONMENT, ROOT, blocks
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
-from tests.test_documentation import ENVIRONMENT, ROOT, blocks
 
 PAGE = [block.lstrip() for block in blocks(ROOT / "docs" / "autobridge.md")]
 MODEL = "meta-llama/Llama-3.2-1B"

@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 
 from megabridge.config import schema, validation
 from megabridge.families.core.known_sizes import known_sizes
+from tests.support.command import ROOT
 from tests.support.compose import compose
 from tests.support.rank_server import RankServer
 
-ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "conf" / "experiment"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
 SAID = re.compile(r"Expected memory: ([\d.]+) GiB on each of (\d+) GPU")

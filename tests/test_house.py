@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.command import ROOT
+
 MODULES = sorted([*ROOT.glob("megabridge/**/*.py"), *ROOT.glob("recipes/**/*.py")])
 NOT_NAMES = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "handler"}
 # megatron-core's name for what is not sharded in a checkpoint (common.pt), and for the greatest number of batches.
@@ -48,6 +49,16 @@ def test_modules_and_functions_are_small() -> None:
         if (count := (node.end_lineno or 0) - node.lineno + 1) > 60
     }
     assert not long
+
+
+def test_what_tests_share_is_in_support() -> None:
+    imports = [
+        f"{where(file)}: {node.module}"
+        for file in sorted(ROOT.glob("tests/**/*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and re.match(r"tests(?!\.support|\.system\b)", node.module or "")
+    ]
+    assert not imports
 
 
 def test_the_top_level_is_packages() -> None:

@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.launchers.free_port import free_port
+from tests.support.command import ROOT, WITHOUT_TORCH, command, environ
+from tests.support.free_port import free_port
 
-ROOT = Path(__file__).parent.parent
-RECIPE = "recipe.target=tests.launchers.recipes:objective"
-# Any of these in the parent is a start-up of seconds instead of half a one.
-HEAVY = ("torch", "megatron", "transformers", "datasets", "wandb", "numpy")
-WITHOUT_TORCH = f"""
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in {HEAVY!r}:
-            raise SystemExit(f'{{name}} was imported')
-sys.meta_path.insert(0, Refuse())
-from megabridge.run import main
-main()
-"""
-
-
-def environ(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HYDRA_", "RANK", "WORLD_SIZE"))}
-    return kept | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | more
-
-
-def command(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process that can't import torch. For what ends before workers start."""
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *arguments],
-        cwd=cwd,
-        env=environ(**(env or {})),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+RECIPE = "recipe.target=tests.support.launched:objective"
 
 
 def start(*arguments: str, cwd: Path, recipe: str = "objective", **more: str) -> subprocess.Popen[str]:
-    target = f"recipe.target=tests.launchers.recipes:{recipe}"
+    target = f"recipe.target=tests.support.launched:{recipe}"
     return subprocess.Popen(
         [sys.executable, "-m", "megabridge.run", *arguments, "model=tiny_llama", target],
         cwd=cwd,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -220,12 +221,16 @@ def _leaves(values: Mapping[str, Any], name: str) -> Iterator[str]:
 
 def _ours(conf: Path, groups: Collection[str]) -> set[tuple[str, str]]:
     """What our own files say of settings in these groups: (name, value as JSON)."""
-    said = set()
-    for group in {*groups, *_EVERYWHERE} if groups else ():
-        for file in (conf / group).glob("*.yaml"):
-            content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False) or {}
-            content.pop("defaults", None)
-            is_global = "@package _global_" in file.read_text(encoding="utf-8").partition("\n")[0]
-            nested = content if is_global else {group: content}
-            said |= {(leaf, json.dumps(_at(nested, leaf), default=str)) for key in nested for leaf in _leaves(nested, key)}
-    return said
+    return set().union(*(_said(conf, group) for group in {*groups, *_EVERYWHERE})) if groups else set()
+
+
+@cache
+def _said(conf: Path, group: str) -> frozenset[tuple[str, str]]:
+    said: set[tuple[str, str]] = set()
+    for file in (conf / group).glob("*.yaml"):
+        content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False) or {}
+        content.pop("defaults", None)
+        is_global = "@package _global_" in file.read_text(encoding="utf-8").partition("\n")[0]
+        nested = content if is_global else {group: content}
+        said |= {(leaf, json.dumps(_at(nested, leaf), default=str)) for key in nested for leaf in _leaves(nested, key)}
+    return frozenset(said)

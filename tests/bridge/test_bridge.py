@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.conversion.test_round_trip import payload
 from tests.support.models import TINY
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
 
 EXPECTED = {

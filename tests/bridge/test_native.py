@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
-from tests.hf.fake_hub import COMMIT, serving
-from tests.recipes.test_recipes import metrics, values
+from tests.support.fake_hub import COMMIT, serving
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
+from tests.support.recipe_runs import metrics, values
 
 CASES = "tests.support.native_models"
 ASSETS = ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

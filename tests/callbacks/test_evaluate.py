@@ -15,10 +15,9 @@ from megabridge.errors import ConfigError
 from megabridge.native import digests
 from megabridge.parallel.topology import Topology
 from megabridge.storage.metrics_file import read
-from tests.recipes.test_recipes import source, values
 from tests.support.rank_server import RankError, RankServer
+from tests.support.recipe_runs import values
 
-__all__ = ["source"]  # the fixture
 CASES = "tests.support.evaluate"
 HELD, QUIZ, SAY = "HELLOWORLD" * 9, {"prompt": "ABC", "choices": ["D", "XYZ"], "answer": 0}, ["HELLO", "ABC"]
 
@@ -36,12 +35,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def config(
-    run_dir: Path, source: Path, topology: Topology, tasks: Any = None, between: Any = None, **groups: Any
+    run_dir: Path, tiny_source: Path, topology: Topology, tasks: Any = None, between: Any = None, **groups: Any
 ) -> dict[str, Any]:
     """A deterministic run that saves steps 2 and 4; evaluated where there are `tasks`."""
     settings = groups.pop("evaluate", {})
     groups = {"checkpoint": {"save_every": 2, **groups.pop("checkpoint", {})}, "deterministic": True, **groups}
-    made = values(run_dir, source, topology, **groups)
+    made = values(run_dir, tiny_source, topology, **groups)
     callbacks: dict[str, Any] = {"hf_export": {"_target_": "megabridge.callbacks.hf_export.HFExport"}}
     if between is not None:
         callbacks["between"] = {"_target_": between}
@@ -50,8 +49,8 @@ def config(
     return {**made, "callbacks": callbacks}
 
 
-def train(ranks: RankServer, topology: Topology, given: dict[str, Any]) -> None:
-    ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": "finetune", "values": given}, timeout=240)
+def train(ranks: RankServer, topology: Topology, given: dict[str, Any], **how: bool) -> None:
+    ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": "finetune", "values": given, **how}, timeout=240)
 
 
 def evaluated(run_dir: Path) -> list[tuple[int, float]]:
@@ -71,11 +70,11 @@ def boxes(native: Path) -> Counter[str]:
 
 @pytest.mark.parametrize("topology", [Topology(dp=2), Topology(tp=2)], ids=str)
 def test_saves_are_evaluated_and_training_keeps_its_bits(
-    ranks: RankServer, tmp_path: Path, source: Path, tasks: dict[str, Any], topology: Topology
+    ranks: RankServer, tmp_path: Path, tiny_source: Path, tasks: dict[str, Any], topology: Topology
 ) -> None:
-    train(ranks, topology, config(tmp_path / "plain", source, topology))
+    train(ranks, topology, config(tmp_path / "plain", tiny_source, topology))
     run = tmp_path / "run"
-    train(ranks, topology, config(run, source, topology, tasks))
+    train(ranks, topology, config(run, tiny_source, topology, tasks))
 
     found = evaluated(run)
     assert [step for step, _ in found] == [2, 4] and found[0][1] != found[1][1]
@@ -97,7 +96,7 @@ def test_saves_are_evaluated_and_training_keeps_its_bits(
     exported = {file.name for file in (run / "checkpoints/step_4/hf").iterdir()}
     assert exported == {file.name for file in (tmp_path / "plain/checkpoints/step_4/hf").iterdir()}
 
-    again = config(run, source, topology, tasks, recipe={"steps": 6}, checkpoint={"resume": "auto"})
+    again = config(run, tiny_source, topology, tasks, recipe={"steps": 6}, checkpoint={"resume": "auto"})
     if topology == Topology(tp=2):
         (run / "checkpoints/step_4/evaluation.json").unlink()  # as if the run had been killed in it
         train(ranks, topology, again)
@@ -107,9 +106,9 @@ def test_saves_are_evaluated_and_training_keeps_its_bits(
         assert [step for step, _ in evaluated(run)] == [2, 4, 6]
 
 
-def test_the_recipe_finds_the_same(ranks: RankServer, tmp_path: Path, source: Path, tasks: dict[str, Any]) -> None:
+def test_the_recipe_finds_the_same(ranks: RankServer, tmp_path: Path, tiny_source: Path, tasks: dict[str, Any]) -> None:
     every = {"every": None}
-    train(ranks, Topology(), config(tmp_path / "run", source, Topology(), tasks, evaluate=every))
+    train(ranks, Topology(), config(tmp_path / "run", tiny_source, Topology(), tasks, evaluate=every))
     assert [step for step, _ in evaluated(tmp_path / "run")] == [4]
     exported = tmp_path / "run/checkpoints/step_4"
     given = config(tmp_path / "alone", exported / "hf", Topology())
@@ -124,7 +123,9 @@ def test_the_recipe_finds_the_same(ranks: RankServer, tmp_path: Path, source: Pa
         ranks.run(f"{CASES}:recipe", topology=Topology(), kwargs={"name": "evaluate", "values": given})
 
 
-def test_what_cannot_work_is_refused_on_every_rank_before_the_first_step(ranks: RankServer, tmp_path: Path, source: Path) -> None:
+def test_what_cannot_work_is_refused_on_every_rank_before_the_first_step(
+    ranks: RankServer, tmp_path: Path, tiny_source: Path
+) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "A"}\n{"text": 3}\n')
     wrong = {
@@ -134,7 +135,7 @@ def test_what_cannot_work_is_refused_on_every_rank_before_the_first_step(ranks: 
     }
     given = config(
         tmp_path / "run",
-        source,
+        tiny_source,
         Topology(dp=2),
         wrong,
         evaluate={"on_error": "explode", "every": 0, "device": "tpu"},
@@ -160,54 +161,57 @@ def test_what_cannot_work_is_refused_on_every_rank_before_the_first_step(ranks: 
     assert not read(tmp_path / "run") or not any("train/loss" in row for row in read(tmp_path / "run"))
 
 
-def test_merged_adapters_are_evaluated(ranks: RankServer, tmp_path: Path, source: Path, tasks: dict[str, Any]) -> None:
+def test_merged_adapters_are_evaluated(ranks: RankServer, tmp_path: Path, tiny_source: Path, tasks: dict[str, Any]) -> None:
     train(
         ranks,
         Topology(dp=2),
-        config(tmp_path, source, Topology(dp=2), tasks, peft={"name": "lora", "merge": True}, evaluate={"every": 2}),
+        config(tmp_path, tiny_source, Topology(dp=2), tasks, peft={"name": "lora", "merge": True}, evaluate={"every": 2}),
+        is_forked=False,
     )
     assert [step for step, _ in evaluated(tmp_path)] == [4]
 
 
 def test_a_failed_evaluation_warns_or_ends_the_run_and_costs_no_save(
-    ranks: RankServer, tmp_path: Path, source: Path, tasks: dict[str, Any]
+    ranks: RankServer, tmp_path: Path, tiny_source: Path, tasks: dict[str, Any]
 ) -> None:
-    given = config(tmp_path / "warned", source, Topology(dp=2), tasks, f"{CASES}.Break")
+    given = config(tmp_path / "warned", tiny_source, Topology(dp=2), tasks, f"{CASES}.Break")
     train(ranks, Topology(dp=2), given)
     assert evaluated(tmp_path / "warned") == []
     said = (tmp_path / "warned/lines.txt").read_text()
     assert "step_2/hf was not evaluated: " in said and "config.json" in said
 
-    given = config(tmp_path / "failed", source, Topology(dp=2), tasks, f"{CASES}.Break", evaluate={"on_error": "fail"})
+    given = config(tmp_path / "failed", tiny_source, Topology(dp=2), tasks, f"{CASES}.Break", evaluate={"on_error": "fail"})
     with pytest.raises(RankError, match=r"EvaluationError.*step_2/hf was not evaluated"):
         train(ranks, Topology(dp=2), given)
     step = tmp_path / "failed/checkpoints/step_2"
     (step / "hf/config.gone").rename(step / "hf/config.json")  # the cause is mended
     shutil.rmtree(tmp_path / "failed/checkpoints/step_4", ignore_errors=True)
-    given = config(tmp_path / "failed", source, Topology(dp=2), tasks, checkpoint={"resume": "auto"}, evaluate={"on_error": "fail"})
+    given = config(
+        tmp_path / "failed", tiny_source, Topology(dp=2), tasks, checkpoint={"resume": "auto"}, evaluate={"on_error": "fail"}
+    )
     train(ranks, Topology(dp=2), given)
     assert [step for step, _ in evaluated(tmp_path / "failed")] == [2, 4]
 
 
 def test_ranks_wait_longer_than_a_collective_may_take(
-    ranks: RankServer, tmp_path: Path, source: Path, tasks: dict[str, Any]
+    ranks: RankServer, tmp_path: Path, tiny_source: Path, tasks: dict[str, Any]
 ) -> None:
-    given = config(tmp_path, source, Topology(dp=2), tasks, timeout=2.5, evaluate={"every": None})
+    given = config(tmp_path, tiny_source, Topology(dp=2), tasks, timeout=2.5, evaluate={"every": None})
     ended = ranks.run(f"{CASES}:outlasting_the_timeout", world_size=2, kwargs={"values": given}, timeout=240)
     assert [step for step, _ in evaluated(tmp_path)] == [4]
     assert ended[1] != "waited", "a plain wait of as long fails"
 
 
-def test_a_signal_gives_an_evaluation_up(ranks: RankServer, tmp_path: Path, source: Path, tasks: dict[str, Any]) -> None:
-    given = config(tmp_path, source, Topology(dp=2), tasks)
+def test_a_signal_gives_an_evaluation_up(ranks: RankServer, tmp_path: Path, tiny_source: Path, tasks: dict[str, Any]) -> None:
+    given = config(tmp_path, tiny_source, Topology(dp=2), tasks)
     assert ranks.run(f"{CASES}:stopped", topology=Topology(dp=2), kwargs={"values": given}) == [2, 2]
     assert evaluated(tmp_path) == [] and not list(tmp_path.glob("checkpoints/step_*/evaluation.json"))
-    train(ranks, Topology(dp=2), config(tmp_path, source, Topology(dp=2), tasks, checkpoint={"resume": "auto"}))
+    train(ranks, Topology(dp=2), config(tmp_path, tiny_source, Topology(dp=2), tasks, checkpoint={"resume": "auto"}))
     assert [step for step, _ in evaluated(tmp_path)] == [2, 4]
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="the package lm_eval isn't installed: pip install 'megabridge[eval]'")
-def test_the_harness_runs_beside_the_training(ranks: RankServer, tmp_path: Path, source: Path, tasks: dict[str, Any]) -> None:
+def test_the_harness_runs_beside_the_training(ranks: RankServer, tmp_path: Path, tiny_source: Path, tasks: dict[str, Any]) -> None:
     folder = tmp_path / "own"
     folder.mkdir()
     (folder / "own.yaml").write_text(
@@ -217,11 +221,15 @@ def test_the_harness_runs_beside_the_training(ranks: RankServer, tmp_path: Path,
     )
     own = {"kind": "lm_eval", "tasks": ["own"], "include_path": str(folder)}
     given = config(
-        tmp_path / "run", source, Topology(dp=2), {"own": own, "quiz": tasks["quiz"]}, evaluate={"every": None, "on_error": "fail"}
+        tmp_path / "run",
+        tiny_source,
+        Topology(dp=2),
+        {"own": own, "quiz": tasks["quiz"]},
+        evaluate={"every": None, "on_error": "fail"},
     )
     train(ranks, Topology(dp=2), given)
     (row,) = [row for row in read(tmp_path / "run") if "evaluation/own/own/acc" in row]
     assert row["evaluation/own/own/acc"] == row["evaluation/quiz/acc"]
-    given = config(tmp_path / "other", source, Topology(dp=2), {"own": {**own, "tasks": ["own", "not_there"]}})
+    given = config(tmp_path / "other", tiny_source, Topology(dp=2), {"own": {**own, "tasks": ["own", "not_there"]}})
     with pytest.raises(RankError, match="lm-evaluation-harness knows no 'not_there'"):
         train(ranks, Topology(dp=2), given)

@@ -14,7 +14,7 @@ from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.launchers.prepare import conf_folder, resolve
 from tests.support.compose import compose
-from tests.test_documentation import COMMANDS
+from tests.support.pages import COMMANDS
 
 REFUSED = {
     "checkpoint.hf=true callbacks=none": "checkpoint.hf=True has no effect in this run: callbacks.hf_export",

@@ -5,35 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megabridge.parallel.topology import Topology
+from tests.support.checked import check, findings
 from tests.support.models import TINY
 from tests.support.rank_server import RankError, RankServer
 
 LLAMA = "megabridge.families.llama:FAMILY"
 LAYOUTS = ["dp4", "tp2dp2", "tp2dp2sp", "tp4", "tp4sp", "pp2dp2", "tp2pp2", "pp2vpp2dp2", "tp2pp2vpp2", "pp4"]
-
-
-def check(ranks: RankServer, run_dir: Path, topology: Topology, family: str | None, **model: Any) -> None:
-    values = {
-        "model": {"name": "auto", "path": None, **model},
-        "parallel": {"tp": topology.tp, "pp": topology.pp, "dp": topology.dp},
-        "recipe": {"steps": 0},
-        "family": family,
-        "logger": {"lines": {"_target_": "tests.support.loggers.Lines"}},
-        "run_dir": str(run_dir),
-    }
-    ranks.run("tests.support.recipes:recipe", topology=topology, kwargs={"name": "check", "values": values}, timeout=300)
-
-
-def findings(run_dir: Path) -> dict[str, dict[str, list[str]]]:
-    found: dict[str, dict[str, list[str]]] = {}
-    for entry in json.loads((run_dir / "check/findings.json").read_text()):
-        found.setdefault(entry["where"], {})[entry["what"]] = entry["problems"]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +24,7 @@ def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.grid
 def test_every_layout_of_four_ranks_and_the_models_own_files(ranks: RankServer, source: Path, tmp_path: Path) -> None:
     check(ranks, tmp_path, Topology(tp=2, pp=2), None, path=str(source))
     found = findings(tmp_path)

@@ -13,6 +13,7 @@ from megabridge.errors import ConfigError
 from megabridge.families import all_families
 from megabridge.parallel.topology import Topology
 from recipes import compare
+from tests.support.covering import cover, further
 from tests.support.families import MIXTURES
 from tests.support.rank_server import RankServer
 
@@ -40,16 +41,18 @@ def root(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     return folder
 
 
-@pytest.mark.parametrize(
-    ("topology", "sp"),
-    [(Topology(tp=2), True), (Topology(tp=4), False), (Topology(pp=2, vpp=2), False)],
-    ids=lambda value: str(value),
-)
-def test_nothing_differs_where_all_is_right(ranks: RankServer, root: Path, tmp_path: Path, topology: Topology, sp: bool) -> None:
-    cases = [(name, {}) for name in ARCHITECTURES]
+RIGHT = {"tp2": (Topology(tp=2), True), "tp4": (Topology(tp=4), False), "pp2vpp2": (Topology(pp=2, vpp=2), False)}
+COVER = cover(ARCHITECTURES, list(RIGHT))
+
+
+@pytest.mark.cover
+@pytest.mark.parametrize("layout", RIGHT)
+def test_nothing_differs_where_all_is_right(ranks: RankServer, root: Path, tmp_path: Path, layout: str) -> None:
+    topology, sp = RIGHT[layout]
+    cases = [(name, {}) for name in COVER[layout]]
     kwargs = {"root": str(root), "out": str(tmp_path), "cases": cases, "sp": sp}
     seen = ranks.run(f"{CASES}:comparisons", topology=topology, kwargs=kwargs, timeout=400)
-    found = dict(zip(ARCHITECTURES, seen[0], strict=True))
+    found = dict(zip(COVER[layout], seen[0], strict=True))
     assert not {name: entry["fault"] for name, entry in found.items() if entry["fault"]}
     assert not {name: entry["not_compared"] for name, entry in found.items() if entry["not_compared"]}
     figures = {name: (entry["rows"], entry["worst"]) for name, entry in found.items()}
@@ -58,7 +61,9 @@ def test_nothing_differs_where_all_is_right(ranks: RankServer, root: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("topology", "sp"), [(Topology(), False), (Topology(tp=2), True), (Topology(pp=2), False)], ids=lambda value: str(value)
+    ("topology", "sp"),
+    [(Topology(tp=2), True), *further((Topology(), False), (Topology(pp=2), False))],
+    ids=lambda value: str(value),
 )
 def test_a_fault_is_traced_to_its_module(ranks: RankServer, root: Path, tmp_path: Path, topology: Topology, sp: bool) -> None:
     cases = [(name, settings) for name, settings, _, _ in BROKEN]

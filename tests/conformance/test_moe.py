@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megabridge.parallel.topology import Topology
-from tests.conformance.test_check import check, findings
+from tests.support.checked import check, findings
 from tests.support.rank_server import RankServer
 
 MIXTRAL = "megabridge.families.mixtral:FAMILY"
 
 
+@pytest.mark.grid
 def test_every_layout_with_experts_passes(ranks: RankServer, tmp_path: Path) -> None:
     check(ranks, tmp_path, Topology(tp=2), MIXTRAL)
     found = findings(tmp_path)

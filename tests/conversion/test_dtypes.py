@@ -11,10 +11,10 @@ import torch
 
 from megabridge.hf.dtypes import holds, joined
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
-from tests.recipes.test_recipes import run, values
 from tests.support.dtypes import SOURCES
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
+from tests.support.recipe_runs import run, values
 
 CASES = "tests.support.dtypes"
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from megabridge.conversion import manifest
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_manifest import HARMLESS, NORM, edit, first_shard, flip, put
-from tests.conversion.test_round_trip import payload
+from tests.support.manifests import HARMLESS, NORM, edit, first_shard, flip, put
 from tests.support.models import TINY
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
 
 CASES = "tests.support.export"

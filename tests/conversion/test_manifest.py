@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
+from tests.support.manifests import HARMLESS, NORM, edit, first_shard, flip, put
 from tests.support.models import TINY, changed_model
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
 
 CASES = "tests.support.export"
 QKV = "model.layers.1.self_attn.q_proj.weight"
-NORM = "model.norm.weight"
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +66,6 @@ def test_it_says_what_is_in_the_folder(out: Path, source: Path) -> None:
         assert entry == {"size": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
     assert said["layout"] == {"tp": 2, "pp": 2, "vpp": 1, "cp": 1, "ep": 1, "etp": 2, "dp": 1}
     assert said["versions"].keys() == {"megabridge", "megatron-core", "torch"}
-
-
-def flip(folder: Path, name: str, byte: int) -> None:
-    """One bit of one byte of a tensor."""
-    info = find_tensors(folder)[name]
-    with info.file.open("r+b") as stream:
-        stream.seek(info.start + byte)
-        (value,) = stream.read(1)
-        stream.seek(info.start + byte)
-        stream.write(bytes([value ^ 4]))
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads((folder / "megabridge.json").read_text())
-    change(content)
-    (folder / "megabridge.json").write_text(json.dumps(content))
-
-
-def first_shard(folder: Path) -> Path:
-    return min(folder.glob("*.safetensors"))
 
 
 def swap(folder: Path) -> None:
@@ -154,13 +131,6 @@ ADDED: dict[str, Callable[[Path], object]] = {
     "elsewhere": lambda path: path.symlink_to(path.parent.parent),
     "special_tokens_map.json": os.mkfifo,
 }  # fmt: skip
-HARMLESS = ("README.md", "LICENSE", ".gitattributes", ".gitignore", ".git/config", ".git/hooks/x.py", ".cache/huggingface/x.lock")
-
-
-def put(folder: Path, names: Iterable[str], make: Callable[[Path], object] = lambda path: path.write_bytes(b"x")) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        make(folder / name)
 
 
 def test_what_was_added_is_named(ranks: RankServer, out: Path, tmp_path: Path) -> None:
@@ -222,15 +192,14 @@ def test_a_folder_against_its_source(ranks: RankServer, out: Path, source: Path,
     assert len(seen[5]) > 20, "float32 weights aren't bfloat16 ones cast back"
 
 
-def test_the_command_prints_every_mismatch_and_fails(out: Path, source: Path, tmp_path: Path) -> None:
+def test_the_command_prints_every_mismatch_and_fails(ranks: RankServer, out: Path, source: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(out, tmp_path / "folder")
     names = [name for name in find_tensors(folder) if "layers" in name]
     for name in names:
         flip(folder, name, 1)
     edit(folder, lambda content: content["files"].update({"\x1b[2J": content["files"]["config.json"]}))
-    command = [sys.executable, "-m", "megabridge.run", "recipe=convert", "conversion.mode=verify", f"conversion.folder={folder}"]
-    command += [f"conversion.source={source}", f"run_dir={tmp_path / 'run'}", "model=tiny_llama", "logger=local"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    command = ["recipe=convert", "conversion.mode=verify", f"conversion.folder={folder}", f"conversion.source={source}"]
+    done = ranks.program([*command, f"run_dir={tmp_path / 'run'}", "model=tiny_llama", "logger=local"], cwd=tmp_path)
     assert done.returncode != 0
     for name in names:
         assert f": {name} has other bytes than were written\n" in done.stdout

@@ -10,30 +10,13 @@ import pytest
 import torch
 
 from megabridge.families.gpt_oss import FAMILY as GPT_OSS
-from megabridge.families.mixtral import FAMILY as MIXTRAL
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
-from tests.support.models import TINY, changed_model
+from tests.support.covering import further
+from tests.support.models import changed_model
+from tests.support.payload import payload
+from tests.support.quantised_models import CASES, DEEPSEEK, MIXTURE, SHAPE
 from tests.support.rank_server import RankServer
 
-CASES = "tests.support.quantised"
-DEEPSEEK = "DeepseekV3ForCausalLM"
-# 192 columns are one block of 128 and a half, cut into 96 by tp 2 and 64 by tp 3; rows are cut inside blocks too.
-SHAPE: dict[str, Any] = {
-    **TINY,
-    "hidden_size": 192,
-    "intermediate_size": 336,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
-    "head_dim": 32,
-    "num_hidden_layers": 2,
-    "vocab_size": 132,
-    "max_position_embeddings": 252,  # tp 3 divides it
-    "dtype": "bfloat16",
-}
-MIXTURE: dict[str, Any] = {
-    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", **MIXTRAL.tiny, "dtype": "bfloat16",
-}  # fmt: skip
 Q = "model.layers.0.self_attn.q_proj.weight"
 SCALES = Q + "_scale_inv"
 
@@ -66,7 +49,7 @@ def check_import(ranks: RankServer, root: Path, layout: Topology, out: Path, sla
     assert json.loads((out / "config.json").read_text()) == config, "nothing but quantization_config is gone"
 
 
-@pytest.mark.parametrize("layout", [Topology(), Topology(tp=3), Topology(tp=2, pp=2), Topology(tp=2, dp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Topology(tp=2, pp=2), *further(Topology(), Topology(tp=3), Topology(tp=2, dp=2))], ids=str)
 def test_block_fp8_is_imported_as_what_it_stands_for(ranks: RankServer, dense: Path, layout: Topology, tmp_path: Path) -> None:
     check_import(ranks, dense, layout, tmp_path / "out", slack=1.01)
 
@@ -91,7 +74,7 @@ def test_gpt_oss_in_mxfp4(ranks: RankServer, tmp_path: Path) -> None:
         check_import(ranks, tmp_path, layout, tmp_path / f"out{number}", slack=1.07)
 
 
-@pytest.mark.parametrize("layout", [Topology(), Topology(pp=2, ep=2, dp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Topology(pp=2, ep=2, dp=2), *further(Topology())], ids=str)
 def test_deepseek_with_layers_that_are_carried(ranks: RankServer, tmp_path: Path, layout: Topology) -> None:
     """Those of multi-token prediction are quantised too: decoded for an export, and for a native checkpoint."""
     ranks.run("tests.support.mtp:make", kwargs={"folder": str(tmp_path / "source"), "architecture": DEEPSEEK})

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from megabridge.families.gpt_oss import FAMILY as GPT_OSS
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_quantised import CASES, DEEPSEEK, MIXTURE, SHAPE
-from tests.conversion.test_round_trip import payload
 from tests.support.models import changed_model
+from tests.support.payload import payload
 from tests.support.quantised import FP8, dequantised
+from tests.support.quantised_models import CASES, DEEPSEEK, MIXTURE, SHAPE
 from tests.support.rank_server import RankServer
 
 LAYOUTS = [Topology(), Topology(tp=2), Topology(tp=3), Topology(tp=2, pp=2), Topology(pp=2, dp=2)]

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
 from tests.support.models import TINY, changed_model
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
 
 Tensors = dict[str, torch.Tensor]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,26 +11,18 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from megabridge.conversion.manifest import MANIFEST
-from megabridge.hf.tensor_files import find_tensors
 from megabridge.parallel.topology import Topology
+from tests.support.covering import GRID
 from tests.support.models import TINY, llama_config
+from tests.support.payload import identical, payload
 from tests.support.rank_server import RankServer
 
 LAYOUTS = [*(Topology(tp=tp, pp=pp) for pp in (1, 2) for tp in (1, 2, 4)), Topology(tp=2, pp=2, vpp=2)]
-COUNT = int(os.environ.get("MEGABRIDGE_SHAPES", "18"))
-"""Random shapes; `make test-shapes` draws 54."""
+COUNT = 54 if GRID else 9
+"""Random shapes."""
 
 
-def payload(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """dtype, shape and bytes of every tensor of a folder."""
-    infos = find_tensors(folder)
-    files = {file: file.read_bytes() for file in {info.file for info in infos.values()}}
-    return {
-        name: (str(info.dtype), info.shape, files[info.file][info.start : info.start + info.nbytes]) for name, info in infos.items()
-    }
-
-
+@pytest.mark.cover
 @given(seeds=st.lists(st.integers(0, 2**32 - 1), min_size=COUNT, max_size=COUNT, unique=True))
 @settings(max_examples=1, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 def test_random_configs_under_every_layout(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory, seeds: list[int]) -> None:
@@ -60,24 +50,6 @@ def test_random_configs_under_every_layout(ranks: RankServer, tmp_path_factory: 
         if out != first:
             assert identical(first, out)
             shutil.rmtree(out)
-
-
-def identical(left: Path, right: Path) -> bool:
-    """Whether two folders hold the same files with the same content, as `diff -r` sees it; manifests but for the layout in them."""
-    found = filecmp.dircmp(left, right)
-    if found.left_only or found.right_only or found.funny_files:
-        return False
-    _, mismatch, errors = filecmp.cmpfiles(left, right, set(found.common_files) - {MANIFEST}, shallow=False)
-    if MANIFEST in found.common_files and tensors_and_files(left) != tensors_and_files(right):
-        return False
-    return not mismatch and not errors and all(identical(left / name, right / name) for name in found.common_dirs)
-
-
-def tensors_and_files(folder: Path) -> dict[str, Any]:
-    """What a manifest says but for the layout."""
-    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    assert content.pop("layout")
-    return content
 
 
 @pytest.mark.parametrize("layout", [Topology(tp=2, pp=2), Topology(pp=2, vpp=2)], ids=str)

@@ -13,19 +13,15 @@ from safetensors.torch import load_file, save_file
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.mapping import natural
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import identical, payload
+from tests.support.covering import further
 from tests.support.models import TINY, llama_config
+from tests.support.payload import identical, payload
 from tests.support.rank_server import RankServer
+from tests.support.stream_checks import check_tasks, files
 
 SEEDS = [1, 2, 3]
 TIED = {**TINY, "tie_word_embeddings": True}
 LIMIT = 10.0  # seconds for any early end
-
-
-def files(folder: Path) -> list[tuple[str, str, tuple[int, ...], str]]:
-    """Name, dtype, shape and digest of a folder's tensors, in an export's order."""
-    found = payload(folder)
-    return [(name, *found[name][:2], hashlib.sha256(found[name][2]).hexdigest()) for name in sorted(found, key=natural)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +38,9 @@ def models(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.mark.parametrize(
-    "layout", [Topology(), Topology(tp=4), Topology(tp=2, pp=2), Topology(pp=2, vpp=2), Topology(tp=2, dp=2)], ids=str
+    "layout",
+    [Topology(tp=2, pp=2), *further(Topology(), Topology(tp=4), Topology(pp=2, vpp=2), Topology(tp=2, dp=2))],
+    ids=str,
 )
 def test_the_tensors_of_the_files(ranks: RankServer, models: list[Path], layout: Topology) -> None:
     results = ranks.run("tests.support.stream:streams", topology=layout, kwargs={"sources": [str(model) for model in models]})
@@ -69,17 +67,6 @@ def check_bf16(source: Path, seen: list[Any]) -> None:
     for name, dtype, shape, digest in seen:
         bits = tensors[name].bfloat16().flatten().view(torch.uint8).numpy().tobytes()
         assert (dtype, shape, digest) == ("torch.bfloat16", tuple(tensors[name].shape), hashlib.sha256(bits).hexdigest())
-
-
-def check_tasks(tasks: list[Any], expected: list[Any], layout: Topology) -> None:
-    assert [task[:3] for task in tasks] == [entry[:3] for entry in expected]
-    for name, _, shape, nbytes, natives, sources in tasks:
-        assert nbytes == 4 * torch.Size(shape).numel()
-        assert len(natives) == 1 and set(sources) <= set(range(layout.world_size))
-        if name.endswith("v_proj.weight"):
-            assert natives[0].endswith("linear_qkv.weight")
-        if name.endswith("down_proj.weight"):
-            assert natives[0].endswith("linear_fc2.weight") and len(sources) == layout.tp
 
 
 def test_only_tensors_travel_and_the_next_bucket_is_ahead(ranks: RankServer, models: list[Path]) -> None:

@@ -14,15 +14,8 @@ from megabridge.data.batches import Sample
 from megabridge.data.chat import ChatEncoder
 from megabridge.errors import ConfigError
 from megabridge.hf import byte_tokenizer
+from tests.support.chat_templates import CHATML, TURNS, byte_folder
 
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Say é in 2 words.\n"},
-    {"role": "assistant", "content": "e acute"},
-    {"role": "user", "content": "again"},
-    {"role": "assistant", "content": "e\n\n  acute <b>!\n"},
-]
-CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TRIMMING = CHATML.replace("m['content']", "(m['content'] | trim)")
 # Earlier answers are shortened, as templates of reasoning models do with earlier thoughts.
 MUTATING = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'][:3])")
@@ -31,14 +24,6 @@ FOOTER = CHATML + "{% if not add_generation_prompt %}Rate this answer!{% endif %
 ALTERNATING = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}" + CHATML
 SAME_LINE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 MISPLACED_TAG = CHATML.replace("{% if add_gen", "{% generation %}{% endgeneration %}{% if add_gen")
-
-
-def byte_folder(folder: Path, template: str | None) -> Path:
-    byte_tokenizer.write_tokenizer(folder)
-    (folder / "chat_template.jinja").unlink()
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    return folder
 
 
 def with_template(source: Path, folder: Path, template: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,7 @@ from megabridge.data.show import stretches
 from megabridge.data.text import load_tokenizer
 from megabridge.errors import ConfigError
 from megabridge.hf import byte_tokenizer
-
-
-def chat(number: int) -> dict[str, Any]:
-    """A conversation of two turns, longer for greater numbers."""
-    return {
-        "messages": [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": f"question {number}"},
-            {"role": "assistant", "content": f"answer {number}" + "!" * (number % 7)},
-            {"role": "user", "content": "Go on."},
-            {"role": "assistant", "content": f"é more of {number}\n"},
-        ]
-    }
-
-
-def jsonl(file: Path, rows: list[Any]) -> Path:
-    """Rows that are bytes are written as they are."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    file.write_bytes(b"\n".join(lines) + b"\n")
-    return file
+from tests.support.chat_rows import BAD, chat, jsonl, made
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +24,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bytes")
     byte_tokenizer.write_tokenizer(folder)
     return folder
-
-
-def made(path: Path | str, tokenizer: Path, *, length: int = 400, rows: int = 2, **settings: Any) -> Finetuning:
-    data = Finetuning(path=str(path), **settings)
-    data.setup(tokenizer, seq_length=length, micro_batch_size=1, global_batch_size=rows, seed=3)
-    return data
 
 
 def learned(batches: list[Batch], tokenizer: Path) -> list[list[str]]:
@@ -117,54 +91,6 @@ def test_prompts_with_completions_and_plain_text(tmp_path: Path, tokenizer: Path
     (tmp_path / "file.txt").write_text("All of it.\n\nIs one document.")
     whole = made(tmp_path / "file.txt", tokenizer, validation_share=0)
     assert epoch(whole, tokenizer) == [["ll of it.\n\nIs one document.<|im_end|>"]]
-
-
-BAD = {
-    "missing field": [
-        {"text": "no messages"},
-        {"messages": [{"role": "user"}]},
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": []}]},
-        {"messages": [{"role": None, "content": "a"}]},
-    ],
-    "content that is not text": [
-        {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "b"}]}
-        for part in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}, {"type": "text", "text": 1}, "text", None)
-    ],
-    "empty": [{"messages": []}, {"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "x"}]}],
-    "too long": [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 500}]}],
-    "bad encoding": [b'{"messages": "\xff"}', b'{"messages": [{"role": "user", "content": "\\ud800"}]}'],
-    "not readable": [
-        b"{",
-        b"[1]",
-        b"null",
-        b"\x00",
-        b'{"messages": [], "messages": []}',
-        b"[" * 5000,
-        b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}",
-        {"messages": "text"},
-        {"messages": 1},
-        {"messages": {"role": "user"}},
-        {"messages": [1]},
-        {"messages": [[]]},
-        *(
-            {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}]}
-            for content in (1, 0.5, True, {})
-        ),
-        *(
-            {"messages": [{"role": role, "content": "a"}, {"role": "assistant", "content": "b"}]}
-            for role in (1, ["user"], {"a": 1})
-        ),
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": "call"}]},
-    ],
-    "role order": [
-        {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]},
-        {"messages": [{"role": "assistant", "content": "c"}]},
-        {"messages": [{"role": "user", "content": "b"}]},
-        {"messages": [{"role": "wizard", "content": "b"}, {"role": "assistant", "content": "c"}]},
-        {"messages": [*chat(1)["messages"], {"role": "system", "content": "late"}]},
-    ],
-}
 
 
 def test_bad_rows_are_counted_by_kind_and_left_out(tmp_path: Path, tokenizer: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from megabridge.data import reading
 from megabridge.hf import byte_tokenizer
 from megabridge.parallel.topology import Topology
-from tests.data.test_finetuning import BAD, chat, jsonl
 from tests.support import data as case
+from tests.support.chat_rows import BAD, chat, jsonl
 from tests.support.rank_server import RankServer
 
 CASES = "tests.support.data"

@@ -16,8 +16,8 @@ from megabridge.errors import CheckpointError, ConfigError, MegabridgeError
 from megabridge.evaluation.measures import generate
 from megabridge.hf import byte_tokenizer
 from megabridge.hf.random_models import write_random_model
-from tests.data.test_chat import CHATML, TURNS, byte_folder
-from tests.data.test_finetuning import chat, jsonl, made
+from tests.support.chat_rows import chat, jsonl, made
+from tests.support.chat_templates import CHATML, TURNS, byte_folder
 from tests.support.models import TINY
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"

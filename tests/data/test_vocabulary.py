@@ -22,7 +22,7 @@ from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError
 from megabridge.evaluation import evaluate, load, parsed
 from megabridge.hf import byte_tokenizer
-from tests.data.test_finetuning import jsonl
+from tests.support.chat_rows import jsonl
 from tests.support.models import TINY
 
 ASCII = 4 + 128

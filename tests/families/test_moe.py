@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
+from tests.support.covering import cover
 from tests.support.families import MIXTURES
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
 
 LAYOUTS = {
@@ -24,7 +25,7 @@ LAYOUTS = {
     "etp2ep2": Topology(tp=2, ep=2, etp=2, dp=2),
 }
 FAMILIES = [name for name in MIXTURES if ":" not in name]
-VARIED = ("single", "tp2ep2", "pp2")  # variants are cut as their families are: layouts that show what they compute
+COVER = cover(MIXTURES, list(LAYOUTS))
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,10 @@ def sources(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
     return root
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
-    names = [name for name in MIXTURES if is_legal(layout, name) and (name in FAMILIES or layout in VARIED)]
+    names = [name for name in COVER[layout] if is_legal(layout, name)]
     kwargs = {"root": str(sources), "out": str(tmp_path), "architectures": names}
     results = ranks.run("tests.support.families:checks", topology=LAYOUTS[layout], kwargs=kwargs, timeout=600)
     wrong = sorted({line for problems in results for line in problems})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
 
 LAYOUTS = {

@@ -11,7 +11,7 @@ import pytest
 from megabridge.errors import ConfigError
 from megabridge.families import all_families
 from megabridge.families.llama import FAMILY
-from tests.families.published import EXTRAS
+from tests.support.published import EXTRAS
 
 
 def refusal(**changes: Any) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
-from tests.hf.fake_hub import COMMIT, serving
-from tests.recipes.test_recipes import metrics, run, values
+from tests.support.fake_hub import COMMIT, serving
 from tests.support.gone import LOSSES
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
+from tests.support.recipe_runs import metrics, run, values
 
 CASES = "tests.support.gone"
 ASSETS = ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from megabridge.errors import CheckpointError
 from megabridge.hf import quickstart, resolve
-from tests.hf.fake_hub import COMMIT, serving
+from tests.support.fake_hub import COMMIT, serving
 
 FILES = {
     "config.json": b'{"model_type": "llama"}',

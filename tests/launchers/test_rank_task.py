@@ -12,21 +12,15 @@ import pytest
 
 from megabridge.launchers import job_files
 from megabridge.launchers.processes.outcome import Done, Failure
-from tests.test_run import ROOT, environ
+from tests.support.command import QUEUED, ROOT, environ
 
 BESIDE = """
 import sys
 from megabridge.launchers import local, rank_task
 from megabridge.launchers.rank_environment import RankEnvironment
-local.WORKER = "tests.launchers.processes.program"
+local.WORKER = "tests.support.worker_program"
 values = {"text": sys.argv[1], "deterministic": False, "platform": "cpu"}
 sys.exit(rank_task.supervise(values, RankEnvironment(3, 4, 1, 2, "127.0.0.1", 29500), digest="0"))
-"""
-QUEUED = """
-import sys
-from megabridge.launchers import local, rank_task
-local.WORKER = "tests.launchers.processes.program"
-sys.exit(rank_task.main())
 """
 # What a training loop does with the signals that it lets through (megabridge.training.stopping), then without saving at all.
 TRAINS = """

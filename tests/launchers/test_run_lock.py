@@ -17,8 +17,7 @@ from megabridge.errors import ConfigError
 from megabridge.launchers import job_files, run_lock
 from megabridge.launchers.processes.outcome import Done, Failure
 from megabridge.storage import folders, locks
-from tests.launchers.test_rank_task import QUEUED
-from tests.test_run import ROOT, command, environ
+from tests.support.command import QUEUED, ROOT, command, environ
 
 LIVE = """
 import sys

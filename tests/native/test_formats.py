@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from megabridge.config import schema
 from megabridge.storage.metrics_file import read
-from tests.conversion.test_round_trip import payload
 from tests.support.fixtures import COMMON, ROOT
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
 
 FORMATS = sorted((ROOT / "tests" / "fixtures").iterdir())

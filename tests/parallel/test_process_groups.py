@@ -8,21 +8,10 @@ import sys
 from pathlib import Path
 
 from megabridge.parallel.topology import Topology
+from tests.support.command import python
 from tests.support.rank_server import RankServer
 
 ROOT = Path(__file__).parents[2]
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**clean, "MEGABRIDGE_PLATFORM": "cpu", **environment},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
 
 
 def test_starting_twice_is_refused(ranks: RankServer) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from megabridge.families import all_families
 from megabridge.parallel.topology import Topology
-from tests.recipes.test_recipes import values
 from tests.support.models import TINY
 from tests.support.rank_server import RankError, RankServer
+from tests.support.recipe_runs import values
 
 SHAPE = {**TINY, "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
 MIXTURE = {

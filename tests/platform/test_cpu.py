@@ -13,7 +13,7 @@ from megabridge.parallel import process_groups
 from megabridge.parallel.topology import Topology
 from megabridge.platform import cpu
 from megabridge.platform.patches.cuda_devices import CudaMeansCpu
-from tests.parallel.test_process_groups import python
+from tests.support.command import python
 
 PROBE = """
 import sys, torch

@@ -14,7 +14,7 @@ import torch
 import megabridge.platform as platform
 from megabridge.errors import ConfigError
 from megabridge.platform import patches
-from tests.parallel.test_process_groups import python
+from tests.support.command import python
 
 ROOT = Path(__file__).parents[2]
 PATCHES = ROOT / "megabridge" / "platform" / "patches"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megabridge.parallel.topology import Topology
-from tests.conversion.test_round_trip import payload
 from tests.support.models import TINY
+from tests.support.payload import payload
 from tests.support.rank_server import RankServer
 
 CASES = "tests.support.bench"

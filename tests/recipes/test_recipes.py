@@ -10,58 +10,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from megabridge.parallel.topology import Topology
-from megabridge.storage.metrics_file import read
 from tests.support.models import TINY
 from tests.support.rank_server import RankError, RankServer
-
-CASES = "tests.support.recipes"
-
-
-@pytest.fixture(scope="module")
-def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hf") / "source"
-    ranks.run(f"{CASES}:make_source", kwargs={"folder": str(folder), "tokenizer": True})
-    return folder
-
-
-def values(run_dir: Path, source: Path | None, topology: Topology, **groups: Any) -> dict[str, Any]:
-    model: dict[str, Any] = {"name": "tiny", "path": None if source is None else str(source)}
-    return {
-        "model": {**model, **groups.pop("model", {})},
-        "parallel": {"tp": topology.tp, "pp": topology.pp, "vpp": topology.vpp},
-        "recipe": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "seq_length": 16, **groups.pop("recipe", {})},
-        "optimizer": {"lr": 1e-2},
-        "scheduler": {"name": "constant"},
-        "data": {"_target_": "tests.support.recipes.TinyData"},
-        "callbacks": {
-            "import_parity": {"_target_": "megabridge.callbacks.parity.ImportParity"},
-            "hf_export": {"_target_": "megabridge.callbacks.hf_export.HFExport"},
-            "progress": {"_target_": "megabridge.callbacks.progress.Progress"},
-            "answer": {"_target_": "megabridge.callbacks.answer.Answer", "max_new_tokens": 4, "prompt": groups.pop("prompt", None)},
-            "order": {"_target_": "tests.support.recipes.HookOrder"},
-        },
-        "logger": {
-            "jsonl": {"_target_": "megabridge.loggers.jsonl.JsonLines"},
-            "console": {"_target_": "megabridge.loggers.console.Console"},
-            "wandb": None,
-            "lines": {"_target_": "tests.support.loggers.Lines"},
-        },
-        "run_dir": str(run_dir),
-        **groups,
-    }
-
-
-def run(ranks: RankServer, recipe: str, topology: Topology, config: dict[str, Any]) -> list[float | None]:
-    return ranks.run(f"{CASES}:recipe", topology=topology, kwargs={"name": recipe, "values": config})
-
-
-def metrics(run_dir: Path, prefix: str) -> list[dict[str, Any]]:
-    return [row for row in read(run_dir) if any(name.startswith(prefix) for name in row)]
+from tests.support.recipe_runs import metrics, run, values
 
 
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2)], ids=str)
-def test_finetune_imports_trains_exports_and_reports(ranks: RankServer, tmp_path: Path, source: Path, topology: Topology) -> None:
-    config = values(tmp_path, source, topology, prompt="HELLO", recipe={"steps": 8}, checkpoint={"save_every": 4, "keep_last": 1})
+def test_finetune_imports_trains_exports_and_reports(
+    ranks: RankServer, tmp_path: Path, tiny_source: Path, topology: Topology
+) -> None:
+    config = values(
+        tmp_path, tiny_source, topology, prompt="HELLO", recipe={"steps": 8}, checkpoint={"save_every": 4, "keep_last": 1}
+    )
     losses = run(ranks, "finetune", topology, config)
 
     assert len(set(losses)) == 1 and losses[0] is not None
@@ -70,7 +30,7 @@ def test_finetune_imports_trains_exports_and_reports(ranks: RankServer, tmp_path
     assert len(metrics(tmp_path, "train/")) == 8
     (imported,) = [row for row in metrics(tmp_path, "import/") if "import/tensors" in row]
     assert imported["import/mismatched_tensors"] == 0
-    tensors = len(load_file(source / "model.safetensors"))
+    tensors = len(load_file(tiny_source / "model.safetensors"))
     exports = metrics(tmp_path, "export/")
     assert [row["step"] for row in exports] == [4, 8]
     assert all(row["export/mismatched_tensors"] == 0 and row["export/tensors"] == tensors for row in exports)
@@ -78,7 +38,7 @@ def test_finetune_imports_trains_exports_and_reports(ranks: RankServer, tmp_path
         assert row["parity/logits_max_abs_diff"] < 1e-4 and row["parity/logits_top1_agreement"] == 1
     assert [entry.name for entry in (tmp_path / "checkpoints").glob("step_*")] == ["step_8"]
     exported = tmp_path / "checkpoints/step_8/hf"
-    assert json.loads((exported / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert json.loads((exported / "config.json").read_text()) == json.loads((tiny_source / "config.json").read_text())
     assert (exported / "tokenizer.json").is_file()
 
     lines = (tmp_path / "lines.txt").read_text().splitlines()
@@ -95,8 +55,8 @@ def test_finetune_imports_trains_exports_and_reports(ranks: RankServer, tmp_path
         assert any(line.startswith(beginning) for line in lines), beginning
 
 
-def test_hooks_come_in_order(ranks: RankServer, tmp_path: Path, source: Path) -> None:
-    run(ranks, "finetune", Topology(), values(tmp_path, source, Topology(), recipe={"steps": 1}))
+def test_hooks_come_in_order(ranks: RankServer, tmp_path: Path, tiny_source: Path) -> None:
+    run(ranks, "finetune", Topology(), values(tmp_path, tiny_source, Topology(), recipe={"steps": 1}))
     assert json.loads((tmp_path / "hooks.json").read_text()) == [
         "on_start",
         "on_import",
@@ -110,17 +70,17 @@ def test_hooks_come_in_order(ranks: RankServer, tmp_path: Path, source: Path) ->
         "on_save",
         "on_end",
     ]
-    again = values(tmp_path, source, Topology(), recipe={"steps": 2, "eval_at_start": False}, checkpoint={"resume": "auto"})
+    again = values(tmp_path, tiny_source, Topology(), recipe={"steps": 2, "eval_at_start": False}, checkpoint={"resume": "auto"})
     run(ranks, "finetune", Topology(), again)
     assert json.loads((tmp_path / "hooks.json").read_text())[:3] == ["on_start", "on_resume", "before_step"]
 
 
 @pytest.mark.parametrize("peft", ["none", "lora"])
-def test_an_export_that_a_kill_left_unmade_is_made(ranks: RankServer, tmp_path: Path, source: Path, peft: str) -> None:
+def test_an_export_that_a_kill_left_unmade_is_made(ranks: RankServer, tmp_path: Path, tiny_source: Path, peft: str) -> None:
     name = "hf" if peft == "none" else "adapter"
 
     def config(run_dir: Path, **checkpoint: Any) -> dict[str, Any]:
-        made = values(run_dir, source, Topology(dp=2), checkpoint={"save_every": 2, "keep_last": 1, **checkpoint})
+        made = values(run_dir, tiny_source, Topology(dp=2), checkpoint={"save_every": 2, "keep_last": 1, **checkpoint})
         del made["callbacks"]["answer"]
         return made | {"peft": {"name": peft}}
 
@@ -152,16 +112,16 @@ def test_pretrain_starts_from_random_weights(ranks: RankServer, tmp_path: Path) 
 
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2)], ids=str)
 def test_convert_goes_round_and_through_a_native_checkpoint(
-    ranks: RankServer, tmp_path: Path, source: Path, topology: Topology
+    ranks: RankServer, tmp_path: Path, tiny_source: Path, topology: Topology
 ) -> None:
     def convert(mode: str, **groups: Any) -> None:
-        config = values(tmp_path / mode, source, topology, recipe={"steps": 0}, callbacks={}, **groups)
+        config = values(tmp_path / mode, tiny_source, topology, recipe={"steps": 0}, callbacks={}, **groups)
         run(ranks, "convert", topology, {**config, "conversion": {"mode": mode}})
 
     convert("roundtrip")
     convert("import")
     convert("export", checkpoint={"resume": str(tmp_path / "import/native")})
-    expected = load_file(source / "model.safetensors")
+    expected = load_file(tiny_source / "model.safetensors")
     for mode in ("roundtrip", "export"):
         found = load_file(tmp_path / mode / "hf/model.safetensors")
         assert found.keys() == expected.keys()
@@ -186,7 +146,7 @@ def test_plan_runs_in_one_process_whatever_the_layout(ranks: RankServer, tmp_pat
     assert {share["files"] for share in plan["ranks"].values()} != {1}
 
 
-def test_a_setting_that_cannot_work_names_itself(ranks: RankServer, tmp_path: Path, source: Path) -> None:
-    config = values(tmp_path, source, Topology(), model={"provider": {"hidden_sizes": 3}})
+def test_a_setting_that_cannot_work_names_itself(ranks: RankServer, tmp_path: Path, tiny_source: Path) -> None:
+    config = values(tmp_path, tiny_source, Topology(), model={"provider": {"hidden_sizes": 3}})
     with pytest.raises(RankError, match="hidden_size"):
         run(ranks, "finetune", Topology(), config)

@@ -17,7 +17,6 @@ from megabridge.families import all_families
 from megabridge.parallel import process_groups
 from tests.support import steady
 from tests.support.convert import provide
-from tests.support.models import prompt
 from tests.support.train import _forward_backward, batches
 
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -148,18 +147,6 @@ def _losses(source: Path, steps: int) -> list[float]:
             chunk.zero_grad_buffer()
         out.append(_forward_backward(model, batches(0, bridge.source.config["vocab_size"]), micro=4))
         optimizer.step()
-    return out
-
-
-def generations(folders: list[str]) -> list[list[int]]:
-    """32 tokens that transformers generates greedily from each folder."""
-    from transformers import AutoModelForCausalLM
-
-    out = []
-    for folder in folders:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokens = model.generate(prompt(131, batch=1, length=8), max_new_tokens=32, min_new_tokens=32, do_sample=False)
-        out.append(tokens[0, 8:].tolist())
     return out
 
 

@@ -96,16 +96,20 @@ class Exports:
 
 
 def killed_exports(
-    source: str, root: str, *, last: int | None = None, fresh: bool = False, exchange: bool = True
+    source: str, root: str, *, last: int | None = None, share: int = 1, fresh: bool = False, exchange: bool = True
 ) -> list[dict[str, Any]]:
-    """Kills an export over an earlier one at each call (or the `last` ones), and exports again; what was seen each time."""
+    """Kills an export over an earlier one at each call (or the `last` ones), and exports again; what was seen each time.
+
+    Of the calls before the last fifteen it takes one in `share`.
+    """
     exports = Exports(source, root)
     exports.reset(fresh=fresh)
     log = exports.root / "log"
     _, whole = forked(lambda: exports.armed(exchange=exchange, log=log))
     kinds = [call.kind for call in disk.calls(log)]
     seen = []
-    for number in range(1 if last is None else len(kinds) - last + 1, len(kinds) + 1):
+    first = 1 if last is None else len(kinds) - last + 1
+    for number in [*range(first, len(kinds) - 14, share), *range(max(first, len(kinds) - 14), len(kinds) + 1)]:
         exports.reset(fresh=fresh)
         code, _ = forked(lambda number=number: exports.armed(kill=number, exchange=exchange))
         killed = {"kind": kinds[number - 1], "code": code, "state": exports.state(), "hidden": exports.hidden()}

@@ -11,9 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.support.command import ROOT
 from tests.support.rank_server import RankServer
 
-ROOT = Path(__file__).parents[2]
 SHAPE = "hidden_size=16,intermediate_size=24,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=2,head_dim=4"
 COMMON = [
     "model=tiny_llama", *(f"model.hf.{pair}" for pair in SHAPE.split(",")), "recipe=pretrain", "data=random_tokens", "recipe.seq_length=16",

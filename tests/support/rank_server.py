@@ -110,9 +110,18 @@ class RankServer:
         return [pickle.loads((folder / f"result_{rank}.pickle").read_bytes()) for rank in range(request["world_size"])]
 
     def program(
-        self, arguments: str | Sequence[str], *, cwd: Path, environ: Mapping[str, str] | None = None, timeout: float = 240.0
+        self,
+        arguments: str | Sequence[str],
+        *,
+        cwd: Path,
+        environ: Mapping[str, str] | None = None,
+        timeout: float = 240.0,
+        signalled: tuple[int, str, int] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """`python -m megabridge.run` with `arguments`, in `cwd`; `environ` is beside this process's environment."""
+        """`python -m megabridge.run` with `arguments`, in `cwd`; `environ` is beside this process's environment.
+
+        With `signalled` (number, glob, count) it gets that signal as soon as `count` files below `cwd` fit the pattern.
+        """
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         given = shlex.split(arguments) if isinstance(arguments, str) else list(arguments)
         request = {
@@ -121,6 +130,7 @@ class RankServer:
             "environ": {**os.environ, "MEGABRIDGE_PLATFORM": "cpu", **(environ or {})},
             "folder": str(folder),
             "timeout": timeout,
+            "signalled": signalled,
         }
         answer = self._ask(request, timeout + 30)
         assert answer is not None
@@ -229,7 +239,11 @@ def _program(request: dict[str, Any]) -> int:
     if pid == 0:
         _become(live, request["environ"], parent, cwd=request["cwd"])
     until = time.monotonic() + request["timeout"]
+    number, pattern, count = request["signalled"] or (0, "", 0)
     while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if number and len(list(Path(request["cwd"]).glob(pattern))) >= count:
+            os.kill(pid, number)
+            number = 0
         if time.monotonic() > until:
             os.killpg(pid, signal.SIGKILL)
         time.sleep(0.01)

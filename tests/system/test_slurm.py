@@ -54,7 +54,7 @@ def run(*arguments: str, cwd: Path, environ: dict[str, str], timeout: float = 90
 
 def test_three_points_of_which_one_fails(tmp_path: Path, environ: dict[str, str]) -> None:
     """Over layouts: one point after the other is submitted, done or failed with its rank's own error; secrets reach no file."""
-    recipe = "recipe.target=tests.launchers.recipes:fail_under_tp"
+    recipe = "recipe.target=tests.support.launched:fail_under_tp"
     # The last is refused before anything is submitted.
     layouts, secret = "parallel=single,dp2,tp2,tp3", "+recipe.options.api_key=hunter2secret"
     done = run(*SWEEP, layouts, recipe, "recipe.steps=0", secret, "hydra.launcher.max_concurrent=2", cwd=tmp_path, environ=environ)
@@ -158,7 +158,7 @@ def _hasten(environ: dict[str, str]) -> bool:
 
 
 def test_a_detached_sweep_is_collected(tmp_path: Path, environ: dict[str, str]) -> None:
-    recipe = ("recipe.target=tests.launchers.recipes:objective", "recipe.steps=0", "hydra.launcher.fetch=false")
+    recipe = ("recipe.target=tests.support.launched:objective", "recipe.steps=0", "hydra.launcher.fetch=false")
     done = run(*SWEEP, "seed=5,6", *recipe, "hydra.launcher.detach=true", cwd=tmp_path, environ=environ)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "sweep"
@@ -195,7 +195,7 @@ def test_a_dry_run_submits_nothing(tmp_path: Path, environ: dict[str, str]) -> N
 def test_the_plain_batch_script(tmp_path: Path, environ: dict[str, str]) -> None:
     """launch/slurm.sbatch as it is, on a node without GPUs."""
     options = ["--wait", "--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=30"]
-    arguments = ["model=tiny_llama", "platform=cpu", "parallel=tp2", "recipe.target=tests.launchers.recipes:objective"]
+    arguments = ["model=tiny_llama", "platform=cpu", "parallel=tp2", "recipe.target=tests.support.launched:objective"]
     command = ["sbatch", *options, str(ROOT / "launch" / "slurm.sbatch"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
     logs = "".join(file.read_text() for file in tmp_path.glob("*.log"))

@@ -21,7 +21,7 @@ import yaml
 
 from megabridge.conversion import manifest
 from megabridge.hf import byte_tokenizer
-from tests.launchers.free_port import free_port
+from tests.support.free_port import free_port
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("mbtest0", "mbtest1")

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 
 from megabridge.parallel.topology import Topology
 from megabridge.storage import metrics_file
-from tests.recipes.test_recipes import values
 from tests.support.models import TINY
 from tests.support.rank_server import RankError, RankServer
+from tests.support.recipe_runs import values
 
 CASES = "tests.support.recipes"
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from megabridge.parallel.topology import Topology
-from tests.recipes.test_recipes import run, values
 from tests.support.rank_server import RankError, RankServer
+from tests.support.recipe_runs import run, values
 
 CASES = "tests.support.recipes"
 

@@ -11,7 +11,7 @@ import pytest
 from megabridge.errors import ConfigError
 from megabridge.parallel.topology import Topology
 from tests.support.rank_server import RankServer
-from tests.training.test_resume import assert_equal, trained, whole_tensors, without_padding
+from tests.support.resumed import assert_equal, trained, whole_tensors, without_padding
 
 CASES = "tests.support.moe"
 WRITTEN = Topology(dp=2, ep=2)

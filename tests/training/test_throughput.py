@@ -10,9 +10,9 @@ import pytest
 
 from megabridge.parallel.topology import Topology
 from megabridge.storage import metrics_file
-from tests.recipes.test_recipes import values
 from tests.support.models import TINY
 from tests.support.rank_server import RankServer
+from tests.support.recipe_runs import values
 
 CASES = "tests.support.recipes"
 

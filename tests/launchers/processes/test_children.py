@@ -212,7 +212,7 @@ def test_a_program_is_judged_as_a_fork_is(tmp_path: Path) -> None:
     started = []
     for rank, (config, text) in enumerate(zip(configs, ends, strict=True)):
         os.pwrite(config, json.dumps({"text": text}).encode(), 0)
-        started.append(children.spawn("tests.launchers.processes.program", [], rank=rank, environ=environ, config=config))
+        started.append(children.spawn("tests.support.worker_program", [], rank=rank, environ=environ, config=config))
     for child, expected in zip(started, ends.values(), strict=True):
         found = children.wait([child])
         if isinstance(expected, str):
