@@ -37,7 +37,7 @@ def main(config: Config) -> None:
         report.say(provider.describe())
         begin = time.perf_counter()
         plan = plan_all_ranks(bridge.source.family, bridge.source.native, provider, schema.topology(config.parallel))
-        costs = plan.shares(config.conversion.max_shard_size)
+        costs = plan.costs(config.conversion.max_shard_size)
         report.say(
             f"{len(plan.tensors)} tensors, {plan.bytes / 1e6:.1f} MB: each element is written by exactly one of "
             f"{plan.topology.world_size} ranks, proven in {time.perf_counter() - begin:.1f} s"
@@ -62,7 +62,7 @@ def table(plan: AllRanksPlan, costs: dict[int, RankCost]) -> list[str]:
             str(pp),
             _span(cost.held_bytes / 1e6 for cost in stage),
             _span(cost.fed_bytes / 1e6 for cost in stage),
-            _span(cost.stretches for cost in stage),
+            _span(cost.contiguous_runs for cost in stage),
             _span(cost.written_bytes / 1e6 for cost in stage),
             _span(cost.files for cost in stage),
             _span(cost.staging_bytes / 1e6 for cost in stage),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.launchers import results, sweep
-from megabridge.launchers.html_report import page
+from megabridge.launchers.html_report import render
 from megabridge.storage import atomic_files
 from recipes.collect import sweep_folder
 
@@ -13,7 +13,7 @@ from recipes.collect import sweep_folder
 def main(config: Config) -> None:
     """Writes report.html to the sweep's directory, from sweep.json and the current metrics of the runs."""
     folder = sweep_folder(config)
-    text = page(f"Sweep {folder.name}", results.rows(sweep.read(folder)))
+    text = render(f"Sweep {folder.name}", results.rows(sweep.read(folder)))
     file = folder / "report.html"
     try:
         atomic_files.write(file, text)

@@ -63,7 +63,7 @@ def load(source: ModelSource, state: BridgeState, model: Model, path: str | Path
          allow_nonfinite: bool = False, show_progress: bool = True) -> Report:  # fmt: skip
     """See AutoBridge.load_hf_adapter."""
     with collectives.raise_together("opening the adapter"):
-        folder = regular_files.place(path)
+        folder = regular_files.expand(path)
         found, infos = peft_folder.read_config(folder), peft_folder.find_weights(folder)
         modules = peft_folder.modules_of(infos)
         rules = AdapterMap(source.family, found)

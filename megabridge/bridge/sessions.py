@@ -74,7 +74,7 @@ def target(path: str | Path, *, replace: bool) -> Path:
 
     Without `replace`, raises CheckpointError on every rank unless the folder is missing or empty; an empty one is removed.
     """
-    folder = regular_files.place(path).absolute()
+    folder = regular_files.expand(path).absolute()
 
     def prepare() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)

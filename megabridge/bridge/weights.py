@@ -35,7 +35,7 @@ from megabridge.hf.dtypes import Casts, counted
 from megabridge.hf.dtypes import name as name_of
 from megabridge.hf.quantised_weights import find_weights
 from megabridge.hf.safetensors_format import TensorInfo
-from megabridge.hf.tensor_files import Way, stored_as
+from megabridge.hf.tensor_files import Way, stored_tensors
 from megabridge.loggers.bars import bytes_bar
 from megabridge.native import digests
 from megabridge.native.source_record import SourceRecord
@@ -108,7 +108,7 @@ def load(source: ModelSource, state: BridgeState, model: Model, hf_path: str | P
             verify=verify,
             progress=progress,
         )
-    state.import_digest = digests.of_tensors(one for info in infos.values() for one in stored_as(info)) if digest else ""
+    state.import_digest = digests.of_tensors(one for info in infos.values() for one in stored_tensors(info)) if digest else ""
     names = [name for name in (*plan.tensors, *plan.aliases) if name in infos]
     patterns = [*source.family.ignored, *allow_missing, *allow_unexpected]
     with collectives.raise_together("opening passthrough tensors"):

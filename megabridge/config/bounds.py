@@ -88,7 +88,7 @@ def check_paths(config: Config) -> None:
     problems = [] if config.run_dir else ["run_dir='' must name a directory of the run's own; give one."]
     for key, path in named.items():
         try:
-            regular_files.place(path or ".")
+            regular_files.expand(path or ".")
         except CheckpointError as error:
             problems.append(f"{key}={error}")
     if problems:

@@ -195,12 +195,6 @@ def step_problems(config: Config, topology: Topology) -> list[str]:
     return problems
 
 
-def padded_vocabulary(get: Get, tp: int) -> int:
-    """Returns vocab_size, padded to a multiple of make_vocab_size_divisible_by x tp."""
-    multiple = int(get("make_vocab_size_divisible_by")) * tp
-    return -(-int(get("vocab_size")) // multiple) * multiple
-
-
 def parameters(get: Get) -> int | None:
     """Returns the number of parameters of a decoder with an MLP, or experts, in each layer; None: not known.
 

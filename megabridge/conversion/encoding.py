@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megabridge.conversion.plan import Plan, TensorSpec
 from megabridge.errors import ConfigError, listed
 from megabridge.families.core.quantization import Quantization, quantization_of
-from megabridge.hf.codecs import E4M3, E4M3_MAX, BlockFP8, factors_of, largest_of, runs_of, scales_of, sizes_of, spread
+from megabridge.hf.codecs import E4M3, E4M3_MAX, BlockFP8, expand_scales, factors_of, largest_of, runs_of, scales_of, sizes_of
 from megabridge.hf.quantised_weights import SCALE_OF
 from megabridge.hf.safetensors_format import TensorInfo
 from megabridge.hf.tensor_files import native_box
@@ -67,7 +67,7 @@ class Encoder:
         factors = factors_of(self.largest[info.name], ue8m0=self.quantization.ue8m0)
         _, box = codec.boxes(part, info.shape, tuple(factors.shape))
         there = factors.as_strided(*box.hf_view()).reshape(sizes_of(box))
-        scaled = spread(there, runs_of(part), codec.sizes(len(info.shape))).mul_(values)
+        scaled = expand_scales(there, runs_of(part), codec.sizes(len(info.shape))).mul_(values)
         return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3).view(ours.shape)
 
     def scales(self) -> Iterator[tuple[str, torch.Tensor]]:

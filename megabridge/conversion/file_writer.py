@@ -128,7 +128,7 @@ class Writer(Files):
 
     def _write(self, fd: int, info: TensorInfo, part: Transfer, data: torch.Tensor) -> None:
         itemsize = info.dtype.itemsize
-        length, starts = part.rows()
+        length, starts = part.contiguous_runs()
         flat = memoryview((ctypes.c_char * (data.numel() * itemsize)).from_address(data.data_ptr())).cast("B")
         step = length * itemsize
         try:

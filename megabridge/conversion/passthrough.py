@@ -43,7 +43,7 @@ class Passthrough:
     def of(cls, infos: Mapping[str, TensorInfo], digests: Mapping[str, str] | None = None) -> Self:
         """Opens the tensors' files. Raises CheckpointError where one was replaced since its header was read."""
         reader = Reader(infos.values())
-        reader.hold()
+        reader.open_all()
         return cls(infos, digests or {}, reader)
 
     def close(self) -> None:

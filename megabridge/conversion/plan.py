@@ -114,7 +114,7 @@ class Plan:
 
     def is_passthrough(self, name: str) -> bool:
         """Whether `name` is a tensor of a multi-token-prediction layer that the model was built without."""
-        return not self.has_mtp and self.family.is_carried(name, self.dims)
+        return not self.has_mtp and self.family.is_passthrough(name, self.dims)
 
     @property
     def owned_bytes(self) -> int:

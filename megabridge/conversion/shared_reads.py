@@ -28,7 +28,7 @@ from megabridge.conversion.read_loop import Progress, ReadTask, ReadWorker, Visi
 from megabridge.errors import CheckpointError
 from megabridge.hf.contiguous_runs import span_of
 from megabridge.hf.safetensors_format import TensorInfo
-from megabridge.hf.tensor_files import PIECE, Fetched, Reader, stored_as, stored_bytes
+from megabridge.hf.tensor_files import PIECE, Fetched, Reader, stored_bytes, stored_tensors
 from megabridge.mapping import Transfer
 from megabridge.mapping.boxes import Axis, clip
 from megabridge.parallel import collectives
@@ -63,7 +63,7 @@ def blocks_of(infos: Mapping[str, TensorInfo], limit: int) -> list[Block]:
     for info in sorted(infos.values(), key=lambda info: (info.file.name, info.start)):
         if info.elements == 0:
             continue
-        packed = stored_as(info)[0]
+        packed = stored_tensors(info)[0]
         for first, count, ranges in _ranges(packed.shape, max(1, limit // packed.dtype.itemsize)):
             start = info.start + first * packed.dtype.itemsize
             inner = ranges if info.encoding is None else info.encoding.codec.inside(ranges)

@@ -10,7 +10,7 @@ from typing import Final
 import xxhash
 
 from megabridge.data.batches import Sample
-from megabridge.parallel.collectives import spread
+from megabridge.parallel.collectives import distribute
 from megabridge.storage import regular_files
 
 WHOLE: Final = 4 << 30
@@ -48,5 +48,5 @@ def of_files(files: Sequence[Path]) -> str:
             stream.seek(begin)
             return xxhash.xxh3_128_hexdigest(stream.read(_PIECE))
 
-    found = spread("reading what the run learns from", len(pieces), work)
+    found = distribute("reading what the run learns from", len(pieces), work)
     return xxhash.xxh3_128_hexdigest(f"{sizes} {' '.join(found)}".encode())

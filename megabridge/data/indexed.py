@@ -28,7 +28,7 @@ _DTYPES: Final[dict[int, type[np.generic]]] = {1: np.uint8, 2: np.int8, 3: np.in
 
 def files(prefix: str | Path) -> tuple[Path, Path]:
     """Returns the .bin and .idx files of a prefix, or of the name of one of the two files."""
-    name = str(regular_files.place(prefix))
+    name = str(regular_files.expand(prefix))
     for suffix in (".bin", ".idx"):
         name = name.removesuffix(suffix)
     return Path(f"{name}.bin"), Path(f"{name}.idx")

@@ -29,7 +29,7 @@ def local_files(path: str) -> list[Path] | None:
     None is also returned for a folder without such files, which `datasets` may be able to load. Raises ConfigError for a file of
     another kind, CheckpointError for one that isn't a regular file.
     """
-    place = regular_files.place(path)
+    place = regular_files.expand(path)
     if place.is_dir():
         found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and regular_files.exists(file))
         return found or None

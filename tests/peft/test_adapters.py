@@ -280,8 +280,8 @@ def test_what_is_refused(ranks: RankServer, source: Path, runs: dict[str, Any], 
 
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     cases: list[tuple[str, dict[str, Any], str]] = [
-        ("lora", {"target_modules": ("q_prj", "embed_tokens", "v_proj")}, "'q_prj' is the end of no linear's name"),
-        ("lora", {"target_modules": ("lm_head",)}, "'lm_head' is the end of no linear's name"),
+        ("lora", {"target_modules": ("q_prj", "embed_tokens", "v_proj")}, "'q_prj' matches the end of no linear's name"),
+        ("lora", {"target_modules": ("lm_head",)}, "'lm_head' matches the end of no linear's name"),
         ("lora", {"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "leaves no linear"),
         ("lora", {"r": 0, "lora_dropout": 1.0}, "r=0 must be at least 1"),
         ("import", changed("alpha", lora_alpha=16), "lora_alpha=16.0, here 8"),
