@@ -38,6 +38,26 @@ from typing import Any, Final, NoReturn, Self
 
 from megabridge.parallel.topology import Topology
 
+WARMED: Final = (
+    "accelerate",
+    "datasets",
+    "megabridge.callbacks.answer",
+    "megabridge.callbacks.hf_export",
+    "megabridge.callbacks.parity",
+    "megabridge.callbacks.progress",
+    "megabridge.data.finetuning",
+    "megabridge.loggers.console",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "numpy.ctypeslib",
+    "recipes.convert",
+    "recipes.finetune",
+    "rich._emoji_codes",
+    "tests.support.loggers",
+    "torch.utils.serialization.config",
+    "transformers.generation.continuous_batching",
+    "transformers.models.llama.modeling_llama",
+)
+"""What ranks of many tests import, beside what megabridge's worker imports for its own: seconds for each of thousands of ranks."""
 START_TIMEOUT: Final = 180.0  # seconds to import the stack on a busy machine
 
 
@@ -180,10 +200,13 @@ class RankServer:
 
 def serve() -> None:
     """The host's loop: a request per line of stdin, an answer per line of stdout (null, or the first failure)."""
+    from megabridge import worker
     from megabridge.launchers.processes.forked import fork_ranks
     from megabridge.launchers.processes.outcome import Failure
     from megabridge.parallel import process_groups
 
+    for name in (*worker._IMPORTED_LATE, *WARMED):
+        importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imported modules print is not an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to pytest, which closes stdin
@@ -214,13 +237,11 @@ def serve() -> None:
 def _program(request: dict[str, Any]) -> int:
     """The exit status of the command, as a shell gives it."""
     import recipes
-    from megabridge import run, worker
+    from megabridge import run
     from megabridge.config import installed
     from megabridge.families.core import registry
     from megabridge.launchers.processes import children
 
-    for module in worker._IMPORTED_LATE:
-        importlib.import_module(module)
     for file in Path(recipes.__path__[0]).glob("*.py"):
         importlib.import_module(f"recipes.{file.stem}")
 

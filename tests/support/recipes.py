@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, override
 
-import datasets  # noqa: F401  # which data imports when it is read: once, before ranks are forked
 import torch
 
 from megabridge.callbacks import Callback
