@@ -50,7 +50,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _printable(byte: int) -> str:
-    """The character for `byte` in byte-level BPE: itself if it is printable, else one from 256 on (GPT-2, encoder.py)."""
+    """The character for `byte` in byte-level BPE: itself if it is printable, else one from 256 on (gpt-2/src/encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     if byte in printable:
         return chr(byte)

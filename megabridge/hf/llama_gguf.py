@@ -1,7 +1,7 @@
 """Converts a llama GGUF file to a Hugging Face folder: dequantised weights, tokenizer and chat template.
 
 Supports only what the quickstart's file needs: the Llama architecture and a GPT-2 style byte-level BPE. llama.cpp stores the rows
-of q and k in the order of its rotary embedding (convert_hf_to_gguf.py, `permute`); here they are permuted back.
+of q and k in the order of its rotary embedding (llama.cpp/convert_hf_to_gguf.py, `permute`); here they are permuted back.
 """
 
 from __future__ import annotations

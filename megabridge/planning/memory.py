@@ -138,7 +138,7 @@ def _state(parameter: Tensor, config: Config, topology: Topology, width: int) ->
 
 
 def _in_flight(config: Config, topology: Topology, pp: int, kept: Sequence[int]) -> int:
-    """Bytes saved by the micro-batches whose forward pass a stage has done, and not yet their backward pass (schedules.py)."""
+    """Bytes saved by the micro-batches between forward and backward pass on a stage (pipeline_parallel/schedules.py)."""
     micro_batches = config.recipe.global_batch_size // (config.recipe.micro_batch_size * topology.dp)
     if topology.vpp == 1:
         return min(micro_batches, topology.pp - pp) * kept[0]

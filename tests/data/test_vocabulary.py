@@ -68,7 +68,7 @@ def test_every_module_refuses_what_the_model_has_no_row_for(tokenizer: Path, tmp
             taken(make(), tokenizer, size)
         assert message in str(raised.value) and f"vocab_size={size}" in str(raised.value)
     taken(Finetuning(path=str(file), validation_share=0.0, overlong="truncate"), tokenizer, 260)
-    with pytest.raises(ConfigError, match=r"rows.jsonl, byte 18: token id 19\d is none"):
+    with pytest.raises(ConfigError, match=r"rows.jsonl, byte 18: token id 19\d must be below"):
         rules = prepare.Rules(tokenizer, vocab_size=ASCII)
         prepare.prepare([str(file)], tmp_path / "out", rules, workers=1, max_bad_share=0.0, advance=lambda done, total: None)
 

@@ -108,7 +108,7 @@ class TorchAttention(torch.nn.Module):
         if is_special or attention_mask is not None:
             allowed = _allowed(attention_mask, key, window, causal=causal, chunks=self.options.attention_chunks)
         # Heads are sharded over tp, so each rank needs its own dropout mask; under sequence parallelism megatron-core uses
-        # the default generator here (dot_product_attention.py).
+        # the default generator here (transformer/dot_product_attention.py).
         forked = dropout > 0 and not self.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
             attend = self._eager if is_eager else _kernel

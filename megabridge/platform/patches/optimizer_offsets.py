@@ -1,8 +1,9 @@
 """Corrects the offsets of parameters in a buffer while the optimizer's state is saved: without the padding between buckets.
 
-Replaces `param_index_map` of megatron/core/distributed/param_and_grad_buffer.py as distrib_optimizer.py:1690-1828 reads it: a
-`fully_reshardable` save takes the state out of a buffer without padding, but by offsets that include it. If a bucket other than the
-last does not end at a multiple of 128 x dp elements, everything after it is shifted: wrong state, no error. megatron-core 0.19.
+Replaces `param_index_map` of megatron/core/distributed/param_and_grad_buffer.py as optimizer/distrib_optimizer.py:1690-1828 reads
+it: a `fully_reshardable` save takes the state out of a buffer without padding, but by offsets that include it. If a bucket other
+than the last does not end at a multiple of 128 x dp elements, everything after it is shifted: wrong state, no error.
+megatron-core 0.19.
 """
 
 from __future__ import annotations
