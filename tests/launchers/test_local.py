@@ -58,7 +58,7 @@ def test_a_killed_rank_is_the_cause_not_those_that_lost_it(ranks: RankServer, tm
 @pytest.mark.parametrize(
     ("recipe", "layout", "said"),
     [
-        ("vanish", "tp2", r"megabridge: rank 1: ended with exit status 0 and without a report, before it was done;"),
+        ("vanish", "tp2", r"megabridge: rank 1: ended with exit status 0 and without a report before it was done;"),
         ("end_aloof", "tp2", r"rank 1: Aloof: extra\\ud800\.weight \\x1b\[2J\\x01.*characters left out"),
     ],
 )
