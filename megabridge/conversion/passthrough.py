@@ -27,7 +27,7 @@ from megabridge.parallel import collectives
 from megabridge.platform.file_backed import file_backed
 from megabridge.storage import folders
 
-FOLDER: Final = "carried"
+FOLDER: Final = "passthrough"
 """Folder in a native checkpoint's assets."""
 
 
@@ -131,7 +131,7 @@ def _decoded(passthrough: Passthrough, names: Sequence[str], scratch: Path) -> d
 
 
 def write(folder: Path, passthrough: Passthrough) -> None:
-    """Copies the tensors into `folder`/carried, with their digests. One rank calls it.
+    """Copies the tensors into `folder`/passthrough, with their digests. One rank calls it.
 
     Raises CheckpointError where they can't be read or written.
     """
@@ -151,7 +151,7 @@ def write(folder: Path, passthrough: Passthrough) -> None:
 
 
 def read(folder: Path) -> Passthrough | None:
-    """Opens the tensors in `folder`/carried; None where there is no such folder. Raises CheckpointError for damaged files."""
+    """Opens the tensors in `folder`/passthrough; None where there is no such folder. Raises CheckpointError for damaged files."""
     target = folder / FOLDER
     if not target.is_dir():
         return None

@@ -1,4 +1,4 @@
-"""The battery as a program: one run over every layout of its ranks, everything that fails listed, and the real model's own files."""
+"""The checks as a program: one run over every layout of its ranks, everything that fails listed, and the real model's own files."""
 
 from __future__ import annotations
 

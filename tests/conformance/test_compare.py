@@ -36,8 +36,8 @@ BROKEN: list[tuple[str, dict[str, Any], str, str]] = [
 
 @pytest.fixture(scope="module")
 def root(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("trials")
-    ranks.run(f"{CASES}:trials", kwargs={"root": str(folder), "architectures": ARCHITECTURES}, timeout=300)
+    folder = tmp_path_factory.mktemp("tiny")
+    ranks.run(f"{CASES}:make", kwargs={"root": str(folder), "architectures": ARCHITECTURES}, timeout=300)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The workbench on a family with experts: the battery over its layouts, and a comparison that names a broken router."""
+"""The conformance checks on a family with experts, over its layouts, and a comparison that names a broken router."""
 
 from __future__ import annotations
 
