@@ -173,6 +173,7 @@ class RankServer:
             "MEGABRIDGE_PLATFORM": "cpu",
             "OMP_NUM_THREADS": "1",  # no thread pool in the host; each rank sets its own number
             "TOKENIZERS_PARALLELISM": "false",
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's allocator starts a thread, which no fork has
         }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
