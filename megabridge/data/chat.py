@@ -69,8 +69,8 @@ class ChatEncoder:
     def encode(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None) -> Sample:
         """Encodes the whole conversation, in which `tools` may be called.
 
-        Raises ConfigError when the assistant's tokens can't be found exactly, Refused for tools that the template doesn't write, and
-        the errors of `Template.apply`.
+        Raises ConfigError when the assistant's tokens can't be found exactly, Refused for tools that the template doesn't write,
+        and the errors of `Template.apply`.
         """
         self._check_tools(messages, tools)
         given = self._arguments if tools is None else {**self._arguments, "tools": list(tools)}

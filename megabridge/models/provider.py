@@ -346,7 +346,7 @@ def _marks(config: Any, *, enabled: bool) -> Iterator[dict[float, float]]:
 
 
 def _is_normal(method: Any) -> bool:
-    """Whether it is one of megatron-core's (utils.py, init_method_normal), and no function of the user's."""
+    """Whether it is one of megatron-core's (init_method_normal), and no function of the user's."""
     is_partial = isinstance(method, partial) and method.func is torch.nn.init.normal_ and not method.args
     return is_partial and method.keywords.keys() == {"mean", "std"} and method.keywords["mean"] == 0.0
 

@@ -225,7 +225,7 @@ def test_parts_of_text_and_calls_of_tools(tmp_path: Path, tokenizer: Path) -> No
 def rendered(data: Finetuning, tokenizer: Path) -> list[str]:
     """The first epoch's rows as text, sorted; what is learned stands in brackets."""
     loaded, batches = load_tokenizer(tokenizer), islice(data.train_batches(0, dp_rank=0, dp_size=1), data.epoch_rows())
-    parts = [stretches(batch, loaded) for batch in batches]
+    parts = [spans(batch, loaded) for batch in batches]
     return sorted("".join(f"[{part.text}]" if part.is_learned else part.text for part in row) for row in parts)
 
 
