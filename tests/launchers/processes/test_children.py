@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import re
@@ -62,6 +63,7 @@ def raising(error: BaseException) -> Callable[[], float | None]:
 
 def killing(number: int) -> Callable[[], float | None]:
     def work() -> None:
+        faulthandler.disable()  # pytest's, which would tell of it
         os.kill(os.getpid(), number)
         time.sleep(60)
 
