@@ -101,7 +101,7 @@ def test_fault_28_other_data_is_refused_or_accepted_and_another_rate_is_taken(ra
 def test_every_setting_that_changes_is_said(ranks: RankServer) -> None:
     """Whatever the schema has: each leaf is changed in turn."""
     (found,) = ranks.run("tests.support.training:changed_settings", topology=Topology())
-    assert found["silent"] == ["checkpoint.accept_changes", "checkpoint.resume"]
+    assert found["silent"] == ["checkpoint.accept_changes", "checkpoint.resume", "config_format"]
     assert found["refused"] >= {
         "seed",
         "recipe.seq_length",
