@@ -201,6 +201,16 @@ def padded_vocabulary(get: Get, tp: int) -> int:
     return -(-int(get("vocab_size")) // multiple) * multiple
 
 
+def has_experts(get: Get, layer: int) -> bool:
+    """Whether layer number `layer`, from 0, is a mixture of experts (megatron-core's reading of moe_layer_freq)."""
+    if get("num_moe_experts") is None:
+        return False
+    pattern = get("moe_layer_freq")
+    if pattern is None:
+        return True
+    return layer % pattern == 0 if isinstance(pattern, int) else bool(pattern[layer])
+
+
 def parameters(get: Get) -> int | None:
     """Parameters of a decoder with an MLP, or experts, in each layer: of a dense one without biases exactly. None: not known."""
     layers, hidden, heads, vocab = (get(name) for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"))

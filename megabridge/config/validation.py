@@ -30,8 +30,8 @@ def check_format(config: Config) -> None:
     """Raises ConfigError for a config whose keys are those of another version."""
     if config.config_format != CONFIG_FORMAT:
         raise ConfigError(
-            f"config_format={config.config_format} must be {CONFIG_FORMAT}, which this version of megabridge reads; run it with the "
-            "version that wrote it, or bring its keys up to date (CHANGELOG.md)."
+            f"config_format={config.config_format} must be {CONFIG_FORMAT}, which this version of megabridge reads; run it with "
+            "the version that wrote it, or bring its keys up to date (CHANGELOG.md)."
         )
 
 

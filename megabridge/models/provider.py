@@ -12,13 +12,13 @@ import torch
 
 import megabridge.platform as platform
 from megabridge.config import instantiate, layout_rules
+from megabridge.config.pipeline_split import by_stage
 from megabridge.config.value_types import shown
 from megabridge.errors import ConfigError, listed
 from megabridge.models import provider_settings as rules
 from megabridge.models.backends import Backend, chosen
 from megabridge.models.causal_lm import CausalLM
 from megabridge.models.layer_options import LayerOptions
-from megabridge.models.pipeline_split import by_stage
 from megabridge.parallel import process_groups
 from megabridge.parallel.topology import SETTINGS, Topology
 from megabridge.platform.patches import wgrad_products

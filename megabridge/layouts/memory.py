@@ -1,0 +1,196 @@
+"""The memory that a rank of a layout is expected to need, by arithmetic: hundreds of layouts in a second. No torch.
+
+megabridge.planning.memory traces the same for one layout. Of attention, MLP and mixture that is estimated which backend=torch keeps
+for the backward pass. All linears are taken to have an adapter where any has, and `optimizer.freeze` counts for nothing, so that an
+estimate is rather too much than too little.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from megabridge.layouts.shape import Kind, Matrix
+from megabridge.layouts.work import FP32, Layout, Work
+from megabridge.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class ExpectedMemory:
+    """Bytes on the first rank of a pipeline stage."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for the backward passes that are under way at the same time, and with recomputation one layer's in whole."""
+    output: int
+    """The gradient of the output layer's weight, the largest: made when all activations are still kept."""
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.output
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters on a rank: dense ones and experts, and how many of each are trained."""
+
+    dense: int
+    experts: int
+    trained_dense: int
+    trained_experts: int
+
+
+def under_way(topology: Topology, stage: int, micro_batches: int) -> list[int]:
+    """By chunk of a stage, the micro-batches of which it has done the forward pass and not yet the backward one (schedules.py)."""
+    pp, vpp = topology.pp, topology.vpp
+    if vpp == 1:
+        return [min(micro_batches, pp - stage)]
+    passes = min((pp - stage - 1) * 2 + (vpp - 1) * pp + 1, micro_batches * vpp)
+    turns = [number // pp % vpp for number in range(passes)]  # chunks take turns, pp micro-batches each
+    return [turns.count(chunk) for chunk in range(vpp)]
+
+
+def heaviest(topology: Topology) -> list[int]:
+    """The stages among which the one of most memory is: the first keeps most micro-batches, the second has the most layers of the
+    others, the last has the output layer."""
+    return sorted({0, min(1, topology.pp - 1), topology.pp - 1})
+
+
+def expected(work: Work, layout: Layout) -> dict[int, ExpectedMemory]:
+    """By stage, of the `heaviest`."""
+    return {stage: _stage(work, layout, stage) for stage in heaviest(layout.topology)}
+
+
+def held(work: Work, topology: Topology, stage: int) -> Held:
+    """What a rank of a stage has."""
+    shape, tp = work.shape, topology.tp
+    kinds: Counter[Kind] = sum(work.dealt(topology)[stage], Counter())
+    dense = experts = trained_dense = trained_experts = 0
+    for is_mixture, count in ((mixed, sum(n for kind, n in kinds.items() if kind.is_mixture is mixed)) for mixed in (False, True)):
+        if not count:
+            continue
+        dense += count * (sum(_local(matrix, tp) for matrix in shape.matrices[is_mixture]) + 2 * shape.hidden)
+        trained_dense += count * _adapters(shape.matrices[is_mixture], work.rank)
+        if is_mixture:
+            here = shape.experts // topology.ep
+            experts += count * here * sum(_local(matrix, topology.expert_tp) for matrix in shape.expert)
+            trained_experts += count * here * _adapters(shape.expert, work.rank)
+    table = shape.padded_vocabulary(tp) // tp * shape.hidden
+    is_last = stage == topology.pp - 1
+    tables = int(stage == 0) + int(is_last and not (shape.is_tied and topology.pp == 1))
+    if is_last and shape.mtp and stage != 0:
+        tables += not shape.is_tied  # multi-token prediction embeds the tokens again
+    dense += tables * table + (shape.positions * shape.hidden if stage == 0 else 0) + (shape.hidden if is_last else 0)
+    if is_last:
+        dense += shape.mtp * (2 * shape.hidden**2 // tp + 3 * shape.hidden)
+    if not work.rank:
+        trained_dense, trained_experts = dense, experts
+    return Held(dense, experts, trained_dense, trained_experts)
+
+
+def _local(matrix: Matrix, tp: int) -> int:
+    rows, columns = matrix.local(tp)
+    return rows * columns
+
+
+def _adapters(matrices: Iterable[Matrix], rank: int) -> int:
+    """Parameters of adapters beside these on a rank, taken as whole although tensor parallelism cuts one of a pair."""
+    return sum(rank * (matrix.parts * matrix.columns + matrix.rows) for matrix in matrices if matrix.parts)
+
+
+def state_ranks(work: Work, topology: Topology) -> tuple[int, int]:
+    """How many ranks share the optimizer's state of a dense parameter, and of an expert's."""
+    if not work.is_distributed:
+        return 1, 1
+    return topology.dp * topology.cp, topology.stage_size // (topology.expert_tp * topology.ep)
+
+
+def _stage(work: Work, layout: Layout, stage: int) -> ExpectedMemory:
+    topology, own = layout.topology, held(work, layout.topology, stage)
+    numbers = work.moments + (work.width < FP32)
+    of_dense, of_experts = state_ranks(work, topology)
+    chunks = work.dealt(topology)[stage]
+    counts = under_way(topology, stage, work.micro_batches(topology))
+    is_last = stage == topology.pp - 1
+    head = _head(work, layout) if is_last else 0
+    activations = 0
+    for number, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
+        per_layer = _stream(work, layout) if work.recomputes else None
+        kept = sum(n * (per_layer or _layer(work, layout, kind.is_mixture)) for kind, n in chunk.items())
+        activations += count * (kept + (head if number == topology.vpp - 1 else 0))
+    whole = 0
+    if work.recomputes:
+        whole = max((_layer(work, layout, kind.is_mixture) for chunk in chunks for kind in chunk), default=0)
+        whole -= _stream(work, layout)
+        activations += max(0, whole - head)
+    output = 0
+    if is_last and not work.rank:
+        weight = work.shape.padded_vocabulary(topology.tp) // topology.tp * work.shape.hidden * work.width
+        output = max(0, head + weight - max(head, whole))
+    return ExpectedMemory(
+        parameters=(own.dense + own.experts + (own.trained_dense + own.trained_experts) * bool(work.rank)) * work.width,
+        gradients=(own.trained_dense + own.trained_experts) * FP32,
+        optimizer=numbers * FP32 * (own.trained_dense // of_dense + own.trained_experts // of_experts),
+        activations=activations,
+        output=output,
+    )
+
+
+def _stream(work: Work, layout: Layout) -> int:
+    """Bytes of a micro-batch's hidden states between layers."""
+    return cut_tokens(work, layout) * work.shape.hidden * work.width
+
+
+def cut_tokens(work: Work, layout: Layout) -> int:
+    """Tokens of a micro-batch on a rank where they are cut along the sequence."""
+    return work.tokens(layout.topology) // (layout.topology.tp if layout.sequence_parallel else 1)
+
+
+def _layer(work: Work, layout: Layout, is_mixture: bool) -> int:
+    """Bytes that autograd keeps of a micro-batch in a layer."""
+    shape, tp, width = work.shape, layout.topology.tp, work.width
+    whole, cut = work.tokens(layout.topology), cut_tokens(work, layout)
+    # Norms keep their input and a factor for each token, and the linears after two of them theirs.
+    kept = cut * ((shape.norms + 2) * shape.hidden * width + shape.norms * FP32) + _attention(work, layout)
+    up = 2 if shape.is_gated else 1
+    if not is_mixture:
+        return int(kept + whole * shape.mlp[1].columns / tp * (up + shape.activations) * width)
+    if shape.shared:
+        kept += whole * shape.shared[1].columns / tp * (up + shape.activations) * width
+    # Of the tokens that come to the experts of a rank: theirs, what comes out, and what is made between the matrices.
+    etp = layout.topology.expert_tp
+    widths = shape.expert[1].columns / etp * (up + (_EXPERT_ACTIVATIONS if shape.is_gated else 1))
+    kept += cut * shape.topk * etp * (2 * shape.hidden + widths) * width
+    # The router sees its input in float32, and keeps scores and their share for each expert.
+    return int(kept + cut * (shape.hidden + 2 * shape.experts) * FP32)
+
+
+_EXPERT_ACTIVATIONS: Final = 4
+"""Tensors of an expert's width that its gated activation keeps beside its input, in several kernels and with the token's weight."""
+
+
+def _attention(work: Work, layout: Layout) -> float:
+    """Bytes kept of queries, keys, values, what attention makes of them, and the logarithm of its sum."""
+    shape, tp, width = work.shape, layout.topology.tp, work.width
+    whole, cut = work.tokens(layout.topology), cut_tokens(work, layout)
+    heads, groups = shape.heads / tp, max(shape.groups / tp, 1)
+    turned, out = (heads + groups) * shape.key_width, heads * shape.value_width
+    if any(shape.latent):
+        before, after = shape.latent
+        return whole * ((turned + groups * shape.value_width + out + before) * width + heads * FP32) + cut * after * width
+    # Values are a part of the linear's output, which so is kept in whole; norms of queries keep these once more.
+    fused = (heads + 2 * groups) * shape.key_width
+    normed = heads * shape.key_width if shape.norms_queries and groups > 1 else 0
+    return whole * ((fused + turned + out + normed) * width + heads * FP32)
+
+
+def _head(work: Work, layout: Layout) -> int:
+    """Bytes kept after the last layer: the norm's input and output, and the logits, over which their gradient is written."""
+    shape, topology = work.shape, layout.topology
+    logits = work.tokens(topology) * shape.padded_vocabulary(topology.tp) // topology.tp * work.width
+    logits *= 2 if shape.caps_logits else 1
+    return int((2 * _stream(work, layout) + logits) * (1 + shape.mtp))
