@@ -56,7 +56,7 @@ def settle(
             f"one for recipe.target={config.recipe.target}, as parallel=tp2."
         )
     if config.recipe.single_process:
-        machine()  # what can't be planned for is said at once
+        _check(config, overrides, machine())
         arguments = [text for text in overrides if not _OWN.match(text)]
         values["plan"]["arguments"] = arguments
         return replace(config, plan=replace(config.plan, arguments=arguments))
@@ -68,6 +68,12 @@ def settle(
     with read_write(cfg), open_dict(cfg):
         cfg.parallel = OmegaConf.merge(cfg.parallel, chosen)
     return replace(config, parallel=replace(config.parallel, **chosen))
+
+
+def _check(config: Config, overrides: Sequence[str], found_here: Machine) -> None:
+    """Raises ConfigError where no layout is legal or none fits, as far as the model's sizes are known here."""
+    if sizes := known_sizes(config.model):
+        search(config, sizes, found_here, fixed_sizes(config.parallel, overrides), is_enough=True).best  # noqa: B018
 
 
 def _choose(config: Config, overrides: Sequence[str], machine: Callable[[], Machine]) -> tuple[Layout, str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from math import ceil
+from typing import Final
 
-RUN = "python -m megabridge.run"
+RUN: Final = "python -m megabridge.run"
 
 
 def start(world: int, arguments: Sequence[str], *, per_host: int) -> str:
@@ -27,13 +28,13 @@ def spread(world: int, *, per_host: int) -> tuple[int, int]:
     return hosts, world // hosts
 
 
-def wrapped(command: str, *, width: int, indent: str) -> list[str]:
+def wrapped(command: str, *, width: int) -> list[str]:
     """The command in lines of at most `width`, where words allow it, which a shell reads as one."""
     lines, line = [], ""
     for word in command.split(" "):
-        if line and len(indent) + len(line) + len(word) + 3 > width:
+        if line and len(line) + len(word) + 3 > width:
             lines.append(f"{line} \\")
-            line = f"  {word}"
+            line = f"    {word}"
         else:
             line = f"{line} {word}" if line else word
-    return [f"{indent}{each}" for each in [*lines, line]]
+    return [*lines, line]

@@ -11,8 +11,10 @@ from typing import Final
 
 from megabridge.layouts.devices import Device
 
-LINK_SHARE: Final = 0.8
-"""Of a link's bandwidth that a collective reaches. Assumed."""
+INSIDE_SHARE: Final = 0.8
+"""Of a link's bandwidth that a collective inside a host reaches. Assumed."""
+BETWEEN_SHARE: Final = 0.6
+"""The same of one that reaches other hosts. Assumed."""
 LATENCY_INSIDE: Final = 10e-6
 """Seconds of a collective of two ranks of a host, whatever it moves; times log2 of their number. Assumed."""
 LATENCY_BETWEEN: Final = 30e-6
@@ -44,9 +46,10 @@ def ring(bytes_: float, group: Group, device: Device) -> float:
         return 0.0
     here = group.on_a_host(device)
     is_inside = here == group.size
-    bandwidth = device.inside_gbs if is_inside else min(device.inside_gbs, device.between_gbs * here)
+    between = device.between_gbs * here * BETWEEN_SHARE
+    bandwidth = device.inside_gbs * INSIDE_SHARE if is_inside else min(device.inside_gbs * INSIDE_SHARE, between)
     moved = bytes_ * (group.size - 1) / group.size
-    return moved / (bandwidth * 1e9 * LINK_SHARE) + _latency(group, is_inside=is_inside)
+    return moved / (bandwidth * 1e9) + _latency(group, is_inside=is_inside)
 
 
 def all_to_all(bytes_: float, group: Group, device: Device) -> float:
@@ -54,16 +57,16 @@ def all_to_all(bytes_: float, group: Group, device: Device) -> float:
     if group.size == 1 or not bytes_:
         return 0.0
     here = group.on_a_host(device)
-    inside = bytes_ * (here - 1) / group.size / (device.inside_gbs * 1e9 * LINK_SHARE)
-    between = bytes_ * (group.size - here) / group.size / (device.between_gbs * 1e9 * LINK_SHARE)
+    inside = bytes_ * (here - 1) / group.size / (device.inside_gbs * 1e9 * INSIDE_SHARE)
+    between = bytes_ * (group.size - here) / group.size / (device.between_gbs * 1e9 * BETWEEN_SHARE)
     return max(inside, between) + _latency(group, is_inside=here == group.size)
 
 
 def send(bytes_: float, *, distance: int, world: int, device: Device) -> float:
     """Seconds of one message to the rank that stands `distance` further, among `world`."""
     is_inside = world <= device.per_host or distance == 0
-    bandwidth = device.inside_gbs if is_inside else device.between_gbs
-    return bytes_ / (bandwidth * 1e9 * LINK_SHARE) + (LATENCY_INSIDE if is_inside else LATENCY_BETWEEN)
+    bandwidth = device.inside_gbs * INSIDE_SHARE if is_inside else device.between_gbs * BETWEEN_SHARE
+    return bytes_ / (bandwidth * 1e9) + (LATENCY_INSIDE if is_inside else LATENCY_BETWEEN)
 
 
 def _latency(group: Group, *, is_inside: bool) -> float:

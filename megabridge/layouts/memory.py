@@ -7,12 +7,11 @@ estimate is rather too much than too little.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from megabridge.layouts.shape import Kind, Matrix
+from megabridge.layouts.shape import Matrix
 from megabridge.layouts.work import FP32, Layout, Work
 from megabridge.parallel.topology import Topology
 
@@ -50,35 +49,34 @@ def under_way(topology: Topology, stage: int, micro_batches: int) -> list[int]:
     if vpp == 1:
         return [min(micro_batches, pp - stage)]
     passes = min((pp - stage - 1) * 2 + (vpp - 1) * pp + 1, micro_batches * vpp)
-    turns = [number // pp % vpp for number in range(passes)]  # chunks take turns, pp micro-batches each
-    return [turns.count(chunk) for chunk in range(vpp)]
-
-
-def heaviest(topology: Topology) -> list[int]:
-    """The stages among which the one of most memory is: the first keeps most micro-batches, the second has the most layers of the
-    others, the last has the output layer."""
-    return sorted({0, min(1, topology.pp - 1), topology.pp - 1})
+    rounds, rest = divmod(passes, pp * vpp)  # chunks take turns, pp micro-batches each
+    return [rounds * pp + min(pp, max(0, rest - chunk * pp)) for chunk in range(vpp)]
 
 
 def expected(work: Work, layout: Layout) -> dict[int, ExpectedMemory]:
-    """By stage, of the `heaviest`."""
-    return {stage: _stage(work, layout, stage) for stage in heaviest(layout.topology)}
+    """By stage, of those among which the heaviest is."""
+    topology = layout.topology
+    dealt = work.dealt(topology)
+    layers = tuple(_layer(work, layout, is_mixture) if is_there else 0 for is_mixture, is_there in enumerate(_kinds_there(work)))
+    return {stage: _stage(work, layout, stage, dealt.chunks[stage], layers) for stage in dealt.heaviest}
+
+
+def _kinds_there(work: Work) -> tuple[bool, bool]:
+    """Whether the model has dense layers, and mixtures."""
+    return not work.shape.experts or any(not kind.is_mixture for kind in work.shape.kinds), bool(work.shape.experts)
 
 
 def held(work: Work, topology: Topology, stage: int) -> Held:
     """What a rank of a stage has."""
-    shape, tp = work.shape, topology.tp
-    kinds: Counter[Kind] = sum(work.dealt(topology)[stage], Counter())
-    dense = experts = trained_dense = trained_experts = 0
-    for is_mixture, count in ((mixed, sum(n for kind, n in kinds.items() if kind.is_mixture is mixed)) for mixed in (False, True)):
-        if not count:
-            continue
-        dense += count * (sum(_local(matrix, tp) for matrix in shape.matrices[is_mixture]) + 2 * shape.hidden)
-        trained_dense += count * _adapters(shape.matrices[is_mixture], work.rank)
-        if is_mixture:
-            here = shape.experts // topology.ep
-            experts += count * here * sum(_local(matrix, topology.expert_tp) for matrix in shape.expert)
-            trained_experts += count * here * _adapters(shape.expert, work.rank)
+    shape, tp, rank = work.shape, topology.tp, work.rank
+    chunks = work.dealt(topology).chunks[stage]
+    plain, mixtures = sum(one for one, _ in chunks), sum(mixed for _, mixed in chunks)
+    norms = 2 * shape.hidden
+    dense = plain * (work.local("dense", tp) + norms) if plain else 0
+    experts = 0
+    if mixtures:
+        dense += mixtures * (work.local("mixture", tp) + norms)
+        experts = mixtures * (shape.experts // topology.ep) * work.local("expert", topology.expert_tp)
     table = shape.padded_vocabulary(tp) // tp * shape.hidden
     is_last = stage == topology.pp - 1
     tables = int(stage == 0) + int(is_last and not (shape.is_tied and topology.pp == 1))
@@ -87,14 +85,10 @@ def held(work: Work, topology: Topology, stage: int) -> Held:
     dense += tables * table + (shape.positions * shape.hidden if stage == 0 else 0) + (shape.hidden if is_last else 0)
     if is_last:
         dense += shape.mtp * (2 * shape.hidden**2 // tp + 3 * shape.hidden)
-    if not work.rank:
-        trained_dense, trained_experts = dense, experts
-    return Held(dense, experts, trained_dense, trained_experts)
-
-
-def _local(matrix: Matrix, tp: int) -> int:
-    rows, columns = matrix.local(tp)
-    return rows * columns
+    if not rank:
+        return Held(dense, experts, dense, experts)
+    adapters = plain * _adapters(shape.matrices[False], rank) + mixtures * _adapters(shape.matrices[True], rank)
+    return Held(dense, experts, adapters, mixtures * (shape.experts // topology.ep) * _adapters(shape.expert, rank))
 
 
 def _adapters(matrices: Iterable[Matrix], rank: int) -> int:
@@ -109,23 +103,22 @@ def state_ranks(work: Work, topology: Topology) -> tuple[int, int]:
     return topology.dp * topology.cp, topology.stage_size // (topology.expert_tp * topology.ep)
 
 
-def _stage(work: Work, layout: Layout, stage: int) -> ExpectedMemory:
+def _stage(work: Work, layout: Layout, stage: int, chunks: Sequence[tuple[int, int]], layers: tuple[int, ...]) -> ExpectedMemory:
+    """`chunks` are (dense layers, mixtures) of the stage's, `layers` the bytes that one of either kind keeps of a micro-batch."""
     topology, own = layout.topology, held(work, layout.topology, stage)
     numbers = work.moments + (work.width < FP32)
     of_dense, of_experts = state_ranks(work, topology)
-    chunks = work.dealt(topology)[stage]
     counts = under_way(topology, stage, work.micro_batches(topology))
     is_last = stage == topology.pp - 1
     head = _head(work, layout) if is_last else 0
-    activations = 0
-    for number, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
-        per_layer = _stream(work, layout) if work.recomputes else None
-        kept = sum(n * (per_layer or _layer(work, layout, kind.is_mixture)) for kind, n in chunk.items())
-        activations += count * (kept + (head if number == topology.vpp - 1 else 0))
+    stream = _stream(work, layout)
+    per_layer = (stream, stream) if work.recomputes else layers
+    activations = counts[-1] * head
+    for (plain, mixtures), count in zip(chunks, counts, strict=True):
+        activations += count * (plain * per_layer[0] + mixtures * per_layer[1])
     whole = 0
     if work.recomputes:
-        whole = max((_layer(work, layout, kind.is_mixture) for chunk in chunks for kind in chunk), default=0)
-        whole -= _stream(work, layout)
+        whole = max(max(layers[0] * bool(plain), layers[1] * bool(mixtures)) for plain, mixtures in chunks) - stream
         activations += max(0, whole - head)
     output = 0
     if is_last and not work.rank:
@@ -150,7 +143,7 @@ def cut_tokens(work: Work, layout: Layout) -> int:
     return work.tokens(layout.topology) // (layout.topology.tp if layout.sequence_parallel else 1)
 
 
-def _layer(work: Work, layout: Layout, is_mixture: bool) -> int:
+def _layer(work: Work, layout: Layout, is_mixture: int) -> int:
     """Bytes that autograd keeps of a micro-batch in a layer."""
     shape, tp, width = work.shape, layout.topology.tp, work.width
     whole, cut = work.tokens(layout.topology), cut_tokens(work, layout)
@@ -184,6 +177,8 @@ def _attention(work: Work, layout: Layout) -> float:
         return whole * ((turned + groups * shape.value_width + out + before) * width + heads * FP32) + cut * after * width
     # Values are a part of the linear's output, which so is kept in whole; norms of queries keep these once more.
     fused = (heads + 2 * groups) * shape.key_width
+    if shape.groups < tp:  # ranks that share a group gather the linear's output of all
+        fused = (shape.heads + 2 * shape.groups) * shape.key_width
     normed = heads * shape.key_width if shape.norms_queries and groups > 1 else 0
     return whole * ((fused + turned + out + normed) * width + heads * FP32)
 

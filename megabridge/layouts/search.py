@@ -105,11 +105,18 @@ def fixed_sizes(parallel: ParallelConfig, overrides: Sequence[str]) -> dict[str,
     return {name: value for name, value in given.items() if value != getattr(default, name) or f"parallel.{name}" in named}
 
 
-def search(config: Config, sizes: Mapping[str, Any], machine: Machine, fixed: Mapping[str, Any] | None = None) -> Found:
+def search(
+    config: Config,
+    sizes: Mapping[str, Any],
+    machine: Machine,
+    fixed: Mapping[str, Any] | None = None,
+    *,
+    is_enough: bool = False,
+) -> Found:
     """The layouts of `machine` for a run of `config`, whose model has the native settings `sizes`.
 
-    `fixed` are sizes that are given. Raises ConfigError where the model's sizes aren't known, and where no layout is legal, with
-    what keeps the most nearly legal one.
+    `fixed` are sizes that are given; with `is_enough` the first that fits ends the search. Raises ConfigError where
+    the model's sizes aren't known, and where no layout is legal, with what keeps the most nearly legal one.
     """
     work = work_of(config, sizes)
     model = step_time.Model(work, machine)
@@ -130,6 +137,8 @@ def search(config: Config, sizes: Mapping[str, Any], machine: Machine, fixed: Ma
         candidate = Candidate(layout, needs[stage], stage, time, speed, speed * per_token / peak)
         if fits:
             fitting.append(candidate)
+            if is_enough:
+                break
         else:
             closest, most = candidate, needs[stage].total
     if not fitting and closest is None:
@@ -198,7 +207,9 @@ def legal_layouts(config: Config, sizes: Mapping[str, Any], count: int, fixed: M
                     for vpp in allowed("vpp", range(1, _most_chunks(layers, pp) + 1)):
                         topology = Topology(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp)
                         legal = (each for is_cut in sp if not rules.of(each := Layout(topology, is_cut)))
-                        yield from [layout for layout in [next(legal, None)] if layout is not None]
+                        if (layout := next(legal, None)) is None:
+                            break  # what forbids some chunks forbids more
+                        yield layout
 
 
 def _sequence_choices(tp: int, fixed: Mapping[str, Any]) -> list[bool]:

@@ -5,7 +5,6 @@ Constants say whether they are fitted to what docs/performance.md measured on on
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -126,7 +125,8 @@ class Model:
         """What is expected of a layout that the work allows."""
         topology, work = layout.topology, self.work
         count = work.micro_batches(topology)
-        stages = [self._stage(layout, stage) for stage in range(topology.pp)]
+        middle = {kinds: self._layers_of(layout, kinds) for kinds in set(work.dealt(topology).kinds)}
+        stages = [self._ends(layout, stage, middle[kinds]) for stage, kinds in enumerate(work.dealt(topology).kinds)]
         slowest = max(stages, key=lambda cost: cost.total)
         sends = self._messages(layout)
         waits = sum(cost.total for cost in stages) - slowest.total + sends * (topology.pp - 1)
@@ -143,12 +143,15 @@ class Model:
 
     # ------------------------------------------------------------------ a stage
 
-    def _stage(self, layout: Layout, stage: int) -> Cost:
-        topology = layout.topology
-        kinds: Counter[Kind] = sum(self.work.dealt(topology)[stage], Counter())
+    def _layers_of(self, layout: Layout, kinds: tuple[tuple[Kind, int], ...]) -> Cost:
         cost = Cost()
-        for kind, number in kinds.items():
+        for kind, number in kinds:
             cost = cost.plus(self._layer(layout, kind).times(number))
+        return cost
+
+    def _ends(self, layout: Layout, stage: int, cost: Cost) -> Cost:
+        """The cost of a stage, whose layers cost `cost`: the first embeds, the last has the output layer."""
+        topology = layout.topology
         if stage == 0:
             cost = cost.plus(Cost(compute=self.elements(4.0 * self.work.tokens(topology) * self.work.shape.hidden)))
         if stage == topology.pp - 1:
@@ -234,9 +237,15 @@ class Model:
             return 0.0
         halves = 1 if kind.is_mixture and not shape.shared else 2
         once = self._gather(layout)
+        if shape.groups < topology.tp:  # ranks that share a group of keys gather the linear's output of all
+            width = (shape.heads + 2 * shape.groups) * shape.key_width
+            bytes_ = self.work.tokens(topology) * width * self.work.width
+            shared = links.ring(bytes_, Group(topology.tp, 1), self.machine.device) * (2 + again)
+        else:
+            shared = 0.0
         forward, behind = 2 * halves * once, 2 * halves * once
         exposed = forward * (1 + again) + (halves * once if layout.sequence_parallel else 0.0)
-        return exposed + max(0.0, behind - products * (self._passes() - 1) / self._passes())
+        return shared + exposed + max(0.0, behind - products * (self._passes() - 1) / self._passes())
 
     def _gather(self, layout: Layout) -> float:
         """Seconds of gathering a micro-batch's hidden states over the tensor-parallel ranks."""
@@ -311,7 +320,7 @@ class Model:
         work, topology = self.work, layout.topology
         of_dense, of_experts = memory.state_ranks(work, topology)
         most = 0.0
-        for stage in memory.heaviest(topology):
+        for stage in work.dealt(topology).heaviest:
             own = memory.held(work, topology, stage)
             trained, mine = own.trained_dense + own.trained_experts, own.trained_dense / of_dense + own.trained_experts / of_experts
             numbers = FP32 + 2 * FP32 * (work.moments + 1) + (work.width if work.width < FP32 else 0)

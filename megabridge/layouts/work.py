@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from megabridge.config import layout_rules
 from megabridge.config.pipeline_split import split_layers
@@ -16,7 +16,41 @@ from megabridge.parallel.topology import Topology
 
 FP32: Final = 4
 """Bytes of an element of gradients, masters and optimizer state."""
-Chunks = tuple[Counter[Kind], ...]
+Part = Literal["dense", "mixture", "expert"]
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Layers by stage. `kinds` counts them by kind; `chunks` has (dense ones, mixtures) of every chunk.
+
+    `heaviest` are the stages among which the one of most memory is: the first of those with the same layers, which keeps most
+    micro-batches, and the last, which has the output layer.
+    """
+
+    kinds: tuple[tuple[tuple[Kind, int], ...], ...]
+    chunks: tuple[tuple[tuple[int, int], ...], ...]
+    heaviest: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: Shape, topology: Topology) -> Dealt:
+        """As the provider deals them; those of multi-token prediction are in the last chunk."""
+        counts, first = split_layers(shape.layers, pp=topology.pp, vpp=topology.vpp), 0
+        counts[-1] += shape.mtp
+        dealt: list[Counter[Kind]] = []
+        for count in counts:
+            dealt.append(Counter(shape.kinds[first : first + count]))
+            first += count
+        stages = [dealt[stage :: topology.pp] for stage in range(topology.pp)]
+        kinds = tuple(tuple(sum(stage, Counter()).items()) for stage in stages)
+        mixtures = [[sum(n for kind, n in chunk.items() if kind.is_mixture) for chunk in stage] for stage in stages]
+        chunks = tuple(
+            tuple((chunk.total() - mixed, mixed) for chunk, mixed in zip(stage, found, strict=True))
+            for stage, found in zip(stages, mixtures, strict=True)
+        )
+        heaviest: dict[object, int] = {}
+        for stage, own in enumerate(chunks):
+            heaviest.setdefault(own, stage)
+        return cls(kinds, chunks, tuple(sorted({0, *heaviest.values(), topology.pp - 1})))
 
 
 @dataclass(frozen=True)
@@ -58,7 +92,8 @@ class Work:
     """Whether the optimizer's state is cut over the data-parallel ranks."""
     overlaps_reduce: bool
     overlaps_gather: bool
-    _dealt: dict[tuple[int, int], tuple[Chunks, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _dealt: dict[tuple[int, int], Dealt] = field(default_factory=dict, repr=False, compare=False)
+    _local: dict[tuple[Part, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def micro_batches(self, topology: Topology) -> int:
         """Of a data-parallel rank in a step."""
@@ -68,18 +103,20 @@ class Work:
         """Of a micro-batch on a rank, where they are not cut along the sequence."""
         return self.micro_batch_size * self.seq_length // topology.cp
 
-    def dealt(self, topology: Topology) -> tuple[Chunks, ...]:
-        """How many layers of each kind the chunks of every stage have; those of multi-token prediction are in the last chunk."""
+    def dealt(self, topology: Topology) -> Dealt:
+        """How the layers are dealt to the stages and chunks of a topology."""
         key = topology.pp, topology.vpp
         if key not in self._dealt:
-            kinds, first, chunks = self.shape.kinds, 0, []
-            counts = split_layers(self.shape.layers, pp=topology.pp, vpp=topology.vpp)
-            counts[-1] += self.shape.mtp
-            for count in counts:
-                chunks.append(Counter(kinds[first : first + count]))
-                first += count
-            self._dealt[key] = tuple(tuple(chunks[stage :: topology.pp]) for stage in range(topology.pp))
+            self._dealt[key] = Dealt.of(self.shape, topology)
         return self._dealt[key]
+
+    def local(self, what: Part, tp: int) -> int:
+        """Elements on one of `tp` ranks of the matrices of a layer that every token passes through, or of an expert."""
+        key = what, tp
+        if key not in self._local:
+            matrices = self.shape.expert if what == "expert" else self.shape.matrices[what == "mixture"]
+            self._local[key] = sum(rows * columns for rows, columns in (matrix.local(tp) for matrix in matrices))
+        return self._local[key]
 
 
 def work_of(config: Config, sizes: Mapping[str, Any]) -> Work:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, Final
 
 from megabridge.bridge.auto_bridge import AutoBridge
 from megabridge.config.schema import Config
 from megabridge.layouts import devices, search
-from megabridge.layouts import memory as estimates
 from megabridge.layouts.search import Candidate, Found
-from megabridge.layouts.work import Layout
+from megabridge.layouts.work import Layout, Work
 from megabridge.planning.memory import expected_memory
 from megabridge.training import build
 
 _TRIED: Final = 4
-"""Times as many layouts as are wanted are traced at most, where the estimates let some through that need too much."""
+"""Times as many layouts as are wanted are traced at most once one is known to fit, should estimates let some through that don't."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,10 @@ def ranked(config: Config, bridge: AutoBridge) -> Ranked:
     traced: list[Candidate] = []
     too_large: list[Candidate] = []
     wanted = config.plan.traced
-    for candidate in islice(found.fitting, _TRIED * wanted):
-        if len(traced) == wanted:
+    for tried, candidate in enumerate(found.fitting if wanted else ()):
+        if len(traced) == wanted or (traced and tried >= _TRIED * wanted):
             break
-        one = _traced(config, bridge, candidate)
+        one = _traced(config, bridge, found.work, candidate)
         (traced if one.memory.total <= found.room else too_large).append(one)
     seen = len(traced) + len(too_large)
     rest = found.fitting[seen:]
@@ -66,9 +64,9 @@ def ranked(config: Config, bridge: AutoBridge) -> Ranked:
     return Ranked(found, (*traced, *rest), len(traced), time.perf_counter() - begin)
 
 
-def _traced(config: Config, bridge: AutoBridge, candidate: Candidate) -> Candidate:
+def _traced(config: Config, bridge: AutoBridge, work: Work, candidate: Candidate) -> Candidate:
     placed = with_layout(config, candidate.layout)
-    stages = estimates.heaviest(candidate.layout.topology)
+    stages = work.dealt(candidate.layout.topology).heaviest
     exact = expected_memory(placed, bridge, build.provider(placed, bridge), stages)
     stage = max(range(len(stages)), key=lambda number: exact[number].total)
     return replace(candidate, memory=exact[stage], stage=stages[stage])

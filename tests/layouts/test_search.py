@@ -135,9 +135,20 @@ def test_layers_are_dealt_as_the_provider_deals_them() -> None:
     run = config("deepseek_v3", provider={"mtp_num_layers": 1})
     work = work_of(run, known_sizes(run.model))
     dealt = work.dealt(Topology(pp=4, vpp=2))
-    counts = [[sum(chunk.values()) for chunk in stage] for stage in dealt]
+    counts = [[sum(chunk) for chunk in stage] for stage in dealt.chunks]
     assert sum(map(sum, counts)) == 62 and counts[-1][-1] == 8, (
         "the last chunk has fewest layers, and the one that predicts further"
     )
-    dense = [[sum(n for kind, n in chunk.items() if not kind.is_mixture) for chunk in stage] for stage in dealt]
-    assert dense == [[3, 0], [0, 0], [0, 0], [0, 0]]
+    assert [[plain for plain, _ in stage] for stage in dealt.chunks] == [[3, 0], [0, 0], [0, 0], [0, 0]]
+    assert [sum(count for _, count in kinds) for kinds in dealt.kinds] == list(map(sum, counts))
+    assert dealt.heaviest == (0, 1, 2, 3)
+    assert work.dealt(Topology(pp=32)).heaviest == (0, 1, 2, 30, 31), "the first with a mixture is not the first"
+
+
+def test_micro_batches_under_way_are_those_of_the_schedule() -> None:
+    for pp, vpp, micro_batches in product((2, 4), (2, 3), (4, 8, 40)):
+        for stage in range(pp):
+            passes = min((pp - stage - 1) * 2 + (vpp - 1) * pp + 1, micro_batches * vpp)
+            turns = [number // pp % vpp for number in range(passes)]
+            assert memory.under_way(Topology(pp=pp, vpp=vpp), stage, micro_batches) == [turns.count(chunk) for chunk in range(vpp)]
+    assert memory.under_way(Topology(pp=4), 1, 2) == [2] and memory.under_way(Topology(pp=4), 1, 9) == [3]

@@ -20,6 +20,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "recomputed": ("llama31_8b", {"pp": 2, "dp": 2}, {"provider": FULL}),
     "tp": ("llama31_8b", {"tp": 4, "sequence_parallel": True}, {}),
     "tp-without-sequence": ("llama31_8b", {"tp": 4}, {}),
+    "tp-shares-groups": ("llama31_8b", {"tp": 16, "sequence_parallel": True}, {}),
     "pp": ("llama31_8b", {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True}, {}),
     "lora": ("llama31_8b", {}, {"peft": {"name": "lora"}}),
     "float32": ("smollm2_135m", {"dp": 2}, {"dtype": "float32"}),

@@ -33,7 +33,7 @@ def both(cases: list[dict[str, Any]], recipe: dict[str, Any]) -> list[tuple[dict
         placed = with_layout(run, layout)
         bridge = AutoBridge.from_hf_config(run.model.hf, dtype=run.model.dtype)
         work = work_of(placed, bridge.source.native)
-        stages = memory.heaviest(layout.topology)
+        stages = work.dealt(layout.topology).heaviest
         estimated = {stage: asdict(one) for stage, one in memory.expected(work, layout).items()}
         exact = expected_memory(placed, bridge, build.provider(placed, bridge), stages)
         found.append((estimated, {stage: asdict(one) for stage, one in zip(stages, exact, strict=True)}))
