@@ -1,4 +1,4 @@
-"""The results of a sweep that was left to the queue: recipe=collect sweep=DIR."""
+"""Collects the results of a sweep that was submitted to the queue: recipe=collect sweep=DIR."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megabridge.launchers import results, slurm, sweep
 
 
 def main(config: Config) -> None:
-    """Brings sweep.json up to date, writes sweep.csv and prints the table; SweepFailure where a point failed or was refused."""
+    """Updates sweep.json, writes sweep.csv and prints the table. Raises SweepFailure if a point failed or was refused."""
     folder = sweep_folder(config)
     points = slurm.collect(folder)
     sweep.write(folder, points)
@@ -20,7 +20,7 @@ def main(config: Config) -> None:
 
 
 def sweep_folder(config: Config) -> Path:
-    """What sweep=DIR names. Raises ConfigError when it names nothing."""
+    """Returns the folder that sweep=DIR names. Raises ConfigError when it isn't set."""
     if config.sweep is None:
         raise ConfigError("this recipe needs the directory of a sweep; give sweep=multirun/DATE/TIME.")
     return Path(config.sweep).absolute()

@@ -1,7 +1,7 @@
 """Plans without running, in one process, from the config alone.
 
-recipe=plan parallel=tp8pp2 looks at one layout: proves that the ranks' boxes make up every Hugging Face tensor exactly once, and
-says what each rank holds, reads and writes, and how much memory training with the config's recipe is expected to need.
+recipe=plan parallel=tp8pp2 looks at one layout: proves that the ranks' boxes tile every Hugging Face tensor exactly once, and
+reports what each rank holds, reads and writes, and how much memory training with the config's recipe is expected to need.
 recipe=plan plan.gpus=64 plan.device=h100 first ranks the layouts of so many devices, and then looks at the best.
 """
 
@@ -35,7 +35,7 @@ _KEPT: Final = 10
 
 
 def main(config: Config) -> float | None:
-    """One process calls it, without process groups. Leaves plan.json in the run directory.
+    """One process calls it, without process groups. Writes plan.json to the run directory.
 
     Returns the expected seconds of a step where it chose the layout.
     """
@@ -95,21 +95,21 @@ def _one_layout(config: Config, bridge: AutoBridge, report: Reporter, per_host: 
     report.say(provider.describe())
     begin = time.perf_counter()
     topology = schema.topology(config.parallel)
-    world = plan_all_ranks(bridge.source.family, bridge.source.native, provider, topology)
-    shares = world.shares(config.conversion.max_shard_size)
+    plan = plan_all_ranks(bridge.source.family, bridge.source.native, provider, topology)
+    costs = plan.costs(config.conversion.max_shard_size)
     report.say(
-        f"{len(world.tensors)} tensors, {world.bytes / 1e6:.1f} MB: each element is written by exactly one of "
-        f"{world.topology.world_size} ranks, proven in {time.perf_counter() - begin:.1f} s"
+        f"{len(plan.tensors)} tensors, {plan.bytes / 1e6:.1f} MB: each element is written by exactly one of "
+        f"{plan.topology.world_size} ranks, proven in {time.perf_counter() - begin:.1f} s"
     )
-    for line in table(world, shares):
+    for line in table(plan, costs):
         report.say(line)
-    times = storage_times(config.plan, topology, shares, per_host=per_host)
+    times = storage_times(config.plan, topology, costs, per_host=per_host)
     for line in storage_lines(times, config, per_host):
         report.say(line)
     expected = memory.expected_memory(config, bridge, provider)
     for line in memory_table(expected, config):
         report.say(line)
-    return content(world, shares, expected) | {"import": asdict(times[0]), "export": asdict(times[1])}
+    return content(plan, costs, expected) | {"import": asdict(times[0]), "export": asdict(times[1])}
 
 
 _HOST: Final = 8
@@ -188,27 +188,27 @@ def storage_lines(times: tuple[StorageTime, StorageTime], config: Config, per_ho
     return lines
 
 
-def table(world: AllRanksPlan, shares: dict[int, RankCost]) -> list[str]:
-    """A line per pipeline stage: the range over its tensor parallel ranks. Replicas hold the same and write nothing."""
+def table(plan: AllRanksPlan, costs: dict[int, RankCost]) -> list[str]:
+    """Returns a line per pipeline stage: the range over its ranks that write. Replicas hold the same and write nothing."""
     columns = ("stage", "holds MB", "reads MB", "in pieces", "writes MB", "into files", "staging MB")
     lines = [" ".join(f"{column:>14}" for column in columns)]
-    for pp in range(world.topology.pp):
-        stage = [share for rank, share in shares.items() if world.topology.coordinate(rank).pp == pp]
+    for pp in range(plan.topology.pp):
+        stage = [cost for rank, cost in costs.items() if plan.topology.coordinate(rank).pp == pp]
         cells = (
             str(pp),
-            _span(share.held_bytes / 1e6 for share in stage),
-            _span(share.fed_bytes / 1e6 for share in stage),
-            _span(share.stretches for share in stage),
-            _span(share.written_bytes / 1e6 for share in stage),
-            _span(share.files for share in stage),
-            _span(share.staging_bytes / 1e6 for share in stage),
+            _span(cost.held_bytes / 1e6 for cost in stage),
+            _span(cost.fed_bytes / 1e6 for cost in stage),
+            _span(cost.contiguous_runs for cost in stage),
+            _span(cost.written_bytes / 1e6 for cost in stage),
+            _span(cost.files for cost in stage),
+            _span(cost.staging_bytes / 1e6 for cost in stage),
         )
         lines.append(" ".join(f"{cell:>14}" for cell in cells))
     return lines
 
 
 def memory_table(expected: Sequence[ExpectedMemory], config: Config) -> list[str]:
-    """A line per pipeline stage: what training is expected to need on each of its devices."""
+    """Returns a line per pipeline stage: the memory that training is expected to need on each of its devices."""
     recipe = config.recipe
     columns = [each.name for each in fields(ExpectedMemory)] + ["total"]
     lines = [f"expected memory of a device in GiB, micro_batch_size {recipe.micro_batch_size}, seq_length {recipe.seq_length}"]
@@ -225,13 +225,13 @@ def _span(values: Iterable[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def content(world: AllRanksPlan, shares: dict[int, RankCost], expected: Sequence[ExpectedMemory]) -> dict[str, object]:
-    """What plan.json holds: sizes in bytes, shares by rank for the ranks that write."""
+def content(plan: AllRanksPlan, costs: dict[int, RankCost], expected: Sequence[ExpectedMemory]) -> dict[str, object]:
+    """Returns the content of plan.json: sizes in bytes, and costs by rank for the ranks that write."""
     return {
-        "parallel": str(world.topology),
-        "world_size": world.topology.world_size,
-        "tensors": len(world.tensors),
-        "bytes": world.bytes,
+        "parallel": str(plan.topology),
+        "world_size": plan.topology.world_size,
+        "tensors": len(plan.tensors),
+        "bytes": plan.bytes,
         "memory": [asdict(one) for one in expected],
-        "ranks": {str(rank): asdict(share) for rank, share in shares.items()},
+        "ranks": {str(rank): asdict(cost) for rank, cost in costs.items()},
     }

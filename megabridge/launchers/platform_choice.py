@@ -1,4 +1,4 @@
-"""Whether a run that this host starts on its own is on its GPUs or its CPU, and what to say when it fits on neither."""
+"""Chooses the platform, GPUs or CPU, of a run that this host starts itself; explains what to do when it fits on neither."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from megabridge.parallel.topology import Topology
 LARGEST_ON_CPU: Final = 500_000_000
 """Parameters above which platform=auto does not fall back to a CPU: a step would take minutes."""
 BYTES_PER_PARAMETER: Final = 16
-"""Least memory of training: parameter, gradient and Adam's two moments in float32."""
+"""Lower bound of training's memory: parameter, gradient and Adam's two moments in float32."""
 MOST_RANKS: Final = 1024
-"""Processes that are started on one host."""
+"""Upper bound of the processes started on one host."""
 GPUS_PER_HOST: Final = 8
-"""What the suggested multi-host command assumes."""
+"""GPUs per host in the suggested multi-host command."""
 
 
 def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: int, overrides: Sequence[str]) -> str:
-    """`cpu` or `cuda` for a run that this host starts on its own.
+    """Returns `cpu` or `cuda` for a run that this host starts itself.
 
-    Raises ConfigError that says what is missing and which command would work, when it can't run here.
+    Raises ConfigError with what is missing and commands that would work, when it can't run here.
     """
     world = topology.world_size
     if world > MOST_RANKS:
         raise ConfigError(
-            f"parallel {topology} needs {world} processes, and one host starts at most {MOST_RANKS}; start them on several by "
-            "torchrun or srun, or see with recipe=plan what each would do."
+            f"parallel {topology} needs {world} processes, and one host starts at most {MOST_RANKS}; start them on several hosts "
+            "with torchrun or srun, or see what each would do with recipe=plan."
         )
     parameters = layout_rules.parameters(known_sizes(config.model).get)
     least = 0 if parameters is None or config.recipe.steps == 0 else parameters * BYTES_PER_PARAMETER
@@ -58,7 +58,7 @@ def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: in
 
 
 def _commands(config: Config, topology: Topology, *, gpus: int, on_cpu: bool, overrides: Sequence[str]) -> list[str]:
-    """The commands that start the run elsewhere, or something close to it here."""
+    """Commands that start the run elsewhere, or a similar one here."""
     world = topology.world_size
     arguments = shlex.join(text for text in overrides if not text.startswith("platform="))
     lines = []
@@ -81,7 +81,7 @@ def _commands(config: Config, topology: Topology, *, gpus: int, on_cpu: bool, ov
 
 
 def _smaller(sizes: Mapping[str, Any], topology: Topology, gpus: int) -> list[str]:
-    """Overrides for the largest layout of the same kind on `gpus` GPUs; empty without a GPU or known sizes."""
+    """Overrides for the largest similar layout on `gpus` GPUs; empty without a GPU or known sizes."""
     if gpus == 0 or not sizes:
         return []
     tp = max(size for size in layout_rules.allowed_tp(sizes.get) if size <= min(gpus, topology.tp))

@@ -1,4 +1,4 @@
-"""What the command does in the parent process, or in a rank of torchrun or srun (megabridge.run). No torch."""
+"""The command `megabridge.run` in the parent process, or in a rank of torchrun or srun. No torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megabridge.launchers.sweep import SweepFailure
 from megabridge.parallel import hardware
 
 FULL_ERROR: Final = "HYDRA_FULL_ERROR"
-"""Set by a user who wants tracebacks instead of one line."""
+"""Environment variable of a user who wants tracebacks instead of one line."""
 
 
 HELP: Final = """\
@@ -49,7 +49,7 @@ Every key is documented in megabridge/config/schema.py. Flags of Hydra, before t
 
 @dataclass
 class _Progress:
-    """How far this process got: an error of Hydra's before the first job is the config's."""
+    """Progress of this process: an error of Hydra's before the config is composed is a config error."""
 
     is_composed: bool = False
 
@@ -58,7 +58,7 @@ _progress = _Progress()
 
 
 def main() -> int:
-    """The exit status of the command, as megabridge.run's docstring lists them."""
+    """Runs the command; returns an exit status from the list in megabridge.run's docstring."""
     wants_traceback = FULL_ERROR in os.environ
     try:
         cwd = str(Path.cwd())
@@ -66,7 +66,7 @@ def main() -> int:
         _say(f"the working directory must exist, but can't be found ({error.strerror}); change to another.")
         return CONFIG_ERROR
     if "" not in sys.path and cwd not in sys.path:
-        # As `python -m` does: a console script finds your own classes and recipes, too.
+        # As `python -m` does, so that the console script finds the user's own classes and recipes too.
         sys.path.insert(0, cwd)
     sys.argv[1:] = redaction.carry(sys.argv[1:])
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -77,7 +77,7 @@ def main() -> int:
         schema.register()
         settings.register()
         here = rank_environment.find(os.environ)
-        # Hydra then raises instead of printing and leaving.
+        # Makes Hydra raise instead of printing and exiting.
         os.environ[FULL_ERROR] = "1"
         if here is not None:
             return _become_rank(here)
@@ -110,21 +110,21 @@ def _say(text: str) -> None:
 
 
 def _help() -> str:
-    """What --help says. Hydra's own page takes a second: it reads every group there is, its own too, twice."""
+    """Text of --help. Hydra's own help takes a second: it reads every config group twice, including its own."""
     folders = sorted(folder for folder in conf_folder().iterdir() if folder.is_dir())
     groups = [f"  {folder.name}: {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}" for folder in folders]
     return HELP.format(groups="\n".join(groups))
 
 
 def _run_hydra() -> None:
-    # Hydra finds plugins in the folder hydra_plugins of an entry of sys.path. Last, so that it hides nothing.
+    # Hydra finds plugins in the folder hydra_plugins of an entry of sys.path. The last entry, so that it hides nothing.
     sys.path.append(str(Path(__file__).resolve().parent / "plugins"))
     run: Callable[[], None] = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)
     run()
 
 
 def job(cfg: DictConfig) -> float | None:
-    """One run: what Hydra calls with the composed config. Returns the recipe's objective (the validation loss)."""
+    """Runs one job; Hydra calls it with the composed config. Returns the recipe's objective (the validation loss)."""
     hydra_config = HydraConfig.get()
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     try:
@@ -132,11 +132,11 @@ def job(cfg: DictConfig) -> float | None:
         launcher = hydra_config.runtime.choices["hydra/launcher"]
         if not is_sweep and launcher != "basic":
             raise ConfigError(f"hydra/launcher={launcher} starts the points of a sweep, also of a single one; add -m.")
-        # As they were typed: read one by one, OmegaConf would resolve the interpolations in them.
+        # As they were typed: iterating over them would resolve the interpolations in them.
         overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
         return _launch(cfg, Path(hydra_config.runtime.output_dir), overrides)
     except MegabridgeError as error:
-        # In a sweep the other jobs still run, and Hydra reports this one; alone, Hydra would print the overrides, too.
+        # In a sweep the other jobs still run, and Hydra reports this one. For a single job Hydra would print the overrides too.
         if is_sweep:
             raise
         _say(str(error))
@@ -152,13 +152,13 @@ def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | Non
     platform = choose_platform(
         run_config, topology, gpus=hardware.visible_gpus(), memory=hardware.memory_bytes(), overrides=overrides
     )
-    with run_lock.claimed(Path(values["run_dir"])) as held:
+    with run_lock.claimed(Path(values["run_dir"])) as lock:
         write_config(cfg, values)
-        return local.launch(values, world_size=topology.world_size, platform=platform, kept=(held,))
+        return local.launch(values, world_size=topology.world_size, platform=platform, pass_fds=(lock,))
 
 
 def _become_rank(here: rank_environment.RankEnvironment) -> int:
-    """Composes as every other rank does, and runs the rank; the exit status."""
+    """Composes the config as every other rank does, and runs the rank; returns the exit status."""
     parser = get_args_parser()
     arguments = parser.parse_args()
     if arguments.hydra_help or arguments.cfg or arguments.info:
@@ -170,7 +170,7 @@ def _become_rank(here: rank_environment.RankEnvironment) -> int:
     cfg = _compose(arguments)
     values, run_config = resolve(cfg, overrides=arguments.overrides)
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
-    raw.pop("run_dir")  # rank 0's counts
+    raw.pop("run_dir")  # rank 0's is used
     digest = sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
     if here.rank == 0:  # whose layout, too, is that of all
         machine = partial(chosen_layout.here, run_config, here.world_size)
@@ -180,14 +180,14 @@ def _become_rank(here: rank_environment.RankEnvironment) -> int:
         layout = schema.topology(run_config.parallel) if run_config.recipe.single_process else started
         validation.check_layout(run_config, layout, known_sizes(run_config.model))
     if here.rank:
-        return rank_task.beside(values, here, digest=digest)
-    with run_lock.claimed(Path(values["run_dir"])) as held:
+        return rank_task.supervise(values, here, digest=digest)
+    with run_lock.claimed(Path(values["run_dir"])) as lock:
         write_config(cfg, values)
-        return rank_task.beside(values, here, digest=digest, kept=(held,))
+        return rank_task.supervise(values, here, digest=digest, pass_fds=(lock,))
 
 
 def _compose(arguments: Any) -> DictConfig:
-    """The config without Hydra's run machinery, which would make a run directory on every rank."""
+    """Composes the config without Hydra's job runner, which would make a run directory on every rank."""
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="run"):
         overrides = list(arguments.overrides)
         if arguments.config_dir:

@@ -24,9 +24,9 @@ class ExpectedMemory:
     gradients: int
     optimizer: int
     activations: int
-    """Kept for the backward passes that are under way at the same time, and with recomputation one layer's in whole."""
+    """Saved for all backward passes that are pending at the same time, plus with recomputation those of one whole layer."""
     output: int
-    """The gradient of the output layer's weight, the largest: made when all activations are still kept."""
+    """The gradient of the output layer's weight, which is computed while all activations are still kept."""
 
     @property
     def total(self) -> int:
@@ -43,8 +43,8 @@ class Held:
     trained_experts: int
 
 
-def under_way(topology: Topology, stage: int, micro_batches: int) -> list[int]:
-    """By chunk of a stage, the micro-batches of which it has done the forward pass and not yet the backward one (schedules.py)."""
+def in_flight(topology: Topology, stage: int, micro_batches: int) -> list[int]:
+    """By chunk of a stage, the micro-batches of which it has done the forward pass and not yet the backward one (pipeline_parallel/schedules.py)."""
     pp, vpp = topology.pp, topology.vpp
     if vpp == 1:
         return [min(micro_batches, pp - stage)]
@@ -108,7 +108,7 @@ def _stage(work: Work, layout: Layout, stage: int, chunks: Sequence[tuple[int, i
     topology, own = layout.topology, held(work, layout.topology, stage)
     numbers = work.moments + (work.width < FP32)
     of_dense, of_experts = state_ranks(work, topology)
-    counts = under_way(topology, stage, work.micro_batches(topology))
+    counts = in_flight(topology, stage, work.micro_batches(topology))
     is_last = stage == topology.pp - 1
     head = _head(work, layout) if is_last else 0
     stream = _stream(work, layout)

@@ -90,7 +90,7 @@ class Shape:
         return {False: (*self.attention, *self.mlp), True: (*self.attention, *self.shared, *router)}
 
     def padded_vocabulary(self, tp: int) -> int:
-        return layout_rules.padded_vocabulary(self.get, tp)
+        return layout_rules.padded_vocab_size(self.get, tp)
 
     @cached_property
     def parameters(self) -> int:

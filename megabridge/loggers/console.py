@@ -1,4 +1,4 @@
-"""The run as lines for people: one per logged step, one per validation, one per report. A progress bar stays below them."""
+"""Console logger: one line per logged step, validation and report. A progress bar stays below them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console as RichConsole
 from megabridge.config.schema import Config
 from megabridge.loggers.logger import Logger
 
-# What a metric is called in a line, and how it is written; others are printed under their own names.
+# Label and format of a metric in a line; others are printed under their own names.
 _SHORT: Final[dict[str, tuple[str, str]]] = {
     "train/loss": ("loss", ".4f"),
     "train/grad_norm": ("gradient norm", ".3f"),
@@ -27,7 +27,7 @@ _SHORT: Final[dict[str, tuple[str, str]]] = {
     "validation/loss": ("validation loss", ".4f"),
     "validation/tokens": ("over tokens", ",.0f"),
 }
-# Said by other metrics of the same line, by a line of the callback's own, or of interest in a file only.
+# Metrics that follow from others in the line, that a callback prints itself, or that only files need.
 _HIDDEN: Final = (
     "train/loss_tokens",
     "train/consumed_samples",
@@ -40,10 +40,10 @@ _HIDDEN: Final = (
     "evaluation/",
 )
 _ROWS: Final = 2
-"""Rows of a table that are printed; files have all."""
+"""Number of a table's rows that are printed; files have all."""
 
 stdout: Final = RichConsole(highlight=False, soft_wrap=True)
-"""The console that bars and lines share, so that neither overwrites the other."""
+"""Console shared by bars and lines, so that they don't overwrite each other."""
 
 
 class Console(Logger):

@@ -21,9 +21,9 @@ class StorageTime:
 
 
 def storage_times(
-    plan: PlanConfig, topology: Topology, shares: Mapping[int, RankCost], *, per_host: int
+    plan: PlanConfig, topology: Topology, costs: Mapping[int, RankCost], *, per_host: int
 ) -> tuple[StorageTime, StorageTime]:
-    """(import, export) with ranks filling hosts of `per_host` one after another; `shares` are of the ranks that write.
+    """(import, export) with ranks filling hosts of `per_host` one after another; `costs` are of the ranks that write.
 
     Every rank reads its own boxes, replicas too; each box is written once. A host moves `plan.storage_gbs` GB/s, and all hosts
     together at most `plan.storage_total_gbs`.
@@ -33,9 +33,9 @@ def storage_times(
     written: list[int] = []
     for rank in range(topology.world_size):
         stage, inside = divmod(rank, topology.stage_size)
-        share = shares[stage * topology.stage_size + inside % writers]
-        read.append(share.fed_bytes)
-        written.append(share.written_bytes if inside < writers else 0)
+        cost = costs[stage * topology.stage_size + inside % writers]
+        read.append(cost.fed_bytes)
+        written.append(cost.written_bytes if inside < writers else 0)
     return _time(plan, read, per_host), _time(plan, written, per_host)
 
 

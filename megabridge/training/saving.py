@@ -1,4 +1,4 @@
-"""What one save writes, in which order, and which earlier saves it removes."""
+"""Saves: writes the native checkpoint of a step, and removes earlier steps (keep_last, keep_best)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def write(trainer: Trainer) -> Path:
-    """Writes the native checkpoint of the trainer's step, where it is wanted, and returns the step's folder. Every rank calls it.
+    """Writes the native checkpoint of the trainer's step, if enabled, and returns the step's folder. Every rank calls it.
 
-    Raises TrainingError, before anything is written, where a parameter is not finite: the newest save is always a good one.
+    Raises TrainingError, before anything is written, if a parameter is not finite: the newest save is always a good one.
     """
     folder = folders.step_folder(trainer.checkpoints, trainer.step)
     refuse_nonfinite_parameters(trainer.step, trainer.chunks)
@@ -40,7 +40,7 @@ def write(trainer: Trainer) -> Path:
 
 
 def prune(trainer: Trainer, folder: Path) -> None:
-    """Notes the validation loss of the step that was just saved in `folder`, and removes what keep_last and keep_best leave out.
+    """Records the validation loss of the step just saved in `folder`, and removes steps that keep_last and keep_best don't keep.
 
     Every rank calls it.
     """
@@ -51,9 +51,9 @@ def prune(trainer: Trainer, folder: Path) -> None:
         said = []
         if loss is not None and saving.native:
             try:
-                steps.note_validation(folder, loss)
+                steps.write_validation_loss(folder, loss)
             except OSError as error:
-                said.append(f"the validation loss of {folder} can't be noted there ({error.strerror}): keep_best passes it over")
+                said.append(f"the validation loss of {folder} can't be recorded ({error.strerror}): keep_best ignores that step")
         if saving.keep_last or saving.keep_best:
             said += steps.keep(trainer.checkpoints, last=saving.keep_last or 1, best=saving.keep_best or 0)
         return said

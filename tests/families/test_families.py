@@ -41,6 +41,7 @@ def test_every_mechanism_is_met_under_every_layout_and_every_family_somewhere() 
     assert GRID or max(map(len, COVER.values())) < len(ARCHITECTURES) / 2
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
     names = COVER[layout]

@@ -12,7 +12,7 @@ import pytest
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError, MegabridgeError, plain
 from megabridge.launchers import job_files, results, sweep
-from megabridge.launchers.html_report import page
+from megabridge.launchers.html_report import render
 from megabridge.launchers.prepare import write_config
 from megabridge.launchers.processes.outcome import Failure, first
 from megabridge.launchers.sweep import DONE, FAILED, REFUSED, SweepFailure, SweepRun
@@ -90,13 +90,13 @@ def test_plans_are_ranked_with_the_layouts_that_they_chose(tmp_path: Path) -> No
     head, *lines = (line.split() for line in results.as_table(results.rows(made)).splitlines())
     assert head[:5] == ["rank", "point", "plan.gpus", "layout", "state"] and {"step_seconds", "bubble", "mfu"} < set(head)
     assert [line[1] for line in lines] == ["1", "2", "0"] and lines[0][3:5] == ["tp2dp8", "done"]
-    assert "<td>tp2dp8</td>" in page("t", results.rows(made))
+    assert "<td>tp2dp8</td>" in render("t", results.rows(made))
     rows = list(csv.DictReader(results.as_csv(results.rows(made)).splitlines()))
     assert [row["layout"] for row in rows] == ["tp2dp8", "", ""] and rows[0]["tokens_per_second"] == "64.0"
 
 
 def test_the_page_is_whole_and_escapes(tmp_path: Path) -> None:
-    text = page("Sweep <1>", results.rows(points(tmp_path)))
+    text = render("Sweep <1>", results.rows(points(tmp_path)))
     seen: list[str] = []
 
     class Reader(HTMLParser):
@@ -139,7 +139,7 @@ class Strict(HTMLParser):
 def test_the_page_of_a_foreign_sweep_is_nothing_but_text(tmp_path: Path, text: str) -> None:
     """Every text of sweep.json, of any letters; and numbers of any size in metrics.jsonl."""
     plain_page = Strict()
-    plain_page.feed(page("t", results.rows(points(tmp_path))))
+    plain_page.feed(render("t", results.rows(points(tmp_path))))
     hostile = [
         SweepRun(number, [f"{text}={text}{number}", text], text, text, DONE, loss, text, 1, text)
         for number, loss in enumerate((float("nan"), float("inf"), 1e308, -1e308, None))
@@ -163,7 +163,7 @@ def test_the_page_of_a_foreign_sweep_is_nothing_but_text(tmp_path: Path, text: s
     hostile[4].run_dir = str(tmp_path / "4")
     found = results.rows(hostile)
     assert [row.losses for row in found if row.losses] == [[(0, 1), (1, 1e308), (2, -1e308)]]
-    seen, html = Strict(), page(text, found)
+    seen, html = Strict(), render(text, found)
     seen.feed(html)
     seen.close()
     assert seen.tags <= plain_page.tags | {"li"} and seen.names <= plain_page.names

@@ -150,5 +150,5 @@ def test_micro_batches_under_way_are_those_of_the_schedule() -> None:
         for stage in range(pp):
             passes = min((pp - stage - 1) * 2 + (vpp - 1) * pp + 1, micro_batches * vpp)
             turns = [number // pp % vpp for number in range(passes)]
-            assert memory.under_way(Topology(pp=pp, vpp=vpp), stage, micro_batches) == [turns.count(chunk) for chunk in range(vpp)]
-    assert memory.under_way(Topology(pp=4), 1, 2) == [2] and memory.under_way(Topology(pp=4), 1, 9) == [3]
+            assert memory.in_flight(Topology(pp=pp, vpp=vpp), stage, micro_batches) == [turns.count(chunk) for chunk in range(vpp)]
+    assert memory.in_flight(Topology(pp=4), 1, 2) == [2] and memory.in_flight(Topology(pp=4), 1, 9) == [3]

@@ -1,9 +1,9 @@
-"""megatron-core's writer of torch_dist files, in this process, with its errors kept and what it writes noted.
+"""Runs megatron-core's writer of torch_dist files in this process, and reports its errors and what it writes.
 
-Stands for parts of megatron/core/dist_checkpointing/strategies/filesystem_async.py: `_results_queue` (:49; it would start a process
-that serves a queue between processes), `_process_memory` (:658; it measures memory for a debug line, and raises where psutil is
-missing), `_write_item` (:394-420, torch's: what is written to which file is nowhere else to be had), and its logger, which is told
-of an error that is not raised. megatron-core 0.19.
+Replaces parts of megatron/core/dist_checkpointing/strategies/filesystem_async.py: `_results_queue` (:49; it would start a process
+to serve a queue between processes), `_process_memory` (:658; it measures memory for a debug line, and raises without psutil),
+`_write_item` (:394-420, torch's: no other place has the data and the file of an item), and its logger, which gets errors that are
+not raised. megatron-core 0.19.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megabridge.platform import patches
 
 
 class _Errors(logging.Filter):
-    """Keeps what the writer logs as an error instead of raising it."""
+    """Collects errors that the writer logs instead of raising them."""
 
     def __init__(self, kept: list[str]) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class _Errors(logging.Filter):
 
 @contextmanager
 def installed(note: Callable[[str, int, Any], None], errors: list[str]) -> Iterator[None]:
-    """While entered, `note(file, offset, data)` hears of each item that was written, and `errors` takes what went wrong."""
+    """Within the block `note(file, offset, data)` is called for each written item, and error messages are added to `errors`."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     patches.check_megatron(__name__)
     before = {name: getattr(filesystem_async, name) for name in ("_write_item", "_results_queue", "_process_memory")}
     write, filtering = filesystem_async._write_item, _Errors(errors)
 
-    @wraps(write)  # its signature is asked for
+    @wraps(write)  # the caller inspects its signature
     def noting(*args: Any, **kwargs: Any) -> Any:
         result = write(*args, **kwargs)
         _, _, data, _, file = args
