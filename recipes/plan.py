@@ -117,7 +117,7 @@ _HOST: Final = 8
 
 
 def layout_table(found: Ranked, config: Config) -> list[str]:
-    """The best layouts of each cut, of the same with other numbers of chunks the best, a line each."""
+    """Returns a header and a line per shown layout."""
     machine, fits = found.found.machine, len(found.layouts)
     lines = [
         f"{fits + found.found.too_large} layouts of {machine.count} x {machine.device.name}: {fits} fit, ranked in "
@@ -152,7 +152,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def shown(found: Ranked, config: Config) -> list[Candidate]:
-    """`plan.show` layouts, best first; of those that differ in nothing but vpp the best."""
+    """Returns `plan.show` layouts, best first; of those that differ in nothing but vpp the best."""
     best: dict[object, Candidate] = {}
     for one in found.layouts:
         sizes = {**one.layout.topology.sizes(), "vpp": 1}
@@ -161,7 +161,7 @@ def shown(found: Ranked, config: Config) -> list[Candidate]:
 
 
 def layout_commands(found: Ranked, config: Config) -> list[str]:
-    """What runs each layout that is shown, by its rank: a text each, of lines that a shell reads as one."""
+    """Returns the command of each shown layout, by its rank: a text each, of lines that a shell reads as one."""
     texts = ["run one by its rank with:"]
     for rank, one in enumerate(shown(found, config), 1):
         wrapped = commands.wrapped(_command(one, found, config), width=WIDTH - 5)
@@ -176,7 +176,7 @@ def _command(one: Candidate, found: Ranked, config: Config) -> str:
 
 
 def storage_lines(times: tuple[StorageTime, StorageTime], config: Config, per_host: int) -> list[str]:
-    """What an import and an export take of storage."""
+    """Returns lines on the time that storage takes for an import and an export."""
     limit = config.plan.storage_total_gbs
     said = f"{config.plan.storage_gbs:g} GB/s a host of {per_host}{'' if limit is None else f', {limit:g} GB/s in all'}"
     lines = [f"with storage of {said}:"]

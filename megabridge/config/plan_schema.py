@@ -14,7 +14,7 @@ class FiguresConfig:
     tflops_16bit: float | None = None
     """10^12 dense matrix operations a second in bfloat16 or float16."""
     tflops_32bit: float | None = None
-    """The same in float32."""
+    """10^12 dense matrix operations a second in float32."""
     memory_gbs: float | None = None
     """GB/s of a device's memory."""
     inside_gbs: float | None = None
@@ -45,4 +45,4 @@ class PlanConfig:
     storage_total_gbs: float | None = None
     """GB/s of that storage for all hosts together. Null: no limit."""
     arguments: list[str] = field(default_factory=list)
-    """What recipe=plan repeats in the commands that it prints: the command fills in its own overrides."""
+    """Overrides that recipe=plan repeats in the commands that it prints; the command fills in its own."""

@@ -1,4 +1,4 @@
-"""parallel=auto: the layout of a run is chosen here, in the parent, before anything is checked or started. No torch.
+"""parallel=auto: chooses the layout of a run in the parent, before anything is checked or started. No torch.
 
 The sizes that were chosen take the place of `auto` in the config, so that config.yaml, every rank and a resumed run have them. A
 run that is resumed keeps the layout that it had, where that is still possible and nobody asks for another.
@@ -37,14 +37,14 @@ def is_open(config: Config) -> bool:
 
 
 def here(config: Config, started: int | None = None) -> Machine:
-    """What this host has for a run, or what `plan` says; `started` counts processes that torchrun or srun started."""
+    """Returns the devices that `plan` names, else those of this host; `started` counts processes of torchrun or srun."""
     return devices.machine(config.plan, platform=config.platform, started=started)
 
 
 def settle(
     cfg: DictConfig, values: dict[str, Any], config: Config, overrides: Sequence[str], machine: Callable[[], Machine]
 ) -> Config:
-    """`config` with its layout chosen where it is `is_open`, and nothing else changed; `cfg` and `values` then say the same.
+    """Returns `config` with its layout chosen where it is `is_open`; `cfg` and `values` are changed accordingly.
 
     For recipe=plan only what it needs of the command is added. Raises ConfigError where no layout is legal or none fits.
     """
@@ -77,7 +77,7 @@ def _check(config: Config, overrides: Sequence[str], found_here: Machine) -> Non
 
 
 def _choose(config: Config, overrides: Sequence[str], machine: Callable[[], Machine]) -> tuple[Layout, str]:
-    """The layout, and the line that says which and why."""
+    """Returns the layout, and the line that says which and why."""
     sizes, found_here = known_sizes(config.model), machine()
     work_of(config, sizes)  # its refusals come first
     fixed = fixed_sizes(config.parallel, overrides)
@@ -97,7 +97,7 @@ def _choose(config: Config, overrides: Sequence[str], machine: Callable[[], Mach
 
 
 def _searched(config: Config, sizes: Mapping[str, Any], machine: Machine, fixed: Mapping[str, Any]) -> Found:
-    """The search on this machine; of a CPU's cores fewer where that many allow no layout, unless their number was given."""
+    """Searches this machine; with fewer of a CPU's cores where so many allow no layout, unless their number was given."""
     try:
         return search(config, sizes, machine, fixed)
     except ConfigError as error:
@@ -112,7 +112,7 @@ def _searched(config: Config, sizes: Mapping[str, Any], machine: Machine, fixed:
 
 
 def _before(config: Config, sizes: Mapping[str, Any], machine: Machine, fixed: Mapping[str, Any]) -> tuple[Layout | None, str]:
-    """The layout that the run to be resumed had, None where there is none; and what to say where it can't be kept."""
+    """Returns the layout of the run to be resumed, or None, and the reason where it can't be kept."""
     if fixed:
         return None, ""
     for folder in _directories(config):
@@ -125,7 +125,7 @@ def _before(config: Config, sizes: Mapping[str, Any], machine: Machine, fixed: M
 
 
 def _directories(config: Config) -> Iterator[Path]:
-    """Where the config.yaml of the run to be resumed may be."""
+    """Yields the folders where the config.yaml of the run to be resumed may be."""
     resume = config.checkpoint.resume
     if resume == "auto":
         checkpoints = Path(config.checkpoint.path or Path(config.run_dir, "checkpoints"))
@@ -136,7 +136,7 @@ def _directories(config: Config) -> Iterator[Path]:
 
 
 def _layout(parallel: Mapping[str, Any], count: int) -> Layout | None:
-    """What a written config says, over `count` processes; None where it says none that they can have."""
+    """Returns the layout of a written config over `count` processes; None where they can't have it."""
     sizes = {name: parallel.get(name) for name in SETTINGS}
     if not all(type(size) is int or (name == "etp" and size is None) for name, size in sizes.items()):
         return None

@@ -54,7 +54,7 @@ class LocalRunner:
     _running: list[_Running] = field(default_factory=list)
 
     def machine(self, config: Config) -> Machine:
-        """This host."""
+        """Returns the devices of this host, or those that `plan` names."""
         return chosen_layout.here(config)
 
     def check(self, job: SweepJob) -> None:

@@ -45,7 +45,7 @@ class SlurmRunner:
     settings: SlurmSettings
 
     def machine(self, config: Config) -> Machine:
-        """What the submitting host has doesn't count."""
+        """Returns the devices that `plan` names: those of the submitting host don't count."""
         if config.plan.gpus is None or config.plan.device is None:
             raise ConfigError(
                 "parallel=auto with hydra/launcher=slurm needs plan.gpus and plan.device, what the points get of the cluster; give "

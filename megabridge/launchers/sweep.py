@@ -97,7 +97,7 @@ class Runner(Protocol):
     """Runs the points of a sweep."""
 
     def machine(self, config: schema.Config) -> Machine:
-        """What a layout is chosen for. Raises ConfigError where that can't be known."""
+        """Returns the devices that a layout is chosen for. Raises ConfigError where they aren't known."""
 
     def check(self, job: SweepJob) -> None:
         """Chooses the job's platform. Raises ConfigError when it can't run here."""

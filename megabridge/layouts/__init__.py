@@ -1,1 +1,1 @@
-"""Which layouts a number of devices allows a model, what each needs and how long a step is expected to take. No torch."""
+"""Search of parallel layouts: the legal ones, estimates of memory and step time, figures of devices. No torch."""

@@ -1,4 +1,4 @@
-"""The command that starts a run on one host or on several. No torch."""
+"""Commands that start a run on one host or on several. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RUN: Final = "python -m megabridge.run"
 
 
 def start(world: int, arguments: Sequence[str], *, per_host: int) -> str:
-    """The command with `arguments` for `world` processes; on each host where `per_host` are too few for all."""
+    """Returns the command with `arguments` for `world` processes; on each host where `per_host` are too few for all."""
     said = shlex.join(arguments)
     if world <= per_host:
         return f"{RUN} {said}".rstrip()
@@ -21,7 +21,7 @@ def start(world: int, arguments: Sequence[str], *, per_host: int) -> str:
 
 
 def spread(world: int, *, per_host: int) -> tuple[int, int]:
-    """(hosts, processes of each): the fewest hosts that take equally many."""
+    """Returns (hosts, processes of each): the fewest hosts that take equally many."""
     hosts = ceil(world / per_host)
     while world % hosts:
         hosts += 1
@@ -29,7 +29,7 @@ def spread(world: int, *, per_host: int) -> tuple[int, int]:
 
 
 def wrapped(command: str, *, width: int) -> list[str]:
-    """The command in lines of at most `width`, where words allow it, which a shell reads as one."""
+    """Returns the command in lines of at most `width`, where words allow it, which a shell reads as one."""
     lines, line = [], ""
     for word in command.split(" "):
         if line and len(line) + len(word) + 3 > width:

@@ -1,4 +1,4 @@
-"""What a layout is chosen for: a number of devices, and the figures of one. devices.yaml has those of known ones. No torch."""
+"""Devices that a layout is chosen for: their number, and the figures of one. devices.yaml has those of known ones. No torch."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ class Machine:
 
 @cache
 def known() -> Mapping[str, Mapping[str, Any]]:
-    """What devices.yaml says, by name."""
+    """Returns the content of devices.yaml, by name."""
     content: Any = OmegaConf.to_container(OmegaConf.load(_FILE))
     figures: Mapping[str, Mapping[str, Any]] = content
     return figures
 
 
 def device(name: str) -> Device:
-    """The device of this name in devices.yaml. Raises ConfigError for another."""
+    """Returns the device of this name in devices.yaml. Raises ConfigError for another."""
     if name not in known():
         raise ConfigError(f"plan.device={name} must be one of {', '.join(known())}; others are one of these with plan.figures.")
     return Device(name=name, **{key: value for key, value in known()[name].items() if key != "names"})
 
 
 def called(gpu: str) -> Device:
-    """The device that CUDA calls `gpu`. Raises ConfigError for one that isn't in devices.yaml."""
+    """Returns the device that CUDA calls `gpu`. Raises ConfigError for one that isn't in devices.yaml."""
     for name, figures in known().items():
         if any(part in gpu for part in figures["names"]):
             return device(name)
@@ -74,7 +74,7 @@ def called(gpu: str) -> Device:
 
 
 def machine(plan: PlanConfig, *, platform: str, started: int | None = None) -> Machine:
-    """What a run is laid out for: as `plan` says, and where it says nothing, what this host has.
+    """Returns the devices of a run: those that `plan` names, else those of this host.
 
     `platform` is a run's, cpu, cuda or auto; `started` counts the processes that torchrun or srun started. On a CPU there is a
     process for each core, and they share cores and memory. Raises ConfigError.
@@ -94,7 +94,7 @@ def machine(plan: PlanConfig, *, platform: str, started: int | None = None) -> M
 
 
 def _this_cpu(count: int) -> tuple[Device, int]:
-    """A process's share of this host's CPU, of which there are `count`."""
+    """Returns the share of this host's CPU that each of `count` processes has."""
     core, cores = device(CPU), hardware.cores() / count
     share = replace(
         core,

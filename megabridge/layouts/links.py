@@ -1,4 +1,4 @@
-"""How long ranks of a layout take to exchange bytes: which of them share a host follows from the order of ranks. No torch.
+"""Times of collectives and messages between the ranks of a layout. No torch.
 
 Ranks are numbered as megabridge.parallel.topology says, and fill the hosts one after another.
 """
@@ -12,13 +12,13 @@ from typing import Final
 from megabridge.layouts.devices import Device
 
 INSIDE_SHARE: Final = 0.8
-"""Of a link's bandwidth that a collective inside a host reaches. Assumed."""
+"""Share of a link's bandwidth that a collective inside a host reaches. Assumed."""
 BETWEEN_SHARE: Final = 0.6
-"""The same of one that reaches other hosts. Assumed."""
+"""Share that a collective between hosts reaches. Assumed."""
 LATENCY_INSIDE: Final = 10e-6
-"""Seconds of a collective of two ranks of a host, whatever it moves; times log2 of their number. Assumed."""
+"""Latency in seconds of a collective inside a host, multiplied by log2 of the number of ranks. Assumed."""
 LATENCY_BETWEEN: Final = 30e-6
-"""The same where they are on several hosts. Assumed."""
+"""Latency of a collective over several hosts, likewise. Assumed."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Group:
     stride: int
 
     def on_a_host(self, device: Device) -> int:
-        """How many of them share a host."""
+        """Returns how many of them share a host."""
         if self.stride >= device.per_host:
             return 1
         if self.size * self.stride <= device.per_host and device.per_host % (self.size * self.stride) == 0:
@@ -38,7 +38,7 @@ class Group:
 
 
 def ring(bytes_: float, group: Group, device: Device) -> float:
-    """Seconds of an all-gather or reduce-scatter whose whole tensor has `bytes_`.
+    """Returns the seconds of an all-gather or reduce-scatter whose whole tensor has `bytes_`.
 
     Across hosts every rank of a host brings its own link to the others.
     """
@@ -53,7 +53,7 @@ def ring(bytes_: float, group: Group, device: Device) -> float:
 
 
 def all_to_all(bytes_: float, group: Group, device: Device) -> float:
-    """Seconds in which every rank sends `bytes_`, evenly, to all of them, itself included."""
+    """Returns the seconds in which every rank sends `bytes_`, evenly, to all of them, itself included."""
     if group.size == 1 or not bytes_:
         return 0.0
     here = group.on_a_host(device)
@@ -63,7 +63,7 @@ def all_to_all(bytes_: float, group: Group, device: Device) -> float:
 
 
 def send(bytes_: float, *, distance: int, world: int, device: Device) -> float:
-    """Seconds of one message to the rank that stands `distance` further, among `world`."""
+    """Returns the seconds of one message to the rank that stands `distance` further, among `world`."""
     is_inside = world <= device.per_host or distance == 0
     bandwidth = device.inside_gbs * INSIDE_SHARE if is_inside else device.between_gbs * BETWEEN_SHARE
     return bytes_ / (bandwidth * 1e9) + (LATENCY_INSIDE if is_inside else LATENCY_BETWEEN)

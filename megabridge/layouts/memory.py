@@ -1,8 +1,8 @@
-"""The memory that a rank of a layout is expected to need, by arithmetic: hundreds of layouts in a second. No torch.
+"""Estimates of the memory that a rank of a layout needs, by arithmetic: hundreds of layouts in a second. No torch.
 
-megabridge.planning.memory traces the same for one layout. Of attention, MLP and mixture that is estimated which backend=torch keeps
-for the backward pass. All linears are taken to have an adapter where any has, and `optimizer.freeze` counts for nothing, so that an
-estimate is rather too much than too little.
+megabridge.planning.memory traces the same for one layout. Activations are those that the layers of backend=torch save for the
+backward pass. With adapters every linear counts as having one, and `optimizer.freeze` is ignored, so that an estimate is rather too
+high than too low.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Held:
 
 
 def in_flight(topology: Topology, stage: int, micro_batches: int) -> list[int]:
-    """By chunk of a stage, the micro-batches of which it has done the forward pass and not yet the backward one (pipeline_parallel/schedules.py)."""
+    """Returns, by chunk of a stage, its micro-batches between forward and backward pass (pipeline_parallel/schedules.py)."""
     pp, vpp = topology.pp, topology.vpp
     if vpp == 1:
         return [min(micro_batches, pp - stage)]
@@ -54,7 +54,7 @@ def in_flight(topology: Topology, stage: int, micro_batches: int) -> list[int]:
 
 
 def expected(work: Work, layout: Layout) -> dict[int, ExpectedMemory]:
-    """By stage, of those among which the heaviest is."""
+    """Returns the estimate by stage, for the stages among which the heaviest is."""
     topology = layout.topology
     dealt = work.dealt(topology)
     layers = tuple(_layer(work, layout, is_mixture) if is_there else 0 for is_mixture, is_there in enumerate(_kinds_there(work)))
@@ -62,12 +62,12 @@ def expected(work: Work, layout: Layout) -> dict[int, ExpectedMemory]:
 
 
 def _kinds_there(work: Work) -> tuple[bool, bool]:
-    """Whether the model has dense layers, and mixtures."""
+    """Returns whether the model has dense layers, and whether it has mixtures."""
     return not work.shape.experts or any(not kind.is_mixture for kind in work.shape.kinds), bool(work.shape.experts)
 
 
 def held(work: Work, topology: Topology, stage: int) -> Held:
-    """What a rank of a stage has."""
+    """Returns the parameters on a rank of a stage."""
     shape, tp, rank = work.shape, topology.tp, work.rank
     chunks = work.dealt(topology).chunks[stage]
     plain, mixtures = sum(one for one, _ in chunks), sum(mixed for _, mixed in chunks)
@@ -92,12 +92,12 @@ def held(work: Work, topology: Topology, stage: int) -> Held:
 
 
 def _adapters(matrices: Iterable[Matrix], rank: int) -> int:
-    """Parameters of adapters beside these on a rank, taken as whole although tensor parallelism cuts one of a pair."""
+    """Returns the parameters of adapters beside these on a rank, taken as whole although tensor parallelism cuts one of a pair."""
     return sum(rank * (matrix.parts * matrix.columns + matrix.rows) for matrix in matrices if matrix.parts)
 
 
 def state_ranks(work: Work, topology: Topology) -> tuple[int, int]:
-    """How many ranks share the optimizer's state of a dense parameter, and of an expert's."""
+    """Returns how many ranks share the optimizer's state of a dense parameter, and of an expert's."""
     if not work.is_distributed:
         return 1, 1
     return topology.dp * topology.cp, topology.stage_size // (topology.expert_tp * topology.ep)
@@ -134,17 +134,17 @@ def _stage(work: Work, layout: Layout, stage: int, chunks: Sequence[tuple[int, i
 
 
 def _stream(work: Work, layout: Layout) -> int:
-    """Bytes of a micro-batch's hidden states between layers."""
+    """Returns the bytes of a micro-batch's hidden states between layers."""
     return cut_tokens(work, layout) * work.shape.hidden * work.width
 
 
 def cut_tokens(work: Work, layout: Layout) -> int:
-    """Tokens of a micro-batch on a rank where they are cut along the sequence."""
+    """Returns the tokens of a micro-batch on a rank where they are cut along the sequence."""
     return work.tokens(layout.topology) // (layout.topology.tp if layout.sequence_parallel else 1)
 
 
 def _layer(work: Work, layout: Layout, is_mixture: int) -> int:
-    """Bytes that autograd keeps of a micro-batch in a layer."""
+    """Returns the bytes that autograd saves for a micro-batch in a layer."""
     shape, tp, width = work.shape, layout.topology.tp, work.width
     whole, cut = work.tokens(layout.topology), cut_tokens(work, layout)
     # Norms keep their input and a factor for each token, and the linears after two of them theirs.
@@ -167,7 +167,7 @@ _EXPERT_ACTIVATIONS: Final = 4
 
 
 def _attention(work: Work, layout: Layout) -> float:
-    """Bytes kept of queries, keys, values, what attention makes of them, and the logarithm of its sum."""
+    """Returns the bytes saved of queries, keys, values, what attention makes of them, and the logarithm of its sum."""
     shape, tp, width = work.shape, layout.topology.tp, work.width
     whole, cut = work.tokens(layout.topology), cut_tokens(work, layout)
     heads, groups = shape.heads / tp, max(shape.groups / tp, 1)
@@ -184,7 +184,7 @@ def _attention(work: Work, layout: Layout) -> float:
 
 
 def _head(work: Work, layout: Layout) -> int:
-    """Bytes kept after the last layer: the norm's input and output, and the logits, over which their gradient is written."""
+    """Returns the bytes saved after the last layer: the norm's input and output, and the logits, which their gradient overwrites."""
     shape, topology = work.shape, layout.topology
     logits = work.tokens(topology) * shape.padded_vocabulary(topology.tp) // topology.tp * work.width
     logits *= 2 if shape.caps_logits else 1

@@ -1,4 +1,4 @@
-"""The layouts of a number of devices that a run allows and that fit, the fastest first. No torch.
+"""Search of the layouts that a run allows on a number of devices and that fit, the fastest first. No torch.
 
 Which are allowed is asked of megabridge.config.layout_rules alone. Sequence parallelism is on wherever it may be with tp above 1.
 """
@@ -32,7 +32,7 @@ class Candidate:
     stage: int
     time: StepTime
     tokens_per_second: float
-    """Of all devices."""
+    """Tokens per second of all devices together."""
     mfu: float
 
     @property
@@ -45,7 +45,7 @@ class Candidate:
         return self.time.bubble / self.time.total
 
     def content(self) -> dict[str, object]:
-        """As JSON: bytes, seconds."""
+        """Returns the candidate as JSON, in bytes and seconds."""
         return {
             "layout": str(self.layout),
             "sizes": self.layout.topology.sizes(),
@@ -70,7 +70,7 @@ class Found:
 
     @property
     def best(self) -> Candidate:
-        """The fastest. Raises ConfigError, naming the closest and what it lacks, where nothing fits."""
+        """Returns the fastest. Raises ConfigError, naming the closest and what it lacks, where nothing fits."""
         if self.fitting:
             return self.fitting[0]
         assert self.closest is not None  # `search` raises where there is no legal layout
@@ -99,7 +99,7 @@ _PASSING: Final = ("activations", "output")
 
 
 def fixed_sizes(parallel: ParallelConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """What of `parallel` is given, and stays as it is: what is not its default, and what `overrides` of the command name."""
+    """Returns the sizes that stay as given: those of `parallel` that are no defaults, and those that `overrides` name."""
     default, named = ParallelConfig(), [text.lstrip("+").partition("=")[0] for text in overrides]
     given = {name: getattr(parallel, name) for name in _NAMES}
     return {name: value for name, value in given.items() if value != getattr(default, name) or f"parallel.{name}" in named}
@@ -113,7 +113,7 @@ def search(
     *,
     is_enough: bool = False,
 ) -> Found:
-    """The layouts of `machine` for a run of `config`, whose model has the native settings `sizes`.
+    """Finds the layouts of `machine` for a run of `config`, whose model has the native settings `sizes`.
 
     `fixed` are sizes that are given; with `is_enough` the first that fits ends the search. Raises ConfigError where
     the model's sizes aren't known, and where no layout is legal, with what keeps the most nearly legal one.
@@ -147,13 +147,13 @@ def search(
 
 
 def _order(candidate: Candidate) -> tuple[object, ...]:
-    """The fastest first; of equals the one that cuts the model least."""
+    """Sorts the fastest first; of equals the one that cuts the model least."""
     sizes = candidate.layout.topology.sizes()
     return round(candidate.time.total, 9), sizes["tp"] * sizes["pp"] * sizes["cp"], sizes["ep"], sizes["vpp"]
 
 
 def problems_of(config: Config, sizes: Mapping[str, Any], layout: Layout) -> list[str]:
-    """Every rule that keeps a run from this layout: the model's, the backend's, the batches'."""
+    """Returns every rule that a layout breaks: the model's, the backend's, the batches'."""
     return _Rules(config, sizes).of(layout)
 
 
@@ -177,7 +177,7 @@ def _with_sequence(config: Config, is_cut: bool) -> Config:
 
 
 def legal_layouts(config: Config, sizes: Mapping[str, Any], count: int, fixed: Mapping[str, Any]) -> Iterator[Layout]:
-    """Every layout of `count` ranks that breaks no rule, with the `fixed` sizes."""
+    """Yields every layout of `count` ranks that breaks no rule, with the `fixed` sizes."""
     rules = _Rules(config, sizes)
     layers = rules.gets[False]("num_layers")
     has_experts = rules.gets[False]("num_moe_experts") is not None
@@ -232,7 +232,7 @@ def _expert_sizes(
     *,
     has_experts: bool,
 ) -> Iterator[tuple[int, int | None]]:
-    """(ep, etp) of a stage: of a model without experts none but 1, with etp as tp."""
+    """Yields (ep, etp) of a stage: for a model without experts none but 1, with etp as tp."""
     if not has_experts:
         yield from [(1, None)] if allowed("ep", [1]) and allowed("etp", [tp]) else []
         return
@@ -243,7 +243,7 @@ def _expert_sizes(
 
 
 def _nothing_legal(config: Config, sizes: Mapping[str, Any], count: int, fixed: Mapping[str, Any]) -> str:
-    """What to say where no layout is legal: the fewest rules that one of the simple ones breaks."""
+    """Returns the message for no legal layout: the rules that the most nearly legal one breaks."""
     rules = _Rules(config, sizes)
     found: list[tuple[int, str, list[str]]] = []
     for tp in layout_rules.divisors(count):

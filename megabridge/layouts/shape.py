@@ -1,4 +1,4 @@
-"""What a decoder is made of, as far as its native settings say: matrices by layer, and how parallelism cuts them. No torch.
+"""Shape of a decoder, from its native settings: matrices by layer, and how parallelism cuts them. No torch.
 
 Biases, sinks and routers' correction biases are left out: together they are less than a thousandth of a model.
 """
@@ -54,7 +54,7 @@ class Shape:
     heads: int
     groups: int
     key_width: int
-    """Of a head's queries and keys."""
+    """Width of a head's queries and keys."""
     value_width: int
     attention: tuple[Matrix, ...]
     mlp: tuple[Matrix, ...]
@@ -65,27 +65,27 @@ class Shape:
     is_gated: bool
     is_tied: bool
     positions: int
-    """Learned ones."""
+    """Learned position embeddings."""
     norms: int
-    """Of a layer's hidden states."""
+    """Norms of the hidden states in a layer."""
     norms_queries: bool
     activations: int
     """Tensors of the MLP's width that its activation keeps beside its input: one where it is one kernel."""
     caps_logits: bool
     latent: tuple[int, int]
-    """Of multi-latent attention, elements for each token of the down-projections' outputs, and of these after their norms."""
+    """Multi-latent attention: elements per token of the down-projections' outputs, and of these after their norms."""
     kinds: tuple[Kind, ...]
     mtp: int
     get: Get = field(repr=False, compare=False)
 
     @property
     def layers(self) -> int:
-        """Without those of multi-token prediction."""
+        """Number of layers, without those of multi-token prediction."""
         return len(self.kinds) - self.mtp
 
     @cached_property
     def matrices(self) -> dict[bool, tuple[Matrix, ...]]:
-        """Those of a layer that every token passes through, by whether it is a mixture."""
+        """Matrices of a layer that every token passes through, by whether it is a mixture."""
         router = (Matrix(self.experts, self.hidden, "none", parts=0),)
         return {False: (*self.attention, *self.mlp), True: (*self.attention, *self.shared, *router)}
 
@@ -94,14 +94,14 @@ class Shape:
 
     @cached_property
     def parameters(self) -> int:
-        """Of the whole model, without padding."""
+        """Parameters of the whole model, without padding."""
         per = {mixed: sum(matrix.size for matrix in found) + 2 * self.hidden for mixed, found in self.matrices.items()}
         per[True] += self.experts * sum(matrix.size for matrix in self.expert)
         tables = self.vocabulary * self.hidden * (1 if self.is_tied else 2) + self.positions * self.hidden + self.hidden
         return sum(per[kind.is_mixture] for kind in self.kinds) + tables + self.mtp * (2 * self.hidden**2 + 3 * self.hidden)
 
     def flops_per_token(self, seq_length: int, *, is_frozen: bool) -> float:
-        """Operations of a step for a token, as docs/training.md counts them; `is_frozen` where only adapters are trained."""
+        """Returns the operations of a step per token, as in docs/training.md; `is_frozen` where only adapters are trained."""
         weights = self.vocabulary * self.hidden * (1 + self.mtp) + self.mtp * 2 * self.hidden**2
         attention = 0.0
         for kind in self.kinds:
@@ -113,13 +113,13 @@ class Shape:
 
 
 def seen(seq_length: int, window: int | None) -> float:
-    """Positions that a token attends to on average."""
+    """Returns the positions that a token attends to on average."""
     most = seq_length if window is None else min(seq_length, window)
     return most - most * most / (2 * seq_length)
 
 
 def shape_of(get: Get) -> Shape:
-    """The shape that native settings describe; `num_layers` and the other sizes of a decoder must be among them."""
+    """Returns the shape that native settings describe; `num_layers` and the other sizes of a decoder must be among them."""
     hidden, heads = get("hidden_size"), get("num_attention_heads")
     is_gated, is_latent = bool(get("gated_linear_unit")), bool(get("multi_latent_attention"))
     experts, mtp = get("num_moe_experts") or 0, get("mtp_num_layers") or 0

@@ -1,4 +1,4 @@
-"""How long an optimizer step of a layout is expected to take: a model of it, written down in docs/scale.md. No torch.
+"""Estimates of the time of an optimizer step, by the model that docs/scale.md describes. No torch.
 
 Constants say whether they are fitted to what docs/performance.md measured on one H100, or assumed.
 """
@@ -15,34 +15,34 @@ from megabridge.layouts.shape import Kind, Matrix, seen
 from megabridge.layouts.work import FP32, Layout, Work
 
 MATRIX_SHARE: Final = 0.81
-"""Of a device's matrix FLOP/s that products of large matrices reach: 801 of 989 TFLOP/s on the H100 that was measured."""
+"""Share of a device's matrix FLOP/s that large matrix products reach: 801 of 989 TFLOP/s on the measured H100."""
 MATRIX_SIDE: Final = 128.0
 """A product of m x k and k x n takes 1 + MATRIX_SIDE (1/m + 1/n + 1/k) times as long as that: fitted."""
 ATTENTION_SHARE: Final = 0.88
-"""Of the matrix FLOP/s that attention would reach with heads without end; fitted together with:"""
+"""Share of the matrix FLOP/s that attention with very wide heads would reach; fitted together with:"""
 ATTENTION_WIDTH: Final = 123.0
 """Heads of width w reach w / (w + ATTENTION_WIDTH) of it. Fitted at 64; that 128 reaches half as much again is assumed."""
 ELEMENT_SHARE: Final = 0.51
-"""Of the memory's bandwidth that element-wise kernels reach, of the bytes that are counted here: fitted."""
+"""Share of the memory bandwidth that element-wise kernels reach, for the bytes counted here: fitted."""
 OPTIMIZER_SHARE: Final = 0.74
-"""The same of the optimizer's kernels: fitted."""
+"""Share of the memory bandwidth that the optimizer's kernels reach: fitted."""
 LAUNCH_SECONDS: Final = 0.27e-3
-"""Between kernels, for each layer and micro-batch: fitted."""
+"""Idle time between kernels, per layer and micro-batch: fitted."""
 ADAPTER_PASSES: Final = 4.3
-"""Over the input and output of a linear with an adapter: fitted."""
+"""Passes over the input and output of a linear with an adapter: fitted."""
 ROUTING_PASSES: Final = 58.0
-"""Over the hidden states of routed tokens, beside the products: fitted to the one mixture that was measured. It stands for sorting,
-copying and waiting for the host together."""
+"""Passes over the hidden states of routed tokens, besides the products: fitted to the one mixture that was measured. It stands for
+sorting, copying and host synchronisation together."""
 LOSS_PASSES: Final = 3.0
-"""Over the logits: read, and read and written for their gradient."""
+"""Passes over the logits: read, and read and written for their gradient."""
 HIDDEN_SHARE: Final = 0.9
-"""Of a data-parallel collective that an overlap can hide at most; the last bucket can't be. Assumed."""
+"""Share of a data-parallel collective that can be overlapped at most; the last bucket can't. Assumed."""
 INTERLEAVED_SHARE: Final = 0.5
-"""Of the stages' messages that waits in the interleaved schedule, which overlaps them. Assumed."""
+"""Share of the time of messages between stages that the interleaved schedule doesn't hide. Assumed."""
 _NORM_ELEMENTS: Final = 20
 """Elements of the hidden width that norms and residual sums of a layer read or write, forward and backward."""
 _FORWARD: Final = 0.4
-"""Of a layer's element-wise bytes."""
+"""Share of a layer's element-wise bytes in its forward pass."""
 
 
 @dataclass(frozen=True)
@@ -102,27 +102,27 @@ class Model:
 
     @property
     def flops(self) -> float:
-        """Of the device's dense matrices, in the work's precision."""
+        """FLOP/s of the device's dense matrix products, in the precision of the work."""
         device = self.machine.device
         return (device.tflops_32bit if self.work.width == FP32 else device.tflops_16bit) * 1e12
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second of a device's memory."""
+        """Memory bandwidth of a device, in bytes a second."""
         return self.machine.device.memory_gbs * 1e9
 
     def product(self, m: float, n: float, k: float) -> float:
-        """Seconds of one product of m x k and k x n."""
+        """Returns the seconds of one product of m x k and k x n."""
         share = MATRIX_SHARE / (1 + MATRIX_SIDE * (1 / m + 1 / n + 1 / k))
         moved = self.work.width * (m * k + k * n + m * n)
         return max(2.0 * m * n * k / (self.flops * share), moved / self.bandwidth)
 
     def elements(self, count: float) -> float:
-        """Seconds of element-wise kernels that read or write `count` elements together."""
+        """Returns the seconds of element-wise kernels that read or write `count` elements together."""
         return count * self.work.width / (self.bandwidth * ELEMENT_SHARE)
 
     def step(self, layout: Layout) -> StepTime:
-        """What is expected of a layout that the work allows."""
+        """Returns the expected time of a step in a legal layout."""
         topology, work = layout.topology, self.work
         count = work.micro_batches(topology)
         middle = {kinds: self._layers_of(layout, kinds) for kinds in set(work.dealt(topology).kinds)}
@@ -150,7 +150,7 @@ class Model:
         return cost
 
     def _ends(self, layout: Layout, stage: int, cost: Cost) -> Cost:
-        """The cost of a stage, whose layers cost `cost`: the first embeds, the last has the output layer."""
+        """Returns the cost of a stage, whose layers cost `cost`: the first embeds, the last has the output layer."""
         topology = layout.topology
         if stage == 0:
             cost = cost.plus(Cost(compute=self.elements(4.0 * self.work.tokens(topology) * self.work.shape.hidden)))
@@ -176,7 +176,7 @@ class Model:
         return self._layers[key]
 
     def _passes(self) -> int:
-        """Products of a weight: forward, the gradient of its input, and, where it is trained, its own."""
+        """Returns the number of products per weight: forward, the gradient of its input, and, where it is trained, its own."""
         return 2 if self.work.rank else 3
 
     def _products(self, layout: Layout, kind: Kind) -> float:
@@ -228,7 +228,7 @@ class Model:
         return ADAPTER_PASSES * (rows + matrix.parts * columns) if matrix.parts else 0.0
 
     def _tensor(self, layout: Layout, kind: Kind, products: float, again: float) -> float:
-        """All-gathers and reduce-scatters around attention and MLP, or all-reduces, which are both.
+        """Returns the exposed seconds of all-gathers and reduce-scatters around attention and MLP, or of all-reduces.
 
         Of the backward pass's those that megatron-core runs beside a product wait only where they take longer.
         """
@@ -248,13 +248,13 @@ class Model:
         return shared + exposed + max(0.0, behind - products * (self._passes() - 1) / self._passes())
 
     def _gather(self, layout: Layout) -> float:
-        """Seconds of gathering a micro-batch's hidden states over the tensor-parallel ranks."""
+        """Returns the seconds of gathering a micro-batch's hidden states over the tensor-parallel ranks."""
         work, topology = self.work, layout.topology
         bytes_ = work.tokens(topology) * work.shape.hidden * work.width
         return links.ring(bytes_, Group(topology.tp, 1), self.machine.device)
 
     def _expert(self, layout: Layout, kind: Kind, again: float) -> float:
-        """Tokens on their way to experts and back, forward and backward."""
+        """Returns the seconds of dispatching tokens to experts and combining them, forward and backward."""
         if not kind.is_mixture:
             return 0.0
         work, topology, device = self.work, layout.topology, self.machine.device
@@ -264,14 +264,14 @@ class Model:
         return once * (4 + 2 * again)
 
     def _context(self, layout: Layout, again: float) -> float:
-        """Keys and values on their way round the context-parallel ranks, and their gradients."""
+        """Returns the seconds of passing keys, values and their gradients round the context-parallel ranks."""
         work, topology = self.work, layout.topology
         width = work.shape.groups * (work.shape.key_width + work.shape.value_width) / topology.tp
         bytes_ = work.tokens(topology) * topology.cp * width * work.width
         return links.ring(bytes_, Group(topology.cp, topology.tp), self.machine.device) * (3 + again)
 
     def _head(self, layout: Layout) -> Cost:
-        """The output layer and the loss; once more for every layer of multi-token prediction."""
+        """Returns the cost of the output layer and the loss; once more for every layer of multi-token prediction."""
         work, topology = self.work, layout.topology
         rows = work.shape.padded_vocabulary(topology.tp) // topology.tp
         tokens, hidden = work.tokens(topology), work.shape.hidden
@@ -282,7 +282,7 @@ class Model:
     # ------------------------------------------------------------------ between stages and replicas
 
     def _messages(self, layout: Layout) -> float:
-        """Seconds that a stage waits for messages, for each micro-batch."""
+        """Returns the seconds that a stage waits for messages, for each micro-batch."""
         topology, work = layout.topology, self.work
         if topology.pp == 1:
             return 0.0
@@ -291,7 +291,10 @@ class Model:
         return 2 * once * topology.vpp * (INTERLEAVED_SHARE if topology.vpp > 1 else 1.0)
 
     def _data(self, layout: Layout, computing: float) -> float:
-        """`computing` is what a stage computes for one micro-batch, behind which collectives can hide."""
+        """Returns the exposed seconds of reducing gradients and gathering parameters.
+
+        `computing` are the seconds that a stage computes for one micro-batch, which collectives can overlap.
+        """
         work, topology, device = self.work, layout.topology, self.machine.device
         own = memory.held(work, topology, 0)
         apart = topology.expert_tp * topology.ep
@@ -316,7 +319,7 @@ class Model:
         )
 
     def _optimizer(self, layout: Layout) -> float:
-        """Reading and writing parameters, gradients, moments and masters of the stage that has most."""
+        """Returns the seconds of the optimizer on the stage with most parameters."""
         work, topology = self.work, layout.topology
         of_dense, of_experts = memory.state_ranks(work, topology)
         most = 0.0

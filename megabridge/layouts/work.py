@@ -1,4 +1,4 @@
-"""What a run computes in a step, whatever its layout: the model's shape, batches, precision, what is trained. No torch."""
+"""The work of a step under any layout: the model's shape, batches, precision, trained parameters. No torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Dealt:
 
     @classmethod
     def of(cls, shape: Shape, topology: Topology) -> Dealt:
-        """As the provider deals them; those of multi-token prediction are in the last chunk."""
+        """Deals the layers as the provider does; those of multi-token prediction are in the last chunk."""
         counts, first = split_layers(shape.layers, pp=topology.pp, vpp=topology.vpp), 0
         counts[-1] += shape.mtp
         dealt: list[Counter[Kind]] = []
@@ -65,7 +65,7 @@ class Layout:
 
     @property
     def overrides(self) -> list[str]:
-        """What chooses it on the command line."""
+        """Overrides that choose it on the command line."""
         sizes = self.topology.sizes()
         given = {name: sizes[name] for name in ("tp", "pp", "vpp", "cp", "ep", "dp") if sizes[name] > 1}
         if self.topology.etp is not None:
@@ -87,7 +87,7 @@ class Work:
     recomputes: bool
     """Whether a layer is computed again in the backward pass (recompute_granularity=full)."""
     moments: int
-    """Of the optimizer, for each trained parameter."""
+    """Moments that the optimizer keeps per trained parameter."""
     is_distributed: bool
     """Whether the optimizer's state is cut over the data-parallel ranks."""
     overlaps_reduce: bool
@@ -96,22 +96,22 @@ class Work:
     _local: dict[tuple[Part, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def micro_batches(self, topology: Topology) -> int:
-        """Of a data-parallel rank in a step."""
+        """Returns the micro-batches of a data-parallel rank in a step."""
         return self.global_batch_size // (self.micro_batch_size * topology.dp)
 
     def tokens(self, topology: Topology) -> int:
-        """Of a micro-batch on a rank, where they are not cut along the sequence."""
+        """Returns the tokens of a micro-batch on a rank, where they are not cut along the sequence."""
         return self.micro_batch_size * self.seq_length // topology.cp
 
     def dealt(self, topology: Topology) -> Dealt:
-        """How the layers are dealt to the stages and chunks of a topology."""
+        """Returns how the layers are dealt to the stages and chunks of a topology."""
         key = topology.pp, topology.vpp
         if key not in self._dealt:
             self._dealt[key] = Dealt.of(self.shape, topology)
         return self._dealt[key]
 
     def local(self, what: Part, tp: int) -> int:
-        """Elements on one of `tp` ranks of the matrices of a layer that every token passes through, or of an expert."""
+        """Returns the elements on one of `tp` ranks of the matrices of a layer that every token passes through, or of an expert."""
         key = what, tp
         if key not in self._local:
             matrices = self.shape.expert if what == "expert" else self.shape.matrices[what == "mixture"]
@@ -120,7 +120,7 @@ class Work:
 
 
 def work_of(config: Config, sizes: Mapping[str, Any]) -> Work:
-    """The work of a run of `config`, whose model has these native settings.
+    """Returns the work of a run of `config`, whose model has these native settings.
 
     Raises ConfigError where the sizes aren't known, or the user says how layers are dealt to stages.
     """

@@ -31,7 +31,7 @@ class Ranked:
 
 
 def with_layout(config: Config, layout: Layout) -> Config:
-    """`config` in this layout."""
+    """Returns `config` in this layout."""
     topology = layout.topology
     sizes: dict[str, Any] = {**topology.sizes(), "etp": topology.etp}
     return replace(
@@ -40,7 +40,7 @@ def with_layout(config: Config, layout: Layout) -> Config:
 
 
 def ranked(config: Config, bridge: AutoBridge) -> Ranked:
-    """The layouts of what `config.plan` describes that fit, best first. In a process without groups.
+    """Returns the layouts of what `config.plan` describes that fit, best first. In a process without groups.
 
     Raises ConfigError where nothing is legal or fits.
     """

@@ -1,4 +1,4 @@
-"""How long an import and an export of all ranks take where storage is what limits them."""
+"""Times of an import and an export of all ranks where storage is the limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StorageTime:
 def storage_times(
     plan: PlanConfig, topology: Topology, costs: Mapping[int, RankCost], *, per_host: int
 ) -> tuple[StorageTime, StorageTime]:
-    """(import, export) with ranks filling hosts of `per_host` one after another; `costs` are of the ranks that write.
+    """Returns (import, export) with ranks filling hosts of `per_host` one after another; `costs` are of the ranks that write.
 
     Every rank reads its own boxes, replicas too; each box is written once. A host moves `plan.storage_gbs` GB/s, and all hosts
     together at most `plan.storage_total_gbs`.
