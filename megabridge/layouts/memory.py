@@ -184,7 +184,7 @@ def _attention(work: Work, layout: Layout) -> float:
 
 
 def _head(work: Work, layout: Layout) -> int:
-    """Returns the bytes saved after the last layer: the norm's input and output, and the logits, which their gradient overwrites."""
+    """Returns the bytes saved after the last layer: the norm's input and output, and the logits, overwritten by their gradient."""
     shape, topology = work.shape, layout.topology
     logits = work.tokens(topology) * shape.padded_vocabulary(topology.tp) // topology.tp * work.width
     logits *= 2 if shape.caps_logits else 1
