@@ -58,7 +58,7 @@ test-memory: venv  ## Converts a 3 GB model in 1.5 GB of memory; takes 12 GB of 
 test-curves: venv  ## The real model on real text: the same losses under every layout, with all parameters and with LoRA
 	@MEGABRIDGE_CURVES=1 $(PYTEST) tests/training/test_smollm2.py $(ARGS)
 
-test-plans: venv  ## Plans the largest published models for hundreds and thousands of ranks
+test-plans: venv  ## Plans the largest published models for thousands of ranks, and chooses their layouts
 	@MEGABRIDGE_PLANS=1 $(PYTEST) tests/planning/test_plans.py $(ARGS)
 
 test-grid: venv  ## Every family and many random shapes under every layout, of which make test makes a covering choice

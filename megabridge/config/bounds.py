@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
+from megabridge.config.plan_schema import FiguresConfig
 from megabridge.config.schema import Config
 from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.storage import regular_files
@@ -21,6 +22,14 @@ BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
     "prepare.workers": (1, 4096),
     "prepare.max_bad_share": (0, 1),
     "bench.repeats": (1, math.inf),
+    "plan.gpus": (1, 1 << 20),
+    "plan.usable": (0.01, 1),
+    "plan.show": (1, math.inf),
+    "plan.traced": (0, math.inf),
+    "plan.storage_gbs": (1e-6, math.inf),
+    "plan.storage_total_gbs": (1e-6, math.inf),
+    **dict.fromkeys((f"plan.figures.{each.name}" for each in fields(FiguresConfig) if each.name != "per_host"), (1e-6, math.inf)),
+    "plan.figures.per_host": (1, math.inf),
     "optimizer.lr": (0, math.inf),
     "optimizer.weight_decay": (0, math.inf),
     "optimizer.beta1": (0, _NEARLY_ONE),

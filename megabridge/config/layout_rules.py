@@ -204,6 +204,22 @@ def step_problems(config: Config, topology: Topology) -> list[str]:
     return problems
 
 
+def padded_vocab_size(get: Get, tp: int) -> int:
+    """Returns vocab_size, padded to a multiple of make_vocab_size_divisible_by x tp."""
+    multiple = int(get("make_vocab_size_divisible_by")) * tp
+    return -(-int(get("vocab_size")) // multiple) * multiple
+
+
+def has_experts(get: Get, layer: int) -> bool:
+    """Whether layer number `layer`, from 0, is a mixture of experts, as megatron-core reads moe_layer_freq."""
+    if get("num_moe_experts") is None:
+        return False
+    pattern = get("moe_layer_freq")
+    if pattern is None:
+        return True
+    return layer % pattern == 0 if isinstance(pattern, int) else bool(pattern[layer])
+
+
 def parameters(get: Get) -> int | None:
     """Returns the number of parameters of a decoder with an MLP, or experts, in each layer; None: not known.
 

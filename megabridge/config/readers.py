@@ -67,6 +67,12 @@ def _recipe(*names: str) -> Callable[[Config], bool]:
 _trains, _is_planned, _converts = _recipe(*TRAINING), _recipe(*PLANNED), _recipe("convert")
 
 
+plans_layouts: Final = _recipe("plan")
+"""Whether a run chooses a layout, and doesn't have it; a recipe of one's own may."""
+may_choose: Final = _recipe(*TRAINING, "plan")
+"""Whether parallel=auto means something to a run."""
+
+
 def _has_export(config: Config) -> bool:
     targets = [node.get("_target_") for node in config.callbacks.values() if isinstance(node, Mapping)]
     return any(target == EXPORT or target not in CALLBACKS for target in targets)
@@ -99,6 +105,12 @@ _PUBLISHING: Final = "callbacks.hf_export with checkpoint.hf=true, and recipe=co
 READERS: Final[tuple[Reader, ...]] = (
     Reader(("prepare",), "recipe=prepare_data", _recipe("prepare_data")),
     Reader(("bench",), "recipe=bench", _recipe("bench")),
+    Reader(
+        (*_of("plan", "gpus device usable"), "plan.figures"),
+        "parallel=auto and recipe=plan",
+        lambda config: config.parallel.auto or plans_layouts(config),
+    ),
+    Reader(_of("plan", "show traced storage_gbs storage_total_gbs arguments"), "recipe=plan", _recipe("plan")),
     Reader(("sweep",), "recipe=collect or recipe=report", _recipe("collect", "report")),
     Reader(("conversion.mode",), "recipe=convert", _converts),
     Reader(

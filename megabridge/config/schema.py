@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 from omegaconf import DictConfig, OmegaConf
 
 from megabridge.config import installed
+from megabridge.config.plan_schema import PlanConfig
 from megabridge.errors import ConfigError
 from megabridge.parallel.topology import SETTINGS, Topology
 
@@ -55,6 +56,9 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
+    auto: bool = False
+    """Whether sizes that are not set are chosen: the layout that fits, with the least expected time of a step. The sizes that were
+    chosen stand in config.yaml."""
     tp: int = 1
     """Tensor parallel size: ranks that share each matrix."""
     pp: int = 1
@@ -308,6 +312,8 @@ class Config:
     """A megabridge.data.DataModule: its class in `_target_`, its arguments beside it."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """Input and output of recipe=prepare_data."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """What recipe=plan and parallel=auto choose a layout for."""
     bench: BenchConfig = field(default_factory=BenchConfig)
     """Settings of recipe=bench."""
     peft: PeftConfig = field(default_factory=PeftConfig)

@@ -7,7 +7,7 @@ from html import escape
 from typing import Final
 
 from megabridge.errors import plain
-from megabridge.launchers.results import MEASURES, Row, number, shown
+from megabridge.launchers.results import MEASURES, Row, has_layouts, number, shown
 
 _WIDTH: Final = 720
 _HEIGHT: Final = 280
@@ -45,10 +45,11 @@ def _text(value: object) -> str:
 
 def _table(found: Sequence[Row]) -> str:
     names = shown(found)
-    headings = ["rank", "point", *(found[0].varied if found else ()), "state", *names, "run"]
+    layout = ["layout"] * has_layouts(found)
+    headings = ["rank", "point", *(found[0].varied if found else ()), *layout, "state", *names, "run"]
     lines = ["<tr>" + "".join(f"<th>{_text(text)}</th>" for text in headings) + "</tr>"]
     for rank, row in enumerate(found, 1):
-        texts = [rank, row.number, *row.varied.values(), row.state]
+        texts = [rank, row.number, *row.varied.values(), *[row.layout] * len(layout), row.state]
         cells = "".join(f"<td>{_text(text)}</td>" for text in texts)
         cells += "".join(f'<td class="number">{_text(number(row.measures[name]))}</td>' for name in names)
         cells += f"<td>{_text(row.run_dir)}</td>"

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
-from megabridge.launchers import local, run_lock
+from megabridge.launchers import chosen_layout, local, run_lock
 from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.processes import children
 from megabridge.launchers.processes.children import Child
 from megabridge.launchers.settings import LocalSettings
 from megabridge.launchers.sweep import RUNNING, SweepJob
+from megabridge.layouts.devices import Machine
 from megabridge.parallel import hardware
 
 OUTPUT: Final = "output.log"
@@ -50,6 +52,10 @@ class LocalRunner:
 
     settings: LocalSettings
     _running: list[_Running] = field(default_factory=list)
+
+    def machine(self, config: Config) -> Machine:
+        """Returns the devices of this host, or those that `plan` names."""
+        return chosen_layout.here(config)
 
     def check(self, job: SweepJob) -> None:
         """Chooses the platform as for a single run on this host."""

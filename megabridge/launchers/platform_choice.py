@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from math import ceil
 from typing import Any, Final
 
 from megabridge.config import layout_rules
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.families.core.known_sizes import known_sizes
+from megabridge.layouts import commands
 from megabridge.parallel.topology import Topology
 
 LARGEST_ON_CPU: Final = 500_000_000
@@ -61,19 +61,13 @@ def _commands(config: Config, topology: Topology, *, gpus: int, on_cpu: bool, ov
     """Commands that start the run elsewhere, or a similar one here."""
     world = topology.world_size
     arguments = shlex.join(text for text in overrides if not text.startswith("platform="))
-    hosts = ceil(world / GPUS_PER_HOST)
     lines = []
     if world <= GPUS_PER_HOST:
-        lines.append(f"on a host with {world} or more: python -m megabridge.run {arguments}")
+        lines.append(f"on a host with {world} or more: {commands.RUN} {arguments}")
     else:
-        each = ceil(world / hosts)
-        while each * hosts != world:
-            hosts += 1
-            each = ceil(world / hosts)
-        lines.append(
-            f"on each of {hosts} hosts with {each} GPUs: torchrun --nnodes={hosts} --nproc-per-node={each} "
-            f"--rdzv-backend=c10d --rdzv-endpoint=FIRST_HOST:29500 -m megabridge.run {arguments}"
-        )
+        hosts, each = commands.spread(world, per_host=GPUS_PER_HOST)
+        words = [text for text in overrides if not text.startswith("platform=")]
+        lines.append(f"on each of {hosts} hosts with {each} GPUs: {commands.start(world, words, per_host=GPUS_PER_HOST)}")
     kept = [text for text in overrides if text.partition("=")[0].lstrip("+~").partition(".")[0] != "parallel"]
     if smaller := _smaller(known_sizes(config.model), topology, gpus):
         lines.append(f"on this host: python -m megabridge.run {shlex.join([*kept, *smaller])}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from megabridge.errors import plain
+from megabridge.errors import CheckpointError, plain
 from megabridge.storage import atomic_files, metrics_file, regular_files
 
 if TYPE_CHECKING:
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
 CSV: Final = "sweep.csv"
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\n")
 """First characters of a cell that a spreadsheet takes as a formula (OWASP, CSV injection)."""
+_LONGEST: Final = 200
+"""Characters of a layout."""
 MEASURES: Final = {
     "objective": "what the recipe returned",
     "best_validation_loss": "lowest validation/loss, nats per token",
-    "tokens_per_second": "median of train/tokens_per_second, without the first logged step",
-    "mfu": "median of train/mfu",
-    "memory_gib": "largest train/memory_gib",
+    "step_seconds": "that recipe=plan expects of the layout it chose",
+    "tokens_per_second": "median of train/tokens_per_second, without the first logged step; of recipe=plan what it expects",
+    "mfu": "median of train/mfu; of recipe=plan what it expects",
+    "memory_gib": "largest train/memory_gib; of recipe=plan what it expects",
+    "bubble": "share of a step that recipe=plan expects stages to wait while the pipeline fills and drains",
     "parity": "parity/logits_max_abs_diff of the last export",
 }
 """The numeric columns of a row, and the source of each in the point's metrics.jsonl."""
@@ -38,6 +43,8 @@ class Row:
     state: str
     varied: dict[str, str]
     """Overrides that differ between the points, value by key."""
+    layout: str
+    """The layout that recipe=plan chose."""
     measures: dict[str, float | None]
     run_dir: str
     error: str
@@ -76,10 +83,11 @@ def as_csv(found: Sequence[Row]) -> str:
     keys = list(found[0].varied) if found else []
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["rank", "point", "state", *map(_cell, keys), *MEASURES, "run_dir", "error"])
+    layout = ["layout"] * has_layouts(found)
+    writer.writerow(["rank", "point", "state", *map(_cell, keys), *layout, *MEASURES, "run_dir", "error"])
     for rank, row in enumerate(found, 1):
         measures = ["" if row.measures[name] is None else repr(row.measures[name]) for name in MEASURES]
-        texts = [_cell(text) for text in (row.state, *row.varied.values())]
+        texts = [_cell(text) for text in (row.state, *row.varied.values(), *[row.layout] * len(layout))]
         writer.writerow([rank, row.number, *texts, *measures, _cell(row.run_dir), _cell(row.error)])
     return file.getvalue()
 
@@ -100,12 +108,19 @@ def _is_number(text: str) -> bool:
 def as_table(found: Sequence[Row]) -> str:
     """Returns the rows as a text table with a header, without measures that no run has."""
     names = shown(found)
-    lines = [["rank", "point", *(found[0].varied if found else ()), "state", *names]]
+    layout = ["layout"] * has_layouts(found)
+    lines = [["rank", "point", *(found[0].varied if found else ()), *layout, "state", *names]]
     for rank, row in enumerate(found, 1):
-        lines.append([str(rank), str(row.number), *row.varied.values(), row.state, *(number(row.measures[name]) for name in names)])
+        texts = [*row.varied.values(), *[row.layout] * len(layout), row.state]
+        lines.append([str(rank), str(row.number), *texts, *(number(row.measures[name]) for name in names)])
     lines = [[" ".join(plain(text).split()) for text in line] for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def has_layouts(found: Sequence[Row]) -> bool:
+    """Whether a row has a layout that was chosen for it."""
+    return any(row.layout for row in found)
 
 
 def shown(found: Sequence[Row]) -> list[str]:
@@ -121,6 +136,7 @@ def number(value: float | None) -> str:
 def _row(point: SweepRun, differing: dict[str, str]) -> Row:
     logged = _logged(Path(point.run_dir))
     losses = [(int(step or 0), loss) for step, loss in _series(logged, "validation/loss")]
+    planned = {name: _last(logged, f"plan/{name}") for name in ("step_seconds", "tokens_per_second", "mfu", "memory_gib", "bubble")}
     speeds = [value for _, value in _series(logged, "train/tokens_per_second")]
     mfus = [value for _, value in _series(logged, "train/mfu")]
     memory = [value for _, value in _series(logged, "train/memory_gib")]
@@ -128,12 +144,30 @@ def _row(point: SweepRun, differing: dict[str, str]) -> Row:
     measures = {
         "objective": point.objective,
         "best_validation_loss": min((loss for _, loss in losses), default=None),
-        "tokens_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,
-        "mfu": statistics.median(mfus[1:] or mfus) if mfus else None,
-        "memory_gib": max(memory, default=None),
+        "step_seconds": planned["step_seconds"],
+        "tokens_per_second": statistics.median(speeds[1:] or speeds) if speeds else planned["tokens_per_second"],
+        "mfu": statistics.median(mfus[1:] or mfus) if mfus else planned["mfu"],
+        "memory_gib": max(memory, default=planned["memory_gib"]),
+        "bubble": planned["bubble"],
         "parity": parity[-1] if parity else None,
     }
-    return Row(point.number, point.state, differing, measures, point.run_dir, point.error, losses)
+    layout = _layout(Path(point.run_dir)) if planned["step_seconds"] is not None else ""
+    return Row(point.number, point.state, differing, layout, measures, point.run_dir, point.error, losses)
+
+
+def _last(logged: Sequence[dict[str, float | None]], name: str) -> float | None:
+    found = _series(logged, name)
+    return found[-1][1] if found else None
+
+
+def _layout(run_dir: Path) -> str:
+    """That the run's plan.json says was chosen; nothing where it can't be read, for it may be of others."""
+    try:
+        content = json.loads(regular_files.read(run_dir / "plan.json"))
+    except (CheckpointError, ValueError, RecursionError):
+        return ""
+    chosen = content.get("chosen") if isinstance(content, dict) else None
+    return chosen[:_LONGEST] if isinstance(chosen, str) else ""
 
 
 def _series(logged: Sequence[dict[str, float | None]], name: str) -> list[tuple[float | None, float]]:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from megabridge.config import error_messages, redaction, schema, validation
 from megabridge.errors import ConfigError, MegabridgeError, plain
 from megabridge.families.core.known_sizes import known_sizes
-from megabridge.launchers import local, rank_environment, rank_task, run_lock, settings
+from megabridge.launchers import chosen_layout, local, rank_environment, rank_task, run_lock, settings
 from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.prepare import conf_folder, resolve, write_config
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Terminated, WorkerFailure
@@ -144,7 +145,9 @@ def job(cfg: DictConfig) -> float | None:
 
 def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> float | None:
     values, run_config = resolve(cfg, run_dir, overrides)
-    validation.check_layout(run_config, schema.topology(run_config.parallel), known_sizes(run_config.model))
+    run_config = chosen_layout.settle(cfg, values, run_config, overrides, lambda: chosen_layout.here(run_config))
+    if not chosen_layout.is_open(run_config):
+        validation.check_layout(run_config, schema.topology(run_config.parallel), known_sizes(run_config.model))
     topology = schema.processes(run_config)
     platform = choose_platform(
         run_config, topology, gpus=hardware.visible_gpus(), memory=hardware.memory_bytes(), overrides=overrides
@@ -166,12 +169,16 @@ def _become_rank(here: rank_environment.RankEnvironment) -> int:
         raise ConfigError("-m starts several runs, but torchrun or srun started this one as rank; sweep without them.")
     cfg = _compose(arguments)
     values, run_config = resolve(cfg, overrides=arguments.overrides)
-    started = schema.processes(run_config, here.world_size)
-    layout = schema.topology(run_config.parallel) if run_config.recipe.single_process else started
-    validation.check_layout(run_config, layout, known_sizes(run_config.model))
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     raw.pop("run_dir")  # rank 0's is used
     digest = sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
+    if here.rank == 0:  # whose layout, too, is that of all
+        machine = partial(chosen_layout.here, run_config, here.world_size)
+        run_config = chosen_layout.settle(cfg, values, run_config, arguments.overrides, machine)
+    if not chosen_layout.is_open(run_config):
+        started = schema.processes(run_config, here.world_size)
+        layout = schema.topology(run_config.parallel) if run_config.recipe.single_process else started
+        validation.check_layout(run_config, layout, known_sizes(run_config.model))
     if here.rank:
         return rank_task.supervise(values, here, digest=digest)
     with run_lock.claimed(Path(values["run_dir"])) as lock:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
-from megabridge.launchers import job_files, local, slurm_queue, sweep
+from megabridge.launchers import chosen_layout, job_files, local, slurm_queue, sweep
 from megabridge.launchers.processes.outcome import Failure, Outcome, first
 from megabridge.launchers.settings import SlurmSettings
 from megabridge.launchers.slurm_script import JobShape, hidden_environment, script
 from megabridge.launchers.sweep import DONE, RUNNING, SUBMITTED, WAITING, SweepJob, SweepRun
+from megabridge.layouts.devices import Machine
 
 QUEUE: Final = "slurm"
 FETCH: Final = "recipes.fetch:main"
@@ -41,6 +43,15 @@ class SlurmRunner:
     """Runs points as array jobs."""
 
     settings: SlurmSettings
+
+    def machine(self, config: Config) -> Machine:
+        """Returns the devices that `plan` names: those of the submitting host don't count."""
+        if config.plan.gpus is None or config.plan.device is None:
+            raise ConfigError(
+                "parallel=auto with hydra/launcher=slurm needs plan.gpus and plan.device, what the points get of the cluster; give "
+                "both, as plan.gpus=16 plan.device=h100."
+            )
+        return chosen_layout.here(config)
 
     def check(self, job: SweepJob) -> None:
         """Chooses the platform: platform=auto means GPUs, whatever the submitting host has."""

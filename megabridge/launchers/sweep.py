@@ -24,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from megabridge.config import schema, validation
 from megabridge.errors import CheckpointError, MegabridgeError
 from megabridge.families.core.known_sizes import known_sizes
-from megabridge.launchers import results, run_lock
+from megabridge.launchers import chosen_layout, results, run_lock
 from megabridge.launchers.prepare import resolve, write_config
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Failure, Outcome
+from megabridge.layouts.devices import Machine
 from megabridge.parallel.topology import Topology
 from megabridge.storage import atomic_files, regular_files
 
@@ -94,6 +95,9 @@ class SweepJob:
 
 class Runner(Protocol):
     """Runs the points of a sweep."""
+
+    def machine(self, config: schema.Config) -> Machine:
+        """Returns the devices that a layout is chosen for. Raises ConfigError where they aren't known."""
 
     def check(self, job: SweepJob) -> None:
         """Chooses the job's platform. Raises ConfigError when it can't run here."""
@@ -224,7 +228,9 @@ def _composed(context: Any, master: DictConfig, overrides: list[str], number: in
 def _check(job: SweepJob, runner: Runner) -> None:
     """Checks a point before it runs, and writes its config.yaml. Raises ConfigError for settings that can't work."""
     job.values, job.config = resolve(job.cfg, Path(job.point.run_dir), job.point.overrides)
-    validation.check_layout(job.config, schema.topology(job.config.parallel), known_sizes(job.config.model))
+    job.config = chosen_layout.settle(job.cfg, job.values, job.config, job.point.overrides, partial(runner.machine, job.config))
+    if not chosen_layout.is_open(job.config):
+        validation.check_layout(job.config, schema.topology(job.config.parallel), known_sizes(job.config.model))
     job.topology = schema.processes(job.config)
     job.point.world_size = job.topology.world_size
     runner.check(job)

@@ -12,14 +12,14 @@ from typing import Any, Final, Literal
 import torch
 
 import megabridge.platform as platform
-from megabridge.config import instantiate
+from megabridge.config import instantiate, layout_rules
+from megabridge.config.pipeline_split import by_stage
 from megabridge.config.value_types import shown
 from megabridge.errors import ConfigError, listed
 from megabridge.models import provider_settings as rules
 from megabridge.models.backends import Backend, chosen
 from megabridge.models.causal_lm import CausalLM
 from megabridge.models.layer_options import LayerOptions
-from megabridge.models.pipeline_split import by_stage
 from megabridge.parallel import process_groups
 from megabridge.parallel.topology import SETTINGS, Topology
 from megabridge.platform.patches import wgrad_products
@@ -144,7 +144,7 @@ class ModelProvider:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding over all ranks: vocab_size and its padding."""
-        return rules.padded_vocab_size(lambda name: getattr(self, name), self.tensor_model_parallel_size)
+        return layout_rules.padded_vocab_size(lambda name: getattr(self, name), self.tensor_model_parallel_size)
 
     @property
     def split(self) -> list[list[int]]:

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 
 import megabridge.platform as platform
 from megabridge.config import layout_rules
+from megabridge.config.pipeline_split import layout_of, split_layers
 from megabridge.errors import ConfigError
 from megabridge.families.core.rope_types import rope_problems, width_problems
 from megabridge.models import layer_options
 from megabridge.models.backends import chosen
 from megabridge.models.backends.registry import problems as backend_problems
 from megabridge.models.layers.multi_latent_attention import rotary_scale
-from megabridge.models.pipeline_split import layout_of, split_layers
 from megabridge.parallel.topology import Topology
 
 from megatron.core.activations import squared_relu
@@ -259,18 +259,9 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
     return settings
 
 
-def padded_vocab_size(get: Callable[[str], Any], tp: int) -> int:
-    """vocab_size, padded to a multiple of make_vocab_size_divisible_by x tp."""
-    multiple = int(get("make_vocab_size_divisible_by")) * tp
-    return -(-int(get("vocab_size")) // multiple) * multiple
-
-
 def has_experts(config: Any, layer: int) -> bool:
-    """Whether layer number `layer`, from 0, is a mixture of experts, as megatron-core reads moe_layer_freq."""
-    if config.num_moe_experts is None:
-        return False
-    pattern = config.moe_layer_freq
-    return layer % pattern == 0 if isinstance(pattern, int) else bool(pattern[layer])
+    """Whether layer number `layer`, from 0, is a mixture of experts."""
+    return layout_rules.has_experts(lambda name: getattr(config, name), layer)
 
 
 def config_class(get: Callable[[str], Any]) -> Any:

@@ -37,6 +37,22 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
     return count
 
 
+def gpu_name() -> str:
+    """What the driver's NVML library calls the first GPU, such as NVIDIA H100 80GB HBM3; empty where it can't be asked."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return ""
+    handle, name = ctypes.c_void_p(), ctypes.create_string_buffer(96)
+    if nvml.nvmlInit_v2() != 0:
+        return ""
+    try:
+        is_found = nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)) == 0
+        return name.value.decode(errors="replace") if is_found and nvml.nvmlDeviceGetName(handle, name, 96) == 0 else ""
+    finally:
+        nvml.nvmlShutdown()
+
+
 def cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))

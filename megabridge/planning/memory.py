@@ -8,10 +8,10 @@ CUDA context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from megabridge.config import schema
 from megabridge.config.schema import Config
 from megabridge.conversion.parameters import collect_parameters
 from megabridge.conversion.plan import Expansion, PlannedParameter
+from megabridge.layouts.memory import ExpectedMemory, in_flight
+from megabridge.layouts.work import FP32
 from megabridge.mapping import Dims
 from megabridge.models.layers.meta_kernels import EvenDispatcher, MetaKernels
 from megabridge.models.provider import ModelProvider
@@ -33,35 +35,19 @@ from megabridge.training import build, freezing
 
 from megatron.core import tensor_parallel
 
-FP32: Final = 4
-"""Bytes of an element of gradients, masters and optimizer state."""
 
+def expected_memory(
+    config: Config, bridge: AutoBridge, provider: ModelProvider, stages: Collection[int] | None = None
+) -> list[ExpectedMemory]:
+    """Returns the memory by pipeline stage, or of `stages`, for the finalized provider of `config`, with layers of backend=torch.
 
-@dataclass(frozen=True)
-class ExpectedMemory:
-    """Bytes on the first rank of a pipeline stage."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    """Saved for all backward passes that are pending at the same time, plus with recomputation those of one whole layer."""
-    output: int
-    """The gradient of the output layer's weight, which is computed while all activations are still kept."""
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.output
-
-
-def expected_memory(config: Config, bridge: AutoBridge, provider: ModelProvider) -> list[ExpectedMemory]:
-    """Returns the memory by pipeline stage for the finalized provider of `config`, with layers of backend=torch, without groups.
+    It is called without process groups.
 
     Raises ConfigError, as a run would, for names to train or freeze that match nothing in the model.
     """
     topology = schema.topology(config.parallel)
     _check_names(config, bridge, provider, topology)
-    return [_stage(config, bridge, provider, topology, pp) for pp in range(topology.pp)]
+    return [_stage(config, bridge, provider, topology, pp) for pp in (range(topology.pp) if stages is None else stages)]
 
 
 def _check_names(config: Config, bridge: AutoBridge, provider: ModelProvider, topology: Topology) -> None:
@@ -138,14 +124,9 @@ def _state(parameter: Tensor, config: Config, topology: Topology, width: int) ->
 
 
 def _in_flight(config: Config, topology: Topology, pp: int, kept: Sequence[int]) -> int:
-    """Bytes saved by the micro-batches between forward and backward pass on a stage (pipeline_parallel/schedules.py)."""
+    """Bytes saved by the micro-batches between forward and backward pass on a stage."""
     micro_batches = config.recipe.global_batch_size // (config.recipe.micro_batch_size * topology.dp)
-    if topology.vpp == 1:
-        return min(micro_batches, topology.pp - pp) * kept[0]
-    passes = (topology.pp - pp - 1) * 2 + (topology.vpp - 1) * topology.pp + 1
-    passes = min(passes, micro_batches * topology.vpp)
-    # Chunks alternate, with pp micro-batches each.
-    return sum(kept[number // topology.pp % topology.vpp] for number in range(passes))
+    return sum(count * size for count, size in zip(in_flight(topology, pp, micro_batches), kept, strict=True))
 
 
 @dataclass(frozen=True)

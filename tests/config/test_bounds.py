@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_bounds_are_said(path: str) -> None:
     node, _, name = path.rpartition(".")
     for value in [least - 1, *([most + 1] if most < 1e300 else [])]:
         config = Config()
-        setattr(getattr(config, node) if node else config, name, value)
+        setattr(attrgetter(node)(config) if node else config, name, value)
         with pytest.raises(ConfigError, match=rf"^{path}=\S+ must be (at least|from) "):
             bounds.check_numbers(config)
 

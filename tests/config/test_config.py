@@ -96,7 +96,7 @@ def test_every_yaml_composes_and_names_what_exists(group: str, choice: str) -> N
 
 def test_the_groups_of_the_product_exist() -> None:
     assert MODELS.keys() | {"auto"} <= {choice for group, choice in CHOICES if group == "model"}
-    assert LAYOUTS.keys() | MIXTURE_LAYOUTS.keys() == {choice for group, choice in CHOICES if group == "parallel"}
+    assert LAYOUTS.keys() | MIXTURE_LAYOUTS.keys() | {"auto"} == {choice for group, choice in CHOICES if group == "parallel"}
     groups = "model parallel conversion checkpoint recipe bench data peft optimizer scheduler backend callbacks logger experiment"
     assert {group for group, _ in CHOICES} == set(groups.split())
 

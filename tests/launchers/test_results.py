@@ -58,15 +58,41 @@ def test_rows_are_ranked_and_measured(tmp_path: Path) -> None:
         "optimizer.lr": "1e-3",
         "objective": "2.5",
         "best_validation_loss": "2.0",
+        "step_seconds": "",
         "tokens_per_second": "101.0",
         "mfu": "0.45",
         "memory_gib": "5.0",
+        "bubble": "",
         "parity": "0.25",
     }
     assert rows[2]["error"] == "rank 1: <no>" and rows[2]["best_validation_loss"] == ""
     table = said.splitlines()
-    assert table[0].split() == ["rank", "point", "optimizer.lr", "state", *results.MEASURES]
+    measured = [name for name in results.MEASURES if name not in ("step_seconds", "bubble")]
+    assert table[0].split() == ["rank", "point", "optimizer.lr", "state", *measured]
     assert table[1].split()[:5] == ["1", "1", "2e-3", "done", "2.25"]
+
+
+def test_plans_are_ranked_with_the_layouts_that_they_chose(tmp_path: Path) -> None:
+    made = [SweepRun(number, [f"plan.gpus={8 << number}"], str(tmp_path / str(number)), state=DONE) for number in range(3)]
+    for number, (point, seconds) in enumerate(zip(made, (4.0, 2.5, 3.0), strict=True)):
+        point.objective = seconds
+        folder = Path(point.run_dir)
+        folder.mkdir()
+        line = {
+            "plan/step_seconds": seconds,
+            "plan/tokens_per_second": 64.0,
+            "plan/mfu": 0.5,
+            "plan/bubble": 0.1,
+            "plan/memory_gib": 9.0,
+        }
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, **line}) + "\n")
+        (folder / "plan.json").write_text(["{", json.dumps({"chosen": "tp2dp8"}), "[1]"][number])
+    head, *lines = (line.split() for line in results.as_table(results.rows(made)).splitlines())
+    assert head[:5] == ["rank", "point", "plan.gpus", "layout", "state"] and {"step_seconds", "bubble", "mfu"} < set(head)
+    assert [line[1] for line in lines] == ["1", "2", "0"] and lines[0][3:5] == ["tp2dp8", "done"]
+    assert "<td>tp2dp8</td>" in render("t", results.rows(made))
+    rows = list(csv.DictReader(results.as_csv(results.rows(made)).splitlines()))
+    assert [row["layout"] for row in rows] == ["tp2dp8", "", ""] and rows[0]["tokens_per_second"] == "64.0"
 
 
 def test_the_page_is_whole_and_escapes(tmp_path: Path) -> None:
@@ -119,7 +145,13 @@ def test_the_page_of_a_foreign_sweep_is_nothing_but_text(tmp_path: Path, text: s
         for number, loss in enumerate((float("nan"), float("inf"), 1e308, -1e308, None))
     ]
     (tmp_path / "4").mkdir()
-    lines = [{"step": 1 << 60, "validation/loss": 1}, {"step": 1, "validation/loss": 1e308}, {"step": 2, "validation/loss": -1e308}]
+    (tmp_path / "4" / "plan.json").write_text(json.dumps({"chosen": text}))
+    lines = [
+        {"plan/step_seconds": 1.0},
+        {"step": 1 << 60, "validation/loss": 1},
+        {"step": 1, "validation/loss": 1e308},
+        {"step": 2, "validation/loss": -1e308},
+    ]
     odd: list[object] = [
         [],
         3,

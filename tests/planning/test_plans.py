@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +40,28 @@ def test_a_published_mixture_is_planned(ranks: RankServer, model: str, billions:
     assert len(seen["layers"]) == layout.pp and max(seen["layers"]) - min(seen["layers"]) <= 2, "stages are about even"
     assert seen["held"] < 8 * seen["bytes"] / layout.world_size * layout.dp
     print(f"{model} {layout}: {seen['tensors']} tensors in {seen['seconds']:.1f} s of CPU time")
+
+
+# Models, devices and batches as they were published: billions of parameters, and a layout that must be among those that are found.
+AT_SCALE = [
+    ("qwen3_30b_a3b", 64, "recipe.seq_length=4096 recipe.global_batch_size=256", 30.5),
+    ("deepseek_v3", 2048, "recipe.seq_length=4096 recipe.global_batch_size=15360", 671.0),
+    ("llama31_405b", 16384, "recipe.seq_length=8192 recipe.global_batch_size=2048", 405.9),
+]
+
+
+@pytest.mark.parametrize(("model", "count", "batch", "billions"), AT_SCALE, ids=[f"{row[0]}-{row[1]}" for row in AT_SCALE])
+def test_a_layout_is_found_for_many_devices(
+    ranks: RankServer, tmp_path: Path, model: str, count: int, batch: str, billions: float
+) -> None:
+    if count > 64 and "MEGABRIDGE_PLANS" not in os.environ:
+        pytest.skip("make test-plans; minutes on a loaded machine")
+    begin = time.perf_counter()
+    command = f"recipe=plan model={model} {batch} plan.gpus={count} plan.device=h100 logger=local run_dir=run"
+    done = ranks.program(command, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert plan["world_size"] == count and plan["bytes"] / 2e9 == pytest.approx(billions, rel=2e-3)
+    assert plan["fitting"] > 20 and 0.1 < plan["layouts"][0]["mfu"] < 0.6
+    assert plan["export"]["total"] == plan["bytes"] <= plan["import"]["total"]
+    print(f"{done.stdout}\n{model} on {count}: {time.perf_counter() - begin:.1f} s")

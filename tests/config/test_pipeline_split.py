@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megabridge.config.pipeline_split import by_stage, layout_of, split_layers
 from megabridge.errors import ConfigError
-from megabridge.models.pipeline_split import by_stage, layout_of, split_layers
 
 
 @pytest.mark.parametrize("pp", [1, 2, 3, 4, 8])
