@@ -14,32 +14,51 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from types import FrameType
 from typing import Any, Final
 
 from megabridge.config.redaction import CARRIED
+from megabridge.launchers import resuming
 from megabridge.launchers.processes import children, ending
 from megabridge.launchers.processes.children import Child
 from megabridge.launchers.processes.outcome import Failure, Terminated, WorkerFailure
 from megabridge.launchers.rank_environment import RankEnvironment
 from megabridge.parallel.hardware import cores
+from megabridge.storage.stop_page import StopPage
 
 WORKER: Final = "megabridge.worker"
 _GRACE: Final = 4.0  # seconds between SIGTERM and SIGKILL, and again for what the workers left behind
 _SETTLE: Final = 0.3  # seconds in which a rank that was killed is noticed beside the one that lost its connection to it
 
 
-def launch(values: Mapping[str, Any], *, world_size: int, platform: str, kept: Sequence[int] = ()) -> float | None:
+def launch(
+    values: Mapping[str, Any],
+    *,
+    world_size: int,
+    platform: str,
+    kept: Sequence[int] = (),
+    overrides: Sequence[str] | None = None,
+) -> float | None:
     """Runs the recipe of the resolved config `values` on `world_size` ranks; returns rank 0's objective.
 
-    The ranks keep the descriptors in `kept` open. Raises WorkerFailure with the first failure of a rank when the others have
-    ended, and KeyboardInterrupt or Terminated after ending them on SIGINT or SIGTERM. No process is left behind.
+    The ranks keep the descriptors in `kept` open. With the command's `overrides` an end of any other kind is followed by the last
+    save and the command that goes on from it. The first SIGINT or SIGTERM has ranks that train end their step, save and stop:
+    a WorkerFailure whose failure `is_stop`. Raises WorkerFailure, too, with the first failure of a rank when the others have ended,
+    and KeyboardInterrupt or Terminated after ending them at a second signal, or one that comes while they don't train. No process
+    is left behind.
     """
     places = [None] if platform == "cpu" else RankEnvironment.all_on_this_host(world_size)
-    with terminable(), started(values, places, world_size=world_size, platform=platform, kept=kept) as workers:
-        found = children.wait(workers, settle=_SETTLE)
+    with contextlib.ExitStack() as stack:
+        page = stack.enter_context(contextlib.closing(StopPage.new()))
+        if overrides is not None:
+            stack.enter_context(resuming.told(values, overrides, page))
+        stack.enter_context(_stoppable(page))
+        ranks = started(values, places, world_size=world_size, platform=platform, kept=kept, page=page)
+        found = children.wait(stack.enter_context(ranks), settle=_SETTLE)
+        page.is_training = False  # a signal from now on is for this process
         if isinstance(found, Failure):
-            raise WorkerFailure(found)
+            raise WorkerFailure(replace(found, rank=-1, error="") if found.is_stop else found)
         return found.objective
 
 
@@ -53,11 +72,12 @@ def started(
     digest: str | None = None,
     held: Set[signal.Signals] = frozenset(),
     kept: Sequence[int] = (),
+    page: StopPage,
 ) -> Iterator[list[Child]]:
     """The ranks at `places` of this host's `world_size`, or with [None] the process that forks them all; ended with the block.
 
     `digest` is of a config that other hosts' ranks composed, too (megabridge.worker). Signals in `held` wait until the rank takes
-    them (training.stopping); such a rank is ended by SIGKILL alone. All keep the descriptors in `kept` open.
+    them (training.stopping); such a rank is ended by SIGKILL alone. All keep the descriptors in `kept` open, and share `page`.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -66,11 +86,14 @@ def started(
     with contextlib.ExitStack() as stack:
         stack.enter_context(ending.no_orphans(_GRACE))
         stack.callback(children.end, workers, 0.0 if held else _GRACE)
+        common = [f"--stop={page.descriptor}", *([] if digest is None else [f"--digest={digest}"])]
         config = stack.enter_context(config_file(values))
         for place in places:
             rank, own = (-1, {}) if place is None else (place.rank, place.environ())
-            arguments = [*([f"--fork={world_size}"] if place is None else []), *([] if digest is None else [f"--digest={digest}"])]
-            child = children.spawn(WORKER, arguments, rank=rank, environ=environ | own, config=config, held=held, kept=kept)
+            arguments = [*([f"--fork={world_size}"] if place is None else []), *common]
+            child = children.spawn(
+                WORKER, arguments, rank=rank, environ=environ | own, config=config, held=held, kept=[*kept, page.descriptor]
+            )
             workers.append(child)
         yield workers
 
@@ -102,6 +125,31 @@ def worker_environ(values: Mapping[str, Any], *, world_size: int, platform: str)
 def threads_each(world_size: int) -> int:
     """Threads of one rank, so that all together use the cores once."""
     return max(1, cores() // world_size)
+
+
+@contextlib.contextmanager
+def _stoppable(page: StopPage) -> Iterator[None]:
+    """The first SIGINT or SIGTERM inside asks ranks that train to stop; any other raises KeyboardInterrupt or Terminated.
+
+    In other threads signals stay as they are, and SIGINT where it is ignored, as in the background of a shell.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if page.is_asked or not page.is_training:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        page.ask()
+        print("megabridge: stopping: the step in hand ends and is saved; once more ends at once.", file=sys.stderr, flush=True)
+
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

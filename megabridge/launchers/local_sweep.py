@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Final
 
 from megabridge.errors import ConfigError
-from megabridge.launchers import local, run_lock
+from megabridge.launchers import local, preflight, run_lock
 from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.processes import children
 from megabridge.launchers.processes.children import Child
+from megabridge.launchers.processes.outcome import Failure
 from megabridge.launchers.settings import LocalSettings
 from megabridge.launchers.sweep import RUNNING, SweepJob
 from megabridge.parallel import hardware
@@ -27,6 +28,7 @@ OUTPUT: Final = "output.log"
 """What a point printed that ran beside others, in its run directory."""
 _POLL: Final = 0.02
 _GRACE: Final = 10.0  # seconds for a point's process to end its ranks, which takes up to twice local's own grace
+_STOPPING: Final = 600.0  # seconds for points that are told to stop: they end a step and save
 
 
 def runner(settings: LocalSettings) -> LocalRunner:
@@ -55,6 +57,7 @@ class LocalRunner:
         """As a single run on this host is checked."""
         found = hardware.visible_gpus(), hardware.memory_bytes()
         job.platform = choose_platform(job.config, job.topology, gpus=found[0], memory=found[1], overrides=job.point.overrides)
+        preflight.check(job.config, platform=job.platform)
 
     def run(self, jobs: Sequence[SweepJob], folder: Path, save: Callable[[], None]) -> None:
         """Returns when all have ended. On Ctrl-C and SIGTERM the running ones are ended first."""
@@ -80,7 +83,13 @@ class LocalRunner:
                     save()
 
     def _end(self) -> None:
-        children.end([each.child for each in self._running], _GRACE)
+        if self._running:
+            print("the points that run end their step and save; once more ends them at once", flush=True)
+        children.end([each.child for each in self._running], _STOPPING)
+        for each in self._running:
+            outcome = each.child.ended_with()
+            if isinstance(outcome, Failure) and outcome.is_stop:
+                each.job.point.finish(outcome)
 
 
 def _needed(job: SweepJob) -> int:
@@ -109,6 +118,8 @@ def _start(job: SweepJob, gpus: list[str], cores: list[int], *, alone: bool) -> 
     print(f"{job.point.title} starts{'' if alone else f'; it prints to {output}'}", flush=True)
     job.point.state = RUNNING
 
+    typed = [*job.point.overrides]
+
     def work() -> float | None:
         os.sched_setaffinity(0, cores)
         if gpus:
@@ -116,7 +127,9 @@ def _start(job: SweepJob, gpus: list[str], cores: list[int], *, alone: bool) -> 
         with run_lock.claimed(output.parent) as held:
             if not alone:
                 _print_to(output)
-            return local.launch(job.values, world_size=job.topology.world_size, platform=job.platform, kept=(held,))
+            return local.launch(
+                job.values, world_size=job.topology.world_size, platform=job.platform, kept=(held,), overrides=typed
+            )
 
     return _Running(job, children.fork(-1, work), gpus, cores)
 

@@ -19,9 +19,10 @@ from megabridge.errors import CheckpointError
 from megabridge.hf import assets, byte_tokenizer, resolve
 from megabridge.loggers import Logger
 from megabridge.models.provider import ModelProvider
-from megabridge.parallel.collectives import on_rank_zero, raise_together
+from megabridge.parallel.collectives import on_rank_zero, raise_together, rank
 from megabridge.parallel.topology import SETTINGS
 from megabridge.peft import LoRA
+from megabridge.storage import start_lines
 from megabridge.training import freezing
 from megabridge.training.hooks import Callback
 
@@ -103,6 +104,8 @@ def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -
         dedupe=conversion.dedupe,
         digest=config.peft.name != "none",  # adapters go on only over the weights that they began with
     )
+    if rank() == 0:
+        start_lines.say("weights read")
     return chunks
 
 

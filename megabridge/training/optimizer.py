@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import megabridge.platform as platform
+from megabridge.config import validation
 from megabridge.config.schema import OptimizerConfig, SchedulerConfig
 from megabridge.errors import ConfigError, listed
 from megabridge.native import optimizer_state
@@ -112,23 +113,10 @@ def _check(chunks: Sequence[Any], optimizer: OptimizerConfig) -> None:
 
 
 def _schedule(built: Any, optimizer: OptimizerConfig, scheduler: SchedulerConfig, steps: int) -> Any:
-    decay_steps = max(steps, 1)
-    wsd_steps = None
-    if scheduler.name == "wsd":
-        wsd_steps = max(1, steps // 10) if scheduler.decay_steps is None else scheduler.decay_steps
-        if wsd_steps > decay_steps:
-            raise ConfigError(f"scheduler.decay_steps={wsd_steps} must be at most recipe.steps={steps} for scheduler.name=wsd.")
-    elif scheduler.decay_steps is not None:
-        decay_steps = scheduler.decay_steps
-    if scheduler.name == "constant":
-        decay_steps = max(decay_steps, scheduler.warmup_steps + 1)
-    if scheduler.warmup_steps >= decay_steps:
-        raise ConfigError(
-            f"scheduler.warmup_steps={scheduler.warmup_steps} must be less than the {decay_steps} steps over which the rate "
-            "decays; shorten the warm-up or raise recipe.steps."
-        )
-    if scheduler.min_lr > optimizer.lr:
-        raise ConfigError(f"scheduler.min_lr={scheduler.min_lr} must be at most optimizer.lr={optimizer.lr}.")
+    if problems := validation.schedule_problems(optimizer, scheduler, steps):
+        raise ConfigError(listed(problems))
+    wsd_steps = validation.wsd_steps(scheduler, steps) if scheduler.name == "wsd" else None
+    decay_steps = validation.decay_steps(scheduler, steps)
     return OptimizerParamScheduler(
         built,
         # The first step of a warm-up is one part of the peak, not 0: a step at 0 would be lost.

@@ -50,7 +50,9 @@ def test_the_first_error_is_shown_once_and_the_rank_named(tmp_path: Path) -> Non
     run = start("fail_on_rank_one", tmp_path / "a run with spaces", "parallel=tp2")
     out, err = run.communicate(timeout=180)
     assert run.returncode == 1
-    assert err.strip() == "megabridge: rank 1: the answer must be 42; use 42." and not out.strip()
+    assert err.strip() == "megabridge: rank 1: the answer must be 42; use 42."
+    assert [line.partition(" s] ")[2] for line in out.splitlines()][:2] == ["starting 2 ranks on this host's CPU", "imports done"]
+    assert err.strip() in (tmp_path / "a run with spaces" / "console.log").read_text()
 
 
 def test_a_killed_rank_is_the_cause_not_those_that_lost_it(tmp_path: Path) -> None:
