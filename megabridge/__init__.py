@@ -1,7 +1,7 @@
 """megabridge: train Hugging Face models with Megatron-Core, configured by Hydra, bit-exact both ways.
 
-Importing this package imports neither torch nor megatron: `AutoBridge` is loaded when it is first used. Then, and not before,
-`megabridge.platform.prepare` makes the changes to torch that megatron-core needs on a host without CUDA.
+Importing this package imports neither torch nor megatron: `AutoBridge` is imported when it is first used. Only then does
+`megabridge.platform.prepare` apply the patches of torch that megatron-core needs on a host without CUDA.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""The errors that megabridge raises, each one sentence: the rule, the offending value, the remedy; and any error as text."""
+"""Errors that megabridge raises, each with a sentence of rule, offending value and remedy; and safe texts of any error."""
 
 from __future__ import annotations
 
 from typing import Final
 
 STOPPED_EXIT_CODE: Final = 75
-"""Exit code of a run that a signal ended after it was saved (EX_TEMPFAIL: start it again with checkpoint.resume=auto)."""
+"""Exit code of a run that a signal ended after a save (EX_TEMPFAIL: start it again with checkpoint.resume=auto)."""
 LONGEST: Final = 20_000
-"""Characters of a message that are shown; the middle of a longer one is left out."""
+"""Longest message in characters; the middle of a longer one is left out."""
 
 
 class MegabridgeError(Exception):
-    """Base of every error that megabridge raises on purpose; a launcher prints its message without a traceback."""
+    """Base class of all errors that megabridge raises on purpose; launchers print their messages without a traceback."""
 
 
 class ConfigError(MegabridgeError):
@@ -19,19 +19,19 @@ class ConfigError(MegabridgeError):
 
 
 class MappingError(MegabridgeError):
-    """Tensors that no rule consumes, parameters that no rule feeds, or shapes that don't fit."""
+    """Tensors or parameters without a rule, or shapes that don't match."""
 
 
 class CheckpointError(MegabridgeError):
-    """A file or folder that is damaged, incomplete, unreachable or not what it says it is."""
+    """A file or folder that is damaged, incomplete, unreachable or of the wrong kind."""
 
 
 class ParityError(MegabridgeError):
-    """Two copies of a model that should be equal are not."""
+    """Two copies of a model that should be equal differ."""
 
 
 def listed(problems: list[str], limit: int = 20) -> str:
-    """Joins problems into one message, a line each, and says how many were left out past `limit`."""
+    """Joins problems into one message, a line each; of more than `limit` it gives the number of those left out."""
     shown = problems[:limit]
     if len(problems) > limit:
         shown.append(f"... and {len(problems) - limit} more")
@@ -39,10 +39,10 @@ def listed(problems: list[str], limit: int = 20) -> str:
 
 
 def plain(text: str, longest: int = LONGEST) -> str:
-    """`text` as any file, terminal or page takes it: what can't be printed or encoded is written as an escape.
+    """Makes `text` safe for any file, terminal or page: characters that can't be printed or encoded are escaped.
 
-    Names in foreign files hold whatever their authors liked: lone surrogates, terminal codes, a million characters. Of more than
-    `longest` characters the middle is left out.
+    Names in untrusted files can contain lone surrogates, terminal codes or a million characters. The middle of a text of more than
+    `longest` characters is left out.
     """
     if not (text.isascii() and text.isprintable()):
         text = "".join(letter if letter.isprintable() or letter in "\n\t" else _escaped(letter) for letter in text)
@@ -53,9 +53,9 @@ def plain(text: str, longest: int = LONGEST) -> str:
 
 
 def said(error: BaseException) -> str:
-    """The message of `error`, plain; with its type where megabridge did not raise it on purpose. Raises nothing.
+    """Returns the message of `error`, with its type unless megabridge raised it on purpose. Never raises.
 
-    Whatever an error's own __str__ does, the rank that failed still has to say so.
+    Even if the error's own __str__ fails, the rank must be able to report it.
     """
     text = message(error)
     if isinstance(error, MegabridgeError):
@@ -64,7 +64,7 @@ def said(error: BaseException) -> str:
 
 
 def message(error: BaseException) -> str:
-    """What `error` says, plain, without its type. Raises nothing."""
+    """Returns the message of `error` without its type, made safe by `plain`. Never raises."""
     try:
         return plain(str(error))
     except BaseException as problem:

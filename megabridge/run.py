@@ -1,7 +1,7 @@
 """`python -m megabridge.run [group=choice ...] [key=value ...]`: composes the config once, checks it, starts ranks.
 
-torch is never imported here. Under torchrun or srun this process takes its place as a rank instead: it composes the
-same config, rank 0 makes the run directory, and it starts this rank and stays beside it.
+torch is never imported here. Under torchrun or srun this process is a rank's supervisor instead: it composes the same
+config, on rank 0 makes the run directory, and starts the rank as its child.
 
 Exit status: 0 done; 1 a rank failed; 2 the config can't work; 75 stopped by a signal, after a save; 128 + n a rank was
 ended by signal n; 130 a second Ctrl-C, or one before the first step; 143 the same of SIGTERM.
@@ -16,14 +16,14 @@ from megabridge.launchers.processes import standard_streams
 
 
 def main() -> None:
-    """The console script. Exits with the status that the module's docstring lists."""
+    """Entry point of the console script. Exits with a status from the module's docstring."""
     sys.exit(_status())
 
 
 def _status() -> int:
     try:
         standard_streams.settle(quiet=True)
-        from megabridge.launchers import run  # here, so that a Ctrl-C during the imports is one like any other
+        from megabridge.launchers import run  # here, so that Ctrl-C during the imports is handled like any other
 
         status = run.main()
         if status == 0:

@@ -1,3 +1,3 @@
-"""The version of this package. The only place that states it; pyproject.toml reads it here."""
+"""Version of this package. The only place that has it; pyproject.toml reads it from here."""
 
 VERSION = "0.1.0"

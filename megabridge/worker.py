@@ -1,7 +1,7 @@
-"""What a worker process runs: `python -m megabridge.worker --config=FD ...`, started by the launcher, never by hand.
+"""Main program of a worker process: `python -m megabridge.worker --config=FD ...`, started by the launcher, never by hand.
 
-With `--fork=N` it imports the stack once and forks N ranks (CPU). Otherwise it is the rank that RANK says. Where torchrun or
-srun started the launcher as a rank (`--digest=...`), the ranks composed their configs apart, and first agree on rank 0's.
+With `--fork=N` it imports the stack once and forks N ranks (CPU). Otherwise it is rank RANK. If torchrun or srun started the
+launcher as a rank (`--digest=...`), each rank composed its own config, and they first agree on rank 0's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LostRanksError(MegabridgeError):
 
 
 _AGREE_SECONDS: Final = 600.0
-"""How long the ranks of torchrun or srun wait for each other's config."""
+"""Seconds that the ranks of torchrun or srun wait for each other's config."""
 _IMPORTED_LATE: Final = (
     "torch._dynamo",  # by the first optimizer
     "torch._inductor",
@@ -60,27 +60,27 @@ _IMPORTED_LATE: Final = (
     "transformers.tokenization_python",
     "transformers.tokenization_utils_tokenizers",
 )
-"""What torch, megatron-core and transformers import only when a run needs it: seconds for each rank, if left to them."""
+"""Modules that torch, megatron-core and transformers import lazily, which would take each forked rank seconds."""
 _LOSSES: Final = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
-"""What torch raises when another rank is gone or silent."""
+"""Errors that torch raises when another rank is gone or doesn't answer."""
 _LOST: Final = ("gloo/transport/", "Timed out waiting", "wait timeout")
-"""In what torch's gloo backend says then, without an error of its own kind."""
+"""Parts of the messages of torch's gloo backend in that case, which has no error class of its own."""
 _SETTLE: Final = 1.0
-"""Seconds in which a rank that lost others lets the rank that was the cause speak first."""
+"""Seconds that a rank which lost others waits, so that the rank that was the cause reports first."""
 _stores: Final[list[PrefixStore]] = []
-"""Kept for the life of the process: rank 0's serves the others, who may still read when it goes on."""
+"""Kept alive until the process ends: rank 0's store serves the other ranks, which may still read when it continues."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The process's exit status: 0 where all that it stands for is done."""
+    """Runs the worker; returns the process's exit status, 0 if its rank or all its forked ranks are done."""
     standard_streams.settle()
     platform.prepare()
     parser = argparse.ArgumentParser(prog="python -m megabridge.worker")
     parser.add_argument("--config", type=int, required=True, help="descriptor of the resolved config, JSON")
-    parser.add_argument("--outcome", type=int, required=True, help="descriptor of the file that takes the outcome")
-    parser.add_argument("--note", type=int, required=True, help="descriptor of the file that takes what this process reads")
+    parser.add_argument("--outcome", type=int, required=True, help="descriptor of the file for the outcome")
+    parser.add_argument("--note", type=int, required=True, help="descriptor of the file for the names of mapped files")
     parser.add_argument("--stop", type=int, help="descriptor of the page on which a stop is asked for")
-    parser.add_argument("--digest", help="of the config, where torchrun or srun started the ranks")
+    parser.add_argument("--digest", help="digest of the config, if torchrun or srun started the ranks")
     parser.add_argument("--fork", type=int, help="number of ranks to fork")
     given = parser.parse_args(arguments)
     crash_notes.set_note(crash_notes.new_note(given.note))
@@ -97,17 +97,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_here(values: dict[str, Any], digest: str | None) -> float | None:
-    """This process is a rank; returns its objective."""
+    """Runs this process as a rank; returns its objective."""
     if os.environ["RANK"] == "0":
         start_lines.say("imports done")
     if digest is None:
         return run_rank(values)
     try:
-        with _losses(_AGREE_SECONDS):
+        with _lost_ranks(_AGREE_SECONDS):
             values = _agreed(values, digest)
         return run_rank(values)
     except LostRanksError:
-        # torchrun and srun end this rank when another tells its own failure; of those that only lost others, one speaks.
+        # torchrun and srun end this rank when another reports its own failure; of ranks that only lost others, one reports.
         time.sleep(_SETTLE if os.environ.get("LOCAL_RANK") == "0" else 3 * _SETTLE)
         raise
 
@@ -124,7 +124,7 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     speaks = os.environ.get("RANK") == "0" and not config.recipe.single_process
     if config.deterministic:
         determinism.require()
-    with _room(), _losses(config.timeout):
+    with _disk_errors(), _lost_ranks(config.timeout):
         if not config.recipe.single_process:
             process_groups.start(schema.processes(config, process_groups.world_size()), seed=config.seed, timeout=config.timeout)
         if speaks and (count := process_groups.world_size()) > 1:
@@ -136,23 +136,23 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
 
 
 @contextlib.contextmanager
-def _room() -> Iterator[None]:
-    """Raises MegabridgeError for a file that a full disk did not take, whichever part of a run wrote it."""
+def _disk_errors() -> Iterator[None]:
+    """Raises MegabridgeError for a write that failed because of a full disk, in any part of a run."""
     try:
         yield
     except OSError as error:
         if error.errno not in atomic_files.NO_ROOM:
             raise
         name = f"{error.filename} can't be written" if error.filename else "a file of the run can't be written"
-        raise MegabridgeError(f"{name} ({error.strerror}); what was saved before is whole; free space, and start again.") from error
+        raise MegabridgeError(f"{name} ({error.strerror}); earlier saves are complete; free space, and start again.") from error
 
 
 @contextlib.contextmanager
-def _losses(timeout: float) -> Iterator[None]:
-    """Raises LostRanksError for what torch raises inside when another rank is gone, or silent for `timeout` seconds."""
+def _lost_ranks(timeout: float) -> Iterator[None]:
+    """Raises LostRanksError for errors of torch when another rank is gone, or doesn't answer for `timeout` seconds."""
     try:
         yield
-    except Exception as error:  # a save that was interrupted says it in its own error
+    except Exception as error:  # an interrupted save has it in its own error
         text = said(error)
         if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError) or any(
             sign in text for sign in _LOST
@@ -165,19 +165,19 @@ def _losses(timeout: float) -> Iterator[None]:
 
 
 def objective_of(returned: object, target: str) -> float | None:
-    """What a recipe returned, as the launcher and a sweep take it. Raises ConfigError for anything but a number or None."""
+    """Converts a recipe's return value to the objective. Raises ConfigError for anything but a number or None."""
     if returned is None:
         return None
     try:
         if isinstance(returned, SupportsFloat):
             return float(returned)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # a tensor of many elements, a whole number without end
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # a tensor of several elements, a huge int
         pass
     raise ConfigError(f"recipe.target={target} must return a number or None, not such a {type(returned).__name__}; return one.")
 
 
 def load_recipe(target: str) -> Recipe:
-    """The function that `target`, module:function, names. Raises ConfigError when there is none."""
+    """Imports the function at `target`, module:function. Raises ConfigError if there is none."""
     module_name, _, name = target.partition(":")
     members = vars(importlib.import_module(module_name))
     if not callable(members.get(name)):
@@ -188,7 +188,7 @@ def load_recipe(target: str) -> Recipe:
 
 
 def _fork(values: Mapping[str, Any], world_size: int) -> float | None:
-    """Imports everything that the ranks need, forks them and waits; returns rank 0's objective, or raises WorkerFailure."""
+    """Imports everything that the ranks need, forks them and waits; returns rank 0's objective. Raises WorkerFailure."""
     config = schema.typed(values)
     if config.family is not None:
         families.register_named(config.family)
@@ -213,7 +213,7 @@ def _fork(values: Mapping[str, Any], world_size: int) -> float | None:
 
 
 def _import_targets(config: Config) -> None:
-    """Imports the modules of the `_target_` classes, once for all ranks. A failure is reported where one is built."""
+    """Imports the modules of the `_target_` classes, once for all ranks. A failed import is reported when the class is built."""
     for node in (config.data, *config.callbacks.values(), *config.logger.values()):
         if node is not None:
             with contextlib.suppress(ImportError):
@@ -221,10 +221,10 @@ def _import_targets(config: Config) -> None:
 
 
 def _agreed(values: dict[str, Any], digest: str) -> dict[str, Any]:
-    """Rank 0's config, after checking that all ranks composed the same. Every rank calls it, before the groups start.
+    """Returns rank 0's config, after checking that all ranks composed the same. Every rank calls it, before the groups start.
 
-    `digest` stands for this rank's config before its interpolations were resolved: clocks and hosts may differ. When it
-    differs, rank 0 says which ranks, once, and all exit.
+    `digest` is that of this rank's config before its interpolations were resolved, since clocks and hosts may differ. If
+    digests differ, rank 0 reports the ranks, and all exit.
     """
     here = rank_environment.find(os.environ)
     if here is None or here.world_size == 1:
@@ -241,7 +241,7 @@ def _agreed(values: dict[str, Any], digest: str) -> dict[str, Any]:
     verdict = json.loads(store.get("verdict"))
     if verdict["different"]:
         store.set(f"seen/{here.rank}", "")
-        if here.rank == 0:  # the others may read from a store that lives in this process
+        if here.rank == 0:  # the others may still read from the store in this process
             with contextlib.suppress(dist.DistError):
                 store.wait([f"seen/{rank}" for rank in range(here.world_size)], timedelta(seconds=5))
         names = ", ".join(map(str, verdict["different"]))
@@ -256,6 +256,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A failed rank leaves without waiting for threads and groups that still wait for the others.
+    # A failed rank exits without waiting for threads and groups that still wait for the other ranks.
     if status:
         os._exit(status)

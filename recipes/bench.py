@@ -1,7 +1,7 @@
 """Measures conversion against its peers in one run: recipe=bench bench=conversion model=llama32_1b.
 
-Random weights of the model's shape are written once; then each layout of `bench.layouts` imports and exports them in ranks of its
-own (recipes/bench_ranks.py). Prints a table and leaves bench.json in the run directory. Needs disk for two copies of the model.
+Random weights of the model's shape are written once; then each layout of `bench.layouts` imports and exports them in its own ranks
+(recipes/bench_ranks.py). Prints a table and writes bench.json to the run directory. Needs disk space for two copies of the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megabridge.parallel import hardware
 from megabridge.parallel.topology import Topology
 from megabridge.training import build
 
-# measure, what it is compared with, and the least ratio of speeds that we want (None: only told)
+# measurement, its peer, and the minimum ratio of their speeds that we aim at (None: only reported)
 RATIOS = (
     ("import", "plain copy", 0.9),
     ("import", "from_pretrained", None),
@@ -60,9 +60,9 @@ def main(config: Config) -> None:
 
 
 def misfit(config: Config, layout: Topology) -> str | None:
-    """Why the model, or this host, can't have `layout`."""
+    """Returns why the model, or this host, can't have `layout`; None if it can."""
     if not platform.is_cpu() and layout.world_size > hardware.visible_gpus():
-        return f"it needs {layout.world_size} GPUs, and this host has {hardware.visible_gpus()}"
+        return f"it needs {layout.world_size} GPUs, but this host has {hardware.visible_gpus()}"
     try:
         validation.check_layout(config, layout, known_sizes(config.model))
     except ConfigError as error:
@@ -71,7 +71,7 @@ def misfit(config: Config, layout: Topology) -> str | None:
 
 
 def write_configs(config: Config, run_dir: Path) -> tuple[Path, Path]:
-    """Folders with the config of the measured model, and of one as deep and very narrow."""
+    """Writes the configs of the measured model, and of a very narrow one with as many layers; returns their folders."""
     ignored = config.model.ignore_keys
     hf = config.model.hf or AutoBridge.from_hf_pretrained(config.model.path or "", ignore_keys=ignored).source.config
     bridge = AutoBridge.from_hf_config({key: value for key, value in hf.items() if key not in ignored})
@@ -87,7 +87,7 @@ def write_configs(config: Config, run_dir: Path) -> tuple[Path, Path]:
 
 
 def measure(config: Config, layout: Topology, run_dir: Path, source: Path, narrow: Path) -> dict[str, Any]:
-    """Runs recipes/bench_ranks.py under `layout`; returns what its rank 0 wrote."""
+    """Runs recipes/bench_ranks.py under `layout`; returns the result that its rank 0 wrote."""
     values = asdict(config)
     values["run_dir"] = str(run_dir)
     values["parallel"] |= asdict(layout)
@@ -102,7 +102,7 @@ def measure(config: Config, layout: Topology, run_dir: Path, source: Path, narro
 
 
 def table(layout: str, result: dict[str, Any]) -> list[str]:
-    """Lines for people."""
+    """Returns the results of a layout as lines for people."""
     seconds, size = result["seconds"], result["bytes"]
     lines = [f"{layout}: {result['tensors']} tensors, {size / 1e6:.1f} MB"]
     for name, taken in seconds.items():
@@ -125,6 +125,6 @@ def table(layout: str, result: dict[str, Any]) -> list[str]:
 
 
 def describe_host() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Returns the device, cores, torch version and load of the host that was measured."""
     device = "cpu" if platform.is_cpu() else torch.cuda.get_device_name()
     return {"device": device, "cores": hardware.cores(), "torch": torch.__version__, "load_at_end": os.getloadavg()[0]}

@@ -1,8 +1,9 @@
-"""What a conversion is measured against: plain copies and writes, transformers, and conversion by whole tensors.
+"""Peers against which conversion is measured: plain copies and writes, transformers, and conversion of whole tensors.
 
-`import_whole` and `export_whole` are the pattern of NVIDIA's Megatron Bridge (megatron/bridge/models/conversion/param_mapping.py):
-every rank reads whole tensors and the first scatters them; an export sends each parameter's metadata as an object and its shards to
-all ranks, and rank 0 saves. They use our layouts, so that they move the same elements.
+`import_whole` and `export_whole` follow the pattern of NVIDIA's Megatron Bridge
+(megatron/bridge/models/conversion/param_mapping.py): every rank reads whole tensors and the first scatters them; an export sends
+each parameter's metadata as an object and its shards to all ranks, and rank 0 saves. They use our layouts, so that they move the
+same elements.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from megabridge.hf.tensor_files import native_box, view
 from megabridge.mapping import Transfer
 from megabridge.parallel.topology import Topology
 
-BLOCK: Final = 256 << 20  # bytes of the buffer that plain copies and writes take from: larger than any cache
+BLOCK: Final = 256 << 20  # bytes of the buffer that plain copies and writes read from: larger than any cache
 PIECE: Final = 8 << 20
 
 
 def block(size: int, device: torch.device) -> torch.Tensor:
-    """Touched host memory to copy or write from, at most `size` bytes; pinned where the device is a GPU."""
+    """Returns filled host memory to copy or write from, at most `size` bytes; pinned if the device is a GPU."""
     made = torch.empty(max(1, min(size, BLOCK)), dtype=torch.uint8, pin_memory=device.type == "cuda")
     return made.fill_(7)
 
 
 def copy(source: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
-    """`size` bytes into fresh memory of `device`."""
+    """Copies `size` bytes to new memory of `device`."""
     target = torch.empty(size, dtype=torch.uint8, device=device)
     for start in range(0, size, source.numel()):
         piece = target[start : start + source.numel()]
@@ -47,7 +48,7 @@ def copy(source: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
 
 
 def write(source: torch.Tensor, size: int, file: Path) -> None:
-    """`size` bytes into a new file, made durable."""
+    """Writes `size` bytes to a new file and syncs it to disk."""
     data = memoryview(source.numpy())
     fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
@@ -61,7 +62,7 @@ def write(source: torch.Tensor, size: int, file: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Makes what another library wrote durable, as ours is."""
+    """Syncs files that another library wrote to disk, as our exports are."""
     for file in folder.iterdir():
         fd = os.open(file, os.O_RDONLY)
         os.fsync(fd)
@@ -95,7 +96,7 @@ class Groups:
 
 
 def _moves(plan: Plan, record: ParameterRecord) -> tuple[tuple[str, ...], tuple[Transfer, ...]]:
-    """The tensors of a whole, uncut parameter and its transfers."""
+    """Returns the tensors of a whole, uncut parameter, and its transfers."""
     entry = Expansion(plan.family, plan.dims).entry(replace(record, cuts=()))
     return entry.hf, entry.transfers
 
@@ -106,12 +107,12 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def import_whole(plan: Plan, infos: Mapping[str, TensorInfo], groups: Groups) -> int:
-    """Fills the parameters: whole tensors on every rank, put together and scattered by the group's first. Returns bytes read."""
+    """Fills the parameters: every rank reads whole tensors, the first of each group scatters them. Returns the bytes read."""
     read = 0
     first = groups.tp_ranks[0] == dist.get_rank()
     files: dict[Path, Any] = {}
     for item in plan.items:
-        record, target = item.record, item.live.data
+        record, target = item.record, item.local.data
         names, moves = _moves(plan, record)
         tensors = []
         for name in names:
@@ -148,7 +149,7 @@ def _scatter(record: ParameterRecord, whole: torch.Tensor | None, target: torch.
 
 @torch.no_grad()
 def export_whole(plan: Plan, shards: list[Shard], groups: Groups) -> None:
-    """Writes `shards`: each parameter goes to all ranks, its metadata first; rank 0 saves the tensors and makes them durable."""
+    """Writes `shards`: each parameter is sent to all ranks, its metadata first; rank 0 saves the tensors and syncs them to disk."""
     held = {item.record.name: item for item in plan.items}
     names: list[Any] = [None] * len(groups.pp_ranks)
     dist.all_gather_object(names, [item.record.name for item in plan.items if not item.is_tied_copy], group=groups.pp)
@@ -166,18 +167,18 @@ def export_whole(plan: Plan, shards: list[Shard], groups: Groups) -> None:
 
 
 def _from_stage(item: LocalItem | None, owner: int, groups: Groups) -> tuple[ParameterRecord, torch.Tensor]:
-    """A stage's parameter on every stage: who has it, what it is, then its elements. `item` is None where it isn't."""
+    """Sends a parameter of one stage to all stages: its shape, its record, then its elements. `item` is None on the others."""
     if len(groups.pp_ranks) == 1:
         assert item is not None
-        return item.record, item.live.data
+        return item.record, item.local.data
     shapes: list[Any] = [None] * len(groups.pp_ranks)
-    dist.all_gather_object(shapes, None if item is None else tuple(item.live.data.shape), group=groups.pp)
+    dist.all_gather_object(shapes, None if item is None else tuple(item.local.data.shape), group=groups.pp)
     packed = [None if item is None else item.record]
     dist.broadcast_object_list(packed, src=owner, group=groups.pp)
     record = packed[0]
     assert record is not None
     shape = next(shape for shape in shapes if shape is not None)
-    shard = torch.empty(shape, dtype=record.dtype, device=platform.device()) if item is None else item.live.data.contiguous()
+    shard = torch.empty(shape, dtype=record.dtype, device=platform.device()) if item is None else item.local.data.contiguous()
     dist.broadcast(_bytes(shard), owner, group=groups.pp)
     return record, shard
 

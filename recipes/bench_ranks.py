@@ -1,7 +1,7 @@
-"""What every rank of one layout measures for `recipe=bench bench=conversion`. Started by recipes/bench.py.
+"""Measures one layout for `recipe=bench bench=conversion`, on every rank. Started by recipes/bench.py.
 
-A time is between two barriers, so that the slowest rank counts; of each measure the best of `bench.repeats` is kept, and a measure
-and its peers take turns. Memory, collectives and CPU time are taken in passes of their own, that are not timed.
+Times are taken between two barriers, so that the slowest rank counts; the best of `bench.repeats` is kept, and a measurement
+alternates with its peers. Memory, collectives and CPU time are measured in separate passes that are not timed.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Model = list[torch.nn.Module]
 
 @dataclass
 class Subject:
-    """A model that is converted, and the folder that its weights come from."""
+    """The model that is converted, and the folder with its weights."""
 
     config: Config
     folder: Path
     bridge: AutoBridge
 
     def fresh(self) -> Model:
-        """The model in memory that nothing has touched. Every rank calls it."""
+        """Builds the model in memory that hasn't been written to. Every rank calls it."""
         provider = build.provider(self.config, self.bridge)
         return provider.provide_distributed_model(wrap_with_ddp=False, init="empty")
 
@@ -57,7 +57,7 @@ class Subject:
 
 
 def make_subject(config: Config, folder: Path) -> Subject:
-    """The model of `folder`'s config.json; writes random weights beside it where there are none. Every rank calls it."""
+    """Returns the model of `folder`'s config.json; writes random weights beside it if there are none. Every rank calls it."""
     made = Subject(config, folder, AutoBridge.from_hf_pretrained(folder, dtype=config.model.dtype))
     plan = made.bridge.plan(made.fresh())
     collectives.on_rank_zero("writing random weights", lambda: _write_weights(plan, folder))
@@ -77,12 +77,12 @@ def _write_weights(plan: Plan, folder: Path) -> None:
 
 @dataclass
 class Clock:
-    """The best time of each measure, in seconds."""
+    """The best time of each measurement, in seconds."""
 
     best: dict[str, float] = field(default_factory=dict)
 
     def time[T](self, name: str, work: Callable[[], T]) -> T:
-        """Runs `work` on all ranks at once. Every rank calls it."""
+        """Runs and times `work` on all ranks at once. Every rank calls it."""
         _meet()
         begin = time.perf_counter()
         result = work()
@@ -103,8 +103,8 @@ def _meet() -> None:
 
 @contextmanager
 def anonymous_peak() -> Iterator[Callable[[], int]]:
-    """Inside, watches how far this process's anonymous memory rises over what it was; the answer is in bytes."""
-    gc.collect()  # what is freed meanwhile would hide what is taken
+    """Watches in the block how far this process's anonymous memory rises; the yielded function returns the peak in bytes."""
+    gc.collect()  # memory freed in the block would hide what is allocated
     start, peak = _anonymous(), 0
     ended = threading.Event()
 
@@ -123,13 +123,13 @@ def anonymous_peak() -> Iterator[Callable[[], int]]:
 
 
 def _anonymous() -> int:
-    """Bytes of anonymous memory that are resident (proc(5), RssAnon)."""
+    """Returns the bytes of resident anonymous memory (proc(5), RssAnon)."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split(maxsplit=1)[0]) << 10
 
 
 def main(config: Config) -> None:
-    """Every rank calls it, in running process groups. Rank 0 leaves result.json in the run directory."""
+    """Every rank calls it, in running process groups. Rank 0 writes result.json to the run directory."""
     options = config.recipe.options
     config.model.load_weights = False
     subject = make_subject(config, Path(options["source"]))
@@ -187,7 +187,7 @@ def _time_export(clock: Clock, subject: Subject, model: Model, own: peers.Groups
 
 
 def _stream(subject: Subject, model: Model) -> None:
-    """Every rank gets every tensor, and drops it."""
+    """Streams every tensor to every rank, which drops it."""
     with closing(subject.bridge.export_hf_weights(model, show_progress=False)) as tensors:
         for _ in tensors:
             pass
@@ -198,7 +198,7 @@ def _transformers_model(subject: Subject) -> Any:
 
     where: dict[str, Any] = {} if platform.is_cpu() else {"device_map": {"": platform.device()}}
     model = AutoModelForCausalLM.from_pretrained(subject.folder, dtype="auto", **where)
-    if platform.is_cpu():  # transformers leaves parameters in the mapped file; ours are in memory of their own
+    if platform.is_cpu():  # transformers leaves parameters in the mapped file; ours have their own memory
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return model
@@ -222,10 +222,10 @@ def _remove(out: Path) -> None:
 
 
 def _watched(subject: Subject, model: Model, own: peers.Groups, out: Path) -> dict[str, Any]:
-    """Memory beside the model, collectives after planning, and bytes that ranks read, of our walks and of the whole-tensor ones."""
+    """Returns memory beside the model, collectives after planning, and bytes read, for our conversion and that of whole tensors."""
     plan, infos = subject.bridge.plan(model), find_tensors(subject.folder)
     shards = plan_shards(out, plan.tensors)
-    walks: dict[str, Callable[[], Any]] = {
+    conversions: dict[str, Callable[[], Any]] = {
         "import": lambda: subject.load(model),
         "import of whole tensors": lambda: peers.import_whole(plan, infos, own),
         "export": lambda: subject.save(model, out),
@@ -233,9 +233,9 @@ def _watched(subject: Subject, model: Model, own: peers.Groups, out: Path) -> di
         "stream": lambda: _stream(subject, model),
     }
     peaks, communication, read = {}, {}, {}
-    for name, walk in walks.items():
+    for name, convert in conversions.items():
         with anonymous_peak() as peak, counted() as calls:
-            result = walk()
+            result = convert()
         every = collectives.all_gather((peak(), calls.objects, calls.tensors))
         peaks[name] = max(entry[0] for entry in every)
         communication[name] = {"objects": max(entry[1] for entry in every), "tensors": max(entry[2] for entry in every)}
@@ -250,17 +250,17 @@ def _watched(subject: Subject, model: Model, own: peers.Groups, out: Path) -> di
 
 
 def _cpu_per_tensor(narrow: Subject, out: Path) -> dict[str, float]:
-    """CPU time of a model as deep and much narrower: its bytes cost nothing, its tensors what they always do. Slowest rank."""
+    """Returns the slowest rank's CPU time per tensor in microseconds, for a narrow model, whose bytes cost next to nothing."""
     model = narrow.fresh()
     found: dict[str, float] = {}
-    walks: dict[str, Callable[[], Any]] = {
+    conversions: dict[str, Callable[[], Any]] = {
         "plan": lambda: narrow.bridge.plan(model),
         "import": lambda: narrow.load(model),
         "export": lambda: narrow.save(model, out),
     }
-    for name, walk in walks.items():
+    for name, convert in conversions.items():
         begin = time.process_time()
-        walk()
+        convert()
         found[name] = max(collectives.all_gather(time.process_time() - begin))
     _remove(out)
     count = len(narrow.bridge.plan(model).tensors)

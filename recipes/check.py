@@ -1,8 +1,8 @@
 """Checks a family, and a model of it: recipe=check model.path=... [family=package.module:NAME] [parallel.dp=4].
 
-The family's tiny config, with random weights that transformers makes, goes through every layout of the given number of ranks:
-names both ways, bytes of import and export, logits, gradients. A model in `model.path` has its config and its headers checked
-besides, and its weights where they fit into memory. Without model.path, the family alone.
+The family's tiny model, with random weights from transformers, is checked under every layout of the given number of ranks: names in
+both directions, bytes of import and export, logits, gradients. With `model.path`, that model's config and headers are checked too,
+and its weights if they fit into memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from megabridge.training import build
 
 
 def main(config: Config) -> None:
-    """Every rank calls it, in running process groups, which it ends and starts. Raises ParityError with all that failed."""
+    """Every rank calls it, in running process groups, which it stops and restarts. Raises ParityError with all failures."""
     folder, world_size = Path(config.run_dir) / "check", process_groups.world_size()
     folder.mkdir(parents=True, exist_ok=True)
     with Reporter(config, build.loggers(config)) as report:
         given = config.model.path is not None or bool(config.model.hf)
         family = family_for(build.model_config(config)) if config.family is None else register_named(config.family)
         if given and family_for(build.model_config(config)) is not family:
-            raise ConfigError(f"family={config.family} is for {family.architecture}, which model.path is not; name one that fits.")
+            raise ConfigError(f"family={config.family} is for {family.architecture}, but the model is not; name one that fits.")
         found = check_family.check_family(config, family, folder / "tiny", world_size, report.say)
         if given:
             found += check_model.check_model(config, world_size, folder / "exported")

@@ -1,4 +1,4 @@
-"""The results of a sweep that was left to the queue: recipe=collect sweep=DIR."""
+"""Collects the results of a sweep that was submitted to the queue: recipe=collect sweep=DIR."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megabridge.launchers import preflight, results, slurm, sweep
 
 
 def main(config: Config) -> None:
-    """Brings sweep.json up to date, writes sweep.csv and prints the table; SweepFailure where a point failed or was refused."""
+    """Updates sweep.json, writes sweep.csv and prints the table. Raises SweepFailure if a point failed or was refused."""
     folder = sweep_folder(config)
     points = slurm.collect(folder)
     sweep.write(folder, points)

@@ -1,7 +1,7 @@
 """Compares a model with transformers' module by module: recipe=compare model.path=... parallel=tp2.
 
-The same tokens go through both; the report names the first module of transformers whose computation Megatron does differently, in
-any layout. Without model.path, the tiny model of `family`. recipe.options.tolerance sets the largest difference that is allowed.
+The same tokens go through both, in any layout; the report names the first module of transformers whose computation differs. Without
+model.path, compares the tiny model of `family`. recipe.options.tolerance sets the largest allowed difference.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(config: Config) -> None:
             )
         family = register_named(config.family)
         tiny = tiny_model.tiny_config(family, check_family.LAYERS)
-        on_rank_zero("making the trial model", lambda: tiny_model.write_trial(folder / "tiny", tiny, family).exists())
+        on_rank_zero("making the tiny model", lambda: tiny_model.write_tiny_model(folder / "tiny", tiny, family).exists())
         config = check_family.tiny_model_config(config, folder / "tiny")
     with Reporter(config, build.loggers(config)) as report:
         bridge = build.bridge(config)

@@ -1,8 +1,8 @@
 """Converts without training: recipe=convert conversion.mode=import|export|roundtrip|verify.
 
-import: a Hugging Face model to a native checkpoint. export: a native checkpoint (checkpoint.resume) to a Hugging Face
-folder. roundtrip: there and back; the exported folder has the source's bytes, tensor by tensor. verify: an exported
-folder (conversion.folder) against its manifest, and against conversion.source where that is set.
+import: converts a Hugging Face model to a native checkpoint. export: converts a native checkpoint (checkpoint.resume) to a Hugging
+Face folder. roundtrip: imports and exports; the exported tensors equal the source's byte by byte. verify: checks an exported folder
+(conversion.folder) against its manifest and, if set, against conversion.source.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(config: Config) -> None:
         return
     output = Path(conversion.output) if conversion.output else Path(config.run_dir)
     has_adapters = config.peft.name != "none"
-    config.model.load_weights = conversion.mode != "export" or has_adapters  # a native checkpoint of adapters has nothing else
+    config.model.load_weights = conversion.mode != "export" or has_adapters  # a native checkpoint of adapters has no base weights
     bridge = build.bridge(config)
     provider = build.provider(config, bridge, keeps_dtypes=True)
     if conversion.mode == "export":
@@ -61,7 +61,7 @@ def main(config: Config) -> None:
 
 
 def export(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module], target: Path) -> Report:
-    """Writes the whole model, or the PEFT folder of its adapters where peft.merge is false. Every rank calls it."""
+    """Writes the whole model or, for adapters without peft.merge, their PEFT folder. Every rank calls it."""
     conversion = config.conversion
     rules: dict[str, Any] = {
         "weight_dtype": bridge.export_dtype(conversion.export_dtype),
@@ -82,7 +82,10 @@ def export(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module], ta
 
 
 def verify(config: Config) -> None:
-    """Checks a folder without a model. Prints all that is wrong with it, and raises CheckpointError."""
+    """Checks a folder without building a model. Every rank calls it.
+
+    Prints all differences and raises CheckpointError if there are any.
+    """
     conversion = config.conversion
     if conversion.folder is None:
         raise ConfigError("conversion.mode=verify needs the folder of an export; set conversion.folder=<folder>.")
@@ -103,7 +106,7 @@ def verify(config: Config) -> None:
 
 
 def native_folder(config: Config) -> Path:
-    """The native folder to export, from checkpoint.resume."""
+    """Returns the native folder to export, from checkpoint.resume. Raises ConfigError when that names none."""
     if config.checkpoint.resume in ("none", "auto"):
         raise ConfigError(
             f"conversion.mode=export needs a native checkpoint; set checkpoint.resume=<run>/checkpoints/step_N/native, "

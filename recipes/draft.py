@@ -1,6 +1,6 @@
-"""Writes the first version of a family file: recipe=draft model.path=...
+"""Drafts a family file: recipe=draft model.path=...
 
-It reads config.json and the headers of the safetensors files, no weights; what it doesn't recognise stands in the file as TODO.
+Reads config.json and the headers of the safetensors files, but no weights; unrecognised parts are marked in the file with TODO.
 recipe.options.output names the file; by default it is in the run directory.
 """
 

@@ -1,6 +1,6 @@
-"""Evaluates a Hugging Face model as transformers runs it: recipe=evaluate model.path=FOLDER 'recipe.options.tasks={...}'.
+"""Evaluates a Hugging Face model in transformers: recipe=evaluate model.path=FOLDER 'recipe.options.tasks={...}'.
 
-The tasks are those of callbacks=evaluate (docs/training.md). What they find is logged and written to evaluation.json.
+The tasks are those of callbacks=evaluate (docs/training.md). The results are logged and written to evaluation.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megabridge.training import build
 
 
 def main(config: Config) -> None:
-    """One process calls it, without process groups. Raises ConfigError, with all that is wrong with the tasks."""
+    """One process calls it, without process groups. Raises ConfigError with all problems of the tasks."""
     options, model = config.recipe.options, config.model
     tasks, problems = evaluation.parsed(options["tasks"], where="recipe.options.tasks", seq_length=config.recipe.seq_length)
     device = evaluation.device_name(options["device"])

@@ -1,4 +1,4 @@
-"""Brings models, tokenizers and data into this user's caches; what hydra/launcher=slurm runs before it submits."""
+"""Downloads models, tokenizers and data to this user's caches; hydra/launcher=slurm runs it before it submits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megabridge.training import build
 
 
 def main(config: Config) -> None:
-    """One process, for all of recipe.options.points: resolved configs, of which each distinct model and data is fetched once."""
+    """Fetches each distinct model and data set of the resolved configs recipe.options.points once. One process calls it."""
     fetched = set()
     for values in config.recipe.options["points"]:
         point = schema.typed(values)
@@ -24,7 +24,7 @@ def main(config: Config) -> None:
 
 
 def fetch(config: Config) -> None:
-    """One point's model and tokenizer; and its data, where it trains, by setting it up as the ranks will."""
+    """Fetches one config's model and tokenizer and, if it trains, its data, by setting it up as the ranks will."""
     model = config.model
     if model.path is not None:
         resolve.resolve(

@@ -1,4 +1,4 @@
-"""Fine-tunes a Hugging Face model in Megatron-Core and publishes it again: recipe=finetune.
+"""Fine-tunes a Hugging Face model in Megatron-Core and exports it again: recipe=finetune.
 
 Run it with `python -m megabridge.run`, or copy it and name your copy with `recipe.target=my_module:main`.
 """

@@ -1,10 +1,10 @@
-"""Greedy text from a Hugging Face model that runs in Megatron-Core, in one process or under torchrun:
+"""Generates greedy text with a Hugging Face model that runs in Megatron-Core, in one process or under torchrun:
 
     python -m recipes.generate_from_hf --prompt "The capital of France is"
     torchrun --nproc-per-node=2 -m recipes.generate_from_hf --hf_model_path meta-llama/Llama-3.2-1B --tp 2
 
-The text is the one that transformers' greedy generation gives. Every new token runs the whole sequence again, without a cache of
-keys and values: a check of a conversion, not a server.
+The text is that of transformers' greedy generation. Every new token runs the whole sequence again, without a cache of keys and
+values: this is a check of a conversion, not a server.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     bridge = AutoBridge.from_hf_pretrained(
         arguments.hf_model_path, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
     )
-    assert bridge.source.folder is not None  # it is from a folder or the hub
+    assert bridge.source.folder is not None  # the bridge was made from a folder or the hub
     model = bridge.to_megatron_model(tp=arguments.tp, pp=pp)
     tokenizer = AutoTokenizer.from_pretrained(bridge.source.folder, trust_remote_code=arguments.trust_remote_code)
     tokens = tokenizer(arguments.prompt, return_tensors="pt")["input_ids"]
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def generate(model: list[torch.nn.Module], tokens: torch.Tensor, new_tokens: int, *, ends: set[int]) -> torch.Tensor:
-    """`tokens` [1, s] and up to `new_tokens` more, each the most likely one, until one of `ends`. Every rank calls it."""
+    """Returns `tokens` [1, s] and up to `new_tokens` most likely next ones, ending after one of `ends`. Every rank calls it."""
     for _ in range(new_tokens):
         chosen = gather_logits(model, tokens)[:, -1].argmax(-1, keepdim=True).cpu()
         tokens = torch.cat((tokens, chosen), dim=1)
@@ -52,7 +52,7 @@ def generate(model: list[torch.nn.Module], tokens: torch.Tensor, new_tokens: int
 
 
 def parsed() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.generate_from_hf", description="Greedy text through Megatron-Core.")
     parser.add_argument("--hf_model_path", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a hub id")
     parser.add_argument("--prompt", default="The capital of France is")

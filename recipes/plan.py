@@ -1,7 +1,7 @@
 """Plans a layout without running it: recipe=plan parallel=tp8pp2, in one process, from the config alone.
 
-Proves that the ranks' boxes make up every Hugging Face tensor exactly once, and says what each rank holds, reads and
-writes, and how much memory training with the config's recipe is expected to need.
+Proves that the ranks' boxes tile every Hugging Face tensor exactly once, and reports what each rank holds, reads and writes, and
+how much memory training with the config's recipe is expected to need.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megabridge.training.throughput import GIB
 
 
 def main(config: Config) -> None:
-    """One process calls it, without process groups. Leaves plan.json in the run directory."""
+    """One process calls it, without process groups. Writes plan.json to the run directory."""
     config.model.load_weights = False
     hf = config.model.hf
     bridge = (
@@ -36,43 +36,43 @@ def main(config: Config) -> None:
     with Reporter(config, build.loggers(config)) as report:
         report.say(provider.describe())
         begin = time.perf_counter()
-        world = plan_all_ranks(bridge.source.family, bridge.source.native, provider, schema.topology(config.parallel))
-        shares = world.shares(config.conversion.max_shard_size)
+        plan = plan_all_ranks(bridge.source.family, bridge.source.native, provider, schema.topology(config.parallel))
+        costs = plan.costs(config.conversion.max_shard_size)
         report.say(
-            f"{len(world.tensors)} tensors, {world.bytes / 1e6:.1f} MB: each element is written by exactly one of "
-            f"{world.topology.world_size} ranks, proven in {time.perf_counter() - begin:.1f} s"
+            f"{len(plan.tensors)} tensors, {plan.bytes / 1e6:.1f} MB: each element is written by exactly one of "
+            f"{plan.topology.world_size} ranks, proven in {time.perf_counter() - begin:.1f} s"
         )
-        for line in table(world, shares):
+        for line in table(plan, costs):
             report.say(line)
         expected = memory.expected_memory(config, bridge, provider)
         for line in memory_table(expected, config):
             report.say(line)
         file = Path(config.run_dir) / "plan.json"
-        file.write_text(json.dumps(content(world, shares, expected), indent=2) + "\n")
+        file.write_text(json.dumps(content(plan, costs, expected), indent=2) + "\n")
         report.say(f"every rank: {file}")
 
 
-def table(world: AllRanksPlan, shares: dict[int, RankCost]) -> list[str]:
-    """A line per pipeline stage: the range over its tensor parallel ranks. Replicas hold the same and write nothing."""
+def table(plan: AllRanksPlan, costs: dict[int, RankCost]) -> list[str]:
+    """Returns a line per pipeline stage: the range over its ranks that write. Replicas hold the same and write nothing."""
     columns = ("stage", "holds MB", "reads MB", "in pieces", "writes MB", "into files", "staging MB")
     lines = [" ".join(f"{column:>17}" for column in columns)]
-    for pp in range(world.topology.pp):
-        stage = [share for rank, share in shares.items() if world.topology.coordinate(rank).pp == pp]
+    for pp in range(plan.topology.pp):
+        stage = [cost for rank, cost in costs.items() if plan.topology.coordinate(rank).pp == pp]
         cells = (
             str(pp),
-            _span(share.held_bytes / 1e6 for share in stage),
-            _span(share.fed_bytes / 1e6 for share in stage),
-            _span(share.stretches for share in stage),
-            _span(share.written_bytes / 1e6 for share in stage),
-            _span(share.files for share in stage),
-            _span(share.staging_bytes / 1e6 for share in stage),
+            _span(cost.held_bytes / 1e6 for cost in stage),
+            _span(cost.fed_bytes / 1e6 for cost in stage),
+            _span(cost.contiguous_runs for cost in stage),
+            _span(cost.written_bytes / 1e6 for cost in stage),
+            _span(cost.files for cost in stage),
+            _span(cost.staging_bytes / 1e6 for cost in stage),
         )
         lines.append(" ".join(f"{cell:>17}" for cell in cells))
     return lines
 
 
 def memory_table(expected: Sequence[ExpectedMemory], config: Config) -> list[str]:
-    """A line per pipeline stage: what training is expected to need on each of its devices."""
+    """Returns a line per pipeline stage: the memory that training is expected to need on each of its devices."""
     recipe = config.recipe
     columns = [each.name for each in fields(ExpectedMemory)] + ["total"]
     lines = [f"expected memory of a device in GiB, micro_batch_size {recipe.micro_batch_size}, seq_length {recipe.seq_length}"]
@@ -89,13 +89,13 @@ def _span(values: Iterable[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def content(world: AllRanksPlan, shares: dict[int, RankCost], expected: Sequence[ExpectedMemory]) -> dict[str, object]:
-    """What plan.json holds: sizes in bytes, shares by rank for the ranks that write."""
+def content(plan: AllRanksPlan, costs: dict[int, RankCost], expected: Sequence[ExpectedMemory]) -> dict[str, object]:
+    """Returns the content of plan.json: sizes in bytes, and costs by rank for the ranks that write."""
     return {
-        "parallel": str(world.topology),
-        "world_size": world.topology.world_size,
-        "tensors": len(world.tensors),
-        "bytes": world.bytes,
+        "parallel": str(plan.topology),
+        "world_size": plan.topology.world_size,
+        "tensors": len(plan.tensors),
+        "bytes": plan.bytes,
         "memory": [asdict(one) for one in expected],
-        "ranks": {str(rank): asdict(share) for rank, share in shares.items()},
+        "ranks": {str(rank): asdict(cost) for rank, cost in costs.items()},
     }

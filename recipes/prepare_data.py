@@ -1,6 +1,6 @@
 """Makes indexed data for pretraining: recipe=prepare_data prepare.paths=[corpus.jsonl] prepare.output=corpus.
 
-The tokenizer is the model's. Run once, in one process that starts others; what it writes is read by data=indexed.
+Uses the model's tokenizer. Run it once, in one process, which starts others; data=indexed reads the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(config: Config) -> None:
     if workers < 1:
         raise ConfigError(f"prepare.workers={workers} must be at least 1.")
     bridge = build.bridge(config)
-    assert bridge.source.folder is not None  # `build.bridge` makes one from a folder
+    assert bridge.source.folder is not None  # `build.bridge` makes the bridge from a folder
     output = wanted.output or str(Path(config.run_dir) / "data")
     vocab_size = int(bridge.source.native["vocab_size"])
     rules = prepare.Rules(bridge.source.folder, wanted.column, wanted.text_rows == "line", wanted.append_end, vocab_size)

@@ -1,6 +1,6 @@
 """Pretrains a model, from random weights or from a checkpoint's: recipe=pretrain.
 
-The program is finetune's; what differs is in the config: the data, which asks for a loss on every token.
+The program is that of finetune; only the config differs: its data has a loss on every token.
 """
 
 from __future__ import annotations

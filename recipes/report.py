@@ -1,19 +1,19 @@
-"""One page that compares the runs of a sweep: recipe=report sweep=DIR."""
+"""Writes a page that compares the runs of a sweep: recipe=report sweep=DIR."""
 
 from __future__ import annotations
 
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.launchers import results, sweep
-from megabridge.launchers.html_report import page
+from megabridge.launchers.html_report import render
 from megabridge.storage import atomic_files
 from recipes.collect import sweep_folder
 
 
 def main(config: Config) -> None:
-    """Writes report.html in the sweep's directory, from sweep.json and the runs' metrics as they are now."""
+    """Writes report.html to the sweep's directory, from sweep.json and the current metrics of the runs."""
     folder = sweep_folder(config)
-    text = page(f"Sweep {folder.name}", results.rows(sweep.read(folder)))
+    text = render(f"Sweep {folder.name}", results.rows(sweep.read(folder)))
     file = folder / "report.html"
     try:
         atomic_files.write(file, text)

@@ -84,7 +84,7 @@ def test_the_readmes_table_is_the_families() -> None:
     written = table(ROOT / "conf" / "model")
     assert all(f"| `{architecture}` |" in written for architecture in all_families())
     assert renewed(text, written) == text
-    with pytest.raises(ConfigError, match="put them in"):
+    with pytest.raises(ConfigError, match="add them"):
         renewed("no marks", written)
 
 

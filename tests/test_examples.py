@@ -78,6 +78,7 @@ def test_the_layout_in_four_processes(ranks: RankServer, model: Path, tmp_path: 
         assert printed[0].startswith("1 ") and "0 mismatched" in printed[0]
 
 
+@pytest.mark.grid
 def test_shell_and_native_checkpoints(ranks: RankServer, model: Path, tmp_path: Path) -> None:
     importing, exporting, generating = SHELL
     shell(importing, model, tmp_path)

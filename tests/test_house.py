@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ NOT_NAMES = {"util", "utils", "helper", "helpers", "common", "misc", "manager", 
 ALLOWED = {"_common", "common", "read_common"}
 # What the public package offers. Changing it is a change of the product.
 PUBLIC = ["AutoBridge", "__version__"]
+# Files that comments and docstrings name: of this repository, or of the packages in SOURCES.
+NAMED = re.compile(r"(?<![\w./<*{}-])[\w-]+(?:/[\w.-]+)*\.py\b")
+SOURCES = ("megatron", "transformers", "torch/cuda", "torch/distributed", "peft")
+ELSEWHERE = ("megatron/bridge/", "megatron/training/", "lm_eval/", "llama.cpp/", "gpt-2/")  # packages that needn't be installed
 # An address of a package index is the machine's business, never the project's; written so that this file has none.
 INDEX = re.compile("|".join([r"--(extra-)?" + "index-url", "pypi" + r"\.org", "pythonhosted" + r"\.org", r"/simple" + r"/?\s*$"]))
 
@@ -119,6 +124,20 @@ def test_names_say_what_things_are() -> None:
 
 def test_functions_are_typed_and_modules_say_what_they_are() -> None:
     assert not [where(file) for file in MODULES if not ast.get_docstring(ast.parse(file.read_text()))]
+
+
+def test_named_files_exist() -> None:
+    """A path ends that of a file here or in SOURCES; a bare name is beside its file, or beside a path named in the same module."""
+    site = Path(str(find_spec("torch").origin)).parent.parent  # type: ignore[union-attr]
+    known = [str(file) for file in (*MODULES, *(file for name in SOURCES for file in (site / name).rglob("*.py")))]
+    unknown = []
+    for file in MODULES:
+        names = {name for name in NAMED.findall(file.read_text()) if not name.startswith(ELSEWHERE)}
+        paths = {name: [path for path in known if path.endswith(f"/{name}")] for name in names if "/" in name}
+        folders = [file.parent, *(Path(path).parent for found in paths.values() for path in found)]
+        bare = {name: [folder for folder in folders if (folder / name).is_file()] for name in names if "/" not in name}
+        unknown += [f"{where(file)}: {name}" for name, found in {**paths, **bare}.items() if not found]
+    assert not unknown
 
 
 def test_the_public_surface_is_frozen() -> None:

@@ -26,10 +26,10 @@ def test_a_full_disk_is_one_sentence_whatever_was_written() -> None:
         (OSError(28, "No space left on device", "plan.json"), r"plan\.json can't be written \(No space left on device\)"),
         (
             OSError(122, "Disk quota exceeded"),
-            r"a file of the run can't be written \(Disk quota exceeded\); what was saved before is",
+            r"a file of the run can't be written \(Disk quota exceeded\); earlier saves are complete",
         ),
     ):
-        with pytest.raises(MegabridgeError, match=said), worker._room():
+        with pytest.raises(MegabridgeError, match=said), worker._disk_errors():
             raise error
-    with pytest.raises(PermissionError), worker._room():
+    with pytest.raises(PermissionError), worker._disk_errors():
         raise PermissionError(13, "Permission denied")

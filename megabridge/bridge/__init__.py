@@ -1,1 +1,1 @@
-"""AutoBridge, and what it is made of."""
+"""AutoBridge and the modules that it forwards to."""

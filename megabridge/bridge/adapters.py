@@ -1,4 +1,4 @@
-"""Adapters of a live model: made, read from a PEFT folder, and written into one. Every function is collective."""
+"""Adds adapters to a model in memory, reads them from a PEFT folder and writes them to one. Every function is collective."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add(source: ModelSource, state: BridgeState, model: Model, peft: LoRA, *, se
 
 
 def adapt(source: ModelSource, state: BridgeState, model: Model, peft: Peft, *, seed: int = 1234) -> list[torch.nn.Module]:
-    """`add`, where `peft` may be a PEFT folder as well: then its adapters."""
+    """Adds new adapters with the settings `peft`, or those of the PEFT folder `peft`."""
     if isinstance(peft, LoRA):
         return add(source, state, model, peft, seed=seed)
     load(source, state, model, peft)
@@ -48,23 +48,23 @@ def adapt(source: ModelSource, state: BridgeState, model: Model, peft: Peft, *, 
 
 
 def adapter_plan(source: ModelSource, model: Model) -> Plan:
-    """The conversion plan of a model's adapters, with PEFT's names. Raises ConfigError where it has none."""
+    """Returns the conversion plan of a model's adapters, under PEFT's names. Raises ConfigError where the model has none."""
     return make_plan(adapted(source.family, _peft_of(model)), source.native, collect_parameters(model, adapters=True))
 
 
 def _peft_of(model: Model) -> LoRA:
     own = [adapter.lora for adapter in adapters(model)][:1]
-    everyones = [lora for rank in collectives.all_gather(own) for lora in rank]
-    if not everyones:
+    of_all_ranks = [lora for rank in collectives.all_gather(own) for lora in rank]
+    if not of_all_ranks:
         raise ConfigError("the model has no adapters; give it some with add_adapters, or to_megatron_model(peft=...).")
-    return everyones[0]
+    return of_all_ranks[0]
 
 
 def load(source: ModelSource, state: BridgeState, model: Model, path: str | Path, *, verify: bool = True,
          allow_nonfinite: bool = False, show_progress: bool = True) -> Report:  # fmt: skip
     """See AutoBridge.load_hf_adapter."""
     with collectives.raise_together("opening the adapter"):
-        folder = regular_files.place(path)
+        folder = regular_files.expand(path)
         found, infos = peft_folder.read_config(folder), peft_folder.find_weights(folder)
         modules = peft_folder.modules_of(infos)
         rules = AdapterMap(source.family, found)
@@ -86,7 +86,7 @@ def load(source: ModelSource, state: BridgeState, model: Model, path: str | Path
     with bytes_bar("import", show=show_progress and collectives.rank() == 0) as progress:
         report = import_weights(plan, infos, verify=verify, allow_nonfinite=allow_nonfinite, progress=progress)
     casts = SourceRecord.of(infos, aliases=()).held_in({name: spec.dtype for name, spec in plan.tensors.items()}).casts
-    state.tell("rounded, because the model's adapters can't hold what the files have", casts)
+    state.print_casts("rounded, because the model's adapters can't hold what the files have", casts)
     return replace(report, rounded=casts)
 
 
@@ -121,7 +121,7 @@ def export_size(source: ModelSource, model: Model, weight_dtype: torch.dtype | s
 
 
 def _named(source: ModelSource, state: BridgeState, model: Model, plan: Plan) -> tuple[list[AdapterTarget], LoRA]:
-    """What the adapter plan's tensors adapt, and the model's settings with names that say so to PEFT."""
+    """Returns the weights that the adapter plan's tensors adapt, and the model's settings with the names PEFT needs for them."""
     rules, base = plan.family.weights, model_plan(source, state, model)
     assert isinstance(rules, AdapterMap)
     weights = {record.name.partition(ADAPTER)[0] + ".weight" for held in plan.records for record in held}

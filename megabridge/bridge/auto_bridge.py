@@ -1,7 +1,7 @@
-"""AutoBridge: one object that knows a Hugging Face model and moves it into Megatron-Core and back.
+"""AutoBridge: converts one Hugging Face model to Megatron-Core and back.
 
-Names and signatures are Megatron Bridge's; further keywords are keyword-only. Models are lists of chunks. Methods that take a
-model are collective: every rank calls them. What each does is a function of the modules beside this one.
+Names and signatures are Megatron Bridge's; additional keywords are keyword-only. A model is a list of chunks. Unless they say
+otherwise, methods that take a model are collective: every rank calls them. Each forwards to a function of a module in this package.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from megabridge.peft import LoRA
 
 
 class AutoBridge:
-    """A Hugging Face model and its ways into Megatron-Core and back.
+    """Converts a Hugging Face model to Megatron-Core and back.
 
-    `from_hf_pretrained` makes one. `to_megatron_model` gives the model under any layout, `save_hf_pretrained` publishes it again,
-    `export_hf_weights` streams it, `import_ckpt` and `export_ckpt` convert in one call. `source` says what is known of the model,
-    `state` what the bridge has moved; `import_report` tells of the last import.
+    Create one with `from_hf_pretrained`. `to_megatron_model` builds the model under any layout, `save_hf_pretrained` writes it as a
+    Hugging Face folder, `export_hf_weights` streams its tensors, `import_ckpt` and `export_ckpt` convert in one call. `source`
+    describes the model, `state` records what has been imported; `import_report` is the report of the last import.
     """
 
     def __init__(self, source: ModelSource) -> None:
@@ -58,17 +58,16 @@ class AutoBridge:
                            torch_dtype: torch.dtype | str | None = None, trust_remote_code: bool = False,
                            device_map: str | None = None, token: str | None = None, allow_bin: bool = False,
                            ignore_keys: Collection[str] = ()) -> Self:  # fmt: skip
-        """A bridge to a local folder or a hub model. Only config and tokenizer are fetched now, the weights when they are loaded.
+        """Returns a bridge to a local folder or a hub model. Fetches config and tokenizer; loading the weights fetches them.
 
-        `revision` is a branch, tag or commit of the hub's repository; config, tokenizer and weights come from one commit. `dtype`
-        (or `torch_dtype`) is the parameters', by default config.json's. `device_map` says where they live: "auto" (this rank's CUDA
-        device, or the CPU where there is none), "cpu" or "cuda[:n]". Families convert by name, so code of the model never runs
-        here; with `trust_remote_code` its *.py files are kept with the tokenizer and come back with every export, else they are
-        not even fetched. `allow_bin` lets the weights be torch's pickled files (tensors only) where there are no others.
-        `ignore_keys` name keys of config.json that nothing reads, and whose values would be refused: the model computes the same
-        without them.
-        Raises CheckpointError for what can't be reached or read, ConfigError for an architecture or a setting that isn't
-        supported.
+        `revision` is a branch, tag or commit of the hub repository; config, tokenizer and weights come from one commit. `dtype`
+        (or `torch_dtype`) is the dtype of the parameters, by default that of config.json. `device_map` says where they live: "auto"
+        (this rank's CUDA device, or the CPU where there is none), "cpu" or "cuda[:n]". The model's own code never runs, since
+        families convert by name; its *.py files are fetched, kept with the tokenizer and written with every export only with
+        `trust_remote_code`. `allow_bin` accepts torch's pickled weights (tensors only) where there are no safetensors.
+        `ignore_keys` names keys of config.json that nothing reads and whose values would be refused; use it where the model
+        computes the same without them. Raises CheckpointError for files that can't be reached or read, ConfigError for an
+        architecture or a setting that isn't supported.
         """
         return cls(
             sources.from_pretrained(
@@ -85,18 +84,18 @@ class AutoBridge:
 
     @classmethod
     def from_hf_config(cls, config: Any, *, dtype: torch.dtype | str | None = None, ignore_keys: Collection[str] = ()) -> Self:
-        """A bridge from a transformers config object or a dict of its content. It has no weights and no tokenizer."""
+        """Returns a bridge for a transformers config object, or a dict of its content. It has no weights and no tokenizer."""
         return cls(sources.from_config(config, dtype=dtype_named(dtype), ignore_keys=ignore_keys))
 
     @classmethod
     def from_auto_config(cls, megatron_path: str | Path, hf_model_id: str | Path | None = None, trust_remote_code: bool = False, *,
                          revision: str | None = None, token: str | None = None,
                          ignore_keys: Collection[str] = ()) -> Self:  # fmt: skip
-        """A bridge to a native checkpoint, from the config, tokenizer and chat template that it carries.
+        """Returns a bridge to a native checkpoint, made from the config, tokenizer and chat template stored in it.
 
-        `hf_model_id` (a folder or hub id, at `revision`) is where they come from instead; a checkpoint that was not written by
-        megabridge needs it. `ignore_keys` are from_hf_pretrained's. Raises CheckpointError where neither has a config, ConfigError
-        where both do and they contradict.
+        With `hf_model_id` (a folder or hub id, at `revision`) they come from there instead; a checkpoint that megabridge didn't
+        write needs it. `ignore_keys` is that of from_hf_pretrained. Raises CheckpointError where neither has a config, ConfigError
+        where the two contradict each other.
         """
         folder = checkpoint.locate(Path(megatron_path))
         made = cls(
@@ -109,20 +108,20 @@ class AutoBridge:
 
     @staticmethod
     def list_supported_models() -> list[str]:
-        """Hugging Face class names that convert."""
+        """Returns the Hugging Face class names of the supported architectures, sorted."""
         return sorted(all_families())
 
     @staticmethod
     def supports(config: Any, *, ignore_keys: Collection[str] = ()) -> bool:
-        """Whether a config (object or dict) converts: its architecture is known and every setting can be represented."""
+        """Returns whether a config (object or dict) converts: its architecture and every setting are supported."""
         return sources.supports(config, ignore_keys=ignore_keys)
 
     @classmethod
     def can_handle(cls, path: str | Path, trust_remote_code: bool = False, *, ignore_keys: Collection[str] = ()) -> bool:
-        """Whether the model at `path` converts; only its config.json is fetched.
+        """Returns whether the model at `path` converts; fetches only its config.json.
 
-        Raises CheckpointError when it can't be reached or is broken. `trust_remote_code` changes nothing in the answer: a model
-        that only its own code can describe has no family.
+        `trust_remote_code` has no effect: a model that only its own code describes has no family. Raises CheckpointError when
+        config.json can't be reached or is damaged.
         """
         del trust_remote_code
         content = assets.read_config(resolve.resolve(str(path), config_only=True, tokenizer=False))
@@ -144,37 +143,37 @@ class AutoBridge:
 
     @property
     def import_report(self) -> Report | None:
-        """What the last import moved and how it compared; None before one."""
+        """The report of the last import; None before the first."""
         return self.state.import_report
 
     @property
     def import_digest(self) -> str:
-        """Of the tensors that the last import with `digest` read; empty before one."""
+        """The digest of the files' tensors, where the last import had `digest=True`; otherwise empty."""
         return self.state.import_digest
 
     def weights_folder(self) -> Path:
-        """The folder of the source's weights, fetched where they are on a hub. Any rank may call it. Raises CheckpointError."""
+        """Returns the folder of the source's weights, fetched if on a hub. Any rank may call it. Raises CheckpointError."""
         return sources.weights_folder(self.source)
 
     def provider(self) -> ModelProvider:
-        """A provider of this model that loads no weights; its settings can still be changed."""
+        """Returns a provider of this model that loads no weights; its settings can still be changed."""
         return sources.provider(self.source)
 
     def write_hf_assets(self, folder: Path) -> None:
-        """Writes config, generation config, tokenizer and chat template of an export, as they came. One rank calls it."""
+        """Writes config, generation config, tokenizer and chat template of an export, as the source has them. One rank calls it."""
         sources.write_hf_assets(self.source, folder)
 
     def write_assets(self, folder: Path) -> None:
-        """Writes what travels with a native checkpoint: all as it came, and what is known of the source. One rank calls it."""
+        """Writes what accompanies a native checkpoint: config, tokenizer, templates, the source's record. One rank calls it."""
         checkpoints.write_assets(self.source, self.state, folder)
 
     # ------------------------------------------------------------------ into Megatron
 
     def to_megatron_provider(self, load_weights: bool = True, hf_path: str | Path | None = None, *, revision: str | None = None,
                              peft: Peft | None = None) -> ModelProvider:  # fmt: skip
-        """A provider of this model. With `load_weights`, providing it also fills it from `hf_path` or the bridge's own source.
+        """Returns a provider of this model. With `load_weights` its model is filled from `hf_path` or the bridge's own source.
 
-        `peft` freezes it and adds adapters: new ones by their settings, or those of a PEFT folder.
+        `peft` freezes the model and adds adapters: new ones with these settings, or those of a PEFT folder.
         """
         provider = self.provider()
         if not load_weights and hf_path is not None:
@@ -195,10 +194,10 @@ class AutoBridge:
     def to_megatron_model(self, load_weights: bool = True, hf_path: str | Path | None = None, *, revision: str | None = None,
                           wrap_with_ddp: bool = False, peft: Peft | None = None,
                           **settings: Any) -> list[torch.nn.Module]:  # fmt: skip
-        """The model itself, without data-parallel wrapping unless `wrap_with_ddp`.
+        """Builds the model and returns its chunks, wrapped for data parallelism with `wrap_with_ddp`. Collective.
 
-        `settings` are the provider's, such as tensor_model_parallel_size=2, or sizes by their short names (tp, pp, vpp, cp, ep,
-        etp). Without any size the layout is that of the process groups that run, else a single process.
+        `settings` are attributes of the provider, such as tensor_model_parallel_size=2, or sizes by their short names (tp, pp, vpp,
+        cp, ep, etp). Without any size the layout is that of the running process groups, or of a single process.
         """
         provider = self.to_megatron_provider(load_weights, hf_path, revision=revision, peft=peft)
         sessions.arrange(provider, settings)
@@ -208,15 +207,16 @@ class AutoBridge:
                         strict: bool = True, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = (),
                         allow_bin: bool = False, allow_nonfinite: bool = False, reader: Way = "auto", dedupe: bool = False,
                         verify: bool = True, show_progress: bool = True, digest: bool = False) -> Report:  # fmt: skip
-        """Fills a model from `hf_path` or the bridge's own source, and compares every copy bit for bit. Collective.
+        """Fills a model from `hf_path` or the bridge's own source and, with `verify`, compares every copy bit for bit. Collective.
 
-        What the parameters' dtypes can't hold is rounded, printed and in the report; `keep_dtypes` before has nothing rounded.
-        `hf_path` is another checkpoint of the same model, fetched at `revision` (by default the bridge's) with the bridge's token
-        and trust. `allow_missing` and `allow_unexpected` are name patterns; everything else must match exactly (MappingError),
-        unless `strict` is False: then parameters that no tensor feeds keep what they had. `allow_bin` takes torch's pickled files
-        (tensors only) where there are no safetensors, `allow_nonfinite` takes NaN and infinity; `reader` and `dedupe` are the
-        settings conversion.reader and conversion.dedupe. `digest`: whether the ranks together read the files' tensors once more,
-        for `import_digest`. An optimizer made before keeps its own copies: make it afterwards, or call its `reload_model_params`.
+        Values that the parameters' dtypes can't hold are rounded, which is printed and reported; call `keep_dtypes` first to avoid
+        it. `hf_path` is another checkpoint of the same model, fetched at `revision` (by default the bridge's) with the bridge's
+        token and trust_remote_code. `allow_missing` and `allow_unexpected` are name patterns; all other names must match exactly
+        (MappingError), unless `strict` is False: then parameters that no tensor feeds keep their values. `allow_bin` accepts
+        torch's pickled files (tensors only) where there are no safetensors, `allow_nonfinite` accepts NaN and infinity; `reader`
+        and `dedupe` are the settings conversion.reader and conversion.dedupe. With `digest`, the ranks read the files' tensors once
+        more between them, for `import_digest`. An optimizer created before the call holds its own copies of the parameters: create
+        it afterwards, or call its `reload_model_params`.
         """
         return weights.load(
             self.source,
@@ -238,15 +238,15 @@ class AutoBridge:
 
     def keep_dtypes(self, model: Model, hf_path: str | Path | None = None, *, revision: str | None = None,
                     allow_bin: bool = False) -> list[torch.nn.Module]:  # fmt: skip
-        """Has the parameters of a model that is converted and never run hold each tensor as the files have it. Collective.
+        """Gives each parameter of a model that is converted but never run the dtype of its tensor in the files. Collective.
 
-        Call it before `load_hf_weights`, with the same source; the parameters' elements are lost. A pre-wrap hook may call it, for
-        a model that is provided with runs=False. Returns the model's chunks.
+        Call it before `load_hf_weights`, with the same source; the parameters' values are lost. A pre-wrap hook may call it, for a
+        model that is provided with runs=False. Returns the model's chunks.
         """
         return weights.keep_dtypes(self.source, self.state, model, hf_path, revision=revision, allow_bin=allow_bin)
 
     def plan(self, model: Model) -> Plan:
-        """The conversion plan of a model, made once for models of one layout. Collective."""
+        """Returns the conversion plan of a model; it is reused for models of the same layout. Collective."""
         return weights.model_plan(self.source, self.state, model)
 
     # ------------------------------------------------------------------ into files
@@ -256,20 +256,19 @@ class AutoBridge:
                            max_shard_size: str | int | None = None, verify: bool = True, allow_nonfinite: bool = False,
                            writer: str = "shared", quantization: str | None = None,
                            merge_adapter_weights: bool = True) -> Report:  # fmt: skip
-        """Publishes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
+        """Writes a complete Hugging Face folder: weights, config, generation config, tokenizer, chat template. Collective.
 
         `weight_dtype` is by default the parameters'; "source" gives each tensor the dtype it was imported from. Tensors of
-        multi-token-prediction layers that the model was built without come back as they were imported. `source_path` is
-        a folder or hub id whose config and tokenizer are written in place of the bridge's own. `max_shard_size` is of one file; by
-        default the files are the source's where all tensors have its names and dtypes, else of at most 5GB. The folder appears by
-        one rename, after every tensor was read back and compared; an earlier export is replaced, if nobody changed it and the
-        model wasn't read from it. What can't be as the source had it, because a parameter that held it since has less precision,
-        is printed once and in the report. NaN and infinite values are refused unless `allow_nonfinite`. After an import with
-        strict=False, `strict` refuses to publish a model that lacks what the source had. `writer="gather"` has rank 0 write
-        everything, for ranks that share no file system. `quantization="fp8_block"` writes the linears in layers as block-scaled
-        FP8, with `weight_dtype` for the rest: as the source's config has it where that was such FP8, else in blocks of 128 x 128.
-        The weights of an adapted model have their adapters added, unless
-        `merge_adapter_weights` is False: then they are the frozen ones.
+        multi-token-prediction layers that the model was built without are written as they were imported. `source_path` is a folder
+        or hub id whose config and tokenizer replace the bridge's own. `max_shard_size` is the largest size of a file; by default
+        the files are the source's where all tensors have its names and dtypes, else of at most 5GB. The folder appears by one
+        rename, after every tensor has been read back and compared (`verify`); an earlier export is replaced, unless somebody
+        changed it or the model was read from it. Tensors with less precision than the source had are printed once and listed in the
+        report. NaN and infinite values are refused unless `allow_nonfinite`. After an import with strict=False, `strict` refuses to
+        export a model whose tensors differ from the source's. `writer="gather"` lets rank 0 write everything, for ranks that share
+        no file system. `quantization="fp8_block"` writes the linears of layers as block-scaled FP8 and the rest in `weight_dtype`;
+        the scheme is that of the source's config where it has one, else blocks of 128 x 128. Adapters are merged into the weights,
+        unless `merge_adapter_weights` is False: then the frozen weights are written.
         """
         options = ExportOptions(
             strict=strict,
@@ -288,7 +287,7 @@ class AutoBridge:
                         strict: bool = True, weight_dtype: WeightDtype = None, max_shard_size: str | int | None = None,
                         verify: bool = True, allow_nonfinite: bool = False, writer: str = "shared",
                         quantization: str | None = None, merge_adapter_weights: bool = True) -> Report:  # fmt: skip
-        """The same with weights only. Collective."""
+        """Writes the weights only; otherwise as `save_hf_pretrained`. Collective."""
         options = ExportOptions(
             strict=strict,
             weight_dtype=weight_dtype,
@@ -305,14 +304,14 @@ class AutoBridge:
     def push_to_hub(self, repo_id: str, model: Model | None = None, *, folder: str | Path | None = None,
                     private: bool | None = None, revision: str | None = None, commit_message: str | None = None,
                     token: str | None = None, **export: Any) -> str:  # fmt: skip
-        """Uploads a model to the hub's repository `repo_id`, made where it is missing, and returns the commit's URL. Collective.
+        """Uploads a model to the hub repository `repo_id`, which is created if missing, and returns the commit's URL. Collective.
 
-        A `model` is exported first (`export` are save_hf_pretrained's keywords), verified, and uploaded by rank 0: by way of
-        `folder`, which stays, or of a temporary one. Without a model, `folder` is an export that exists. `token` is by default the
-        bridge's, then HF_TOKEN. Raises CheckpointError when the hub refuses or can't be reached.
+        A `model` is first exported to `folder`, which is kept, or to a temporary folder (`export` are keywords of
+        save_hf_pretrained); rank 0 uploads it. Without a model, `folder` is an existing export. `token` is by default the bridge's,
+        then HF_TOKEN. Raises CheckpointError when the hub refuses or can't be reached.
         """
         if model is None and (folder is None or export):
-            raise ConfigError("push_to_hub needs a model to export, or the folder of an export and no keywords of one.")
+            raise ConfigError("push_to_hub needs a model to export, or the folder of an export and no export keywords.")
         with sessions.scratch(folder) as place:
             if model is not None:
                 self.save_hf_pretrained(model, place, **export)
@@ -354,13 +353,14 @@ class AutoBridge:
                           conversion_tasks: Sequence[ConversionTask] | None = None, merge_adapter_weights: bool = True, *,
                           weight_dtype: WeightDtype = None, bucket_bytes: int = BUCKET_BYTES,
                           consumers: Collection[int] | None = None) -> Generator[tuple[str, torch.Tensor]]:  # fmt: skip
-        """(name, whole tensor) of every Hugging Face tensor, in natural order; each owns its storage.
+        """Yields (name, whole tensor) of every Hugging Face tensor, in natural order; each tensor owns its storage.
 
-        Collective: every rank calls it and uses the iterator up, or closes it; only ranks in `consumers` (None: all) get
-        tensors, the others' iterators are empty. `cpu` brings them to the host. `conversion_tasks`, from `get_conversion_tasks`,
-        says which tensors, in which order. Adapters are added unless `merge_adapter_weights` is False. Memory beside the model: two
-        buckets of `bucket_bytes` and one tensor. Raises the same MegabridgeError on every rank; also where another rank closed the
-        iterator before the end. Hold it in `contextlib.closing` where an exception may keep it alive.
+        Collective: every rank calls it and exhausts or closes the iterator; only ranks in `consumers` (None: all) receive tensors,
+        the iterators of the others are empty. `cpu` copies the tensors to the host. `conversion_tasks`, from
+        `get_conversion_tasks`, selects the tensors and their order. Adapters are merged unless `merge_adapter_weights` is False.
+        Memory beside the model: two buckets of `bucket_bytes` and one tensor. Raises the same MegabridgeError on every rank, also
+        where another rank closed its iterator before the end. Wrap the iterator in `contextlib.closing` where an exception may keep
+        it alive.
         """
         options = StreamOptions(
             conversion_tasks=conversion_tasks,
@@ -375,7 +375,10 @@ class AutoBridge:
     def export_hf_buckets(self, model: Model, *, cpu: bool = False, conversion_tasks: Sequence[ConversionTask] | None = None,
                           merge_adapter_weights: bool = True, weight_dtype: WeightDtype = None, bucket_bytes: int = BUCKET_BYTES,
                           consumers: Collection[int] | None = None) -> Generator[tuple[torch.Tensor, Entries]]:  # fmt: skip
-        """(flat bytes, entries) of the same tensors, valid until the next step; `entry.view(flat)` is a tensor. Collective."""
+        """Yields the tensors of `export_hf_weights` as (flat bytes, entries), valid until the next one. Collective.
+
+        `entry.view(flat)` is a tensor.
+        """
         options = StreamOptions(
             conversion_tasks=conversion_tasks,
             merge_adapter_weights=merge_adapter_weights,
@@ -387,41 +390,41 @@ class AutoBridge:
         return weights.stream(self.source, self.state, model, options).flat()
 
     def export_hf_shards(self, model: Model, *, replicas: bool = False) -> Iterator[tuple[str, Box, torch.Tensor]]:
-        """(name, box, view of a parameter) of what this rank gives to an export, or holds with `replicas`. Nothing is exchanged.
+        """Yields (name, box, view of a parameter) for the parts that this rank contributes to an export. Not collective.
 
-        Over all ranks the boxes tile every tensor once; `box.view(whole).copy_(local)` puts a part in its place. Adapters are left
-        out.
+        With `replicas`, yields every part that it holds. Without, the boxes of all ranks tile every tensor once;
+        `box.view(whole).copy_(local)` puts a part in its place. Adapters are left out.
         """
         return weights.shards(self.source, model, replicas=replicas)
 
     def get_conversion_tasks(self, model: Model, hf_path: str | Path | None = None) -> list[ConversionTask]:
-        """A task for every Hugging Face tensor, in natural order. Collective.
+        """Returns a task for every Hugging Face tensor, in natural order. Collective.
 
-        `hf_path` gives them the dtypes of that checkpoint, and the tied copies that it carries.
+        With `hf_path`, the tasks have the dtypes of that checkpoint, and those of its tied copies are among them.
         """
         return weights.conversion_tasks(self.source, self.state, model, hf_path)
 
     # ------------------------------------------------------------------ adapters
 
     def add_adapters(self, model: Model, peft: LoRA, *, seed: int = 1234) -> list[torch.nn.Module]:
-        """Freezes a model's bare chunks, gives the linears that `peft` names an adapter each, and returns the chunks. Collective.
+        """Freezes a model's unwrapped chunks, adds an adapter to each linear that `peft` names, and returns the chunks. Collective.
 
-        A pre-wrap hook calls it, after the weights were loaded; to_megatron_provider(peft=...) registers one. The model says the
-        same as before: B is zero. Raises the same ConfigError on every rank for names of no linear.
+        A pre-wrap hook calls it, after the weights are loaded; to_megatron_provider(peft=...) registers one. The model computes the
+        same as before, since B is zero. Raises the same ConfigError on every rank for names that match no linear.
         """
         return adapters.add(self.source, self.state, model, peft, seed=seed)
 
     def adapter_plan(self, model: Model) -> Plan:
-        """The conversion plan of a model's adapters, with PEFT's names. Collective. Raises ConfigError where it has none."""
+        """Returns the conversion plan of a model's adapters, under PEFT's names. Collective. Raises ConfigError without any."""
         return adapters.adapter_plan(self.source, model)
 
     def load_hf_adapter(self, model: Model, path: str | Path, *, verify: bool = True, allow_nonfinite: bool = False,
                         show_progress: bool = True) -> Report:  # fmt: skip
-        """Fills a model's adapters from the PEFT folder `path`, and compares every copy bit for bit. Collective.
+        """Fills a model's adapters from the PEFT folder `path` and, with `verify`, compares every copy bit for bit. Collective.
 
-        A model without adapters, not yet wrapped for data parallelism, is given those of the folder first. Safetensors only.
-        Raises CheckpointError for a damaged folder, ConfigError for settings that differ from the model's or can't be,
-        MappingError for tensors that don't fit.
+        A model without adapters is given those of the folder first; it must not be wrapped for data parallelism yet. Only
+        safetensors are read. Raises CheckpointError for a damaged folder, ConfigError for settings that differ from the model's or
+        aren't supported, MappingError for tensors that don't fit.
         """
         return adapters.load(
             self.source, self.state, model, path, verify=verify, allow_nonfinite=allow_nonfinite, show_progress=show_progress
@@ -430,10 +433,11 @@ class AutoBridge:
     def save_hf_adapter(self, model: Model, path: str | Path, show_progress: bool = True, *,
                         base_model_name_or_path: str | None = None, weight_dtype: torch.dtype | str | None = None,
                         verify: bool = True, allow_nonfinite: bool = False, writer: str = "shared") -> Report:  # fmt: skip
-        """Publishes a model's adapters as a folder that peft.PeftModel.from_pretrained loads. Collective.
+        """Writes a model's adapters as a folder that peft.PeftModel.from_pretrained loads. Collective.
 
-        `base_model_name_or_path` is what the folder says the adapters are for, by default where this bridge's weights came from.
-        The folder appears by one rename, after every tensor was read back and compared; the rest is save_hf_pretrained's.
+        `base_model_name_or_path` is the base model that the folder names, by default the source of this bridge's weights. The
+        folder appears by one rename, after every tensor has been read back and compared; other keywords are as in
+        save_hf_pretrained.
         """
         return adapters.save(
             self.source,
@@ -451,7 +455,7 @@ class AutoBridge:
     def export_adapter_weights(self, model: Model, cpu: bool = True, show_progress: bool = True, *,
                                weight_dtype: torch.dtype | str | None = None,
                                bucket_bytes: int = BUCKET_BYTES) -> Generator[tuple[str, torch.Tensor]]:  # fmt: skip
-        """(name, whole tensor) of every adapter tensor, named as in a PEFT folder. As export_hf_weights otherwise. Collective."""
+        """Yields (name, whole tensor) of every adapter tensor, named as in a PEFT folder; otherwise as `export_hf_weights`."""
         stream = adapters.stream(self.source, model, cpu=cpu, weight_dtype=weight_dtype, bucket_bytes=bucket_bytes)
         return stream.tensors(show_progress=show_progress)
 
@@ -460,30 +464,30 @@ class AutoBridge:
     def save_megatron_model(self, model: Model, path: str | Path) -> None:
         """Writes parameters, config, tokenizer and templates as a native checkpoint that any layout can load. Collective.
 
-        `path` must not exist or be empty (CheckpointError); it appears by one rename, when it is complete.
+        `path` must not exist, or be an empty folder (CheckpointError); it appears by one rename, when it is complete.
         """
         checkpoints.save(self.source, self.state, model, path)
 
     def load_megatron_model(self, path: str | Path, *, dtype: torch.dtype | str | None = None, wrap_with_ddp: bool = False,
                             **settings: Any) -> list[torch.nn.Module]:  # fmt: skip
-        """The model of a native checkpoint: of its folder, a step's or a run's. Written under any layout. Collective.
+        """Builds the model of a native checkpoint, whatever layout wrote it, and returns its chunks. Collective.
 
-        `dtype` is the parameters', by default the checkpoint's; `settings` are to_megatron_model's (tp, pp, ...). An export with
-        this bridge afterwards has what the checkpoint keeps of its source. A checkpoint of adapters has these alone: the rest is
-        this bridge's own source.
+        `path` is the folder of the checkpoint, of a step or of a run. `dtype` is the dtype of the parameters, by default the
+        checkpoint's; `settings` are those of to_megatron_model (tp, pp, ...). Later exports with this bridge use the checkpoint's
+        record of its source. A checkpoint of adapters holds no other weights: those come from this bridge's own source.
         """
         return checkpoints.load(self.source, self.state, path, dtype=dtype, wrap_with_ddp=wrap_with_ddp, settings=settings)
 
     def load_native_weights(self, model: Model, path: str | Path) -> None:
-        """Fills a model from a native checkpoint, and takes over what that keeps of its source. Collective."""
+        """Fills a model from a native checkpoint, and takes over the checkpoint's record of its source. Collective."""
         checkpoints.load_weights(self.source, self.state, model, path)
 
     def adopt_checkpoint(self, model: Model, folder: Path, rounded: Casts) -> None:
-        """Takes over what a native checkpoint keeps of its source, after `model` was filled from it with `rounded`. Collective."""
+        """Takes over the source record of a native checkpoint that `model` was filled from, rounding `rounded`. Collective."""
         checkpoints.adopt(self.source, self.state, model, folder, rounded)
 
     def keep_native_dtypes(self, model: Model, path: str | Path) -> list[torch.nn.Module]:
-        """Has a model that is converted and never run hold each tensor as a native checkpoint has it; see `keep_dtypes`."""
+        """Gives each parameter of a model that is converted but never run its dtype in a native checkpoint; see `keep_dtypes`."""
         return checkpoints.keep_dtypes(model, path)
 
     @classmethod
@@ -492,12 +496,12 @@ class AutoBridge:
                     trust_remote_code: bool = False, device_map: str | None = None, token: str | None = None,
                     allow_bin: bool = False, allow_nonfinite: bool = False, show_progress: bool = True,
                     ignore_keys: Collection[str] = (), **settings: Any) -> Report:  # fmt: skip
-        """A Hugging Face model as a native checkpoint, with its config, tokenizer and templates.
+        """Converts a Hugging Face model to a native checkpoint, with its config, tokenizer and templates.
 
-        One process without any set-up is enough, whatever the model's size: parameters are kept in a file beside
-        `megatron_path`, which must not exist or be empty; with device_map="cuda" they go to the device instead. Every tensor keeps
-        its dtype, unless a `dtype` is given for all of them. `settings` such as tp=2 spread the work over torchrun's ranks; every
-        rank calls it then. The other keywords are those of `from_hf_pretrained` and `load_hf_weights`.
+        One process without any set-up is enough, whatever the model's size: parameters are kept in a file beside `megatron_path`,
+        which must not exist, or be an empty folder; with device_map="cuda" they are kept on the device instead. Every tensor keeps
+        its dtype, unless `dtype` is given for all of them. `settings` such as tp=2 distribute the work over torchrun's ranks, all
+        of which call it. The other keywords are those of `from_hf_pretrained` and `load_hf_weights`.
         """
         bridge = cls.from_hf_pretrained(
             hf_model_id, revision=revision, dtype=dtype, torch_dtype=torch_dtype,
@@ -517,11 +521,12 @@ class AutoBridge:
                     weight_dtype: WeightDtype = None, max_shard_size: str | int | None = None,
                     source_path: str | Path | None = None, allow_nonfinite: bool = False, quantization: str | None = None,
                     **settings: Any) -> Report:  # fmt: skip
-        """A native checkpoint (its folder, a step's or a run's) as a complete Hugging Face folder; as `import_ckpt` otherwise.
+        """Converts a native checkpoint (its folder, a step's or a run's) to a complete Hugging Face folder.
 
-        Config, tokenizer and templates are those that the checkpoint carries, else the bridge's. `weight_dtype` is by default the
-        checkpoint's, and each tensor's source dtype for a checkpoint that was converted and never trained. `quantization` is that
-        of `save_hf_pretrained`. Adapters are merged into this bridge's weights; `export_adapter_ckpt` exports them alone.
+        Config, tokenizer and templates are those stored in the checkpoint, else the bridge's. `weight_dtype` is by default the
+        checkpoint's, or each tensor's source dtype for a checkpoint that was converted and never trained. `quantization` is that of
+        `save_hf_pretrained`. Adapters are merged into this bridge's weights; `export_adapter_ckpt` exports them alone. Processes
+        and `settings` are as in `import_ckpt`.
         """
         options = ExportOptions(
             strict=strict,
@@ -538,7 +543,7 @@ class AutoBridge:
     def export_adapter_ckpt(self, megatron_path: str | Path, output_path: str | Path, show_progress: bool = True, *,
                             weight_dtype: torch.dtype | str | None = None, allow_nonfinite: bool = False,
                             **settings: Any) -> Report:  # fmt: skip
-        """A native checkpoint of adapters as a PEFT folder; the model's own weights aren't read. As `export_ckpt` otherwise."""
+        """Converts a native checkpoint of adapters to a PEFT folder without the base weights; otherwise as `export_ckpt`."""
         return checkpoints.export_adapters(
             self.source,
             self.state,

@@ -1,4 +1,4 @@
-"""Native checkpoints of a bridge's model: written, loaded, and converted in one call. Every function is collective."""
+"""Writes, loads and converts native checkpoints of a bridge's model. Functions are collective unless they say otherwise."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def load_weights(source: ModelSource, state: BridgeState, model: Model, path: st
     state.note_source(folder)
     rounded = checkpoint.load_weights(folder, model)
     adopt(source, state, model, folder, rounded)
-    state.tell("rounded, because the model's parameters can't hold what the native checkpoint has", rounded)
+    state.print_casts("rounded, because the model's parameters can't hold what the native checkpoint has", rounded)
 
 
 def adopt(source: ModelSource, state: BridgeState, model: Model, folder: Path, rounded: Casts) -> None:
     """See AutoBridge.adopt_checkpoint."""
-    with collectives.raise_together("reading what a native checkpoint carries"):
+    with collectives.raise_together("reading a native checkpoint's record of its source"):
         state.remember(folder)
     weights.note_rounding(source, state, model, rounded)
 
@@ -79,14 +79,14 @@ def keep_dtypes(model: Model, path: str | Path) -> list[torch.nn.Module]:
 def provider_for(
     source: ModelSource, path: str | Path, dtype: torch.dtype | str | None, settings: Mapping[str, Any]
 ) -> tuple[ModelProvider, Path]:
-    """A provider for the model of the native checkpoint that `path` names, and its folder."""
+    """Returns a provider for the model of the native checkpoint at `path`, and the checkpoint's folder."""
     with collectives.raise_together("opening a native checkpoint"):
         folder = checkpoint.locate(Path(path))
         if (own := checkpoint.assets(folder)) is not None:
             sources.check_same(source, assets.read_config(own), str(folder))
         provider = sources.provider(source)
         stored = checkpoint.read_info(folder).dtype
-        if (wanted := dtype_named(dtype) or stored) in DTYPES.values():  # a model can't compute in others
+        if (wanted := dtype_named(dtype) or stored) in DTYPES.values():  # a model can't compute in other dtypes
             provider.params_dtype = wanted
         sessions.arrange(provider, settings)
     return provider, folder
@@ -94,15 +94,15 @@ def provider_for(
 
 def hook_adapters(source: ModelSource, state: BridgeState, provider: ModelProvider, folder: Path, *, load_weights: bool,
                   keeps_dtypes: bool = False) -> bool:  # fmt: skip
-    """Has `provider` give its model the adapters of a native checkpoint, if any, and the source's weights.
+    """Returns whether a native checkpoint holds adapters; if so, registers a hook of `provider` that adds them to its model.
 
-    Returns whether the checkpoint holds adapters.
+    With `load_weights`, an earlier hook loads the source's weights.
     """
     with collectives.raise_together("opening a native checkpoint"):
         own = checkpoint.assets(folder)
         peft = None if own is None or not (own / assets.ADAPTER).is_file() else peft_folder.read_config(own)
         if peft is not None and load_weights and source.location is None:
-            raise ConfigError(f"{folder} holds adapters alone; use a bridge from_hf_pretrained of the model that they are for.")
+            raise ConfigError(f"{folder} holds only adapters; use a bridge made by from_hf_pretrained from their base model.")
     if peft is None:
         return False
     if load_weights:
@@ -133,11 +133,11 @@ def export(source: ModelSource, state: BridgeState, megatron_path: str | Path, h
            source_path: str | Path | None, settings: Mapping[str, Any]) -> Report:  # fmt: skip
     """See AutoBridge.export_ckpt."""
     provider, folder = provider_for(source, megatron_path, None, settings)
-    carries = (folder / checkpoint.ASSETS).is_dir() and not hook_adapters(
+    has_own_source = (folder / checkpoint.ASSETS).is_dir() and not hook_adapters(
         source, state, provider, folder, load_weights=True, keeps_dtypes=True
     )
     own, own_state = source, state
-    if carries:
+    if has_own_source:
         own = sources.from_native(
             folder, trust_remote_code=source.trust_remote_code, token=source.token, ignore_keys=source.ignore_keys
         )

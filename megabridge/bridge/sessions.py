@@ -1,4 +1,4 @@
-"""What one-call conversions need around the engine: groups for the length of a call, parameters in a file, layout keywords."""
+"""Setup of one-call conversions: process groups for the length of a call, parameters in a file, layout keywords."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from megabridge.storage import regular_files
 
 @contextlib.contextmanager
 def borrowed_groups(provider: ModelProvider) -> Iterator[None]:
-    """The process groups of `provider`'s layout; those that the block starts end with it (torch's own only in a single process).
+    """Runs a block in the process groups of `provider`'s layout, and stops them at its end if it started them.
 
-    Every rank enters it.
+    torch's own group is stopped only in a single process. Every rank enters it.
     """
     running = process_groups.current()
     try:
@@ -37,7 +37,7 @@ def borrowed_groups(provider: ModelProvider) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch(folder: str | Path | None) -> Iterator[Path]:
-    """`folder`, or a new one's place that is removed at the end. Every rank enters it."""
+    """Yields `folder`, or a path in a temporary folder that is removed at the end. Every rank enters it."""
     if folder is not None:
         yield Path(folder)
         return
@@ -50,10 +50,10 @@ def scratch(folder: str | Path | None) -> Iterator[Path]:
 
 
 def arrange(provider: ModelProvider, settings: Mapping[str, Any]) -> None:
-    """Gives `provider` the settings, by its own names or by the short ones of `SETTINGS`.
+    """Sets attributes of `provider`, named as its own or by the short names of `SETTINGS`.
 
-    Sizes not given are those of the groups that run, else 1. Raises ConfigError for a size that is given under both names, and for
-    a name that there isn't.
+    If no size is given, the sizes are those of the running process groups, if any. Raises ConfigError for a size that is given
+    under both names, and for an unknown name.
     """
     doubled = sorted(f"{short} and {name}" for short, name in SETTINGS.items() if short in settings and name in settings)
     if doubled:
@@ -70,18 +70,18 @@ def arrange(provider: ModelProvider, settings: Mapping[str, Any]) -> None:
 
 
 def target(path: str | Path, *, replace: bool) -> Path:
-    """`path` as a folder to publish: its parent exists afterwards. Every rank calls it.
+    """Returns the absolute path of a folder to publish, and creates its parent. Every rank calls it.
 
-    Without `replace` it must not exist or be empty, else CheckpointError on every rank.
+    Without `replace`, raises CheckpointError on every rank unless the folder is missing or empty; an empty one is removed.
     """
-    folder = regular_files.place(path).absolute()
+    folder = regular_files.expand(path).absolute()
 
     def prepare() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if replace or not folder.exists():
             return
         if not folder.is_dir() or any(folder.iterdir()):
-            raise CheckpointError(f"{folder} must not exist or be an empty folder, and it is not; remove it or name another.")
+            raise CheckpointError(f"{folder} must not exist, or be an empty folder; remove it or name another.")
         folder.rmdir()
 
     collectives.on_rank_zero("preparing a folder", prepare)
@@ -89,10 +89,10 @@ def target(path: str | Path, *, replace: bool) -> Path:
 
 
 def provide_unfilled(provider: ModelProvider, folder: Path, device_map: str, *, runs: bool = False) -> list[torch.nn.Module]:
-    """The model's chunks, to be filled next: on the CPU in an unlinked file in `folder`, unless `device_map` says cuda.
+    """Builds the model's chunks without values: on the CPU in an unlinked file in `folder`, unless `device_map` says cuda.
 
-    What it then holds beside the file doesn't grow with the model. Its parameters have the dtypes that the provider's hooks give
-    them, and those that a model has which `runs` only then. Every rank calls it.
+    Memory beside the file doesn't grow with the model. Parameters have the dtypes that the provider's hooks give them; with `runs`
+    they are cast to those that a model runs in. Every rank calls it.
     """
     if device_map.startswith("cuda"):
         return provider.provide_distributed_model(wrap_with_ddp=False, init="empty", runs=runs)
@@ -103,7 +103,7 @@ def provide_unfilled(provider: ModelProvider, folder: Path, device_map: str, *, 
 
 
 def check_device_map(device_map: str | None) -> str:
-    """`device_map` where this process can follow it: auto, cpu or cuda[:n]. Raises ConfigError."""
+    """Returns `device_map`, or auto for None. Raises ConfigError unless it is auto, cpu or cuda[:n], and available here."""
     name = "auto" if device_map is None else str(device_map)
     kind, _, number = name.partition(":")
     if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
@@ -122,13 +122,13 @@ def check_device_map(device_map: str | None) -> str:
 
 
 def follow_device_map(provider: ModelProvider, device_map: str) -> None:
-    """Makes `provider` build its parameters where a checked `device_map` says."""
+    """Makes `provider` build its parameters on the device of a checked `device_map`."""
     if device_map == "cpu" and not platform.is_cpu():
         provider.use_cpu_initialization = True
     if ":" in device_map:
         device = torch.device(device_map)
         if process_groups.world_size() > 1 and device.index != torch.cuda.current_device():
             raise ConfigError(
-                f"device_map={device_map!r} is for one process; of {process_groups.world_size()}, each takes its own with 'cuda'."
+                f"device_map={device_map!r} must be 'cuda' with {process_groups.world_size()} processes; each uses its own device."
             )
         torch.cuda.set_device(device)

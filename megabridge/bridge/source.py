@@ -1,4 +1,4 @@
-"""A Hugging Face model as a bridge knows it before any weight moves: its config, its family, its files, its provider."""
+"""The source of a bridge: a Hugging Face model's config, family, files and provider, before any weight is read."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from megabridge.models.provider import ModelProvider
 from megabridge.models.provider_settings import DTYPES
 from megabridge.native import checkpoint
 
-# Settings in which two configs of one model may differ: they change neither the parameters nor what is computed from them.
+# Settings that may differ between two configs of one model: they change neither the parameters nor what is computed from them.
 _FREE: Final = frozenset(("seq_length", "init_method_std"))
 
 
 @dataclass(frozen=True, eq=False)
 class ModelSource:
-    """What is known of a Hugging Face model; nothing changes it. `AutoBridge.source` is one.
+    """The immutable description of a Hugging Face model. `AutoBridge.source` is one.
 
-    `config` is the content of config.json as published, `native` the provider's settings that it means. `opened` is the folder that
-    held it, with tokenizer and templates, as it was then, which exports have whatever becomes of the folder; None for one made from
-    a config object. `location` is where the weights are, if anywhere: a folder, or a hub id at `revision`. `ignore_keys` name keys
-    of config.json that nothing reads and that may say anything; `unread` are those and the others that nothing reads, which say
-    nothing or what transformers takes for granted.
+    `config` is the content of config.json as published, `native` the equivalent settings of the provider. `opened` is the content
+    of its folder (config, tokenizer, templates) when it was opened; exports write that content, whatever happens to the folder
+    later. It is None for a source made from a config object. `location` is where the weights are: a folder, or a hub id at
+    `revision`; None without weights. `ignore_keys` names keys of config.json that nothing reads and that may have any value;
+    `unread` lists these and the other keys that nothing reads, whose values are empty or transformers' defaults.
     """
 
     config: dict[str, Any]
@@ -57,13 +57,13 @@ class ModelSource:
 
     @property
     def folder(self) -> Path | None:
-        """Where the config, tokenizer and templates were read, if anywhere."""
+        """The folder that config, tokenizer and templates were read from, if any."""
         return None if self.opened is None else self.opened.folder
 
 
 def describe(config: dict[str, Any], *, dtype: torch.dtype | None = None, ignore_keys: Collection[str] = (),
              **where: Any) -> ModelSource:  # fmt: skip
-    """The source of a config.json's content. Raises ConfigError for an architecture or a setting that isn't supported."""
+    """Returns the source for a config.json's content. Raises ConfigError for an architecture or a setting that isn't supported."""
     family = family_for(config)
     native = family.native(config, ignore=ignore_keys)
     dtype = dtype or _dtype_of(config)
@@ -92,7 +92,7 @@ def from_pretrained(path: str | Path, *, revision: str | None = None, dtype: tor
 
 
 def from_config(config: Any, *, dtype: torch.dtype | None = None, ignore_keys: Collection[str] = ()) -> ModelSource:
-    """The source of a transformers config object, or of a dict of its content: it has no weights and no tokenizer."""
+    """Returns the source for a transformers config object, or a dict of its content: it has no weights and no tokenizer."""
     content = content_of(config)
     content["architectures"] = content.get("architectures") or [architecture_of(content)]
     return describe(content, dtype=dtype, ignore_keys=ignore_keys)
@@ -101,11 +101,11 @@ def from_config(config: Any, *, dtype: torch.dtype | None = None, ignore_keys: C
 def from_native(folder: Path, hf_model_id: str | Path | None = None, *, trust_remote_code: bool = False,
                 revision: str | None = None, token: str | None = None,
                 ignore_keys: Collection[str] = ()) -> ModelSource:  # fmt: skip
-    """The source of what the native checkpoint `folder` carries, or of `hf_model_id`; see AutoBridge.from_auto_config."""
+    """Returns the source stored in the native checkpoint `folder`, or that of `hf_model_id`; see AutoBridge.from_auto_config."""
     own = checkpoint.assets(folder)
     if hf_model_id is None:
         if own is None:
-            raise CheckpointError(f"{folder} carries no config; give hf_model_id, the model that it has the shape of.")
+            raise CheckpointError(f"{folder} has no config; give hf_model_id, a model of the same shape.")
         opened = OpenedFolder.of(own, code=trust_remote_code)
         return describe(opened.parsed(), opened=opened, trust_remote_code=trust_remote_code, ignore_keys=ignore_keys)
     made = from_pretrained(
@@ -117,7 +117,7 @@ def from_native(folder: Path, hf_model_id: str | Path | None = None, *, trust_re
 
 
 def supports(config: Any, *, ignore_keys: Collection[str] = ()) -> bool:
-    """Whether a config (object or dict) converts: its architecture is known and every setting can be represented."""
+    """Returns whether a config (object or dict) converts: its architecture and every setting are supported."""
     try:
         content = content_of(config)
         family = family_for(content)
@@ -129,7 +129,7 @@ def supports(config: Any, *, ignore_keys: Collection[str] = ()) -> bool:
 
 
 def provider(source: ModelSource) -> ModelProvider:
-    """A provider of the model that loads no weights; its settings can still be changed."""
+    """Returns a provider of the model that loads no weights; its settings can still be changed."""
     made = ModelProvider(source.native, family_name=source.family.architecture, unread=source.unread)
     if source.dtype is not None:
         made.params_dtype = source.dtype
@@ -156,9 +156,9 @@ def check_same(source: ModelSource, config: dict[str, Any], what: str) -> None:
 
 
 def weights_folder(source: ModelSource, *, allow_bin: bool = False) -> Path:
-    """The folder of the source's weights, fetched where they are on a hub. Any rank may call it.
+    """Returns the folder of the source's weights, after fetching them from a hub. Any rank may call it.
 
-    Raises CheckpointError where it is gone, or another model's now.
+    Raises CheckpointError where the folder is gone, or holds another model now.
     """
     assert source.location is not None and source.opened is not None
     folder = resolve.resolve(
@@ -174,24 +174,24 @@ def weights_folder(source: ModelSource, *, allow_bin: bool = False) -> Path:
 
 def write_hf_assets(source: ModelSource, folder: Path, dtype: str | None = None,
                     quantization: Mapping[str, Any] | None = None) -> None:  # fmt: skip
-    """Writes config, generation config, tokenizer and chat template of an export, as they came. One rank calls it.
+    """Writes config, generation config, tokenizer and chat template of an export, as the source has them. One rank calls it.
 
-    `dtype` is what config.json is to say of the weights; None leaves it. `quantization` is its quantization_config, whatever the
-    source's was.
+    `dtype` is the dtype of the weights that config.json states; None leaves it. `quantization` replaces the source's
+    quantization_config; None removes it.
     """
     config = {key: value for key, value in source.config.items() if key != KEY}
     write_files(source, folder, config if quantization is None else {**config, KEY: dict(quantization)}, dtype)
 
 
 def write_files(source: ModelSource, folder: Path, config: dict[str, Any], dtype: str | None = None) -> None:
-    """Writes `config` and what else was opened with it. One rank calls it."""
+    """Writes `config` and the other files that were opened with it. One rank calls it."""
     assets.write_config(folder, config, source=None if source.opened is None else source.opened.config, dtype=dtype)
     if source.opened is not None:
         source.opened.write(folder)
 
 
 def content_of(config: Any) -> dict[str, Any]:
-    """A config object of transformers, or a dict, as the content of a config.json. Raises ConfigError for anything else."""
+    """Returns a config object of transformers, or a dict, as the content of a config.json. Raises ConfigError for anything else."""
     if isinstance(config, Mapping):
         return dict(config)
     from transformers import PreTrainedConfig
@@ -206,7 +206,7 @@ def content_of(config: Any) -> dict[str, Any]:
 
 
 def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype that `dtype` is or names. Raises ConfigError."""
+    """Returns the dtype that `dtype` is or names. Raises ConfigError for an unknown name."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -215,7 +215,7 @@ def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype that two names for one keyword give; transformers' "auto" is the default, config.json's."""
+    """Returns the dtype given under either of two keywords; transformers' "auto" stands for the default, config.json's."""
     given = {dtype_named(None if value == "auto" else value) for value in (dtype, torch_dtype) if value is not None}
     if len(given) > 1:
         raise ConfigError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} are two names for one thing; give one.")

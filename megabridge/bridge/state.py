@@ -1,4 +1,4 @@
-"""What a bridge remembers between calls: the weights that it moved, and the plan of the model that it saw last."""
+"""The state of a bridge between calls: a record of the imported weights, and the plan of the last model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from megabridge.peft import LoRA
 
 @dataclass
 class BridgeState:
-    """`AutoBridge.state`. `record` tells of the weights that were imported, here or before the native checkpoint that was loaded.
+    """The mutable part of a bridge, `AutoBridge.state`.
 
-    `passthrough` are those that no parameter took and an export has again. `peft` says which adapters the model was given, if any.
-    `import_report` and `import_digest` tell of the last import. `read_from` are folders that weights or adapters were read from.
-    `plan` holds no parameter: a model can go while this lives.
+    `record` describes the imported weights: those that this bridge imported, or those that a loaded native checkpoint was made
+    from. `passthrough` holds tensors that no parameter took and that exports write again. `peft` has the settings of the model's
+    adapters, if any. `import_report` and `import_digest` are those of the last import. `read_from` lists the folders that weights
+    or adapters were read from. `plan` references no parameter, so it doesn't keep a model alive.
     """
 
     record: SourceRecord | None = None
@@ -36,34 +37,34 @@ class BridgeState:
     import_digest: str = ""
     read_from: tuple[Path, ...] = ()
     plan: tuple[tuple[ParameterRecord, ...], Plan] | None = None
-    told: str = ""
+    printed: str = ""
 
-    def carry(self, tensors: Passthrough) -> None:
-        """Takes tensors that every export has again; closes the files of those before."""
+    def set_passthrough(self, tensors: Passthrough) -> None:
+        """Replaces the passthrough tensors, and closes the files of the previous ones."""
         if tensors is not self.passthrough:
             self.passthrough.close()
         self.passthrough = tensors
 
     def note_source(self, folder: Path) -> None:
-        """Has exports keep away from a folder that weights or adapters were read from."""
+        """Records a folder that weights or adapters were read from, which exports must not replace."""
         self.read_from = (*dict.fromkeys((*self.read_from, folder.absolute())),)
 
-    def tell(self, what: str, casts: Casts) -> None:
-        """Prints what was rounded, once."""
+    def print_casts(self, what: str, casts: Casts) -> None:
+        """Prints on rank 0 which tensors were rounded, unless the same line was the last one printed."""
         line = f"{what}: {described(casts)}"
-        if casts and line != self.told and collectives.rank() == 0:
+        if casts and line != self.printed and collectives.rank() == 0:
             print(line, file=sys.stderr, flush=True)
-        self.told = line if casts else self.told
+        self.printed = line if casts else self.printed
 
     def remember(self, folder: Path) -> None:
-        """Takes from a native checkpoint what was written of its source, if anything. Raises CheckpointError."""
+        """Takes over a native checkpoint's record of its source and its passthrough tensors, if any. Raises CheckpointError."""
         if (own := checkpoint.assets(folder)) is not None:
             self.record = SourceRecord.read(own) or self.record
-            self.carry(passthrough.read(own) or self.passthrough)
+            self.set_passthrough(passthrough.read(own) or self.passthrough)
 
 
 def plan_of(source: ModelSource, state: BridgeState, parameters: Sequence[LocalParameter]) -> Plan:
-    """The conversion plan of a model with these parameters, made once for what the parameters' records say. Collective."""
+    """Returns the conversion plan of a model with these parameters; reuses the last plan if their records match. Collective."""
     records = tuple(parameter.record for parameter in parameters)
     known = state.plan is not None and state.plan[0] == records
     if not all(collectives.all_gather(known)):
@@ -73,5 +74,5 @@ def plan_of(source: ModelSource, state: BridgeState, parameters: Sequence[LocalP
 
 
 def read_folders(source: ModelSource, state: BridgeState) -> list[Path]:
-    """The folders that anything of the model was read from: no export takes the place of one."""
+    """Returns the folders that any part of the model was read from, which exports must not replace."""
     return [*([] if source.folder is None else [source.folder.absolute()]), *state.read_from]

@@ -21,11 +21,11 @@ def upload(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Puts everything in `folder` into the model repository `repo_id`, which is made where it is missing. Returns the commit's URL.
+    """Uploads all of `folder` to the model repository `repo_id`, which is created if missing. Returns the commit's URL.
 
-    It is one commit: nobody can download a half of the model. Git's own files and the notes of a download stay here. One rank
-    calls it. Raises CheckpointError for a folder that is no complete model, or has links that lead out of it, and when the hub
-    refuses or is out of reach.
+    It is a single commit, so nobody can download half of the model. Git's own files and the notes of a download are left out. One
+    rank calls it. Raises CheckpointError for a folder that isn't a complete model or has links that lead out of it, and when the
+    hub refuses or can't be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub import errors as hub
@@ -40,17 +40,17 @@ def upload(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         message = commit_message or "Upload a model converted by megabridge"
         done = api.create_commit(repo_id, additions, commit_message=message, revision=revision)
-    # Connection errors of the hub's HTTP library are HTTPErrors and not OSErrors; a name that can't be one is a ValueError.
+    # Connection errors of the hub's HTTP library are HTTPErrors, not OSErrors; an invalid repository name is a ValueError.
     except (hub.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]
         lines = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"the hub didn't take {repo_id}: {lines[0]}; check the name and the network, and that HF_TOKEN may write."
+            f"the hub refused {repo_id}: {lines[0]}; check the name and the network, and that HF_TOKEN may write."
         ) from error
     return str(done.commit_url)
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """What is uploaded, by its name in the repository. Raises CheckpointError for what doesn't lie in the folder, or is no file."""
+    """Returns the files to upload by repository name. Raises CheckpointError for anything but files inside the folder."""
     found, problems = dict[str, Path](), list[str]()
     for name, state in sorted(entries(folder, apart=manifest.APART)):
         try:

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face model: from files into a live model, and from there into files or to other programs.
+"""Moves the weights of a Hugging Face model from files to a model in memory, and from there to files or other programs.
 
 Every function is collective unless it says otherwise: all ranks call it with equal arguments.
 """
@@ -36,7 +36,7 @@ from megabridge.hf.dtypes import Casts, counted, holds
 from megabridge.hf.dtypes import name as name_of
 from megabridge.hf.quantised_weights import find_weights
 from megabridge.hf.safetensors_format import TensorInfo
-from megabridge.hf.tensor_files import Way, stored_as
+from megabridge.hf.tensor_files import Way, stored_tensors
 from megabridge.loggers.bars import bytes_bar
 from megabridge.native import digests
 from megabridge.native.source_record import SourceRecord
@@ -46,7 +46,7 @@ from megabridge.peft.merge import with_merged
 Model = Sequence[torch.nn.Module]
 WeightDtype = torch.dtype | Literal["source"] | str | None
 WriteAssets = Callable[[Path, str | None, dict[str, Any] | None], None]
-"""(folder, dtype that config.json is to say, its quantization_config), on one rank."""
+"""Called on one rank with (folder, dtype for config.json, quantization_config for config.json)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +77,12 @@ class StreamOptions:
 
 
 def model_plan(source: ModelSource, state: BridgeState, model: Model) -> Plan:
-    """The conversion plan of a model, made once for models of one layout."""
+    """Returns the conversion plan of a model; it is reused for models of the same layout."""
     return plan_of(source, state, collect_parameters(model))
 
 
 def outgoing_plan(source: ModelSource, state: BridgeState, model: Model, *, merge: bool) -> Plan:
-    """The plan of what leaves the model: with `merge`, its weights with their adapters added."""
+    """Returns the plan of an export: with `merge`, of the weights with their adapters merged."""
     plan = model_plan(source, state, model)
     return with_merged(plan, model) if merge else plan
 
@@ -109,11 +109,11 @@ def load(source: ModelSource, state: BridgeState, model: Model, hf_path: str | P
             verify=verify,
             progress=progress,
         )
-    state.import_digest = digests.of_tensors(one for info in infos.values() for one in stored_as(info)) if digest else ""
+    state.import_digest = digests.of_tensors(one for info in infos.values() for one in stored_tensors(info)) if digest else ""
     names = [name for name in (*plan.tensors, *plan.aliases) if name in infos]
     patterns = [*source.family.ignored, *allow_missing, *allow_unexpected]
-    with collectives.raise_together("opening what exports have again"):
-        state.carry(Passthrough.of({name: info for name, info in infos.items() if plan.is_carried(name)}))
+    with collectives.raise_together("opening passthrough tensors"):
+        state.set_passthrough(Passthrough.of({name: info for name, info in infos.items() if plan.is_passthrough(name)}))
     differing = (infos.keys() - plan.aliases.keys()) ^ (plan.tensors.keys() | state.passthrough.infos.keys())
     left_out = [name for name in differing if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     record = SourceRecord.of(infos, aliases=plan.aliases.keys() & infos.keys(), left_out=sorted(left_out))
@@ -121,7 +121,7 @@ def load(source: ModelSource, state: BridgeState, model: Model, hf_path: str | P
     state.import_report = replace(
         report, rounded=state.record.casts, dtypes=counted([infos[name].dtype for name in plan.tensors if name in infos])
     )
-    state.tell("rounded, because the model's parameters can't hold what the files have", state.record.casts)
+    state.print_casts("rounded, because the model's parameters can't hold what the files have", state.record.casts)
     return state.import_report
 
 
@@ -141,7 +141,7 @@ def keep_dtypes(source: ModelSource, state: BridgeState, model: Model, hf_path: 
 
 
 def note_rounding(source: ModelSource, state: BridgeState, model: Model, casts: Casts) -> None:
-    """Has exports know of what a load of a native checkpoint rounded, if anything."""
+    """Records what the load of a native checkpoint rounded, if anything, for later exports."""
     if casts and state.record is not None:
         plan = model_plan(source, state, model)
         state.record = state.record.held_in(_held(plan, [*plan.tensors, *_aliases(state, plan)]))
@@ -149,7 +149,7 @@ def note_rounding(source: ModelSource, state: BridgeState, model: Model, casts: 
 
 def open_weights(source: ModelSource, state: BridgeState, hf_path: str | Path | None, revision: str | None, *,
                  allow_bin: bool) -> dict[str, TensorInfo]:  # fmt: skip
-    """The tensors of `hf_path` or of the source itself, whose headers are checked."""
+    """Returns the tensors of `hf_path`, or of the source itself, after checking their headers."""
     if source.location is None and hf_path is None:
         raise ConfigError("a bridge made from a config has no weights; give hf_path.")
     with collectives.raise_together("opening the source"):
@@ -203,9 +203,9 @@ def _export(source: ModelSource, state: BridgeState, plan: Plan, path: Path, wri
     dtypes = _dtypes(state, plan, options.weight_dtype)
     specs = export_specs(plan, dtypes, aliases)
     casts = _casts(state, plan, specs)
-    state.tell("exported with less precision than the source had", casts)
-    # A config.json may state another dtype than its files have: "source" gives it back as it was.
-    name = None if options.weight_dtype == "source" else _most(specs)
+    state.print_casts("exported with less precision than the source had", casts)
+    # A config.json may state another dtype than its files have: "source" keeps what it states.
+    name = None if options.weight_dtype == "source" else _usual_dtype(specs)
     with collectives.raise_together("choosing what to quantise"):
         quantized, said = quantization_for(plan, options.quantization, source.config)
     export = plan_export(
@@ -243,7 +243,7 @@ def as_exported(source: ModelSource, state: BridgeState, model: Model, weight_dt
     dtypes = {name: spec.dtype for name, spec in export_specs(plan, _dtypes(state, plan, weight_dtype), frozenset()).items()}
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     for item in plan.items:
-        data, written = item.live.data, {dtypes[name] for name in item.hf}
+        data, written = item.local.data, {dtypes[name] for name in item.hf}
         if len(written) == 1 and not holds(dtype := written.pop(), data.dtype):
             kept.append((data, data.to("cpu", copy=True)))
             data.copy_(data.to(dtype))
@@ -263,7 +263,7 @@ def export_size(source: ModelSource, state: BridgeState, model: Model, weight_dt
 
 
 def _casts(state: BridgeState, plan: Plan, specs: Mapping[str, TensorSpec]) -> Casts:
-    """The tensors of an export that aren't the source's, because a parameter or the export can't hold that."""
+    """Returns the tensors of an export with less precision than in the source, lost in a parameter or in the export itself."""
     if state.record is None:
         return {}
     written = {name: spec.dtype for name, spec in specs.items()}
@@ -272,21 +272,21 @@ def _casts(state: BridgeState, plan: Plan, specs: Mapping[str, TensorSpec]) -> C
 
 
 def _files(state: BridgeState, specs: Mapping[str, TensorSpec]) -> Mapping[str, Sequence[str]] | None:
-    """The source's files, where an export of `specs` can have them."""
+    """Returns the tensors of each of the source's files, where an export of `specs` can be split like them."""
     return None if state.record is None else state.record.files_of({name: spec.dtype for name, spec in specs.items()})
 
 
 def _aliases(state: BridgeState, plan: Plan) -> frozenset[str]:
-    """The tied copies that an export has: those that the source carried."""
+    """Returns the tied copies that an export contains: those that the source had."""
     return frozenset() if state.record is None else state.record.aliases & plan.aliases.keys()
 
 
 def _dtypes(state: BridgeState, plan: Plan, weight_dtype: WeightDtype) -> Dtypes:
-    """What `weight_dtype` asks for: one dtype, one by name, or None for the parameters'."""
+    """Returns the dtypes that `weight_dtype` stands for: one for all, one per tensor name, or None for those of the parameters."""
     if weight_dtype != "source":
         return dtype_named(weight_dtype)
     if state.record is None:
-        raise ConfigError("weight_dtype='source' needs an import by this bridge before; load weights or name a dtype.")
+        raise ConfigError("weight_dtype='source' needs an earlier import by this bridge; load weights or name a dtype.")
     return state.record.dtypes([*plan.tensors, *_aliases(state, plan)])
 
 
@@ -299,12 +299,12 @@ def stream(source: ModelSource, state: BridgeState, model: Model, options: Strea
     with collectives.raise_together("starting the stream"):
         dtypes, chosen = _dtypes(state, plan, options.weight_dtype), options.conversion_tasks
         specs = export_specs(plan, dtypes, _aliases(state, plan)) if chosen is None else tasks.task_specs(plan, chosen, dtypes)
-    state.tell("exported with less precision than the source had", _casts(state, plan, specs))
+    state.print_casts("exported with less precision than the source had", _casts(state, plan, specs))
     return Stream(plan, specs, cpu=options.cpu, bucket_bytes=options.bucket_bytes, consumers=options.consumers)
 
 
 def shards(source: ModelSource, model: Model, *, replicas: bool) -> Iterator[tuple[str, Box, torch.Tensor]]:
-    """See AutoBridge.export_hf_shards. Nothing is exchanged."""
+    """See AutoBridge.export_hf_shards. Not collective."""
     return tasks.shards(source.family, source.native, model, replicas=replicas)
 
 
@@ -323,12 +323,12 @@ def conversion_tasks(
 
 
 def _held(plan: Plan, names: Sequence[str]) -> dict[str, torch.dtype]:
-    """The dtypes of the parameters that hold tensors."""
+    """Returns the dtypes of the parameters that hold the tensors `names`."""
     return {name: plan.tensors[plan.aliases.get(name, name)].dtype for name in names}
 
 
-def _most(specs: Mapping[str, TensorSpec]) -> str:
-    """The dtype that most elements of an export have, as config.json spells it."""
+def _usual_dtype(specs: Mapping[str, TensorSpec]) -> str:
+    """Returns the dtype that most elements of an export have, as config.json spells it."""
     elements: Counter[torch.dtype] = Counter()
     for spec in specs.values():
         elements[spec.dtype] += prod(spec.shape)

@@ -1,4 +1,4 @@
-"""What happens beside the training loop: one class a file. A callback of your own subclasses `Callback`."""
+"""Callbacks of the training loop, one class per file. To write your own, subclass `Callback`."""
 
 from megabridge.training.hooks import Callback
 

@@ -1,4 +1,4 @@
-"""The end of a run in words: the source model and the exported one answer one question, both through transformers."""
+"""Lets the source model and the exported one answer the same question at the end of a run, both in transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ NEW_TOKENS: Final = 48
 
 
 class Answer(Callback):
-    """Adds two greedy answers to `prompt` (None: not asked) to the summary: before and after. Rank 0 generates, on the CPU."""
+    """Adds the source model's and the exported model's greedy answers to `prompt` to the run's summary.
+
+    Without `prompt` it does nothing. Rank 0 generates, on the CPU.
+    """
 
     def __init__(self, prompt: str | None = None, max_new_tokens: int = NEW_TOKENS) -> None:
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
@@ -53,11 +56,14 @@ class Answer(Callback):
 
 
 def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> str:
-    """The greedy answer of the model in `folder` to `prompt`, asked through its chat template where it has one."""
+    """Returns the greedy answer of the model in `folder` to `prompt`, asked through its chat template if it has one.
+
+    Where the model can't be asked, returns the reason in brackets.
+    """
     if not is_readable(folder):
-        return "(not asked: for quantised weights transformers needs the package accelerate; pip install accelerate)"
+        return "(not asked: transformers needs the package accelerate for quantised weights; pip install accelerate)"
     try:
         (text,) = evaluation.generate(*evaluation.load(folder, "cpu"), [prompt], max_new_tokens=max_new_tokens)
-    except ConfigError as error:  # of its chat template or vocabulary; the run is at its end, and everything is saved
+    except ConfigError as error:  # about its chat template or vocabulary; the run is at its end, and everything is saved
         return f"(not asked: {error})"
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""Evaluates what a save published, while every rank waits: conf/callbacks/evaluate.yaml."""
+"""Evaluates the Hugging Face folder of a save while every rank waits: conf/callbacks/evaluate.yaml."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from megabridge.training.loop import Trainer
 
 ON_ERROR: Final = ("warn", "fail")
-_TURN: Final = 5.0
-"""Most seconds that ranks wait for each other at once: an evaluation may take longer than a collective is allowed to."""
+_WAIT: Final = 5.0
+"""Longest time in seconds between two collectives: an evaluation may take longer than a collective is allowed to."""
 
 
 class Evaluate(Callback):
-    """Runs `tasks` on checkpoints/step_N/hf and logs `evaluation/TASK/METRIC`; everything found is in step_N/evaluation.json.
+    """Runs `tasks` on checkpoints/step_N/hf, logs `evaluation/TASK/METRIC` and writes all results to step_N/evaluation.json.
 
-    Of the saves on the way each `every`-th is evaluated (null: none), and with `at_end` the one of the last step. A resumed run
-    evaluates the save that it goes on from where that was not done. `device` auto is the run's: on CUDA, rank 0's. After `timeout`
-    seconds (null: never) an evaluation counts as failed; on_error=warn says so and trains on, fail ends the run.
+    Evaluates every `every`-th save during the run (null: none) and, with `at_end`, the save of the last step. A resumed run
+    evaluates the save that it continues from, if that wasn't done. `device` auto is that of the run: on CUDA, rank 0's. An
+    evaluation that takes more than `timeout` seconds (null: no limit) fails. After a failure, on_error=warn reports it and goes on
+    training, on_error=fail ends the run.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Evaluate(Callback):
         self.tasks, problems = on_rank_zero("checking what is to be evaluated", lambda: self._checked(trainer))
         names = [problem for problem in self._look_up_names(trainer) if problem not in problems]
         if problems or names:
-            raise ConfigError("callbacks.evaluate can't work so:\n  " + listed(problems + names))
+            raise ConfigError("callbacks.evaluate can't run with these settings:\n  " + listed(problems + names))
 
     @override
     def on_resume(self, trainer: Trainer, folder: Path) -> None:
@@ -77,7 +78,7 @@ class Evaluate(Callback):
         self._is_stopping = True
 
     def _is_chosen(self, trainer: Trainer, step: int) -> bool:
-        """Counted by steps and not by the saves of this process: a resumed run chooses the same."""
+        """Whether the save of `step` is evaluated; depends on the step alone, so that a resumed run chooses the same."""
         saving, last = trainer.config.checkpoint, trainer.config.recipe.steps
         if step == last and self.at_end:
             return True
@@ -85,23 +86,23 @@ class Evaluate(Callback):
         return bool(stride) and step % stride == 0
 
     def _is_done(self, step: Path) -> bool:
-        """Whether the step was evaluated with these tasks, or published nothing. On rank 0."""
+        """Whether the step was evaluated with these tasks, or has no Hugging Face folder. On rank 0."""
         if not (step / FOLDER).is_dir():
             return True
         file = step / evaluation.FILE
         try:
             return file.is_file() and assets.read_object(file, otherwise="").get("tasks") == evaluation.specs(self.tasks)
-        except CheckpointError:  # what can't be read is written again
+        except CheckpointError:  # a file that can't be read is written again
             return False
 
     def _evaluate(self, trainer: Trainer, step: Path) -> None:
-        """Every rank calls it. Raises EvaluationError where on_error is fail."""
+        """Evaluates a step in another process. Every rank calls it. Raises EvaluationError where on_error is fail."""
         started = time.monotonic()
         running: list[Process] = []
 
         def begin() -> str | None:
             if self._device().startswith("cuda"):
-                torch.cuda.empty_cache()  # what training holds and doesn't use is of use to the other process
+                torch.cuda.empty_cache()  # leaves unused memory to the other process
             try:
                 running.append(Process(step / FOLDER, self.tasks, batch_size=self.batch_size, device=self._device()))
             except EvaluationError as error:
@@ -110,9 +111,9 @@ class Evaluate(Callback):
 
         failure = on_rank_zero("starting an evaluation", begin)
         outcome: tuple[evaluation.Results | None, str | None] | None = (None, failure) if failure else None
-        turn = _turn(trainer)
+        seconds = _wait_seconds(trainer)
         while outcome is None:
-            outcome = on_rank_zero("evaluating", lambda: self._turn(trainer, running[0], turn, time.monotonic() - started))
+            outcome = on_rank_zero("evaluating", lambda: self._wait(trainer, running[0], seconds, time.monotonic() - started))
         results, failure = outcome
         if results is not None:
             self._report(trainer, step, results, time.monotonic() - started)
@@ -120,19 +121,22 @@ class Evaluate(Callback):
             failure = f"{step / FOLDER} was not evaluated: {failure}"
             if self.policy == "fail":
                 raise EvaluationError(
-                    f"{failure}\nWhat was saved is complete; mend the cause and continue with checkpoint.resume=auto, or set "
+                    f"{failure}\nEverything was saved; correct the cause and continue with checkpoint.resume=auto, or set "
                     "callbacks.evaluate.on_error=warn."
                 )
             trainer.say(failure)
 
-    def _turn(
+    def _wait(
         self, trainer: Trainer, process: Process, seconds: float, spent: float
     ) -> tuple[evaluation.Results | None, str | None] | None:
-        """Waits a turn, on rank 0: None where it goes on, (results, None), (None, what failed), or (None, None) once said."""
+        """Waits up to `seconds`, on rank 0. Returns None while the evaluation runs, then (results, error message).
+
+        Both are None for an evaluation that was ended because the run is stopping.
+        """
         if not process.wait(seconds):
             if trainer.stop.received:
                 process.end()
-                trainer.say("an evaluation is given up: the run is stopping; a resumed run does it again")
+                trainer.say("the evaluation was ended because the run is stopping; a resumed run repeats it")
                 return None, None
             if self.timeout is not None and spent > self.timeout:
                 process.end()
@@ -153,7 +157,7 @@ class Evaluate(Callback):
         trainer.say(f"evaluation of step {trainer.step}: {results.line()}")
 
     def _write(self, step: Path, results: evaluation.Results) -> str:
-        """Leaves what was found beside the export; says why where it can't, which costs the run nothing."""
+        """Writes the results beside the export. Returns an error message where that fails, which doesn't end the run."""
         file = step / evaluation.FILE
         try:
             evaluation.write(file, step / FOLDER, self.tasks, results)
@@ -162,13 +166,13 @@ class Evaluate(Callback):
         return ""
 
     def _device(self) -> str:
-        """Where the process computes, on rank 0."""
+        """Returns the device on which the other process computes. On rank 0."""
         if self.device != "auto":
             return self.device
         return "cpu" if platform.is_cpu() else f"cuda:{torch.cuda.current_device()}"
 
     def _checked(self, trainer: Trainer) -> tuple[dict[str, evaluation.Task], list[str]]:
-        """The tasks, and a line for everything that can't work, but for names that lm-evaluation-harness should know."""
+        """Returns the tasks, and a line for each problem; names of lm-evaluation-harness are checked in `_look_up_names`."""
         where, config = "callbacks.evaluate", trainer.config
         tasks, problems = evaluation.parsed(self.specs, where=f"{where}.tasks", seq_length=config.recipe.seq_length)
         if self.policy not in ON_ERROR:
@@ -182,11 +186,11 @@ class Evaluate(Callback):
         peft, saving = config.peft, config.checkpoint
         if peft.name != "none" and not peft.merge:
             problems.append(
-                f"{where} evaluates a whole model, but with peft={peft.name} a save publishes adapters alone; set peft.merge=true"
+                f"{where} evaluates a whole model, but with peft={peft.name} a save has only the adapters; set peft.merge=true"
             )
         before = trainer.callbacks[: trainer.callbacks.index(self)]
         if not saving.hf or not any(isinstance(callback, HFExport) for callback in before):
-            problems.append(f"{where} evaluates what hf_export publishes; set checkpoint.hf=true and put hf_export before it")
+            problems.append(f"{where} evaluates the export of hf_export; set checkpoint.hf=true and put hf_export before it")
         on_the_way = bool(self.every and saving.save_every and self.every * saving.save_every <= config.recipe.steps)
         if not on_the_way and not (self.at_end and saving.save_at_end):
             problems.append(f"{where} would evaluate no save of this run; set checkpoint.save_every, or at_end=true")
@@ -195,17 +199,17 @@ class Evaluate(Callback):
         return tasks, problems
 
     def _look_up_names(self, trainer: Trainer) -> list[str]:
-        """A line for each name that the harness doesn't know. Every rank calls it."""
+        """Returns a line for each name that lm-evaluation-harness doesn't know. Every rank calls it."""
         if not evaluation.asks_harness(self.tasks):
             return []
         checks: list[Process] = []
         on_rank_zero("starting a check", lambda: checks.append(Process(trainer.run_dir, self.tasks, check=True)))
-        turn = _turn(trainer)
-        while not on_rank_zero("looking up tasks of lm-evaluation-harness", lambda: checks[0].wait(turn)):
+        seconds = _wait_seconds(trainer)
+        while not on_rank_zero("looking up tasks of lm-evaluation-harness", lambda: checks[0].wait(seconds)):
             pass
         return on_rank_zero("looking up tasks of lm-evaluation-harness", lambda: checks[0].problems())
 
 
-def _turn(trainer: Trainer) -> float:
-    """Seconds that ranks wait for rank 0 at once."""
-    return min(_TURN, trainer.config.timeout / 4)
+def _wait_seconds(trainer: Trainer) -> float:
+    """Returns the time in seconds between two collectives while ranks wait for rank 0."""
+    return min(_WAIT, trainer.config.timeout / 4)

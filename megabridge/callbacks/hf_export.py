@@ -1,4 +1,4 @@
-"""The save hook: every save publishes a Hugging Face folder, verified bit by bit and against transformers' logits."""
+"""Exports a Hugging Face folder at every save, verified bit by bit and against transformers' logits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ADAPTER_FOLDER: Final = "adapter"
 
 
 class HFExport(Callback):
-    """Writes checkpoints/step_N/hf on every save, unless checkpoint.hf is false; of adapters alone a PEFT folder, step_N/adapter.
+    """Writes checkpoints/step_N/hf on every save, unless checkpoint.hf is false; for unmerged adapters step_N/adapter, for PEFT.
 
-    A resumed run writes that of the step that it goes on from where it is missing.
+    A resumed run writes the folder of the step that it continues from, if it is missing.
 
-    Logs the export's report as `export/*` and the logits' comparison as `parity/*`. The rules are those of the group
-    `conversion`: export_dtype, export_quantization, max_shard_size, writer, verify, strict, allow_nonfinite. Logits are compared on
-    `logits_tokens` tokens; 0: not.
+    Logs the export's report as `export/*` and the comparison of logits as `parity/*`. Uses the settings of the group `conversion`:
+    export_dtype, export_quantization, max_shard_size, writer, verify, strict, allow_nonfinite. Logits are compared on
+    `logits_tokens` tokens; 0: not compared.
     """
 
     def __init__(self, logits_tokens: int = LOGITS_TOKENS) -> None:
@@ -38,7 +38,7 @@ class HFExport(Callback):
 
     @override
     def on_resume(self, trainer: Trainer, folder: Path) -> None:
-        """Publishes what a run that ended after the native checkpoint of its step did not."""
+        """Exports the step that the run continues from, if the previous process ended before it did."""
         step, peft = folder.parent, trainer.config.peft
         name = ADAPTER_FOLDER if peft.name != "none" and not peft.merge else FOLDER
         is_ours = step.parent.resolve() == trainer.checkpoints.resolve()

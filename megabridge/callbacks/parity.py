@@ -1,4 +1,4 @@
-"""Parity with transformers: what an import or an export moved, and whether both models say the same."""
+"""Compares logits with transformers after an import or an export."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 _NO_KL: Final = 1e-6
 """Nats per token below which two models in float32 say the same."""
 LOGITS_TOKENS: Final = 64
-"""Of the batch on which logits are compared."""
+"""Default number of tokens on which logits are compared."""
 
 
 class ImportParity(Callback):
     """Logs the import's report as `import/*` and compares logits with the source's before the first step.
 
-    Of `logits_tokens` tokens; 0: logits are not compared.
+    Logits are compared on `logits_tokens` tokens; 0: not compared.
     """
 
     def __init__(self, logits_tokens: int = LOGITS_TOKENS) -> None:
@@ -47,7 +47,7 @@ class ImportParity(Callback):
 
 
 def _with_source(trainer: Trainer, bridge: AutoBridge, length: int) -> str:
-    """The end of a line about logits of the source, which may have gone since it was imported. Every rank calls it."""
+    """Returns `compare_logits` with the source, or why not: the source may have been removed since. Every rank calls it."""
     try:
         with collectives.raise_together("opening the source"):
             folder = bridge.weights_folder()
@@ -58,17 +58,18 @@ def _with_source(trainer: Trainer, bridge: AutoBridge, length: int) -> str:
 
 
 def compare_logits(trainer: Trainer, folder: Path, length: int, *, prefix: str) -> str:
-    """Logs `prefix`/logits_* of the model in memory against transformers' of `folder`; returns the end of a line about it.
+    """Compares logits of the model in memory with transformers' of `folder`, and logs them as `prefix`/logits_*. Collective.
 
-    The batch is the same in every run: `length` tokens (0: nothing is compared), spread over the vocabulary. Every rank calls it.
+    Returns the result as the end of a log line. The batch is the same in every run: `length` tokens (0: nothing is compared),
+    spread over the vocabulary.
     """
     if length == 0:
         return "; logits not compared"
-    if not collectives.on_rank_zero("looking for what reads the weights", lambda: is_readable(folder)):
-        return "; logits not compared: for quantised weights transformers needs the package accelerate (pip install accelerate)"
+    if not collectives.on_rank_zero("checking that transformers can read the weights", lambda: is_readable(folder)):
+        return "; logits not compared: transformers needs the package accelerate for quantised weights (pip install accelerate)"
     assert trainer.bridge is not None
     size = int(trainer.bridge.source.config["vocab_size"])
-    # 7919 is a prime that no vocabulary size is a multiple of, so neighbours are far apart.
+    # 7919 is a prime that divides no vocabulary size, so no token repeats early and neighbours are far apart.
     tokens = (torch.arange(length) * 7919 % size)[None]
     figures = logits_parity(gather_logits(trainer.chunks, tokens), folder, tokens, dtype=trainer.config.model.dtype)
     trainer.log({f"{prefix}/{name}": value for name, value in figures.items()})

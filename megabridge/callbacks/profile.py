@@ -1,4 +1,4 @@
-"""A trace of chosen steps, for chrome://tracing or Perfetto: conf/callbacks/profile.yaml."""
+"""Traces some steps for chrome://tracing or Perfetto: conf/callbacks/profile.yaml."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FOLDER: Final = "profile"
 
 
 class Profile(Callback):
-    """Writes profile/steps_A-B_rank_R.json into the run directory, of steps `first` to `first + steps - 1` of the ranks in `ranks`.
+    """Traces the steps `first` to `first + steps - 1` on `ranks`, as profile/steps_A-B_rank_R.json in the run directory.
 
-    A run that ends, or resumes, within them traces those it takes. `shapes`, `memory` and `stack` are torch.profiler's
-    record_shapes, profile_memory and with_stack.
+    A run that starts or ends within them traces those it takes. `shapes`, `memory` and `stack` are torch.profiler's record_shapes,
+    profile_memory and with_stack.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Profile(Callback):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tracer.export_chrome_trace(str(file))
-        except OSError as error:  # a trace is worth no run
+        except OSError as error:  # a missing trace must not end the run
             print(f"{file} can't be written ({error.strerror}); the run goes on without it", flush=True)
             return
         trainer.say(f"trace of steps {first} to {max(trainer.step, first)}: {file}")

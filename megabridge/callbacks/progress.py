@@ -1,4 +1,4 @@
-"""A bar over the steps, on a terminal. Elsewhere the console logger's lines are the progress."""
+"""Shows a progress bar over the steps, on a terminal only. Elsewhere the console logger's lines show the progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Progress(Callback):
-    """Shows steps done, the last loss and the time left. Only rank 0 draws."""
+    """Shows the steps done, the last loss and the remaining time. Only rank 0 draws it."""
 
     def __init__(self) -> None:
         self._bar: rich_progress.Progress | None = None

@@ -1,1 +1,1 @@
-"""The config: its schema, what may be refused before anything starts, and what is said of it. No torch."""
+"""The config: its schema, the checks before anything starts, and their error messages. No torch."""

@@ -1,4 +1,4 @@
-"""Every number of the config has its bounds, and every path can be looked up: said before a rank starts. No torch."""
+"""Checks that every number of the config is within its bounds, and that every path can be looked up. No torch."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
     "seed": (0, 2**32 - 1),
     "timeout": (1e-3, 1e8),
 }
-"""Least and most of the settings that no other rule here bounds."""
+"""Minimum and maximum of the settings that no other rule bounds."""
 CALLBACKS: Final[Mapping[str, tuple[float, float]]] = {
     "callbacks.import_parity.logits_tokens": (0, math.inf),
     "callbacks.hf_export.logits_tokens": (0, math.inf),
     "callbacks.answer.max_new_tokens": (1, math.inf),
 }
-"""The same of the callbacks in conf/callbacks, by the names that they have there."""
+"""The same for the callbacks in conf/callbacks, by their names there."""
 UNBOUNDED: Final = ("model.hf.", "recipe.options.")
 """Settings that may be infinite: Mamba's time_step_limit is."""
 _LARGEST: Final = 1 << 53
-"""What every reader of JSON still counts exactly."""
+"""Integers below this are exact in every JSON reader."""
 
 
 def check_numbers(config: Config) -> None:
-    """Raises ConfigError for every number, at any depth, that is none, has no end, or is outside its bounds.
+    """Raises ConfigError for every number, at any depth, that is NaN, infinite, outside its bounds, or an integer beyond 2**53.
 
-    A shape of Hugging Face's, and the options of a recipe of one's own, may be infinite.
+    Numbers below model.hf and recipe.options may be infinite.
     """
     problems = []
     for path, value in _numbers(config, ""):
@@ -61,7 +61,7 @@ def check_numbers(config: Config) -> None:
         if isinstance(value, int) and abs(value) >= _LARGEST:
             problems.append(f"{path}={str(value)[:40]} must be below 2**53 in size; use a smaller number")
         elif math.isnan(value) or (math.isinf(value) and not path.startswith(UNBOUNDED)):
-            problems.append(f"{path}={value} must be a finite number; set one, or take the setting away")
+            problems.append(f"{path}={value} must be a finite number; set one, or remove the setting")
         elif not least <= value <= most:
             bounds = f"from {least:g} to {most:g}" if most < math.inf else f"at least {least:g}"
             problems.append(f"{path}={value} must be {bounds}; set it so")
@@ -70,7 +70,7 @@ def check_numbers(config: Config) -> None:
 
 
 def check_paths(config: Config) -> None:
-    """Raises ConfigError for every setting that names a path which can't even be looked up."""
+    """Raises ConfigError for every setting with a path that the system can't look up."""
     model, conversion, checkpoint = config.model, config.conversion, config.checkpoint
     named = {
         "model.path": model.path,
@@ -89,7 +89,7 @@ def check_paths(config: Config) -> None:
     problems = [] if config.run_dir else ["run_dir='' must name a directory of the run's own; give one."]
     for key, path in named.items():
         try:
-            regular_files.place(path or ".")
+            regular_files.expand(path or ".")
         except CheckpointError as error:
             problems.append(f"{key}={error}")
     if problems:

@@ -1,4 +1,4 @@
-"""Turns what Hydra and OmegaConf raise on a wrong config into one line that names the key and the nearest right one."""
+"""Turns errors of Hydra and OmegaConf about a wrong config into one line with the key and the closest existing one."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from megabridge.config.validation import nearest
 _CLOSE: Final = 0.6
 """Similarity (difflib's ratio) from which a key is worth suggesting."""
 _SHOWN: Final = 30
-"""Keys of a node that are listed where none is close."""
+"""Number of keys of a node that are listed where none is similar."""
 
 
 MOVED: Final = {
     "recipe.answer_prompt": "callbacks.answer.prompt",
     "conversion.logits_tokens": "callbacks.import_parity.logits_tokens and callbacks.hf_export.logits_tokens",
 }
-"""Keys that were, and what they are called now."""
+"""Former keys, and their current names."""
 
 
 _AS_SETTING: Final = {
@@ -47,7 +47,7 @@ _AS_SETTING: Final = {
 
 
 def explain(error: BaseException, conf: Path, others: Sequence[str] = ()) -> str:
-    """One line: what is wrong, and what to write instead. `conf` is the folder of the config groups, `others` more keys."""
+    """Returns one line: what is wrong, and what to write instead. `conf` is the folder of config groups, `others` more keys."""
     if isinstance(error, MissingConfigException):
         return _missing_choice(error)
     if isinstance(error, OverrideParseException):
@@ -56,7 +56,7 @@ def explain(error: BaseException, conf: Path, others: Sequence[str] = ()) -> str
     text = str(error)
     override = re.match(r"Could not override '([^']+)'", text)
     if override is not None:
-        # Of a whole mapping, OmegaConf says which of its keys is none.
+        # For a whole mapping, OmegaConf's error names the unknown key in it.
         inner = str(cause.full_key) if isinstance(cause, ConfigKeyError | ConfigAttributeError) else ""
         return _unknown_key(inner if inner.startswith(f"{override[1]}.") else override[1], conf, others)
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
@@ -68,14 +68,14 @@ def explain(error: BaseException, conf: Path, others: Sequence[str] = ()) -> str
     if isinstance(cause, ValidationError):
         return f"{cause.full_key}: {_wrong_type(cause)}"
     if isinstance(cause, ConfigTypeError):
-        return f"{cause.full_key}: {_one_line(str(cause))}; give it a value of the kind that it has."
+        return f"{cause.full_key}: {_one_line(str(cause))}; give it a value of its type."
     if isinstance(error, OSError):
         return _unusable(error)
     return _one_line(text)
 
 
 def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | None:
-    """The first of OmegaConf's own errors in the chain."""
+    """Returns the first of OmegaConf's own errors in the chain."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, OmegaConfBaseException):
@@ -86,7 +86,7 @@ def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | No
 
 
 def _one_line(text: str) -> str:
-    """The message without OmegaConf's trailer (full_key, object_type) and Hydra's search path."""
+    """Returns the message without OmegaConf's trailer (full_key, object_type) and Hydra's search path."""
     kept = []
     for line in text.splitlines():
         if re.match(r"\s*(full_key|object_type|reference_type)[:=]|Config search path:", line):
@@ -97,15 +97,15 @@ def _one_line(text: str) -> str:
 
 
 def _unusable(error: OSError) -> str:
-    """For a file or folder that Hydra can't read or make."""
+    """Returns the message for a file or folder that Hydra can't read or create."""
     place = f"{error.filename!r}: {error.strerror}"
     if str(error.filename).endswith(".yaml"):
-        return f"a config must be a file that can be read, but {place}; mend it, or choose another."
+        return f"a config must be a file that can be read, but {place}; correct it, or choose another."
     return f"a run's directory must be a folder that can be made, but {place}; set another run_dir (of a sweep, hydra.sweep.dir)."
 
 
 def _missing_choice(error: MissingConfigException) -> str:
-    """For a group that lacks the chosen file."""
+    """Returns the message for a group without the chosen file."""
     group, _, choice = str(error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
     options = sorted(error.options or [])
     if not group or not options:
@@ -118,7 +118,7 @@ def _missing_choice(error: MissingConfigException) -> str:
 
 
 def _wrong_type(error: ValidationError) -> str:
-    """`'abc' is not a float`, from OmegaConf's sentence."""
+    """Returns `'abc' must be a number.`, from OmegaConf's sentence."""
     match = re.match(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+)", str(error), re.DOTALL)
     if match is None:
         return _one_line(str(error))
@@ -127,7 +127,7 @@ def _wrong_type(error: ValidationError) -> str:
 
 
 def _unknown_key(key: str, conf: Path, others: Sequence[str]) -> str:
-    """For a key that the schema, or the chosen file of an open node, does not have."""
+    """Returns the message for a key that the schema, or the chosen file of an open node, does not have."""
     if key in MOVED:
         return f"unknown key '{key}': it is {MOVED[key]} now; set that."
     if said := synonyms.of_key(key):
@@ -135,7 +135,7 @@ def _unknown_key(key: str, conf: Path, others: Sequence[str]) -> str:
     parent = key.rpartition(".")[0]
     inside = next((f"{node}." for node in OPEN_NODES if key.startswith(f"{node}.")), "")
     known = [each for each in {*_known_keys(key, conf), *others} if each.startswith(inside)]
-    # What holds it is there: that is not what was meant.
+    # A node that contains the key exists, and can't be what was meant.
     candidates = sorted(each for each in known if not f"{key}.".startswith(f"{each}.")) or [""]
     best, name = max((_similarity(key, candidate), candidate) for candidate in candidates)
     beside = [each.rpartition(".")[2] for each in candidates if each.rpartition(".")[0] == parent]
@@ -153,7 +153,7 @@ def _unknown_key(key: str, conf: Path, others: Sequence[str]) -> str:
 
 
 def _similarity(key: str, candidate: str) -> float:
-    """How alike two dotted keys are: as a whole, or their last words where the rest is missing or wrong."""
+    """Returns how similar two dotted keys are, as a whole or by their last words, where the rest is missing or wrong."""
     parent, _, last = key.rpartition(".")
     candidate_parent, _, candidate_last = candidate.rpartition(".")
     word = SequenceMatcher(None, last, candidate_last).ratio()
@@ -161,7 +161,7 @@ def _similarity(key: str, candidate: str) -> float:
 
 
 def _known_keys(key: str, conf: Path) -> Iterator[str]:
-    """Every key of the schema, and, where `key` is in a group whose keys are open, those of that group's YAML files."""
+    """Yields every key of the schema and, where `key` is in a group with open keys, those of that group's YAML files."""
     yield from _schema_keys(Config, "")
     group = key.partition(".")[0]
     if group in {node.partition(".")[0] for node in OPEN_NODES}:

@@ -1,4 +1,4 @@
-"""What other packages bring: backends, by the entry-point group `megabridge.backends`. Their names are known without an import."""
+"""Backends of other packages, in the entry-point group `megabridge.backends`. Their names are known without importing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OURS: Final = ("torch", "te", "local")
 
 @cache
 def backends() -> dict[str, EntryPoint]:
-    """Those of installed packages, by name. Raises ConfigError for one that has the name of ours."""
+    """Returns the backends of installed packages by name. Raises ConfigError for one with a name of ours."""
     found = {point.name: point for point in entry_points(group=GROUP)}
     if taken := sorted(found.keys() & {"auto", *OURS}):
         points = ", ".join(f"{name} = {found[name].value!r}" for name in taken)
@@ -24,5 +24,5 @@ def backends() -> dict[str, EntryPoint]:
 
 
 def backend_names() -> tuple[str, ...]:
-    """What `backend=` may be."""
+    """Returns the values that `backend=` accepts."""
     return ("auto", *OURS, *backends())

@@ -1,4 +1,4 @@
-"""Makes the objects that a `_target_` in the config names: the class is checked before it is called.
+"""Instantiates the classes that a `_target_` in the config names, after checking class and arguments.
 
 Only data, callbacks.* and logger.* may hold a `_target_` (megabridge.config.validation.check_targets). Nothing that came with a
 checkpoint ever gets here.
@@ -18,10 +18,10 @@ from megabridge.errors import ConfigError, listed
 
 
 def build[T](node: Mapping[str, Any], base: type[T], *, where: str) -> T:
-    """An instance of the class that `node["_target_"]` names, with the other keys as its arguments.
+    """Returns an instance of the class that `node["_target_"]` names, with the other keys as its arguments.
 
-    `where` is the node's path in the config, for messages. Raises ConfigError when the target can't be found, is not a
-    subclass of `base`, takes no argument of a given name, or says of one that it is of another type.
+    `where` is the node's path in the config, for messages. Raises ConfigError when the target can't be found or is not a subclass
+    of `base`, or when an argument is unknown, missing, or not of its annotated type.
     """
     arguments = {str(key): value for key, value in node.items() if key != "_target_"}
     chosen = find(node.get("_target_"), base, where=where)
@@ -35,21 +35,21 @@ def build[T](node: Mapping[str, Any], base: type[T], *, where: str) -> T:
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        raise ConfigError(f"{where}: {chosen.__name__} can't be called so: {error}.") from error
+        raise ConfigError(f"{where}: {chosen.__name__} can't be called with these arguments: {error}.") from error
     if problems := _of_other_types(chosen, arguments, where):
         raise ConfigError(listed(problems))
     return chosen(**arguments)
 
 
 def _of_other_types(chosen: type, arguments: Mapping[str, Any], where: str) -> list[str]:
-    """A line for each argument that isn't of its annotated type, where that is made of JSON's."""
+    """Returns a line for each argument that isn't of its annotated type, as far as that consists of JSON types."""
     try:
-        hints = get_type_hints(chosen.__init__)  # type: ignore[misc]  # this class's own
-    except NameError:  # names that only a type checker imports
+        hints = get_type_hints(chosen.__init__)  # type: ignore[misc]  # of this very class
+    except NameError:  # annotations with names that only a type checker imports
         return []
     written = inspect.signature(chosen).parameters
     return [
-        f"{where}.{name}={shown(value)} must be {written[name].annotation}, and is {type(value).__name__}; set it so."
+        f"{where}.{name}={shown(value)} must be {written[name].annotation}, not {type(value).__name__}; set it so."
         for name, value in arguments.items()
         if name in hints and name in written and not _fits(value, hints[name])
     ]
@@ -71,7 +71,7 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def named(target: str, *, where: str) -> Any:
-    """What `target`, module:NAME, names. Raises ConfigError, with the names of the module, when there is none."""
+    """Returns the object that `target`, module:NAME, names. Raises ConfigError, with the closest name, when there is none."""
     module_name, _, name = target.partition(":")
     try:
         members = vars(importlib.import_module(module_name))
@@ -83,7 +83,7 @@ def named(target: str, *, where: str) -> Any:
 
 
 def find[T](target: object, base: type[T], *, where: str) -> type[T]:
-    """The class named `target`, as package.module.Class. Raises ConfigError unless it is a subclass of `base`."""
+    """Returns the class `target`, given as package.module.Class. Raises ConfigError unless it is a subclass of `base`."""
     rule = f"{where}._target_={target!r} must name a subclass of {base.__module__}.{base.__qualname__}"
     if not isinstance(target, str) or "." not in target:
         raise ConfigError(f"{rule}, as package.module.Class.")

@@ -1,8 +1,8 @@
-"""What a layout may be, each rule said once: what a model's sizes allow, what a backend has, how batches come out even. No torch.
+"""Rules of parallel layouts: what a model's sizes allow, what a backend supports, how batches divide evenly. No torch.
 
-The parent process asks before anything is started, the provider when it is finalized, the conformance checks for every layout that
-they try. `get` reads a setting of the model by its native name, TransformerConfig's; None is one that is off, and a model of which
-not even `num_layers` is known has no rule broken.
+The parent process checks them before anything starts, the provider when it is finalized, the conformance checks for every layout
+that they try. `get` returns a setting of the model by its name in TransformerConfig; None is one that is off or not known. Without
+a known `num_layers` the rules about sizes aren't checked.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from megabridge.parallel.topology import Topology
 
 Get = Callable[[str], Any]
 _SHOWN: Final = 12
-"""Sizes that a message suggests."""
+"""Maximum number of sizes that a message suggests."""
 
 
 def of_run(config: Config, sizes: Mapping[str, Any]) -> Get:
-    """`get` of the provider that a run will have for a model of these native settings."""
+    """Returns `get` of the provider that a run will have for a model with these native settings."""
     parallel = config.parallel
     own = {"sequence_parallel": parallel.sequence_parallel, "pipeline_model_parallel_layout": parallel.layout}
     return {**sizes, **own, **config.model.provider}.get
 
 
 def backend_of_run(config: Config) -> str | None:
-    """The backend that a run will have, as far as that can be known before its ranks; else None."""
+    """Returns the backend that a run will have, or None if only its ranks can know."""
     provider = config.model.provider
     name = str(provider.get("backend", config.backend.name))
     if name != "auto":
@@ -38,7 +38,7 @@ def backend_of_run(config: Config) -> str | None:
 
 
 def model_problems(get: Get, topology: Topology, *, backend: str | None) -> list[str]:
-    """Every rule between model, backend (None: not known) and layout that is broken, one sentence each. dp counts nothing."""
+    """Returns a sentence for each broken rule between model, backend (None: not known) and layout. dp doesn't matter."""
     problems = []
     if get("num_layers") is not None:
         problems += [*_tensor_problems(get, topology.tp), *_expert_problems(get, topology), *_stage_problems(get, topology)]
@@ -46,19 +46,19 @@ def model_problems(get: Get, topology: Topology, *, backend: str | None) -> list
 
 
 def divisors(number: int) -> list[int]:
-    """The whole numbers that divide `number`, in their order."""
+    """Returns the divisors of `number`, in ascending order."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 
 
 def one_of(sizes: list[int]) -> str:
-    """Sizes in a message."""
+    """Returns sizes as text for a message, at most _SHOWN."""
     found = [str(size) for size in sizes]
     return ", ".join(found if len(found) <= _SHOWN else [*found[: _SHOWN - 1], "..."])
 
 
 def allowed_tp(get: Get) -> list[int]:
-    """Tensor parallel sizes that break no rule of the model's sizes."""
+    """Returns the tensor parallel sizes that break no rule of the model's sizes."""
     return [tp for tp in divisors(get("num_attention_heads")) if not any(_broken_by_tp(get, tp))]
 
 
@@ -67,7 +67,7 @@ def _tensor_problems(get: Get, tp: int) -> list[str]:
 
 
 def _broken_by_tp(get: Get, tp: int) -> Iterator[str]:
-    """What tp must do and doesn't. KV heads are cut, or shared by several ranks."""
+    """Yields the rules that tp breaks, to follow the word "must". KV heads are cut, or shared by several ranks."""
     heads = get("num_attention_heads")
     groups = get("num_query_groups") or heads
     channels = get("kv_channels") or get("hidden_size") // heads
@@ -82,7 +82,7 @@ def _broken_by_tp(get: Get, tp: int) -> Iterator[str]:
 
 
 def ffn_width(get: Get) -> int:
-    """Of a layer's MLP: megatron-core's default is four times the hidden size."""
+    """Returns the intermediate size of a layer's MLP: megatron-core's default is four times the hidden size."""
     return int(get("ffn_hidden_size") or 4 * get("hidden_size"))
 
 
@@ -101,7 +101,7 @@ def _expert_problems(get: Get, topology: Topology) -> list[str]:
 
 
 def expert_cut_problems(etp: int, width: int, *, has_biases: bool) -> list[str]:
-    """What keeps experts of this width from being cut into `etp` shares; null means tp."""
+    """Returns a sentence for each reason why experts of this width can't be cut into `etp` parts."""
     problems = []
     if width % etp:
         problems.append(f"parallel.etp={etp} must divide moe_ffn_hidden_size={width}; use one of {one_of(divisors(width))}.")
@@ -111,7 +111,7 @@ def expert_cut_problems(etp: int, width: int, *, has_biases: bool) -> list[str]:
 
 
 def follows_megatron(get: Get) -> bool:
-    """Whether the user says how layers are dealt to stages; megatron-core checks it then."""
+    """Whether the user sets how layers are divided between stages; megatron-core then checks it."""
     return (
         get("pipeline_model_parallel_layout") is not None
         or get("num_layers_in_first_pipeline_stage") is not None
@@ -126,7 +126,7 @@ def _stage_problems(get: Get, topology: Topology) -> list[str]:
 
 
 def stage_problems(num_layers: int, *, pp: int, vpp: int) -> list[str]:
-    """A chunk between the first and the last must not be empty; these hold the embedding and the output layer too."""
+    """Checks that no chunk is empty; the first and last need no layers, as they hold the embedding and the output layer."""
     if pp * vpp - 2 <= num_layers:
         return []
     return [
@@ -145,7 +145,7 @@ def _sequence_parallel_problems(get: Get, topology: Topology) -> list[str]:
 
 
 def sequence_problems(name: str, length: int, topology: Topology, *, sequence_parallel: bool) -> list[str]:
-    """Sequences of `length` tokens, the setting `name`, must be cut evenly. A rank of context parallelism takes two chunks."""
+    """Checks that sequences of `length` tokens, the setting `name`, are cut evenly. A context-parallel rank takes two chunks."""
     parts = topology.tp * topology.cp if sequence_parallel else 1
     chunks = 2 * topology.cp if topology.cp > 1 else 1
     needed = lcm(parts, chunks)
@@ -164,7 +164,7 @@ def _backend_problems(get: Get, topology: Topology, backend: str | None) -> list
 
 
 def batch_problems(global_batch_size: int, micro_batch_size: int, dp: int) -> list[str]:
-    """A step's sequences must be whole micro-batches, as many on every data-parallel rank."""
+    """Checks that a step's sequences make whole micro-batches, the same number on every data-parallel rank."""
     at_once = micro_batch_size * dp
     if global_batch_size >= at_once and global_batch_size % at_once == 0:
         return []
@@ -176,7 +176,7 @@ def batch_problems(global_batch_size: int, micro_batch_size: int, dp: int) -> li
 
 
 def step_problems(config: Config, topology: Topology) -> list[str]:
-    """What keeps the batches of a run's steps from coming out even; all sizes are at least 1."""
+    """Returns a sentence for each reason why a run's steps don't divide into equal batches; all sizes are at least 1."""
     recipe = config.recipe
     name, is_cut = "recipe.seq_length", config.parallel.sequence_parallel
     problems = sequence_problems(name, recipe.seq_length, topology, sequence_parallel=is_cut)
@@ -186,7 +186,7 @@ def step_problems(config: Config, topology: Topology) -> list[str]:
     count = recipe.global_batch_size // at_once
     group = config.model.provider.get("microbatch_group_size_per_vp_stage")
     if topology.vpp > 1 and group is None and count % topology.pp:
-        # megatron-core's interleaved schedule (pipeline_parallel/schedules.py) refuses a last group of other size.
+        # megatron-core's interleaved schedule (pipeline_parallel/schedules.py) refuses a last group of a different size.
         problems.append(
             f"parallel.vpp={topology.vpp} needs micro-batches per step ({count}) that are a multiple of parallel.pp={topology.pp}; "
             f"use recipe.global_batch_size={at_once * topology.pp * (count // topology.pp + 1)} or another multiple of "
@@ -195,14 +195,11 @@ def step_problems(config: Config, topology: Topology) -> list[str]:
     return problems
 
 
-def padded_vocabulary(get: Get, tp: int) -> int:
-    """vocab_size, padded to a multiple of make_vocab_size_divisible_by x tp."""
-    multiple = int(get("make_vocab_size_divisible_by")) * tp
-    return -(-int(get("vocab_size")) // multiple) * multiple
-
-
 def parameters(get: Get) -> int | None:
-    """Parameters of a decoder with an MLP, or experts, in each layer: of a dense one without biases exactly. None: not known."""
+    """Returns the number of parameters of a decoder with an MLP, or experts, in each layer; None: not known.
+
+    It is exact for a dense model without biases.
+    """
     layers, hidden, heads, vocab = (get(name) for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"))
     if None in (layers, hidden, heads, vocab):
         return None

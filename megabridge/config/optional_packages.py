@@ -1,4 +1,4 @@
-"""The one place that asks whether an optional package is installed, and says how to install it."""
+"""The only place that checks whether an optional package is installed, and knows how to install it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megabridge.errors import ConfigError
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional package: what it is imported as, what it is for, how it is installed."""
+    """An optional package: its import name, its purpose, and the command that installs it."""
 
     module: str
     purpose: str
@@ -47,7 +47,7 @@ def is_installed(module: str) -> bool:
 
 
 def require(module: str) -> None:
-    """Raises ConfigError with the command to install `module` when it is missing."""
+    """Raises ConfigError, with the command that installs `module`, when it is missing."""
     extra = EXTRAS[module]
     if not extra.is_installed():
         raise ConfigError(f"{extra.missing}.")

@@ -1,7 +1,7 @@
-"""Who reads which setting: one that nothing reads in a run is an error, not a wish that is passed over. No torch.
+"""Checks that some part of a run reads each setting: one that nothing reads is an error and not silently ignored. No torch.
 
-A setting counts where a user gave it, on the command line or in a file of their own, and it is not the default. What is not in
-`READERS` is read by every run, or by none that could tell. A recipe or a callback of the user's own may read anything.
+A setting counts if the user gave it, on the command line or in a file of their own, and it is not the default. Settings that aren't
+in `READERS` count as read in every run. A recipe or a callback of the user's own may read anything.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from megabridge.config.value_types import shown
 from megabridge.errors import ConfigError, listed
 
 RECIPES: Final = "finetune pretrain convert plan bench check collect compare draft evaluate prepare_data report show_data".split()
-"""Those of the package `recipes`; one of the user's own may read anything."""
+"""Recipes of the package `recipes`; one of the user's own may read anything."""
 TRAINING: Final = ("finetune", "pretrain")
 PLANNED: Final = (*TRAINING, "plan", "show_data")
-"""Recipes that train, and those that look ahead at a run which would: they take all of its settings."""
+"""Recipes that train, and those that plan or preview such a run: they accept all of its settings."""
 CALLBACKS: Final = tuple(
     f"megabridge.callbacks.{name}"
     for name in "answer.Answer evaluate.Evaluate hf_export.HFExport parity.ImportParity profile.Profile progress.Progress".split()
 )
-"""Ours, which are known not to export, but for one."""
+"""Callbacks of megabridge, of which only EXPORT exports."""
 EXPORT: Final = "megabridge.callbacks.hf_export.HFExport"
 _EVERYWHERE: Final = ("experiment", "recipe")
 """Groups whose files may set keys of any group."""
@@ -37,10 +37,10 @@ _ABSENT: Final = object()
 
 @dataclass(frozen=True)
 class Reader:
-    """`by` names what reads the `settings`, and `reads` says whether a run has it. A setting's name stands for all below it.
+    """A part of a run, named `by`, that reads `settings` (and all below them); `reads` tells whether a run has it.
 
-    `is_typed` settings count on the command line alone: a file of a training run is also what its model is converted or checked
-    with. `asks` has their default count too where it was typed.
+    With `is_typed`, the settings count only on the command line, because the file of a training run also serves to convert or check
+    its model. With `asks`, they count there even with their default value.
     """
 
     settings: tuple[str, ...]
@@ -78,7 +78,7 @@ def _has_export(config: Config) -> bool:
 
 
 def _publishes(config: Config) -> bool:
-    """Whether a training run publishes folders, or recipe=convert or a look ahead is about one."""
+    """Whether a training run exports folders, recipe=convert exports one, or a training run is planned or previewed."""
     if _converts(config):
         return config.conversion.mode in ("export", "roundtrip")
     return _is_planned(config) and (not _trains(config) or (config.checkpoint.hf and _has_export(config)))
@@ -177,10 +177,10 @@ READERS: Final[tuple[Reader, ...]] = (
 
 
 def check_readers(config: Config, overrides: Collection[str], conf: Path) -> None:
-    """Raises ConfigError naming every setting that a user gave and that nothing reads in this run, with what would.
+    """Raises ConfigError for every setting that the user gave and that nothing in this run reads, and names what would read it.
 
-    `overrides` are those of the command line, as they were typed; `conf` is the folder of our own config groups, whose values
-    nobody gave.
+    `overrides` are those of the command line, as typed; `conf` is the folder of our own config groups, whose values the user didn't
+    give.
     """
     values, defaults, typed = asdict(config), asdict(Config()), _typed(overrides)
     found: dict[str, tuple[object, str, bool]] = {}
@@ -194,7 +194,7 @@ def check_readers(config: Config, overrides: Collection[str], conf: Path) -> Non
                 found.setdefault(name, (value, reader.by, is_typed))
     ours = _ours(conf, {name.partition(".")[0] for name, (_, _, is_typed) in found.items() if not is_typed})
     problems = [
-        f"{name}={shown(value)} has no effect in this run: {by} would read it; take it away."
+        f"{name}={shown(value)} has no effect in this run: {by} would read it; remove it."
         for name, (value, by, is_typed) in found.items()
         if is_typed or (name, json.dumps(value, default=str)) not in ours
     ]
@@ -203,7 +203,7 @@ def check_readers(config: Config, overrides: Collection[str], conf: Path) -> Non
 
 
 def _typed(overrides: Collection[str]) -> set[str]:
-    """The settings that overrides name; not the groups of which they choose a file."""
+    """Returns the settings that overrides name, without the groups for which they choose a file."""
     pairs = [(key.lstrip("+"), value) for key, _, value in (text.partition("=") for text in overrides) if not key.startswith("~")]
     return {key for key, value in pairs if "." in key or value.lstrip().startswith("{") or key == "sweep"}
 
@@ -215,7 +215,7 @@ def _at(values: Any, name: str) -> Any:
 
 
 def _leaves(values: Mapping[str, Any], name: str) -> Iterator[str]:
-    """The names of the single settings below `name`, or it; nothing where the config lacks it."""
+    """Yields the names of the single settings below `name`, or `name` itself; nothing where the config lacks it."""
     value = _at(values, name)
     if isinstance(value, Mapping):
         for key in value:
@@ -225,12 +225,12 @@ def _leaves(values: Mapping[str, Any], name: str) -> Iterator[str]:
 
 
 def _ours(conf: Path, groups: Collection[str]) -> set[tuple[str, str]]:
-    """What our own files say of settings in these groups: (name, value as JSON)."""
-    return set().union(*(_said(conf, group) for group in {*groups, *_EVERYWHERE})) if groups else set()
+    """Returns the settings of these groups in our own files, as (name, value as JSON)."""
+    return set().union(*(_settings_in(conf, group) for group in {*groups, *_EVERYWHERE})) if groups else set()
 
 
 @cache
-def _said(conf: Path, group: str) -> frozenset[tuple[str, str]]:
+def _settings_in(conf: Path, group: str) -> frozenset[tuple[str, str]]:
     said: set[tuple[str, str]] = set()
     for file in (conf / group).glob("*.yaml"):
         content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False) or {}

@@ -1,7 +1,7 @@
-"""Keeps keys, tokens and passwords out of every file that a run writes, and out of Hydra's own.
+"""Keeps keys, tokens and passwords out of every file that a run or Hydra writes.
 
-A value counts as secret when its key sounds like one, or when it comes from the environment. One that the config takes
-from the environment is written as that interpolation, `${oc.env:NAME}`, so that the written config can be run again.
+A value counts as secret when its key sounds like one, or when it comes from the environment. A value that the config takes from the
+environment is written as its interpolation, `${oc.env:NAME}`, so that the written config can be run again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAMES: Final = re.compile(
 _NOT_SECRET: Final = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|image|video|audio|additional)_token$")
 _FROM_ENV: Final = re.compile(r"\$\{\s*oc\.env\s*:\s*([^},\s]+)")
 _SHORTEST: Final = 6
-"""Values of the environment shorter than this are not searched for inside other values: `1` would be everywhere."""
+"""Minimum length of values of the environment that are searched for inside other values: `1` would be everywhere."""
 
 
 def is_secret(key: str) -> bool:
@@ -35,7 +35,7 @@ def is_secret(key: str) -> bool:
 
 
 def carry(arguments: list[str], environ: MutableMapping[str, str] = os.environ) -> list[str]:
-    """The command line with secret values moved into `environ`: Hydra writes overrides into the files of a sweep."""
+    """Returns the command line with secret values moved into `environ`: Hydra writes overrides into the files of a sweep."""
     carried = []
     for text in arguments:
         key, equals, value = text.partition("=")
@@ -50,17 +50,17 @@ def carry(arguments: list[str], environ: MutableMapping[str, str] = os.environ) 
 
 
 def redacted(raw: Any, resolved: Any, environ: MutableMapping[str, str] = os.environ) -> Any:
-    """A copy of `resolved` that may be written. `raw` is the same config with its interpolations."""
+    """Returns a copy of `resolved` without secrets. `raw` is the same config with its interpolations."""
     names = set(_FROM_ENV.findall(_text(raw)))
     values = sorted({environ.get(name, "") for name in names}, key=len, reverse=True)
     return _redacted(raw, resolved, [value for value in values if len(value) >= _SHORTEST], secret=False)
 
 
 def written(run_dir: Path) -> dict[str, Any]:
-    """The config that the command left in a run's directory, with its interpolations; empty where there is none to be read."""
+    """Reads the config in a run's directory, with its interpolations; empty where it is missing or unreadable."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=False)
-    except Exception:  # of others, or damaged
+    except Exception:  # another program's file, or a damaged one
         return {}
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 

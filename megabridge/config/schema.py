@@ -1,10 +1,10 @@
-"""The schema of every config group: what a key is called, its type, its default and what it means. No torch.
+"""The schema of every config group: names, types, defaults and meaning of its keys. No torch.
 
-`register()` puts the schema under the name `schema` into Hydra's ConfigStore; `conf/config.yaml` lists it first, so
-that every YAML and override is checked against it while Hydra composes. The values in `conf/` win over the defaults
-here. A field's `choices` (a tuple, or a function that returns it) are checked after composition by
-`megabridge.config.validation`. Two kinds of node stay open: those whose keys belong to others (`model.hf`, `model.provider`,
-`recipe.options`), and those that hold a `_target_` (data, callbacks, logger).
+`register()` stores the schema under the name `schema` in Hydra's ConfigStore; `conf/config.yaml` lists it first, so that every YAML
+file and override is checked against it while Hydra composes. Values in `conf/` override the defaults here. A field's `choices` (a
+tuple, or a function that returns one) are checked after composition by `megabridge.config.validation`. Two kinds of node are open:
+those whose keys are defined elsewhere (`model.hf`, `model.provider`, `recipe.options`), and those that hold a `_target_` (data,
+callbacks, logger).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from megabridge.errors import ConfigError
 from megabridge.parallel.topology import SETTINGS, Topology
 
 CONFIG_FORMAT: Final = 1
-"""Raised when a published key gets another name or meaning; tests/fixtures keeps a config of every version."""
+"""Increased when a published key gets another name or meaning; tests/fixtures keeps a config of every version."""
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
 def choice(default: str, *others: str) -> Any:
-    """A text field that takes `default` or one of `others`."""
+    """Returns a text field that accepts `default` or one of `others`."""
     return field(default=default, metadata={"choices": (default, *others)})
 
 
 @dataclass
 class ModelConfig:
     name: str = "???"
-    """What the model is called in messages, file names and logs."""
+    """Name of the model in messages, file names and logs."""
     path: str | None = None
     """A local Hugging Face folder or a hub id. Null: a model with random weights of the shape in `hf`."""
     revision: str | None = None
@@ -42,13 +42,13 @@ class ModelConfig:
     load_weights: bool = True
     """False: random weights of the shape in `hf`, even where `path` names real ones (still used for the tokenizer)."""
     dtype: str = choice(*DTYPES)
-    """Precision of parameters and activations in training; the optimizer's copy is float32. Conversions keep each tensor's."""
+    """Dtype of parameters and activations in training; the optimizer's copy is float32. Conversions keep each tensor's dtype."""
     hf: dict[str, Any] = field(default_factory=dict)
-    """What the checkpoint's config.json says of its shape: layouts are checked against it before any download."""
+    """Keys of the checkpoint's config.json that describe its shape: layouts are checked against them before any download."""
     ignore_keys: list[str] = field(default_factory=list)
-    """Keys of config.json that nothing reads and that would be refused, where the model computes the same without them."""
+    """Keys of config.json that nothing reads and that would be refused, if the model computes the same without them."""
     tokenizer: str | None = None
-    """Of a model without `path`: a local folder, a hub id, or `bytes` for the byte-level one of megabridge.hf.byte_tokenizer."""
+    """Tokenizer of a model without `path`: a local folder, a hub id, or `bytes` (byte-level, megabridge.hf.byte_tokenizer)."""
     provider: dict[str, Any] = field(default_factory=dict)
     """Overrides of the Megatron model: TransformerConfig's fields, e.g. +model.provider.recompute_granularity=full."""
 
@@ -68,23 +68,23 @@ class ParallelConfig:
     etp: int | None = None
     """Tensor parallel size inside an expert. Null: tp."""
     dp: int | None = None
-    """Data parallel size. Null: what the number of processes leaves, 1 where the launcher starts them itself."""
+    """Data parallel size. Null: follows from the number of processes; 1 where the launcher starts them itself."""
     sequence_parallel: bool = False
     """Whether activations between the matrices are cut along the sequence over the tp ranks."""
     layout: str | None = None
-    """megatron-core's pipeline_model_parallel_layout, e.g. 'Et|tt|tL'. Null: even, first and last stage lighter."""
+    """megatron-core's pipeline_model_parallel_layout, e.g. 'Et|tt|tL'. Null: evenly, with fewer layers first and last."""
 
 
 @dataclass
 class ConversionConfig:
     mode: str = choice("roundtrip", "import", "export", "verify")
-    """What recipe=convert does: HF to native, native to HF, both and compare, or check an exported folder."""
+    """Task of recipe=convert. import: HF to native; export: native to HF; roundtrip: both; verify: checks an exported folder."""
     output: str | None = None
     """Folder that recipe=convert publishes to. Null: inside the run directory."""
     folder: str | None = None
     """Exported folder that mode=verify checks against its manifest."""
     source: str | None = None
-    """Local folder or hub id with whose tensors mode=verify compares that folder's, too. Null: the manifest only."""
+    """Local folder or hub id whose tensors mode=verify also compares with the exported ones. Null: only the manifest is used."""
     verify: bool = True
     """Whether every imported and exported tensor is read back and compared bit by bit."""
     strict: bool = True
@@ -92,43 +92,43 @@ class ConversionConfig:
     allow_missing: list[str] = field(default_factory=list)
     """HF names (with * as wildcard) that a checkpoint may lack."""
     allow_unexpected: list[str] = field(default_factory=list)
-    """HF names (with * as wildcard) that a checkpoint may have beyond what the model takes."""
+    """HF names (with * as wildcard) that a checkpoint may have in addition to the model's."""
     allow_bin: bool = False
     """Whether weights may come from a pickled pytorch_model.bin where there are no safetensors; only tensors are unpickled."""
     allow_nonfinite: bool = False
     """Whether weights may hold NaN or infinity."""
     reader: str = choice("auto", "mapped", "sequential")
-    """How column cuts are read: copied out of a mapped file, or out of whole rows; auto chooses by file system."""
+    """Source of column cuts: copied out of a mapped file (mapped) or out of whole rows (sequential); auto: by file system."""
     dedupe: bool = False
-    """Whether the ranks of a host read every part of a checkpoint once between them, through 64 MiB of shared memory."""
+    """Whether the ranks of a host read each part of a checkpoint only once between them, through 64 MiB of shared memory."""
     export_dtype: str | None = field(default=None, metadata={"choices": DTYPES})
     """Precision of exported tensors. Null: each tensor's in the source; without imported weights the parameters' own."""
     export_quantization: str | None = field(default=None, metadata={"choices": ("fp8_block",)})
-    """fp8_block: exports have the linears of layers as DeepSeek's block-scaled FP8, and say so. Null: nothing is quantised."""
+    """fp8_block: exports have the linears of layers in DeepSeek's block-scaled FP8. Null: nothing is quantised."""
     max_shard_size: str | None = None
-    """Largest safetensors file of an export, such as 5GB. Null: the source's files where tensors have its dtypes, else 5GB."""
+    """Maximum size of an export's safetensors files, such as 5GB. Null: the source's files if all dtypes are its own, else 5GB."""
     writer: str = choice("shared", "gather")
-    """Who writes an export's files: every rank its own part, on a file system that all share; or rank 0, sent everything."""
+    """Writers of an export's files. shared: every rank writes its own part, on a shared file system; gather: rank 0 writes all."""
 
 
 @dataclass
 class CheckpointConfig:
     save_every: int | None = None
-    """Steps between saves. Null: none on the way."""
+    """Steps between saves. Null: no saves before the end."""
     save_at_end: bool = True
     """Whether the last step is saved."""
     native: bool = True
-    """Whether a save writes what a run resumes from: a distributed checkpoint of parameters, optimizer, progress."""
+    """Whether a save writes a distributed checkpoint of parameters, optimizer and progress, from which runs resume."""
     hf: bool = True
     """Whether a save publishes a Hugging Face folder."""
     resume: str = "none"
     """none; auto: the newest committed step in the run directory, if any; or the folder of a native checkpoint."""
     keep_last: int | None = None
-    """How many of the newest saved steps are kept. Null: all, or only the newest where `keep_best` is set."""
+    """Number of the newest saved steps that are kept. Null: all, or only the newest if `keep_best` is set."""
     keep_best: int | None = None
-    """How many saved steps of the lowest validation loss are kept besides. A step that is saved is then validated first."""
+    """Number of saved steps with the lowest validation loss that are kept as well. A step is then validated before it is saved."""
     accept_changes: list[str] = field(default_factory=list)
-    """What a refused resume names and the run may continue with: settings that change its data's order, inputs that are others."""
+    """Changes, as a refused resume names them, that the run continues with: settings of the data's order, different inputs."""
     path: str | None = None
     """Folder of the checkpoints. Null: `checkpoints` in the run directory."""
     on_full_disk: str = choice("wait", "fail")
@@ -158,7 +158,7 @@ class RecipeConfig:
     log_every: int = 1
     """Steps between log lines."""
     single_process: bool = False
-    """Whether one process without process groups runs it, whatever `parallel` says: it plans, or starts ranks by itself."""
+    """Whether one process without process groups runs it, whatever `parallel` is: a recipe that plans, or starts ranks itself."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of your own recipe: +recipe.options.anything=1."""
 
@@ -170,10 +170,10 @@ class PeftConfig:
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Ends of HF module names that get an adapter (q_proj, layers.3.mlp.up_proj, * as wildcard), or all-linear."""
     exclude_modules: list[str] = field(default_factory=list)
-    """Ends of HF module names that get none."""
+    """Ends of HF module names that get no adapter."""
     target_parameters: list[str] = field(default_factory=list)
-    """Ends of names of experts' weights that are one 3-D parameter of a layer and get an adapter (experts.down_proj, * as
-    wildcard), as transformers' model names them."""
+    """Ends of names of experts' weights that get an adapter and are a single 3-D parameter of a layer (experts.down_proj, * as
+    wildcard), as in transformers' model."""
     r: int = 16
     """Rank of each adapter."""
     lora_alpha: float = 32.0
@@ -181,9 +181,9 @@ class PeftConfig:
     lora_dropout: float = 0.0
     """Share of an adapter's input that is dropped in training."""
     use_rslora: bool = False
-    """Whether it is multiplied by lora_alpha / sqrt(r) instead."""
+    """Whether an adapter's output is multiplied by lora_alpha / sqrt(r) instead."""
     path: str | None = None
-    """A PEFT folder with these settings that the adapters begin with. Null: they begin without effect."""
+    """A PEFT folder with these settings from which the adapters start. Null: they start without effect."""
     merge: bool = False
     """Whether a save publishes the whole model with the adapters merged. False: a PEFT folder with the adapters alone."""
 
@@ -191,20 +191,20 @@ class PeftConfig:
 @dataclass
 class OptimizerConfig:
     name: str = choice("adam", "sgd")
-    """Adam is AdamW: decay is decoupled."""
+    """adam is AdamW: weight decay is decoupled."""
     lr: float = 1e-5
     """Peak learning rate."""
     weight_decay: float = 0.0
-    """Decay of all parameters but those of `no_decay`."""
+    """Weight decay of all parameters except those of `no_decay`."""
     no_decay: list[str] = field(default_factory=lambda: ["*norm*", "*bias*"])
     """Native names (with * as wildcard) that are not decayed. Parameters of one dimension never are."""
     freeze: list[str] = field(default_factory=list)
-    """Hugging Face or native names (with * as wildcard) that are not trained; the last pattern that fits decides, and one that
-    begins with ! trains: ['*', '!*.mlp.*']."""
+    """Hugging Face or native names (with * as wildcard) that are not trained. The last matching pattern decides; one that begins
+    with ! is trained: ['*', '!*.mlp.*']."""
     beta1: float = 0.9
-    """Adam's first moment."""
+    """Adam's decay rate of the first moment."""
     beta2: float = 0.95
-    """Adam's second moment."""
+    """Adam's decay rate of the second moment."""
     eps: float = 1e-8
     """Adam's epsilon."""
     momentum: float = 0.9
@@ -214,27 +214,27 @@ class OptimizerConfig:
     distributed: bool = True
     """Whether the optimizer's state is cut over the data parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Whether gradients are summed over the data parallel ranks while the backward pass goes on."""
+    """Whether gradients are summed over the data parallel ranks during the backward pass."""
     overlap_param_gather: bool = False
-    """Whether updated parameters are gathered while the next forward pass goes on. Needs `distributed` and overlap_grad_reduce."""
+    """Whether updated parameters are gathered during the next forward pass. Needs `distributed` and overlap_grad_reduce."""
     loss_scale: float | None = None
-    """What a float16 model's loss, a sum over tokens, is multiplied by. Null: found out while training."""
+    """Factor of a float16 model's loss, a sum over tokens. Null: adjusted during training."""
     initial_loss_scale: float = 16.0
-    """The first loss scale of a float16 model; it halves where gradients overflow."""
+    """Initial loss scale of a float16 model; it is halved when gradients overflow."""
     min_loss_scale: float = 2.0**-16
-    """The least loss scale. Gradients that overflow even with it are not finite: `policy.nonfinite` says what happens."""
+    """Minimum loss scale. Gradients that overflow even with it are not finite, and handled by `policy.nonfinite`."""
     loss_scale_window: int = 1000
-    """Steps without overflow after which the loss scale doubles."""
+    """Steps without overflow after which the loss scale is doubled."""
     hysteresis: int = 2
-    """Steps with overflow, one after the other, after which the loss scale halves."""
+    """Consecutive steps with overflow after which the loss scale is halved."""
 
 
 @dataclass
 class SchedulerConfig:
     name: str = choice("cosine", "linear", "constant", "wsd")
-    """Shape of the learning rate after the warm-up. wsd: constant, then down in the last `decay_steps`."""
+    """Shape of the learning rate after the warm-up. wsd: constant, then decaying in the last `decay_steps`."""
     warmup_steps: int = 0
-    """Steps from 0 to the peak."""
+    """Steps in which the learning rate rises from 0 to the peak."""
     min_lr: float = 0.0
     """Learning rate at the end."""
     wsd_decay: str = choice("linear", "cosine", "minus_sqrt", "exponential")
@@ -246,34 +246,34 @@ class SchedulerConfig:
 @dataclass
 class PolicyConfig:
     nonfinite: str = choice("stop", "skip", "rollback")
-    """What follows a loss or gradient norm that is not finite. stop: the run fails, nothing of the step is saved, and only steps
-    that are logged, validated or saved are looked at. skip: the step changes nothing. rollback: back to the last saved step; the
-    batches since then are passed over. The latter two look at every step, which then waits for the device."""
+    """Reaction to a loss or gradient norm that is not finite. stop: the run fails, nothing of the step is saved, and only steps
+    that are logged, validated or saved are checked. skip: the step changes nothing. rollback: back to the last saved step; the
+    batches since then are skipped. The latter two check every step, which then waits for the device."""
     spike: str = choice("ignore", "stop", "skip", "rollback")
-    """What follows a loss above spike_factor x the mean of the last spike_window losses. All but ignore look at every step."""
+    """Reaction to a loss above spike_factor x the mean of the last spike_window losses. All but ignore check every step."""
     spike_factor: float = 2.0
-    """How much higher than before a loss must be to be a spike."""
+    """Factor over the mean of the last losses above which a loss is a spike."""
     spike_window: int = 32
-    """Losses that the mean is of. Until there are as many, nothing is a spike."""
+    """Number of losses in that mean. Before there are that many, nothing is a spike."""
     limit: int = 10
-    """Bad steps that a run survives; the next one stops it."""
+    """Number of bad steps that are skipped or rolled back; the next one stops the run."""
 
 
 @dataclass
 class BackendConfig:
     name: str = field(default="auto", metadata={"choices": installed.backend_names})
-    """Layers. auto: Transformer Engine where it is installed, there is CUDA, and it has what the model needs, else torch; local:
-    megatron-core's; or the name of an installed package's (entry points `megabridge.backends`)."""
+    """Implementation of the layers. auto: Transformer Engine where it is installed, there is CUDA, and it has what the model needs,
+    else torch; local: megatron-core's own; or a backend of an installed package (entry points `megabridge.backends`)."""
 
 
 @dataclass
 class BenchConfig:
     name: str = choice("conversion")
-    """What recipe=bench measures."""
+    """The benchmark that recipe=bench runs."""
     layouts: list[str] = field(default_factory=lambda: ["single"])
-    """Layouts to measure, each written as single or tp2pp2. On CUDA those that need more GPUs than there are are left out."""
+    """Layouts to measure, each written as single or tp2pp2. On CUDA, layouts that need more GPUs than the host has are left out."""
     repeats: int = 3
-    """How often each measure is taken; the best counts."""
+    """Number of repetitions of each measurement; the best one counts."""
 
 
 @dataclass
@@ -281,17 +281,17 @@ class PrepareConfig:
     paths: list[str] = field(default_factory=list)
     """Files that recipe=prepare_data tokenises: .jsonl, .parquet, .txt, folders of them, or patterns with *."""
     output: str | None = None
-    """Prefix of the .bin and .idx that it writes. Null: `data` in the run directory."""
+    """Prefix of the .bin and .idx files that it writes. Null: `data` in the run directory."""
     column: str = "text"
-    """What rows of JSONL and parquet have their text in."""
+    """Column of JSONL and parquet rows that holds the text."""
     text_rows: str = choice("file", "line")
-    """What is a document in a plain text file."""
+    """Document in a plain text file: the whole file, or each line."""
     append_end: bool = True
     """Whether the tokenizer's end-of-text token closes a document."""
     workers: int | None = None
-    """Processes that tokenise. Null: one for each core."""
+    """Number of processes that tokenise. Null: one per core."""
     max_bad_share: float = 0.01
-    """Largest share of rows that may be left out because they can't be used."""
+    """Maximum share of rows that may be left out because they can't be used."""
 
 
 @dataclass
@@ -299,51 +299,51 @@ class Config:
     """The whole config, as a recipe gets it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Which model, from where, in which precision."""
+    """The model, its source and its dtype."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How many ranks share what."""
+    """The parallel layout."""
     conversion: ConversionConfig = field(default_factory=ConversionConfig)
     """Rules of import and export."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What is saved when, and what a run starts from."""
+    """Saves, and the checkpoint that a run resumes from."""
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    """Which program runs, for how long."""
+    """The program that runs, and for how long."""
     data: dict[str, Any] = field(default_factory=dict)
     """A megabridge.data.DataModule: its class in `_target_`, its arguments beside it."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    """What recipe=prepare_data makes of what."""
+    """Input and output of recipe=prepare_data."""
     bench: BenchConfig = field(default_factory=BenchConfig)
-    """What recipe=bench measures."""
+    """Settings of recipe=bench."""
     peft: PeftConfig = field(default_factory=PeftConfig)
-    """Which parameters are trained: all, or adapters."""
+    """The trained parameters: all, or adapters."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     """The learning rate over the steps."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    """What follows a step whose loss is not a number, or far too high."""
+    """Reaction to a step whose loss is not finite, or far too high."""
     backend: BackendConfig = field(default_factory=BackendConfig)
-    """Which layers Megatron is built from."""
+    """The implementation of Megatron's layers."""
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """Name to megabridge.callbacks.Callback: class in `_target_`, arguments beside it. They run in this order."""
+    """Maps names to megabridge.callbacks.Callback: class in `_target_`, arguments beside it. They run in this order."""
     logger: dict[str, Any] = field(default_factory=dict)
-    """Name to megabridge.loggers.Logger: class in `_target_`, arguments beside it."""
+    """Maps names to megabridge.loggers.Logger: class in `_target_`, arguments beside it."""
     family: str | None = None
-    """module:NAME of a megabridge.families.Family of your own; every process knows it before anything else happens."""
+    """module:NAME of a megabridge.families.Family of your own; every process registers it before anything else happens."""
     platform: str = choice("auto", "cpu", "cuda")
-    """Where ranks compute. auto: CUDA where there is a GPU, else the CPU with gloo."""
+    """Device of the ranks. auto: CUDA if there is a GPU, else the CPU with gloo."""
     seed: int = 1234
-    """Of weights, data order and dropout."""
+    """Seed of random weights, data order and dropout."""
     deterministic: bool = False
     """Whether torch refuses operations whose result may differ from run to run."""
     timeout: float = 600.0
-    """Seconds that a rank waits for the others in a collective before it fails: another host may be cut off."""
+    """Seconds that a rank waits for the others in a collective before it fails, as another host may be cut off."""
     config_format: int = CONFIG_FORMAT
     """Version of the names and meanings of these keys: a config of another version is refused."""
     sweep: str | None = None
     """Directory of the sweep that recipe=collect and recipe=report read. Null: they refuse to run."""
     run_dir: str = "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
-    """The run's directory: config.yaml, metrics.jsonl, checkpoints. Made by the parent or rank 0, then absolute."""
+    """The run's directory: config.yaml, metrics.jsonl, checkpoints. The parent or rank 0 creates it and makes it absolute."""
 
 
 OPEN_NODES: Final = ("model.hf", "model.provider", "recipe.options", "data", "callbacks", "logger")
@@ -361,14 +361,14 @@ def register() -> None:
 
 
 def typed(values: Mapping[str, Any] | DictConfig) -> Config:
-    """The resolved config as dataclasses; raises omegaconf's errors for an unknown key or a wrong type."""
+    """Returns the resolved config as dataclasses. Raises omegaconf's errors for an unknown key or a wrong type."""
     return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values)))
 
 
 def processes(config: Config, world_size: int | None = None) -> Topology:
-    """The layout of the processes that run the recipe: that of `parallel` (see `topology`), or of one process.
+    """Returns the layout of the processes that run the recipe: that of `parallel` (see `topology`), or of one process.
 
-    Raises ConfigError when `world_size` processes were started and they can't be that.
+    Raises ConfigError when the layout doesn't fit the `world_size` processes that were started.
     """
     if not config.recipe.single_process:
         return topology(config.parallel, world_size)
@@ -380,7 +380,7 @@ def processes(config: Config, world_size: int | None = None) -> Topology:
 
 
 def topology(parallel: ParallelConfig, world_size: int | None = None) -> Topology:
-    """The layout of `world_size` ranks, or, with None, the one whose processes we start: dp is then 1 unless it is set.
+    """Returns the layout of `world_size` ranks or, with None, of the ranks that we start: dp is then 1 unless it is set.
 
     Raises ConfigError when the sizes don't multiply to `world_size`.
     """

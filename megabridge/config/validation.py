@@ -1,4 +1,4 @@
-"""What can be refused before anything is downloaded or started: choices, `_target_` places, layout against model and batches.
+"""Checks of the config before anything is downloaded or started: choices, places of `_target_`, layout, model and batches.
 
 No torch. Where the model's sizes aren't known (a hub id without a YAML of its own) the checks that need them are left to the ranks,
 which repeat all of them on the real config. All problems of a kind are reported at once.
@@ -21,13 +21,13 @@ TARGET_PLACES: Final = "data, callbacks.<name> and logger.<name>"
 
 
 def nearest(word: str, words: list[str]) -> str:
-    """The end of a sentence: `; did you mean 'x'?` for the closest of `words`, or a full stop."""
+    """Returns the end of a sentence: `; did you mean 'x'?` for the closest of `words`, or a full stop."""
     close = get_close_matches(word, words, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else "."
 
 
 def check_format(config: Config) -> None:
-    """Raises ConfigError for a config whose keys are those of another version."""
+    """Raises ConfigError for a config with another version of the keys."""
     if config.config_format != CONFIG_FORMAT:
         raise ConfigError(
             f"config_format={config.config_format} must be {CONFIG_FORMAT}, which this version of megabridge reads; run it with "
@@ -85,7 +85,7 @@ def check_targets(config: Config) -> None:
 
 
 def _targets(node: Any, path: str) -> Iterator[str]:
-    """Where `_target_` stands in `node`, at any depth."""
+    """Yields the places of `_target_` in `node`, at any depth."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key == "_target_":
@@ -98,7 +98,7 @@ def _targets(node: Any, path: str) -> Iterator[str]:
 
 
 def check_model(config: Config) -> None:
-    """Raises ConfigError when nothing says which model it is. A `family` does: its tiny model is meant then."""
+    """Raises ConfigError when the config names no model. A `family` alone stands for its tiny model."""
     model = config.model
     if model.path is None and config.family is not None and config.recipe.steps == 0:
         return
@@ -109,14 +109,14 @@ def check_model(config: Config) -> None:
 
 
 def check_peft(config: Config) -> None:
-    """Raises ConfigError for parameters that are frozen beside adapters, which freeze all."""
+    """Raises ConfigError for optimizer.freeze together with adapters, with which all other parameters are frozen anyway."""
     if config.peft.name != "none" and config.optimizer.freeze:
         rule = f"optimizer.freeze has no meaning with peft={config.peft.name}, which trains its adapters alone"
-        raise ConfigError(f"{rule}; take it away.")
+        raise ConfigError(f"{rule}; remove it.")
 
 
 def check_named(config: Config) -> None:
-    """Raises ConfigError when recipe.target or family is not module:name of a module that exists. Imports its package only."""
+    """Raises ConfigError when recipe.target or family is not module:name of an existing module. Imports only its package."""
     named = [("recipe.target", "function", "recipes.finetune:main", config.recipe.target)]
     if config.family is not None:
         named.append(("family", "NAME", "my_package.my_family:FAMILY", config.family))
@@ -133,7 +133,7 @@ def check_named(config: Config) -> None:
 
 
 def check_training(config: Config) -> None:
-    """Raises ConfigError for settings of training that can't work, or would do nothing."""
+    """Raises ConfigError for training settings that can't work together, or would have no effect."""
     checkpoint, policy, optimizer = config.checkpoint, config.policy, config.optimizer
     problems = []
     if policy.spike != "ignore" and policy.spike_factor <= 1:
@@ -186,7 +186,7 @@ def wsd_steps(scheduler: SchedulerConfig, steps: int) -> int:
 
 
 def check_layout(config: Config, topology: Topology, sizes: Mapping[str, Any]) -> None:
-    """Raises ConfigError naming every rule between model, layout and batch that is broken.
+    """Raises ConfigError with every broken rule between model, layout and batch.
 
     `sizes` are the model's native settings as far as they are known (megabridge.families.core.known_sizes).
     """

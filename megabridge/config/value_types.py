@@ -1,6 +1,6 @@
-"""Kinds: what a key of a JSON file may hold, in words and as a check. No torch.
+"""Kinds of values of a JSON file, each with a description and a check. No torch.
 
-A kind is asked before anything is computed with a value, so its check takes whatever JSON can hold, and more, without an exception.
+A value is checked before anything is computed with it, so a check accepts any object, JSON or not, without an exception.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from itertools import chain, islice
 from typing import Any, Final, Self, override
 
 _MOST: Final = 65536
-"""Entries of a list."""
+"""Maximum number of entries of a list."""
 _DEEPEST: Final = 16
-"""Levels of objects and lists in each other; published files have 3."""
+"""Maximum nesting of objects and lists; published files have 3 levels."""
 _JSON: Final = (int, float, str, list, tuple, dict, type(None))
 
 
@@ -29,7 +29,7 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """A value as it stands in a message: on one line, cut where it is long."""
+    """Returns a value as text for a message: on one line, shortened if long."""
     return _Short().repr(value)
 
 
@@ -47,7 +47,7 @@ def differences(ours: object, theirs: object, name: str = "") -> Iterator[tuple[
 
 @dataclass(frozen=True)
 class Kind:
-    """`says` ends the sentence "it must be"; `allows` says whether a value is one. Where `required`, the key must be there."""
+    """`says` completes the sentence "it must be ..."; `allows` checks a value. If `required`, the key must be present."""
 
     says: str
     allows: Callable[[Any], bool]
@@ -57,14 +57,14 @@ class Kind:
         return replace(self, says=f"{self.says}, or null", allows=lambda value: value is None or self.allows(value))
 
     def or_a(self, other: Kind) -> Self:
-        """A value of either kind."""
+        """Returns the kind of values of either kind."""
         return replace(self, says=f"{self.says}, or {other.says}", allows=lambda value: self.allows(value) or other.allows(value))
 
     def needed(self) -> Self:
         return replace(self, required=True)
 
     def problem(self, content: Mapping[str, Any], key: str, where: str = "config.json") -> str | None:
-        """What is wrong with `key` in `content`, as a sentence; None where nothing is."""
+        """Returns a sentence about what is wrong with `key` in `content`; None if nothing is."""
         value = content.get(key)
         if self.required and value is None:
             return f"{where} must have {key!r}, {self.says}; add it."
@@ -78,7 +78,7 @@ def whole(low: int, high: int) -> Kind:
 
 
 def number(low: float, high: float) -> Kind:
-    """Whole or not, within bounds that are finite themselves."""
+    """Integers and floats within finite bounds."""
     return Kind(f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high)
 
 
@@ -87,12 +87,12 @@ def text(longest: int = 1024) -> Kind:
 
 
 def one_of(*values: object) -> Kind:
-    """One of a few values: 1 and 1.0 are the same, 1 and true are not."""
+    """One of a few values, where 1 and 1.0 are equal, but 1 and true are not."""
     return Kind(" or ".join(map(repr, values)), lambda value: any(same(value, each) for each in values))
 
 
 def list_of(kind: Kind) -> Kind:
-    """A list, of any length that is in use, whose entries are of one kind."""
+    """Lists of at most _MOST entries, all of one kind."""
     return Kind(
         f"a list, each entry {kind.says}",
         lambda value: type(value) in (list, tuple) and len(value) <= _MOST and all(map(kind.allows, value)),
@@ -100,14 +100,14 @@ def list_of(kind: Kind) -> Kind:
 
 
 def same(one: object, other: object) -> bool:
-    """Whether two values say the same in JSON."""
+    """Whether two values are equal in JSON."""
     if isinstance(one, bool) or isinstance(other, bool) or type(one) not in _JSON:
         return one is other
     return bool(one == other)
 
 
 def is_deep(value: object) -> bool:
-    """Whether objects and lists stand in each other more deeply than any published file has them."""
+    """Whether objects and lists are nested more deeply than in any published file."""
     level: list[Any] = [value]
     for _ in range(_DEEPEST):
         outer = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, list | tuple | dict)]

@@ -1,4 +1,4 @@
-"""Tools for whoever adds a family: a battery of checks, a comparison module by module, and a first draft of the file."""
+"""Tools for adding a family: checks of it, a module-by-module comparison with transformers, and a first draft of its file."""
 
 from megabridge.platform import prepare
 

@@ -1,4 +1,4 @@
-"""The anatomy of an unknown model: what the names and shapes in safetensors headers, and config.json, say its parts are."""
+"""Infers the parts of an unknown model from config.json and the names and shapes in safetensors headers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 from megabridge.errors import ConfigError
 
 Shape = tuple[int, ...]
-# What config.json calls the sizes; the first name is the one of `parts.sizes`.
+# Keys of the sizes in config.json; the first is the one of `parts.sizes`.
 SIZES: Final[Mapping[str, tuple[str, ...]]] = {
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
@@ -45,25 +45,25 @@ EITHER: Final = "post_attention_layernorm"  # before the MLP in Llama, after the
 
 @dataclass
 class UnknownModel:
-    """What is known of an unknown model. `take` marks tensors as recognised; what is left at the end is not."""
+    """The config and tensors of an unknown model. `take` removes recognised tensors; those left at the end are unrecognised."""
 
     config: Mapping[str, Any]
     defaults: Mapping[str, Any]
-    """What transformers' config class takes for keys that config.json lacks; empty where it has no such class."""
+    """Defaults of transformers' config class for keys that config.json lacks; empty if there is no such class."""
     top: dict[str, Shape]
     """Tensors outside the layers."""
     layer: dict[str, Shape]
-    """Tensors of a layer, by the name below `prefix`; one that only some layers have is among them."""
+    """Tensors of a layer by their name below `prefix`, including those that only some layers have."""
     counts: Counter[str]
-    """How many layers have each."""
+    """Number of layers that have each tensor."""
     prefix: str
-    """What a layer is called: `model.layers.{layer}`."""
+    """Name of a layer: `model.layers.{layer}`."""
     sizes: dict[str, str] = field(default_factory=dict)
-    """By native name, the key of config.json."""
+    """Maps native names of sizes to keys of config.json."""
     ignored: list[str] = field(default_factory=list)
 
     def get(self, key: str) -> Any:
-        """What a key of config.json means, there or not."""
+        """Returns the value of a key of config.json, or its default if the key is absent."""
         value = self.config.get(key)
         return self.defaults.get(key) if value is None else value
 
@@ -80,7 +80,7 @@ class UnknownModel:
             self.layer.pop(suffix, None)
 
     def module(self, names: tuple[str, ...]) -> str | None:
-        """The module of a layer whose weight's last name is one of `names`, below whatever it is in but one of many (an expert)."""
+        """Returns the first module of a layer, outside numbered submodules (experts), whose own name is one of `names`."""
         for name in names:
             for suffix in self.layer:
                 if _NUMBER.search(suffix) is not None:
@@ -90,7 +90,7 @@ class UnknownModel:
         return None
 
     def group(self, choices: tuple[tuple[str, ...], ...]) -> list[str] | None:
-        """The modules of the first choice all of whose names stand in one place of a layer."""
+        """Returns the modules of the first choice whose names all occur in the same parent module of a layer."""
         for names in choices:
             first = self.module(names[:1])
             if first is not None:
@@ -101,7 +101,7 @@ class UnknownModel:
 
 
 def read_model(config: Mapping[str, Any], shapes: Mapping[str, Shape], defaults: Mapping[str, Any]) -> UnknownModel:
-    """The tensors sorted into layers and the rest. Raises ConfigError for a model without layers or without sizes."""
+    """Sorts the tensors into those of layers and the rest. Raises ConfigError for a model without layers or without sizes."""
     prefixes = Counter(found[0] for name in shapes if (found := _split(name)) is not None)
     if not prefixes:
         raise ConfigError("a model must have layers, tensors with a number in their names, for a draft; this one has none.")
@@ -133,14 +133,14 @@ def read_model(config: Mapping[str, Any], shapes: Mapping[str, Shape], defaults:
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    """(prefix of the layers, name below the layer)."""
+    """Returns (prefix of the layers, name below the layer), or None outside layers."""
     found = _NUMBER.search(name)
     return None if found is None else (name[: found.start() - 1], name[found.end() + 1 :])
 
 
 @dataclass(frozen=True)
 class Outside:
-    """Modules outside the layers; `head` is None where no tensor of its own is there, `positions` where no table is."""
+    """Modules outside the layers; `head` is None without a separate output layer, `positions` without a position table."""
 
     embed: str
     norm: str
@@ -149,7 +149,7 @@ class Outside:
 
 
 def take_outside(model: UnknownModel) -> Outside:
-    """Recognises embedding, output layer, last norm, and a table of positions."""
+    """Recognises embedding, output layer, last norm and position table, and removes their tensors from `model.top`."""
     table = (model.size("vocab_size"), model.size("hidden_size"))
     tables = [name.removesuffix(".weight") for name, shape in model.top.items() if shape == table]
     embed = next((name for name in tables if name.rpartition(".")[2] in _EMBEDS), "model.embed_tokens")

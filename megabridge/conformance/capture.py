@@ -1,4 +1,4 @@
-"""What modules take in and give out during one forward pass, on either side: by hooks."""
+"""Captures inputs and outputs of modules during one forward pass by hooks, in transformers and in Megatron-Core."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from megabridge.models.logits import gather_logits
 
 @dataclass(frozen=True)
 class Event:
-    """What was seen at a point of transformers' model; events stand in the order in which they happened.
+    """A tensor captured at a point of transformers' model; events are in the order of execution.
 
-    `parent` is the module in whose code an input was computed; `same_as` is an earlier event with the same tensor, or None.
+    `parent` is the module whose code calls the point's module; `same_as` is the number of an earlier event with the same tensor.
     """
 
     point: ParityPoint
@@ -32,12 +32,12 @@ class Event:
 
 
 def run_hf(folder: Path, modules: Iterable[str], tokens: Tensor, dtype: str, file: Path) -> None:
-    """Runs transformers' model of `folder` on `tokens` [1, s] and writes the events at `modules` to `file`. One rank calls it."""
+    """Runs transformers' model in `folder` on `tokens` [1, s] and writes the events at `modules` to `file`. One rank calls it."""
     quiet()
     model = load_hf(folder, dtype)
     known = dict(model.named_modules())
     events: list[dict[str, Any]] = []
-    kept: list[Tensor] = []  # alive, so that no address is used twice
+    kept: list[Tensor] = []  # keeps the tensors alive, so that no address is reused
 
     def see(name: str, side: str, parent: str, value: Any) -> None:
         tensor = first_tensor(value)
@@ -71,7 +71,7 @@ def run_hf(folder: Path, modules: Iterable[str], tokens: Tensor, dtype: str, fil
 
 
 def read_events(file: Path) -> list[Event]:
-    """The events in a file of `run_hf`."""
+    """Reads the events from a file written by `run_hf`."""
     content = torch.load(file, weights_only=True, mmap=True)
     return [
         Event(ParityPoint(e["module"], e["side"]), e["value"], e["parent"], e["same_as"] if e["same_as"] >= 0 else None)
@@ -80,7 +80,7 @@ def read_events(file: Path) -> list[Event]:
 
 
 def in_memory(model: Any, module: str) -> str:
-    """What transformers' model calls a module in memory that its files call `module` (core_model_loading.py)."""
+    """Returns the name in transformers' model of a module that files call `module` (transformers/core_model_loading.py)."""
     from transformers.core_model_loading import WeightRenaming
 
     renamings = [entry for entry in model._weight_conversions or () if isinstance(entry, WeightRenaming)]
@@ -91,7 +91,7 @@ def in_memory(model: Any, module: str) -> str:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first floating-point tensor in nested tuples, lists and dicts."""
+    """Returns the first floating-point tensor in nested tuples, lists and dicts, or None."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
@@ -103,7 +103,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _caller(known: Mapping[str, torch.nn.Module], name: str) -> str:
-    """The module that calls the one called `name`: a list of modules calls nothing."""
+    """Returns the name of the module that calls the module `name`: the closest parent that isn't a ModuleList."""
     parent = name.rpartition(".")[0]
     while isinstance(known.get(parent), torch.nn.ModuleList):
         parent = parent.rpartition(".")[0]
@@ -112,7 +112,7 @@ def _caller(known: Mapping[str, torch.nn.Module], name: str) -> str:
 
 @contextmanager
 def _hooked(pairs: Sequence[ModulePair], seen: dict[tuple[int, str], list[Tensor]]) -> Iterator[None]:
-    """Fills `seen` by (module's id, side); an output twice, before and after hooks that the model itself has on the module."""
+    """Fills `seen` by (module's id, side); an output has two entries, before and after the model's own hooks on the module."""
     handles = []
 
     def keep(key: tuple[int, str], value: Any, most: int) -> None:
@@ -139,7 +139,7 @@ def _hooked(pairs: Sequence[ModulePair], seen: dict[tuple[int, str], list[Tensor
 
 
 def _on_output(keep: Any, key: tuple[int, str], most: int, module: torch.nn.Module, args: Any, output: Any) -> None:
-    """megatron-core's linears give (output, bias to be added later)."""
+    """Keeps an output; megatron-core's linears return (output, bias to be added later), which are added here."""
     if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Tensor) and output[1].dim() == 1:
         output = output[0] + output[1]
     keep(key, output, most)
@@ -148,7 +148,7 @@ def _on_output(keep: Any, key: tuple[int, str], most: int, module: torch.nn.Modu
 def run_native(
     chunks: Sequence[torch.nn.Module], pairs: Sequence[ModulePair], tokens: Tensor
 ) -> dict[tuple[int, str], list[Tensor]]:
-    """What the native modules of `pairs` took in and gave out for `tokens` [1, s], by (module's id, side). Collective."""
+    """Returns inputs and outputs of the native modules of `pairs` for `tokens` [1, s], by (module's id, side). Collective."""
     seen: dict[tuple[int, str], list[Tensor]] = {}
     with _hooked(pairs, seen):
         gather_logits(chunks, tokens)

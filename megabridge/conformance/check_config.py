@@ -1,4 +1,4 @@
-"""The check of a family's config fields: what a config.json says survives the way to native settings and back."""
+"""Checks a family's config fields: every key of a config.json must survive the conversion to native settings and back."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from megabridge.families import Family
 from megabridge.families.core.fields import Json
 from megabridge.families.core.unread_keys import is_harmless
 
-# What transformers' config classes keep about themselves, not about the model.
+# Keys that transformers' config classes add for their own use and that don't describe the model.
 _BOOKKEEPING: Final = ("rope_scaling",)
 
 
 def check_config(family: Family, hf: Json, where: str, *, ignore: Collection[str] = ()) -> Finding:
-    """Whether `hf` becomes native settings and comes back with every key's meaning, but for those to `ignore`. Needs no ranks."""
+    """Checks that `hf` converts to native settings and back with the same meaning, except for the keys in `ignore`.
+
+    Needs no process groups.
+    """
     try:
         native = family.native(hf, ignore=ignore)
         back = family.hf(native)
@@ -34,7 +37,7 @@ def check_config(family: Family, hf: Json, where: str, *, ignore: Collection[str
 
 
 def _lost_keys(family: Family, hf: Json, back: Json) -> list[str]:
-    """Keys that transformers' config class has, that no field reads, and that don't stand at the class's default."""
+    """Returns a line for each key of transformers' config class that no field reads and that isn't at its default."""
     theirs, ours, default = _meaning(hf), _meaning(back), _meaning({"model_type": hf.get("model_type")})
     if theirs is None or ours is None or default is None:
         return []
@@ -47,7 +50,7 @@ def _lost_keys(family: Family, hf: Json, back: Json) -> list[str]:
 
 
 def _other_defaults(family: Family, hf: Json, native: Json) -> list[str]:
-    """Settings that change when the keys that `hf` lacks are filled in with what transformers takes for them."""
+    """Returns a line for each setting that changes when the keys that `hf` lacks are filled in with transformers' defaults."""
     theirs = _meaning(hf)
     if theirs is None:
         return []
@@ -63,13 +66,13 @@ def _other_defaults(family: Family, hf: Json, native: Json) -> list[str]:
 
 
 def _meaning(hf: Json) -> dict[str, Any] | None:
-    """All settings as transformers' config class understands a config.json; None where it has no such class."""
+    """Returns all settings as transformers' config class understands a config.json; None if there is no such class."""
     from transformers import AutoConfig
 
     quiet()
     content = {key: value for key, value in json.loads(json.dumps(dict(hf))).items() if key != "transformers_version"}
     try:
         meaning: dict[str, Any] = json.loads(json.dumps(AutoConfig.for_model(**content).to_dict()))
-    except Exception:  # an unknown model_type, or a config class that refuses: the trial model says which
+    except Exception:  # an unknown model_type, or a config class that refuses it: building the tiny model shows which
         return None
     return meaning

@@ -1,7 +1,7 @@
-"""The battery on one family under one layout: bijection, byte identity, logits and gradients of a trial model.
+"""Checks a family with its tiny model: bijection of names, byte identity, logits and gradients.
 
-`check_tiny_model` runs in the process groups of its layout; `check_family` goes through all layouts of the processes that run, by
-ending and starting megatron-core's groups.
+`check_tiny_model` runs in the process groups of one layout; `check_family` goes through all layouts of the running processes by
+stopping and starting megatron-core's groups.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megabridge.config.schema import Config
 from megabridge.conformance.check_config import check_config
 from megabridge.conformance.findings import Finding, failed, over_ranks, problems_of
 from megabridge.conformance.layouts import ParallelLayout, legal_layouts
-from megabridge.conformance.tiny_model import GRADIENTS, Reference, read_reference, tiny_config, write_trial
+from megabridge.conformance.tiny_model import GRADIENTS, Reference, read_reference, tiny_config, write_tiny_model
 from megabridge.conversion import verify
 from megabridge.conversion.plan import Plan
 from megabridge.errors import MegabridgeError, ParityError, listed
@@ -38,49 +38,53 @@ from megabridge.training.step import Batch, forward_backward
 from megatron.core import parallel_state
 
 LAYERS: Final = 5
-"""Layers of a trial model: no pipeline size above 1 divides it."""
+"""Layers of a tiny model: no pipeline size from 2 to 4 divides it."""
 LOGITS_TOLERANCE: Final = 1e-4
-"""Largest difference of fp32 logits, over the largest logit: sums in another order give about 1e-6."""
+"""Largest difference of fp32 logits relative to the largest logit: sums in another order give about 1e-6."""
 GRADIENT_TOLERANCE: Final = 1e-3
-"""Largest difference of a tensor's gradient, over the tensor's largest."""
+"""Largest difference of a tensor's gradient relative to the largest gradient in the tensor."""
 LEAST_SPREAD: Final = 0.02
+"""Smallest `Reference.spread` for which a comparison of logits means anything."""
 Chunks = list[torch.nn.Module]
 
 
 def check_family(config: Config, family: Family, folder: Path, world_size: int, say: Callable[[str], None]) -> list[Finding]:
-    """The whole battery on the family's tiny model in `folder`, over every legal layout of `world_size` ranks. Collective.
+    """Runs all checks on the family's tiny model in `folder`, under every legal layout of `world_size` ranks. Collective.
 
-    Leaves the groups of the last layout running. `say` gets a line per layout.
+    Leaves the groups of the last layout running. `say` is called with a line per layout.
     """
     hf = tiny_config(family, LAYERS)
     found = [check_config(family, {**family.tiny, "model_type": family.model_type}, "tiny config")]
     try:
-        collectives.on_rank_zero("making the trial model", lambda: write_trial(folder, hf, family, ranks=world_size).exists())
-        trial = tiny_model_config(config, folder)
-        layouts = legal_layouts(trial, AutoBridge.from_hf_pretrained(folder), world_size)
+        collectives.on_rank_zero("making the tiny model", lambda: write_tiny_model(folder, hf, family, ranks=world_size).exists())
+        tiny = tiny_model_config(config, folder)
+        layouts = legal_layouts(tiny, AutoBridge.from_hf_pretrained(folder), world_size)
     except MegabridgeError as error:
         return [*found, failed("tiny model", "reference", error)]
     for layout in layouts:
         process_groups.change(layout.topology, seed=config.seed)
         say(f"{family.architecture}, tiny model: {layout}")
         export = folder.parent / f"{folder.name}-{layout}"
-        seen = over_ranks(check_tiny_model(layout.config(trial), layout, folder, export))
+        seen = over_ranks(check_tiny_model(layout.config(tiny), layout, folder, export))
         if collectives.rank() == 0:
             shutil.rmtree(export, ignore_errors=True)
-        gc.collect()  # models hold each other in cycles
+        gc.collect()  # models contain reference cycles
         found += seen
         if layout is layouts[0] and not all(finding.has_passed for finding in seen if finding.what in ("bijection", "forward")):
-            break  # the other layouts would fail alike, and slower
+            break  # the other layouts would fail in the same way, only slower
     return found
 
 
 def tiny_model_config(config: Config, folder: Path) -> Config:
-    """`config` for the trial model in `folder`, in float32."""
+    """Returns `config` for the tiny model in `folder`, in float32."""
     return replace(config, model=replace(config.model, path=str(folder), dtype="float32", load_weights=True, hf={}, revision=None))
 
 
 def check_tiny_model(config: Config, layout: ParallelLayout, folder: Path, target: Path) -> list[Finding]:
-    """What this rank sees of the trial in `folder` under the running layout; the export goes to `target`. Collective."""
+    """Checks the tiny model in `folder` under the running layout and exports it to `target`. Collective.
+
+    Returns this rank's findings.
+    """
     where, reference = str(layout), read_reference(folder)
     try:
         bridge = build.bridge(config)
@@ -111,9 +115,9 @@ def _check_bytes(bridge: AutoBridge, chunks: Chunks, where: str, folder: Path, t
 
 
 def folder_differences(source: Path, target: Path) -> list[str]:
-    """How the Hugging Face folder `target` differs from `source`: names, dtypes, shapes, bytes, config.json. Collective.
+    """Returns a line for each difference of names, dtypes, shapes, bytes and config.json between two folders. Collective.
 
-    Of a quantised source, from the bfloat16 that it stands for.
+    A quantised source is compared as the bfloat16 that it decodes to.
     """
     return [
         *verify.against_source(target, source),
@@ -156,7 +160,7 @@ def _check_gradients(chunks: Chunks, plan: Plan, where: str, folder: Path, refer
 
 
 def _micro_batches(rows: Tensor) -> list[Batch]:
-    """This data-parallel rank's rows, in as few micro-batches as add up gradients and fill a pipeline twice."""
+    """Returns this data-parallel rank's rows in the fewest micro-batches that accumulate gradients and fill a pipeline twice."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     own = rows[rank::size]
     stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -173,10 +177,10 @@ def _micro_batches(rows: Tensor) -> list[Batch]:
 
 
 def gradient_differences(plan: Plan, gradients: Path) -> tuple[dict[str, float], float]:
-    """Tensors whose gradient on this rank is off, and the largest difference of any, each over its tensor's largest.
+    """Returns the tensors whose gradient on this rank is wrong, and the largest difference, relative to each tensor's largest.
 
-    `gradients` is a folder with transformers' gradients under the tensors' published names; ours are in `main_grad`. A gradient
-    that is nothing but rounding, 1e-4 of the largest of all, is measured against that.
+    `gradients` is a folder with transformers' gradients under the tensors' published names; ours are in `main_grad`. Differences of
+    gradients below 1e-4 of the overall largest, which are only rounding, are relative to that.
     """
     infos = find_tensors(gradients)
     wrong: dict[str, float] = {}
@@ -184,8 +188,8 @@ def gradient_differences(plan: Plan, gradients: Path) -> tuple[dict[str, float],
     with Reader(infos.values()) as reader:
         sizes = {name: float(reader.mapped(info).abs().max()) for name, info in infos.items() if name in plan.tensors}
         floor = 1e-4 * max(sizes.values())
-        for item in (item for item in plan.items if isinstance(item.live.parameter, torch.nn.Parameter)):  # buffers have none
-            gradient: Any = vars(item.live.parameter).get("main_grad")
+        for item in (item for item in plan.items if isinstance(item.local.parameter, torch.nn.Parameter)):  # buffers have none
+            gradient: Any = vars(item.local.parameter).get("main_grad")
             for transfer in item.transfers:
                 name = item.hf[transfer.part]
                 if gradient is None or name not in sizes:
@@ -200,7 +204,7 @@ def gradient_differences(plan: Plan, gradients: Path) -> tuple[dict[str, float],
 
 
 def verdict(subject: str, findings: Sequence[Finding]) -> str | None:
-    """None when everything passed, else one text with everything that failed."""
+    """Returns one text with all failures, or None when everything passed."""
     bad = [finding for finding in findings if not finding.has_passed]
     if not bad:
         return None

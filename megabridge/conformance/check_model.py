@@ -1,4 +1,4 @@
-"""The check of a real model: its config, names and shapes of its tensors, and its weights where they fit into memory."""
+"""Checks a real model: its config, the names and shapes of its tensors, and its weights if they fit into memory."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from megabridge.parallel.hardware import memory_bytes
 from megabridge.training import build
 
 SPARE: Final = 2
-"""How often a model's float32 size must fit into memory beside megatron-core's copies: for transformers, and to spare."""
+"""Number of float32 copies of a model that must fit into memory beside megatron-core's: transformers' own, and a reserve."""
 
 
 def check_model(config: Config, world_size: int, scratch: Path) -> list[Finding]:
-    """What a model's own files say: config.json, headers under every layout, weights and logits. Collective.
+    """Checks a model's files: config.json, headers under every layout, weights and logits. Collective.
 
-    Weights are loaded under the layout with fewest copies. Without model.path there is model.hf only.
-    The groups of the last layout are left running.
+    Weights are loaded under the layout with the fewest copies. Without model.path only model.hf is checked. Leaves the groups of
+    the last layout running.
     """
     hf = build.model_config(config)
     own = check_config(family_for(hf), hf, "model", ignore=config.model.ignore_keys)
@@ -67,7 +67,7 @@ def check_model(config: Config, world_size: int, scratch: Path) -> list[Finding]
 
 
 def _check_headers(config: Config, bridge: AutoBridge, where: str, infos: Mapping[str, TensorInfo]) -> Finding:
-    """Whether the rules, applied to the model on the meta device, consume exactly the tensors that the files' headers list."""
+    """Checks that the rules, applied to the model on the meta device, consume exactly the tensors in the files' headers."""
     try:
         provider = build.provider(replace(config, model=replace(config.model, load_weights=False)), bridge)
         chunks = provider.provide_distributed_model(wrap_with_ddp=False, init="meta")
@@ -80,7 +80,7 @@ def _check_headers(config: Config, bridge: AutoBridge, where: str, infos: Mappin
 
 
 def _check_weights(config: Config, layout: ParallelLayout, folder: Path, scratch: Path) -> list[Finding]:
-    """Import, export and logits of the real weights, in float32."""
+    """Checks import, export and logits of the real weights, in float32."""
     where = f"model, {layout}"
     config = replace(config, model=replace(config.model, dtype="float32"))
     bridge = build.bridge(config)

@@ -1,4 +1,4 @@
-"""The first version of a family file, from config.json and the headers of the safetensors files. No weight is read."""
+"""Drafts a family file from config.json and the headers of the safetensors files. No weights are read."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _TINY: Final = {
     "seq_length": 256,
 }  # fmt: skip
 _PLAIN: Final = re.compile(r"[\w.-]{1,512}", re.ASCII)
-# Values of a tiny config that follow from its sizes.
+# Values of a tiny config that have to fit its sizes.
 _SMALL: Final = {"sliding_window": 12, "max_window_layers": 2, "query_pre_attn_scalar": 16}
 
 
 def class_defaults(model_type: str) -> tuple[dict[str, Any], frozenset[str]]:
-    """What transformers' config class takes for keys that a config.json lacks, and the keys that every model has.
+    """Returns the defaults of transformers' config class for keys that a config.json lacks, and the keys that every model has.
 
-    Nothing where transformers knows no such model.
+    There are no defaults for a model that transformers doesn't know.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -46,7 +46,7 @@ def class_defaults(model_type: str) -> tuple[dict[str, Any], frozenset[str]]:
     general = PreTrainedConfig().to_dict()
     try:
         known: dict[str, Any] = AutoConfig.for_model(model_type).to_dict()
-        # What changes with the sizes follows from them: it has no value of its own.
+        # A value that changes with the sizes is derived from them and is no default.
         other: dict[str, Any] = AutoConfig.for_model(model_type, hidden_size=96, num_attention_heads=6).to_dict()
     except Exception:  # an unknown model_type, or a class that refuses these sizes
         return {}, frozenset(general)
@@ -54,10 +54,10 @@ def class_defaults(model_type: str) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def draft(config: Mapping[str, Any], shapes: Mapping[str, Shape], source: str) -> tuple[str, list[str]]:
-    """(Python source of a family file, what is left to do, a line each).
+    """Returns the Python source of a family file, and a line for each thing left to do.
 
-    The file can be imported in any case; it converts when nothing is left to do that says "no rule". Raises ConfigError for a
-    config.json without an architecture or without sizes.
+    The file can always be imported; it converts once no line with "no rule" is left. Raises ConfigError for a config.json without
+    an architecture or without sizes.
     """
     _check(config, shapes, source)
     defaults, general = class_defaults(str(config["model_type"]))
@@ -72,7 +72,7 @@ def draft(config: Mapping[str, Any], shapes: Mapping[str, Shape], source: str) -
     return "\n".join([head, "", *imports, "", *notes, "# fmt: off", body, ""]), rows.todo
 
 
-# A draft is Python that is run next: what goes into it from files must be what it is taken for.
+# A draft is Python code that will be run: values from files are checked before they are put into it.
 _NAME: Final = Kind("a name of letters, digits, _, - and .", lambda value: isinstance(value, str) and bool(_PLAIN.fullmatch(value)))
 _READ: Final[Mapping[str, Kind]] = {
     "model_type": _NAME.needed(),
@@ -89,7 +89,7 @@ _READ: Final[Mapping[str, Kind]] = {
 
 
 def _check(config: Mapping[str, Any], shapes: Iterable[str], source: str) -> None:
-    """Raises ConfigError for what is missing or odd in a config.json, and for tensors with odd names."""
+    """Raises ConfigError for missing or invalid keys of a config.json, and for invalid tensor names."""
     architectures = Kind("a list with the class's name", lambda value: bool(value) and list_of(_NAME).allows(value)).needed()
     kinds = {"architectures": architectures, **_READ}
     problems = [problem for key, kind in kinds.items() if (problem := kind.problem(config, key)) is not None]
@@ -102,7 +102,7 @@ def _check(config: Mapping[str, Any], shapes: Iterable[str], source: str) -> Non
 
 
 def module_name(config: Mapping[str, Any]) -> str:
-    """A name for the file's module."""
+    """Returns a name for the file's module."""
     return re.sub(r"\W", "_", str(config["model_type"]))
 
 
@@ -134,7 +134,7 @@ def _body(config: Mapping[str, Any], model: UnknownModel, rows: DraftRows, gener
 
 
 def _text(value: object) -> str:
-    """A literal, as our formatter would write it."""
+    """Returns a Python literal as our formatter would write it."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_text(key)}: {_text(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
@@ -145,7 +145,7 @@ def _text(value: object) -> str:
 
 
 def _tiny(config: Mapping[str, Any], model: UnknownModel, left_out: frozenset[str]) -> dict[str, Any]:
-    """A small config.json of the same kind."""
+    """Returns a config.json of the same architecture with small sizes."""
     by_key = {key: native for native, key in model.sizes.items()}
     layers, heads, groups = (model.size(name) or 1 for name in ("num_layers", "num_attention_heads", "num_query_groups"))
     out: dict[str, Any] = {}
@@ -171,7 +171,7 @@ def _tiny(config: Mapping[str, Any], model: UnknownModel, left_out: frozenset[st
 
 
 def _small_rope(rope: Any, width: int) -> Any:
-    """Rotary settings for heads of `width`, whose scaling has an effect on short prompts."""
+    """Returns rotary settings for heads of `width`, whose scaling has an effect on short prompts."""
     if not isinstance(rope, dict):
         return rope
     out = {}
@@ -188,7 +188,7 @@ def _small_rope(rope: Any, width: int) -> Any:
 
 
 def _each_kind(values: list[Any], count: int) -> list[Any]:
-    """`count` entries in which every kind of `values` occurs, in the order of their first occurrence."""
+    """Returns `count` entries with every distinct one of `values`, in the order of their first occurrence."""
     if len({_text(value) for value in values[:count]}) == len({_text(value) for value in values}):
         return (values * count)[:count]
     kinds: Iterable[Any] = {_text(value): value for value in values}.values()

@@ -1,6 +1,6 @@
-"""The README's table of architectures: `python -m megabridge.conformance.families_table README.md` renews it.
+"""Updates the README's table of architectures: `python -m megabridge.conformance.families_table README.md`.
 
-Which models an architecture has stands in the docstring of its family's file, which shapes have a name in conf/model.
+The models of an architecture come from the docstring of its family's file, the names for `model=` from conf/model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ END: Final = "<!-- /architectures -->\n"
 
 
 def table(models: Path) -> str:
-    """Markdown: a row for each architecture of ours, with its models, the entries of the folder `models`, and its backends."""
+    """Returns Markdown with a row for each of our architectures: its models, its entries in the folder `models`, its backends."""
     named = _entries(models)
     rows = ["| architecture | models | `model=` | `backend=` |", "| --- | --- | --- | --- |"]
     for family, about in sorted(_families(), key=lambda found: found[0].architecture.lower()):
@@ -36,16 +36,16 @@ def table(models: Path) -> str:
 
 
 def renewed(text: str, table: str) -> str:
-    """`text` with `table` between the two marks. Raises ConfigError where they are missing."""
+    """Returns `text` with `table` between the two marks. Raises ConfigError where they are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ConfigError(f"the file must have a line {BEGIN.strip()!r} and, below it, {END.strip()!r}; put them in.")
+        raise ConfigError(f"the file must have a line {BEGIN.strip()!r} and, below it, {END.strip()!r}; add them.")
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def _entries(models: Path) -> dict[str, list[str]]:
-    """Names of the files in `models` by architecture, in the order of their numbers."""
+    """Returns the names of the files in `models` by architecture, in natural order."""
     named: dict[str, list[str]] = {}
     for file in sorted(models.glob("*.yaml"), key=lambda file: _natural(file.stem)):
         content = OmegaConf.to_container(OmegaConf.load(file))
@@ -55,12 +55,12 @@ def _entries(models: Path) -> dict[str, list[str]]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """qwen3_8b comes before qwen3_14b."""
+    """Returns a sort key that puts qwen3_8b before qwen3_14b."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _families() -> Iterator[tuple[Family, str]]:
-    """Each family that comes with megabridge, and which models it is for."""
+    """Yields each family that comes with megabridge, and the models it is for."""
     for info in pkgutil.iter_modules(megabridge.families.__path__, "megabridge.families."):
         module = import_module(info.name)
         names = vars(module)
@@ -72,7 +72,7 @@ def _families() -> Iterator[tuple[Family, str]]:
 
 
 def _backends(family: Family) -> tuple[str, ...]:
-    """What can run the architecture whatever its config says; megatron-core's `local`, for comparison, can what `te` can."""
+    """Returns the backends that run the tiny config, without `local`, which is for comparisons and supports what te does."""
     native = family.native(family.tiny)
 
     def get(name: str) -> Any:

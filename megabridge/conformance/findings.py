@@ -1,4 +1,4 @@
-"""Findings: what a battery of checks saw, one per check and place, and how they are shown."""
+"""Findings of checks, one per check and place, and how they are shown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from megabridge.parallel import collectives
 
 @dataclass(frozen=True)
 class Finding:
-    """One check at one place (`config`, a layout): `figure` is what was measured, `problems` is empty where it passed."""
+    """The result of one check (`what`) at one place (`where`: "tiny config", a layout).
+
+    `figure` is the measured value as text, `problems` is empty if the check passed.
+    """
 
     where: str
     what: str
@@ -24,13 +27,13 @@ class Finding:
 
 
 def failed(where: str, what: str, error: Exception) -> Finding:
-    """The finding of a check that ended in an error."""
+    """Returns the finding of a check that ended with an error."""
     text = str(error) if isinstance(error, MegabridgeError) else f"{type(error).__name__}: {error}"
     return Finding(where, what, "FAILED", (text,))
 
 
 def over_ranks(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings of all ranks as one list: what failed on any rank has failed. Collective."""
+    """Merges the findings of all ranks: a check fails if it failed on any rank. Collective."""
     merged: dict[tuple[str, str], Finding] = {}
     for rank, theirs in enumerate(collectives.all_gather(tuple(findings))):
         for finding in theirs:
@@ -42,7 +45,7 @@ def over_ranks(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def table(findings: Iterable[Finding]) -> list[str]:
-    """The findings as lines: a row per place, a column per check."""
+    """Returns the findings as lines of a table: a row per place, a column per check."""
     found = list(findings)
     places, checks = list(dict.fromkeys(f.where for f in found)), list(dict.fromkeys(f.what for f in found))
     cells = {(f.where, f.what): f.figure if f.has_passed else "FAILED" for f in found}
@@ -52,5 +55,5 @@ def table(findings: Iterable[Finding]) -> list[str]:
 
 
 def problems_of(findings: Iterable[Finding]) -> list[str]:
-    """A line for each problem, with place and check."""
+    """Returns a line for each problem, with place and check."""
     return [f"{finding.where}, {finding.what}: {problem}" for finding in findings for problem in finding.problems]

@@ -1,4 +1,4 @@
-"""From an unknown model's anatomy to the rows of a family file: rules of weights, fields, and what stays to be done."""
+"""Infers the rows of a family file from the parts of an unknown model: weight rules, fields, and what is left to do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BIASES: Final = (
 
 @dataclass
 class DraftRows:
-    """The rows of a family file: fields, rules outside the layers, rules of a layer, and what a person has to do."""
+    """The rows of a family file: fields, rules outside the layers, rules of a layer, and what is left to a person."""
 
     fields: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
@@ -47,13 +47,13 @@ class DraftRows:
     """Keys of config.json that the fields account for."""
 
     def key(self, row: str, *keys: str) -> None:
-        """A field that reads `keys`."""
+        """Adds a field that reads `keys`."""
         self.fields.append(row)
         self.read.update(keys)
 
 
 def infer_rows(model: UnknownModel, general: Collection[str] = ()) -> DraftRows:
-    """Everything that is recognised, and a line for each tensor and key that isn't; `general` are keys of any model."""
+    """Returns rows for all that is recognised, and a line for each tensor and key that isn't; `general` are keys of any model."""
     rows = DraftRows()
     outside = architecture.take_outside(model)
     _sizes(model, rows)
@@ -77,7 +77,7 @@ def infer_rows(model: UnknownModel, general: Collection[str] = ()) -> DraftRows:
 
 
 def _call(name: str, given: tuple[str, ...], defaults: tuple[str, ...]) -> str:
-    """A call with as few arguments as the defaults allow."""
+    """Returns the source of a call, with as few arguments as the defaults allow."""
     used = max((number + 1 for number, (one, two) in enumerate(zip(given, defaults, strict=True)) if one != two), default=0)
     return f"{name}({', '.join(_quoted(text) for text in given[:used])})"
 
@@ -115,7 +115,7 @@ def _sizes(model: UnknownModel, rows: DraftRows) -> None:
 
 
 def _head_width(model: UnknownModel) -> int | None:
-    """Width of a head, from the rows of the query projection."""
+    """Returns the width of a head, from the rows of the query projection; None if unknown."""
     modules = model.group(architecture.TRIPLES)
     heads, hidden = model.size("num_attention_heads"), model.size("hidden_size")
     if heads is None or hidden is None:
@@ -136,7 +136,7 @@ def _has_bias(model: UnknownModel, part: str) -> bool:
 
 
 def _weights(native: str, modules: list[str], layout: str, model: UnknownModel, *, is_transposed: bool = False) -> list[str]:
-    """Rules of weight and bias, written out."""
+    """Returns the rules of a weight and its bias, written out in full, and removes their tensors from `model`."""
     out = []
     for leaf in ("weight", "bias"):
         if f"{modules[0]}.{leaf}" in model.layer:
@@ -167,7 +167,7 @@ def _attention(model: UnknownModel, rows: DraftRows) -> None:
         is_transposed = shape[0] == hidden and shape[0] != shape[1]
         layout, other = ("Same()", "QKV_JOINED") if fused.endswith("query_key_value") else ("QKV_JOINED", "Same()")
         order = "q, k and v of each head together" if layout == "Same()" else "all q above all k above all v"
-        rows.todo.append(f"{fused}: taken for {layout}, {order}; where recipe=compare says that its outputs differ, try {other}.")
+        rows.todo.append(f"{fused}: assumed to be {layout}, {order}; if recipe=compare says that its outputs differ, try {other}.")
         rows.layer += _weights("self_attention.linear_qkv", [fused], layout, model, is_transposed=is_transposed)
         rows.layer += _weights("self_attention.linear_proj", [out], "", model, is_transposed=is_transposed)
     else:
@@ -177,7 +177,7 @@ def _attention(model: UnknownModel, rows: DraftRows) -> None:
 
 
 def _mlp(model: UnknownModel, rows: DraftRows) -> bool:
-    """Whether it is gated."""
+    """Adds the rows of the MLP. Returns whether it is gated."""
     gated, plain = model.group(architecture.GATED), model.group(architecture.PLAIN)
     ffn, hidden = model.size("ffn_hidden_size"), model.size("hidden_size")
     if gated is not None:
@@ -224,7 +224,7 @@ def _norms(model: UnknownModel, rows: DraftRows, *, has_bias: bool) -> None:
         rows.fields += [] if has_bias or is_rms else ['Fixed("norm_bias", False)']
         if not has_bias:
             rows.todo.append(
-                f"the norms have no bias: taken for {'RMSNorm' if is_rms else 'LayerNorm without one'}; see the model's code."
+                f"the norms have no bias: assumed to be {'RMSNorm' if is_rms else 'LayerNorm without one'}; see the model's code."
             )
         if key is not None:
             rows.key(f'Field("layernorm_epsilon", "{key}", {default})', key)
@@ -267,7 +267,7 @@ def _activation(model: UnknownModel, rows: DraftRows, *, is_gated: bool) -> None
     rows.fields.append(f'Fixed("gated_linear_unit", {is_gated})')
     if key is None:
         rows.fields.append('Fixed("activation_func", "silu")')
-        rows.todo.append("config.json names no activation: taken for silu; see the model's code.")
+        rows.todo.append("config.json names no activation: assumed to be silu; see the model's code.")
     elif value in _ACTIVATIONS:
         rows.key(f'Choice("activation_func", "{key}", (("{value}", "{_ACTIVATIONS[value]}"),))', key)
     else:
@@ -313,7 +313,7 @@ def _windows(model: UnknownModel, rows: DraftRows) -> None:
         arguments.append(rule or "every(2)")
         if rule is None or not usual:
             rows.todo.append(
-                f"which layers have a window, where config.json has no layer_types: taken for {arguments[0]}; see its config class."
+                f"config.json doesn't say which layers have a window: assumed to be {arguments[0]}; see the model's config class."
             )
     if model.defaults.get("sliding_window"):
         arguments.append(f"default={model.defaults['sliding_window']}")
@@ -326,7 +326,7 @@ def _windows(model: UnknownModel, rows: DraftRows) -> None:
 
 
 def _pattern(kinds: list[str]) -> str | None:
-    """The rule that gives `kinds`: all layers have a window but one in n."""
+    """Returns the rule that gives `kinds`, if all layers but one in n have a window; else None."""
     for count in range(1, len(kinds) + 1):
         for first in range(count):
             if kinds == ["full_attention" if layer % count == first else "sliding_attention" for layer in range(len(kinds))]:

@@ -1,4 +1,4 @@
-"""The comparison of a Megatron model with transformers' module by module, in the order in which transformers computes."""
+"""Compares a Megatron model with transformers' module by module, in the order in which transformers computes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from megabridge.parallel import collectives
 from megatron.core import parallel_state
 
 TOLERANCES: Final = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
-"""By dtype, the largest difference of a value over the largest value of its module."""
+"""Largest difference of a value by dtype, relative to the largest value at the same point."""
 
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One point: `difference` is the largest over all ranks, relative to the largest value there; `scale` is that value."""
+    """One compared point: `difference` is the largest over all ranks, relative to the largest value there, which is `scale`."""
 
     event: int
     point: ParityPoint
@@ -38,7 +38,7 @@ class ParityRow:
 
 @dataclass(frozen=True)
 class Fault:
-    """The first point above the tolerance, and the module of transformers whose computation ours does differently."""
+    """The first point above the tolerance, and the module of transformers whose computation differs."""
 
     module: str
     why: str
@@ -47,14 +47,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every point that was compared, in transformers' order, and what was not."""
+    """All points that were compared, in transformers' order, and the modules that were not."""
 
     rows: tuple[ParityRow, ...]
     not_compared: tuple[str, ...]
     fault: Fault | None
 
     def lines(self, worst: int = 6) -> list[str]:
-        """A report for people: figures of the worst points, what was not compared, the verdict."""
+        """Returns a report for people: figures of the worst points, what was not compared, the verdict."""
         bad = sorted(self.rows, key=lambda row: -row.difference if row.difference == row.difference else float("-inf"))[:worst]
         lines = [f"{len(self.rows)} inputs and outputs compared; the largest differences, relative to the largest value there:"]
         lines += [f"  {_shown(row.point)} and native {row.native}: {row.difference:.1e} of {row.scale:.3g}" for row in bad]
@@ -68,7 +68,10 @@ class Comparison:
 
 
 def tokens_for(native: Mapping[str, Any], *, length: int, tp: int, seed: int) -> Tensor:
-    """Random tokens [1, s]; s is about `length`, a multiple of tp, and no number of heads: shapes must tell them apart."""
+    """Returns random tokens [1, s]; s is about `length`, a multiple of tp, and differs from the numbers of heads.
+
+    Otherwise shapes couldn't tell the dimensions of sequence and heads apart.
+    """
     heads = {native["num_attention_heads"], native["num_query_groups"], 1}
     length = min(length, int(native["seq_length"])) // tp * tp
     while length in heads and length > tp:
@@ -78,7 +81,7 @@ def tokens_for(native: Mapping[str, Any], *, length: int, tp: int, seed: int) ->
 
 
 def compare_model(config: Config, bridge: AutoBridge, chunks: Sequence[torch.nn.Module], file: Path) -> Comparison:
-    """`compare_folder` with the bridge's own folder, as `config` says. Collective."""
+    """Compares a model with transformers' model of the bridge's source, with the settings in `config`. Collective."""
     tokens = tokens_for(bridge.source.native, length=config.recipe.seq_length, tp=config.parallel.tp, seed=config.seed)
     folder = resolve.resolve(str(bridge.source.location), revision=bridge.source.revision)
     tolerance = float(config.recipe.options.get("tolerance", TOLERANCES[config.model.dtype]))
@@ -92,7 +95,7 @@ def compare_folder(
 ) -> Comparison:
     """Runs `tokens` [1, s] through transformers' model of `folder`, on rank 0, and through `chunks`. Collective.
 
-    `file` takes what transformers' modules saw; all ranks must see it.
+    The events of transformers' modules are written to `file`, which all ranks must be able to read.
     """
     collectives.on_rank_zero("running transformers", lambda: run_hf(folder, points_of(plan), tokens, dtype, file))
     events, matched = read_events(file), pairs(plan, chunks)
@@ -108,7 +111,7 @@ def compare(
     tokens: Tensor,
     tolerance: float,
 ) -> Comparison:
-    """Compares what both sides saw. Collective: every rank gets the same answer."""
+    """Compares the tensors captured on both sides. Collective: every rank gets the same answer."""
     by_point = {event.point: number for number, event in enumerate(events)}
     own: dict[int, tuple[str, float, float]] = {}
     for pair in matched:
@@ -133,7 +136,7 @@ def compare(
 
 
 def find_fault(rows: Sequence[ParityRow], events: Sequence[Event], tolerance: float) -> Fault | None:
-    """The first row above the tolerance, and who is to blame for it."""
+    """Returns the first row above the tolerance, with the module that causes it; None if there is none."""
     bad = next((row for row in rows if not row.difference <= tolerance), None)
     if bad is None:
         return None
@@ -156,7 +159,7 @@ def _badness(difference: float | None) -> float:
 
 
 def _difference(pair: ModulePair, ours: Tensor, theirs: Tensor, length: int) -> float | None:
-    """The largest difference over the largest value of theirs; None where the shapes say nothing about each other."""
+    """Returns the largest difference relative to the largest value of theirs; None where the shapes can't be compared."""
     rows, whole = _rows(ours, length), _rows(theirs, length)
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     if rows.shape[0] * size == whole.shape[0] and size > 1:  # cut along the sequence
@@ -183,7 +186,7 @@ def _difference(pair: ModulePair, ours: Tensor, theirs: Tensor, length: int) -> 
 
 
 def _rows(tensor: Tensor, length: int) -> Tensor:
-    """[tokens, features] of one sequence, whatever the order of batch (1), sequence and heads is."""
+    """Returns one sequence as [tokens, features], whatever the order of batch (1), sequence and heads."""
     if tensor.dim() > 2:
         tensor = tensor[0] if tensor.shape[0] == 1 else tensor[:, 0]
         if tensor.dim() > 2 and tensor.shape[0] != length and tensor.shape[1] == length:

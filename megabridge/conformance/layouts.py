@@ -1,4 +1,4 @@
-"""The layouts that a number of ranks allows for a model, and the config of each."""
+"""Enumerates the parallel layouts that a number of ranks allows for a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megabridge.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Sizes of the parallel dimensions, and whether activations are cut along the sequence."""
+    """Sizes of the parallel dimensions, and whether sequence parallelism is on."""
 
     topology: Topology
     sequence_parallel: bool = False
@@ -23,17 +23,17 @@ class ParallelLayout:
         return f"{self.topology}sp" if self.sequence_parallel else str(self.topology)
 
     def config(self, config: Config) -> Config:
-        """`config` in this layout."""
+        """Returns `config` with this layout."""
         sizes: dict[str, Any] = {**self.topology.sizes()}
         parallel = replace(config.parallel, **sizes, sequence_parallel=self.sequence_parallel, layout=None)
         return replace(config, parallel=parallel)
 
 
 def legal_layouts(config: Config, bridge: AutoBridge, world_size: int) -> list[ParallelLayout]:
-    """Every layout of `world_size` ranks that the bridge's model allows, the one without model parallelism first.
+    """Returns every layout of `world_size` ranks that the bridge's model allows, the one without model parallelism first.
 
-    dp takes what the other sizes leave; vpp is 1 or 2; tensor parallelism alone comes with sequence parallelism too, and always
-    where there are experts.
+    dp follows from the other sizes; vpp is 1 or 2. Tensor parallelism without a pipeline is tried with and without sequence
+    parallelism; for a model with experts it always comes with it.
     """
     native, backend = bridge.source.native, layout_rules.backend_of_run(config)
 
@@ -60,7 +60,7 @@ def _candidates(world_size: int, *, has_experts: bool) -> Iterator[ParallelLayou
 
 
 def _with_experts(world_size: int, *, tp: int, pp: int, vpp: int) -> Iterator[ParallelLayout]:
-    """Every expert parallel size, with the experts cut as the rest or not at all."""
+    """Yields every expert parallel size, with experts cut over tp ranks or not at all."""
     inside = world_size // pp
     for etp in sorted({1, tp}):
         for ep in (size for size in range(1, inside // etp + 1) if inside % (etp * size) == 0):

@@ -1,8 +1,8 @@
-"""Which module of transformers' model computes what a native module computes, and which of its features: from the weight rules.
+"""Pairs native modules, and their features, with the modules of transformers that compute the same, using the weight rules.
 
 A point is the input or the output of one module of transformers, under the name that its tensors have in the file. The rows of a
-linear's weight are its output features and the columns its input features, so the transfers of the weight say which of them this
-rank has. Norms keep their features in order; of heads a rank has a range.
+linear's weight are its output features and the columns its input features, so the weight's transfers show which of them this rank
+has. Norms keep their features in order; a rank has a contiguous range of heads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 Side = Literal["input", "output"]
 LOGITS: Final = ""
-"""The whole model: its output are the logits."""
+"""Name of the whole model, whose output is the logits."""
 _FUSED: Final[tuple[type, ...]] = (te.TELayerNormColumnParallelLinear,) if te.HAVE_TE else ()
 _LINEARS: Final[tuple[type, ...]] = (ColumnParallelLinear, RowParallelLinear, *((te.TELinear,) if te.HAVE_TE else ()), *_FUSED)
 _EMBEDDINGS: Final = (VocabParallelEmbedding, torch.nn.Embedding)
@@ -44,10 +44,11 @@ class ParityPoint:
 
 @dataclass(frozen=True, eq=False)
 class ModulePair:
-    """A point and the native module whose input or output, or a part of it, holds the same numbers.
+    """A point, and the native module whose input or output (or a part of it) holds the same values.
 
-    `ours` and `theirs` index the features, None where all of them stand in the same order; then a narrower side of ours is this
-    rank's range of heads. With `parts`, several modules make up the features of one native module, one after another.
+    `ours` and `theirs` index the features; None where all of them are in the same order, in which case fewer features of ours are
+    this rank's range of heads. `part` is (number, count) where the features of one native module are those of several modules, one
+    after another.
     """
 
     point: ParityPoint
@@ -59,7 +60,7 @@ class ModulePair:
 
 
 def layer_prefixes(family: Family) -> tuple[str, str] | None:
-    """What a layer is called on the native side and in files, with `{layer}` in it; None where no rule speaks of layers."""
+    """Returns the name of a layer on the native side and in files, with `{layer}` in it; None if no rule is about layers."""
     mark = "{layer}"
     for rule in family.weights.rules:
         native, hf = rule.native[0], rule.hf[0]
@@ -69,12 +70,12 @@ def layer_prefixes(family: Family) -> tuple[str, str] | None:
 
 
 def hf_modules(plan: Plan) -> list[str]:
-    """Names of the modules of all tensors, in their order."""
+    """Returns the names of the modules of all tensors, in the order of the tensors."""
     return list(dict.fromkeys(module_of(name) for name in plan.tensors))
 
 
 def points_of(plan: Plan) -> list[str]:
-    """Names of the modules to look at: those with tensors, and the layers around them."""
+    """Returns the names of the modules to capture: the layers, and the modules with tensors."""
     prefixes = layer_prefixes(plan.family)
     layers = [] if prefixes is None else [prefixes[1].format(layer=number) for number in range(plan.dims.num_layers)]
     return list(dict.fromkeys([*layers, *hf_modules(plan)]))
@@ -85,13 +86,13 @@ def module_of(tensor: str) -> str:
 
 
 def pairs(plan: Plan, chunks: Sequence[torch.nn.Module]) -> list[ModulePair]:
-    """The pairs of this rank's modules. Every rank may call it."""
+    """Returns the pairs of this rank's modules. Not collective."""
     models = [unwrap(chunk) for chunk in chunks]
     found: list[ModulePair] = []
     for item in plan.items:
-        if not item.is_tied_copy and item.live.local.rpartition(".")[2] != "bias":
-            path = item.live.local.rpartition(".")[0]
-            found += _of_parameter(item, models[item.live.chunk].get_submodule(path))
+        if not item.is_tied_copy and item.local.local.rpartition(".")[2] != "bias":
+            path = item.local.local.rpartition(".")[0]
+            found += _of_parameter(item, models[item.local.chunk].get_submodule(path))
     for model in models:
         found += _of_layers(plan.family, model)
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and model is models[-1]:
@@ -113,7 +114,7 @@ def _of_parameter(item: LocalItem, module: torch.nn.Module) -> Iterator[ModulePa
     elif isinstance(module, _EMBEDDINGS):
         yield ModulePair(ParityPoint(modules[0], "output"), native, module)
     elif isinstance(module, TopKRouter):
-        return  # what a router gives has another form on each side
+        return  # the output of a router has another form on each side
     elif len(item.record.shape) == 1 or isinstance(module, HeadsNorm):
         for part, name in enumerate(modules):
             for side in ("input", "output"):
@@ -121,7 +122,10 @@ def _of_parameter(item: LocalItem, module: torch.nn.Module) -> Iterator[ModulePa
 
 
 def _features(item: LocalItem, part: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Which features along dimension `dim` of a linear's weight this rank shares with part number `part`."""
+    """Returns the features along dimension `dim` of a linear's weight that this rank shares with part number `part`.
+
+    They are indexed in the local weight and in the part.
+    """
     found = {
         (axis.native, axis.hf)
         for transfer in item.transfers

@@ -1,8 +1,8 @@
-"""Trial models: a family's tiny config with random weights, and what transformers computes with them.
+"""Tiny models: a family's tiny config with random weights, and the results that transformers computes with them.
 
-Everything of a trial is one folder: the model as transformers writes it, `reference.safetensors` with a prompt, its logits and a
-batch, and in `gradients` the gradients of that batch's mean loss, as a second model of the same names. transformers writes both,
-so that what it calls a tensor in memory never matters.
+A tiny model is one folder: the model as transformers writes it, `reference.safetensors` with a prompt, its logits and a batch, and
+in `gradients` the gradients of that batch's mean loss, as a second model with the same names. transformers writes both, so that the
+names of its tensors in memory don't matter.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megabridge.families.core.fields import Field, Json
 
 REFERENCE: Final = "reference.safetensors"
 GRADIENTS: Final = "gradients"
-PROMPT: Final = 40  # tokens, at least
+PROMPT: Final = 40  # minimum length in tokens
 ROW: Final = 16
 DEVIATIONS: Final = (0.2, 0.1, 0.05, 0.02)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Tokens [2, s] and their logits [2, s, vocabulary]; rows [n, ROW + 1], whose mean loss the gradients are of."""
+    """Prompt tokens [2, s] and their logits [2, s, vocabulary]; `rows` [n, ROW + 1] are the batch of the stored gradients."""
 
     prompt: Tensor
     logits: Tensor
@@ -38,12 +38,12 @@ class Reference:
 
     @property
     def spread(self) -> float:
-        """The deviation of the logits over their largest: near 0 all are alike and a comparison means nothing."""
+        """The standard deviation of the logits relative to the largest: near 0 all are alike and comparing them is pointless."""
         return float(self.logits.std() / self.logits.abs().max())
 
 
 def tiny_config(family: Family, layers: int | None = None) -> dict[str, Any]:
-    """The config.json of a family's trial model, in float32; with another number of layers where `layers` says so."""
+    """Returns the config.json of a family's tiny model, in float32, with `layers` layers if given."""
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type, **family.tiny}
     config["dtype"] = "float32"
     config["pad_token_id"] = None  # transformers' embedding gives the padding token's row no gradient
@@ -58,13 +58,16 @@ def tiny_config(family: Family, layers: int | None = None) -> dict[str, Any]:
 
 
 def layers_key(family: Family) -> str | None:
-    """What the architecture's config.json calls the number of layers."""
+    """Returns the key of the number of layers in the architecture's config.json; None if there is none."""
     found = [field.hf for field in family.fields if isinstance(field, Field) and field.native == "num_layers"]
     return found[0] if found else None
 
 
 def prompt_length(native: Mapping[str, Any]) -> int:
-    """Tokens past every window and every original length of a small model, a multiple of 8; the model's positions at most."""
+    """Returns a prompt length in tokens, a multiple of 8, beyond a tiny model's window and its ropes' original lengths.
+
+    It is at most the model's number of positions.
+    """
     window = native.get("window_size")
     ropes = [native.get("rope"), native.get("local_rope")]
     past = [PROMPT, 0 if window is None else window[0] + 9]
@@ -73,8 +76,8 @@ def prompt_length(native: Mapping[str, Any]) -> int:
     return int(min(-(-length // 8) * 8, native["seq_length"]))
 
 
-def write_trial(folder: Path, config: Json, family: Family, *, ranks: int = 1, seed: int = 3) -> Path:
-    """Writes a trial of `config` into `folder`, for up to `ranks` data-parallel ranks. One rank calls it.
+def write_tiny_model(folder: Path, config: Json, family: Family, *, ranks: int = 1, seed: int = 3) -> Path:
+    """Writes a tiny model with `config` to `folder`, for up to `ranks` data-parallel ranks. One rank calls it.
 
     Every tensor is random, norms and biases too. Raises ConfigError when transformers can't build the model.
     """
@@ -104,12 +107,12 @@ def write_trial(folder: Path, config: Json, family: Family, *, ranks: int = 1, s
 
 
 def read_reference(folder: Path) -> Reference:
-    """The reference of a trial that `write_trial` wrote."""
+    """Reads the reference of a tiny model that `write_tiny_model` wrote."""
     return Reference(**load_file(folder / REFERENCE))
 
 
 def quiet() -> None:
-    """Keeps transformers' progress bars and its remarks about small configs off the terminal of this process."""
+    """Turns off transformers' progress bars and its warnings about small configs in this process."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -128,7 +131,7 @@ def _random_model(folder: Path, *, seed: int, deviation: float) -> Any:
         raise ConfigError(f"transformers can't build a model of the tiny config: {type(error).__name__}: {error}") from error
     with torch.no_grad():
         for parameter in model.parameters():
-            # What begins as a constant, 0 or 1, is a bias or a norm: it keeps that centre.
+            # A parameter initialised to a constant, 0 or 1, is a bias or a norm: it keeps that mean.
             constant = parameter.flatten()[0].item()
             centre = constant if bool((parameter == constant).all()) else 0.0
             parameter.normal_(mean=centre, std=deviation)
@@ -140,6 +143,6 @@ def _random_model(folder: Path, *, seed: int, deviation: float) -> Any:
 
 
 def _is_saturated(logits: Tensor) -> bool:
-    """Whether many logits stand at the largest one's size: a cap has made them alike."""
+    """Whether many logits are as large as the largest one, because a cap has made them alike."""
     largest = logits.abs().max()
     return bool((logits.abs() > 0.97 * largest).float().mean() > 0.02)

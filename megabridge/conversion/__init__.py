@@ -1,1 +1,1 @@
-"""The engine: one plan, and the walks over it that import, export and verify."""
+"""The conversion engine: one plan, and the read and write loops over it that import, export and verify."""

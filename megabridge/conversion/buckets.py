@@ -1,4 +1,4 @@
-"""Buckets: which Hugging Face tensors travel together, and where each rank's boxes lie on the way. Data only."""
+"""Buckets: which Hugging Face tensors are sent together, and the offsets of each rank's boxes in the send buffer. Data only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megabridge.conversion.plan import Plan, TensorSpec, WrittenBox
 from megabridge.mapping import Axis, Transfer
 from megabridge.mapping.boxes import clip
 
-ALIGNMENT: Final = 64  # bytes; where every tensor of a bucket begins
+ALIGNMENT: Final = 64  # bytes, of the offset of every tensor in a bucket
 
 
 @dataclass(frozen=True, slots=True)
 class BucketEntry:
-    """A tensor inside a bucket's flat tensor; `offset` counts bytes.
+    """A tensor inside a bucket's flat tensor, `offset` bytes from its start.
 
-    Where tensors may travel in blocks, this may be the block of a tensor's rows from `row` on.
+    Where tensors are sent in blocks of rows, this may be the block that starts at row `row`.
     """
 
     name: str
@@ -34,7 +34,7 @@ class BucketEntry:
         return prod(self.shape) * self.dtype.itemsize
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
-        """The tensor, in the bucket's memory."""
+        """Returns the tensor as a view of the bucket's flat tensor."""
         return flat[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
@@ -43,7 +43,7 @@ Entries = tuple[BucketEntry, ...]
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Whole tensors that travel together; `size` in bytes."""
+    """Tensors, or blocks of their rows, that are sent together; `size` in bytes."""
 
     entries: Entries
     size: int
@@ -66,7 +66,7 @@ class WireBox:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What one rank gives to a bucket: bytes `start` to `stop` of the wire, on ranks that send or receive it."""
+    """The part of a bucket that one rank sends: bytes `start` to `stop` of the wire, on ranks that send or receive it."""
 
     rank: int
     start: int
@@ -74,8 +74,8 @@ class Section:
     pieces: tuple[WireBox, ...]
 
     @property
-    def travels(self) -> bool:
-        """Whether any other rank wants it."""
+    def is_sent(self) -> bool:
+        """Whether any other rank receives it."""
         return self.stop > self.start
 
 
@@ -84,7 +84,10 @@ def aligned(position: int) -> int:
 
 
 def plan_buckets(specs: Mapping[str, TensorSpec], bucket_bytes: int, *, in_rows: bool = False) -> list[Bucket]:
-    """Buckets of whole tensors, in order, each of at most `bucket_bytes`; a larger tensor travels alone, or `in_rows`."""
+    """Returns buckets of tensors, in order, each of at most `bucket_bytes`.
+
+    A larger tensor gets a bucket of its own or, with `in_rows`, is split into blocks of rows.
+    """
     out: list[Bucket] = []
     held: list[BucketEntry] = []
     size = 0
@@ -100,7 +103,7 @@ def plan_buckets(specs: Mapping[str, TensorSpec], bucket_bytes: int, *, in_rows:
 
 
 def _blocks(spec: TensorSpec, most: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(first row, shape) of blocks of rows of at most `most` bytes each, never less than a row."""
+    """Yields (first row, shape) of blocks of at most `most` bytes each, but at least one row."""
     row_bytes = prod(spec.shape[1:]) * spec.dtype.itemsize
     if not spec.shape or spec.shape[0] * row_bytes <= most:
         yield 0, spec.shape
@@ -111,7 +114,7 @@ def _blocks(spec: TensorSpec, most: int) -> Iterator[tuple[int, tuple[int, ...]]
 
 
 def layout_of_bucket(bucket: Bucket, plan: Plan, rank: int, consumers: Collection[int]) -> tuple[list[Section], int]:
-    """The sections of `bucket` that `rank` sends, receives or keeps, by rank, and the length of its wire in bytes."""
+    """Returns the sections of `bucket` that `rank` sends, receives or keeps, ordered by sender, and its wire's length in bytes."""
     by_rank: dict[int, list[tuple[WrittenBox, BucketEntry]]] = {}
     for entry in bucket.entries:
         for source in plan.sources[plan.aliases.get(entry.name, entry.name)]:
@@ -126,13 +129,13 @@ def layout_of_bucket(bucket: Bucket, plan: Plan, rank: int, consumers: Collectio
                 pieces.append(WireBox(entry, source.native, transfer, position))
                 position = aligned(position + transfer.elements * entry.dtype.itemsize)
         if all(consumer == giver for consumer in consumers):
-            position = start  # the only one who wants it has it
+            position = start  # the only consumer holds it already
         sections.append(Section(giver, start, position, tuple(pieces)))
     return sections, position
 
 
 def _rows(transfer: Transfer, entry: BucketEntry) -> list[Transfer]:
-    """The parts of `transfer` inside a block of rows, as transfers to that block."""
+    """Returns the parts of `transfer` inside a block of rows, as transfers to that block."""
     if entry.shape == transfer.hf_shape:
         return [transfer]
     (place,) = (place for place, axis in enumerate(transfer.axes) if axis.hf_dim == 0)

@@ -1,7 +1,7 @@
-"""What is at an export's place before it: an earlier export, which it replaces, and what stays there. All else refuses the export.
+"""Decides what may be at an export's path: an earlier export, which is replaced, and harmless files, which stay. Refuses all else.
 
-Whether a file is an earlier export's is said by that one's manifest, and by the file's digest: one that was changed since is the
-user's. A manifest may be anybody's, so it makes nothing an export's that no export writes.
+A file belongs to an earlier export if that export's manifest lists it and its digest is unchanged: a file that was changed since is
+the user's. Anybody can write a manifest, so only names that an export can write count.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from megabridge.storage import folders, regular_files
 from megabridge.storage.inside_folder import entries
 
 State = Mapping[str, tuple[int, int, int]]  # by path: inode, size in bytes, time of change in ns
-_LOCK: Final = re.compile(rb"[0-9a-f]{0,32}")  # what `folders.claim` writes, or a part of it
+_LOCK: Final = re.compile(rb"[0-9a-f]{0,32}")  # content that `folders.claim` writes, or a part of it
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What rank 0 found in the folder: the earlier export's manifest, if any, the state of its files, and paths that stay."""
+    """The content of the folder as rank 0 found it: an earlier export's manifest, if any, its files' state, and paths to keep."""
 
     path: Path
     said: Manifest | None
@@ -38,7 +38,10 @@ class Earlier:
 
     @classmethod
     def at(cls, path: Path) -> Self:
-        """Looks at names and kinds. One rank calls it, and has claimed the folder. Raises CheckpointError for what isn't ours."""
+        """Reads names and kinds of files in `path`. One rank calls it, after claiming the folder.
+
+        Raises CheckpointError for files that are neither harmless nor an earlier export's.
+        """
         try:
             if not path.exists():
                 return cls(path, None, {}, ())
@@ -54,10 +57,10 @@ class Earlier:
             raise CheckpointError(f"{path} can't be written: {error.strerror}; export elsewhere.") from error
         return cls(path, said.only(ours) if said else None, state, tuple(kept))
 
-    def carry(self, target: Path) -> None:
-        """Gives `target` what stays, under other names of the same files, or as copies. One rank calls it.
+    def copy_kept(self, target: Path) -> None:
+        """Links or copies the kept files into `target`. One rank calls it.
 
-        Raises CheckpointError where something changed since the folder was looked at, OSError where `target` can't be written.
+        Raises CheckpointError where a file changed since the folder was read, OSError where `target` can't be written.
         """
         now = Earlier.at(self.path)
         changed = sorted(name for name in now.state.keys() | self.state.keys() if now.state.get(name) != self.state.get(name))
@@ -72,37 +75,37 @@ class Earlier:
 
 
 def check_hidden(path: Path) -> None:
-    """Raises CheckpointError where what lies under the hidden names of an export to `path` is none's. One rank calls it."""
+    """Raises CheckpointError where foreign files have the hidden names that an export to `path` uses. One rank calls it."""
     partial, lock = folders.partial_of(path), folders.lock_of(path)
     strange = [str(place) for place in (partial, folders.removed_of(path)) if os.path.lexists(place) and not _is_folder(place)]
     if os.path.lexists(lock) and not (_is_file(lock) and _LOCK.fullmatch(regular_files.read(lock))):
         strange.append(str(lock))
     for place in (partial, folders.removed_of(path)):
-        with suppress(CheckpointError):  # another export may be writing there: the claim says so
+        with suppress(CheckpointError):  # another export may be writing there: claiming the folder reports it
             for name, state in entries(place, apart=manifest.APART) if _is_folder(place) else ():
                 # A killed export may leave folders empty.
                 if not (stat.S_ISDIR(state.st_mode) or manifest.is_harmless(name, state) or manifest.is_written(name)):
                     strange.append(str(place / name))
     if strange:
         raise CheckpointError(
-            f"{path} needs the names {partial.name} and {lock.name} beside it while it is written, but others' files are there; "
+            f"writing {path} needs the names {partial.name} and {lock.name} beside it, but other files have them; "
             "export elsewhere, or move these away:\n  " + listed(strange)
         )
 
 
 def check_apart(path: Path, sources: Iterable[Path]) -> None:
-    """Raises CheckpointError where an export to `path` would take the place of a folder that the model was read from."""
+    """Raises CheckpointError where an export to `path` would replace a folder that the model was read from."""
     for source in sources:
         if source.resolve().is_relative_to(path.resolve()):
             raise CheckpointError(
-                f"{path} must not be where the model was read from ({source}), which stays; export to another folder."
+                f"{path} must not be where the model was read from ({source}), which is never replaced; export to another folder."
             )
 
 
 def check_unchanged(path: Path, found: Earlier | None, *, is_shared: bool) -> None:
-    """Raises the same CheckpointError on every rank where a file of the earlier export has other bytes than it wrote. Collective.
+    """Raises the same CheckpointError on every rank where a file of the earlier export has changed since. Collective.
 
-    `found` is rank 0's. The ranks share the reading where the file system `is_shared`.
+    Rank 0's `found` counts. The ranks divide the reading between them where the file system `is_shared`.
     """
     said = collectives.on_rank_zero("reading the manifest of an earlier export", lambda: None if found is None else found.said)
     if said is not None:
@@ -127,7 +130,7 @@ def _manifest(path: Path) -> Manifest:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file, and no link to one."""
+    """Whether it is a regular file and not a symbolic link."""
     return regular_files.exists(path) and not path.is_symlink()
 
 
@@ -138,5 +141,5 @@ def _is_folder(path: Path) -> bool:
 def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:  # a file system without such names, or a file of another user's
+    except OSError:  # a file system without hard links, or another user's file
         shutil.copy2(source, target, follow_symlinks=False)

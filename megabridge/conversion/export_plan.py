@@ -1,4 +1,4 @@
-"""The plan of an export: tensors, dtypes, encoding, files, and who writes what, decided before a byte is written."""
+"""The plan of an export: tensors, dtypes, encoding, files, and which rank writes what, decided before a byte is written."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ WRITERS: Final = ("shared", "gather")
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """All that an export to `path` writes. `plan` has the boxes, `encoder` says how files hold them, `shards` in which files.
+    """Everything that an export to `path` writes: the boxes of `plan`, encoded by `encoder`, into the files `shards`.
 
-    `is_shared`: whether every rank writes what it owns into one file system; else rank 0 is sent everything.
+    With `is_shared`, every rank writes what it owns to a shared file system; otherwise rank 0 receives and writes everything.
     """
 
     plan: Plan
@@ -46,7 +46,7 @@ class ExportPlan:
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
-        """Every tensor of the files, by name, in their order."""
+        """Every tensor of the files by name, in the order of the files."""
         return {name: info for shard in self.shards for name, info in shard.tensors.items()}
 
     @cached_property
@@ -74,12 +74,12 @@ def plan_export(
     quantization: Quantization | None = None,
     sources: Iterable[Path] = (),
 ) -> ExportPlan:
-    """Decides what is written for the boxes of `plan`. Collective.
+    """Returns the plan for exporting the boxes of `plan`. Collective.
 
-    With `writer="shared"` every rank writes what it owns, and all must see the same file system; with "gather" rank 0 is sent
-    everything, and its file system alone counts. `only` is the name of the one file of all weights, `files` say what is in which;
-    else `max_shard_size` decides. With a `quantization`, linears are of FP8. Raises ConfigError, and CheckpointError where the
-    model was read from `path`: out of one of the folders `sources`.
+    With `writer="shared"` every rank writes what it owns, and all must see the same file system; with "gather" rank 0 receives and
+    writes everything to its own. The tensors are in one file called `only`, or distributed as `files` says, or by
+    `max_shard_size`. `quantization` quantises linears to FP8. Raises ConfigError for a wrong argument, CheckpointError where the
+    export would replace one of the folders `sources`, which the model was read from.
     """
     if writer not in WRITERS:
         raise ConfigError(f"writer={writer!r} must be one of {', '.join(WRITERS)}.")
@@ -92,7 +92,7 @@ def plan_export(
 
 
 def export_specs(plan: Plan, dtypes: Dtypes, aliases: frozenset[str]) -> dict[str, TensorSpec]:
-    """The tensors to write, in natural order: in one dtype, one by name, or the parameters'; `aliases` are written besides."""
+    """Returns the tensors to write, `aliases` included, in natural order: in one dtype, in one by name, or in the parameters'."""
     specs = dict(plan.tensors) | {alias: plan.tensors[plan.aliases[alias]] for alias in aliases}
     if isinstance(dtypes, torch.dtype):
         specs = {name: replace(spec, dtype=dtypes) for name, spec in specs.items()}

@@ -1,4 +1,4 @@
-"""Export to files: every rank writes the boxes it owns at their places, then all copies are compared with what was written."""
+"""Exports to files: every rank writes the boxes that it owns in place, then all copies are compared with the written files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megabridge.mapping import Transfer, coalescible, natural, whole
 from megabridge.parallel import collectives, process_groups
 from megabridge.storage import folders
 
-Boxes = Iterable[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]  # file, place in it, elements: what `Writer.write` takes
+Boxes = Iterable[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]  # the arguments of `Writer.write`
 
 
 @torch.no_grad()
@@ -48,11 +48,11 @@ def export_weights(
 ) -> Report:
     """Publishes the model as a Hugging Face folder at the plan's path. Collective.
 
-    Everything is written into a hidden folder beside it, read back and compared, made durable, and renamed last;
-    `write_assets(folder)` adds config and tokenizer on rank 0. An earlier export there is replaced (see `Earlier`). What a killed
-    export left is used again where it is right.
+    Everything is written to a hidden folder beside it, read back and compared (`verify`), made durable and finally renamed;
+    `write_assets(folder)` adds config and tokenizer on rank 0. An earlier export there is replaced (see `Earlier`). Correct parts
+    that a killed export left behind are reused.
 
-    Raises the same CheckpointError or ParityError on every rank; then nothing is published and what was there stays. NaN and
+    Raises the same CheckpointError or ParityError on every rank; then nothing is published and existing files stay. NaN and
     infinite values are refused unless `allow_nonfinite`.
     """
     begin = time.perf_counter()
@@ -60,45 +60,45 @@ def export_weights(
         try:
             kept = collectives.on_rank_zero("reserving space for the export", lambda: reserve(export.partial, export.shards))
             written = _write(export, kept, progress)
-            everyones = collectives.all_gather(written)
-            _refuse_nonfinite([] if allow_nonfinite else everyones)
+            of_all_ranks = collectives.all_gather(written)
+            _refuse_nonfinite([] if allow_nonfinite else of_all_ranks)
             seconds = time.perf_counter() - begin
             found, verify_seconds = _verify(export) if verify else (Difference((), 0.0, 0), 0.0)
             begin = time.perf_counter()
-            by_name = _digests(export, everyones)
+            by_name = _digests(export, of_all_ranks)
             collectives.on_rank_zero("publishing the export", lambda: _publish(export, write_assets, by_name, earlier))
         except (MegabridgeError, OSError):
             if collectives.rank() == 0:
                 shutil.rmtree(export.partial, ignore_errors=True)
             raise
     seconds += time.perf_counter() - begin
-    return _report(export.infos, everyones, found, seconds, verify_seconds, is_verified=verify)
+    return _report(export.infos, of_all_ranks, found, seconds, verify_seconds, is_verified=verify)
 
 
 def _report(
-    infos: Mapping[str, TensorInfo], everyones: list[Written], found: Difference, seconds: float, verify_seconds: float, *,
+    infos: Mapping[str, TensorInfo], of_all_ranks: list[Written], found: Difference, seconds: float, verify_seconds: float, *,
     is_verified: bool,
 ) -> Report:  # fmt: skip
     return Report(
         tensors=len(infos),
         bytes=sum(info.nbytes for info in infos.values()),
-        bytes_copied=sum(written.bytes_written for written in everyones),
+        bytes_copied=sum(written.bytes_written for written in of_all_ranks),
         seconds=seconds,
         verify_seconds=verify_seconds,
         mismatched=found.mismatched,
         max_abs_diff=found.max_abs,
         is_verified=is_verified,
         dtypes=counted([info.dtype for info in infos.values()]),
-        bytes_kept=sum(written.bytes_kept for written in everyones),
+        bytes_kept=sum(written.bytes_kept for written in of_all_ranks),
     )
 
 
 @contextmanager
 def _claimed(path: Path, *, is_shared: bool) -> Iterator[Earlier | None]:
-    """No other export writes to `path` meanwhile, and, where it is shared, every rank sees the folder of rank 0. Collective.
+    """Locks `path` against other exports and, where it is shared, checks that every rank sees rank 0's folder. Collective.
 
-    Yields what is there, to rank 0. Only an end that all ranks came to removes the lock, and lets the caller remove files: where
-    one died, others may still write. Raises CheckpointError where what is there can't be replaced.
+    Yields what is at `path`, on rank 0; None elsewhere. The lock is removed, and the caller may remove files, only where all ranks
+    got to the end: if one died, others may still be writing. Raises CheckpointError where what is there can't be replaced.
     """
     own: list[IO[str]] = []
     found: list[Earlier] = []
@@ -135,7 +135,7 @@ def _release(path: Path, own: list[IO[str]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one rank wrote into files, found there already, and found to be no finite number; the digests it took meanwhile."""
+    """A rank's result: bytes written, bytes found written already, tensors that aren't finite, and digests of tensors."""
 
     bytes_written: int
     bytes_kept: int
@@ -144,27 +144,27 @@ class Written:
 
 
 def _own(export: ExportPlan) -> Generator[tuple[TensorInfo, Sequence[Transfer], torch.Tensor]]:
-    """The boxes that this rank writes into a shared folder."""
+    """Yields the boxes that this rank writes into a shared folder."""
     plan, infos = export.plan, export.infos
     for item in plan.items:
         for group in coalescible(item.transfers) if item.is_writer else ():
-            for name in plan.carriers(item.hf[group[0].part], infos):
-                yield infos[name], group, item.live.data
+            for name in plan.copies_of(item.hf[group[0].part], infos):
+                yield infos[name], group, item.local.data
 
 
 def _scales(export: ExportPlan) -> Boxes:
-    """The scales that this rank writes."""
+    """Yields the scales that this rank writes."""
     for name, tensor in export.encoder.scales():
         if collectives.rank() in export.writers[name]:
             yield export.infos[name], (whole(tensor.shape),), tensor
 
 
 def _write(export: ExportPlan, kept: frozenset[Path], progress: Progress) -> Written:
-    """Writes this rank's boxes into the reserved files, of which those in `kept` may hold some of them. Collective."""
+    """Writes this rank's boxes into the reserved files; those in `kept` may hold some of them already. Collective."""
     plan, infos, writers, encoder = export.plan, export.infos, export.writers, export.encoder
     mine = [infos[name] for name, ranks in writers.items() if collectives.rank() in ranks]
     alone = [info for info in mine if len(writers[info.name]) == 1]
-    total = sum(info.nbytes // len(writers[info.name]) for info in mine)  # ranks have about equal parts
+    total = sum(info.nbytes // len(writers[info.name]) for info in mine)  # the writers of a tensor have about equal parts
     with (
         collectives.raise_together("writing weights"),
         space_named(export.partial, export.shards),
@@ -174,28 +174,28 @@ def _write(export: ExportPlan, kept: frozenset[Path], progress: Progress) -> Wri
         for info, group, data in chain(boxes, _scales(export)):
             writer.write(info, group, data)
             progress(writer.bytes_written + writer.bytes_kept, total)
-        with ThreadPoolExecutor(1) as thread:  # the disk and a core work at the same time
+        with ThreadPoolExecutor(1) as thread:  # syncs to disk while digests are computed
             synced = thread.submit(writer.sync)
             found = digests(alone)
             synced.result()
     return Written(writer.bytes_written, writer.bytes_kept, writer.nonfinite, found)
 
 
-def _digests(export: ExportPlan, everyones: list[Written]) -> dict[str, str]:
-    """Every tensor's digest. Collective: those that several ranks wrote are taken now, by these ranks in turn."""
+def _digests(export: ExportPlan, of_all_ranks: list[Written]) -> dict[str, str]:
+    """Returns every tensor's digest. Collective: tensors that several ranks wrote are divided between these ranks."""
     several = [export.infos[name] for name, ranks in export.writers.items() if len(ranks) > 1]
     with collectives.raise_together("taking digests"):
         found = digests(manifest.share(several, export.writers))
-    parts = [*collectives.all_gather(found), *(written.digests for written in everyones)]
+    parts = [*collectives.all_gather(found), *(written.digests for written in of_all_ranks)]
     return {name: digest for part in parts for name, digest in part.items()}
 
 
-def _refuse_nonfinite(everyones: list[Written]) -> None:
-    found = {name: reason for written in everyones for name, reason in written.nonfinite.items()}
+def _refuse_nonfinite(of_all_ranks: list[Written]) -> None:
+    found = {name: reason for written in of_all_ranks for name, reason in written.nonfinite.items()}
     if found:
         raise ParityError(
-            "an exported model must hold finite numbers only, nothing was published; go back to an earlier step, or allow others "
-            "with conversion.allow_nonfinite=true (allow_nonfinite=True in Python):\n  "
+            "an exported model must hold finite numbers only, nothing was published; go back to an earlier step, or set "
+            "conversion.allow_nonfinite=true (allow_nonfinite=True in Python):\n  "
             + listed([f"{name}: {found[name]}" for name in sorted(found, key=natural)])
         )
 
@@ -206,7 +206,7 @@ def _publish(export: ExportPlan, write_assets: Callable[[Path], None], found: Ma
         write_index(export.partial, export.shards)
         write_assets(export.partial)
         manifest.write(export.partial, export.infos, found, process_groups.running())
-        earlier.carry(export.partial)
+        earlier.copy_kept(export.partial)
     folders.commit(export.path, replace=True)
 
 
@@ -228,11 +228,11 @@ def _verify(export: ExportPlan) -> tuple[Difference, float]:
     return found, time.perf_counter() - begin
 
 
-def _to_file(encoder: Encoder, job: ReadTask, part: Transfer, pair: Pair, convert: Convert) -> Pair:
-    """The parameter's box as the file should hold it; quantised ones are compared on the CPU."""
+def _to_file(encoder: Encoder, task: ReadTask, part: Transfer, pair: Pair, convert: Convert) -> Pair:
+    """Encodes the parameter's box as the file should hold it; quantised boxes are compared on the CPU."""
     ours, theirs = pair
-    if job.info.name in encoder.dtypes:
-        return encoder.encode(job.info, part, ours), theirs.cpu()
+    if task.info.name in encoder.dtypes:
+        return encoder.encode(task.info, part, ours), theirs.cpu()
     return convert(ours, theirs.dtype), theirs.to(ours.device)
 
 

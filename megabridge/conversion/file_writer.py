@@ -1,7 +1,7 @@
-"""Sharded safetensors files: planned from names and shapes alone, reserved first, then filled by all ranks at once.
+"""Writes sharded safetensors files: planned from names and shapes alone, reserved first, then filled by all ranks at once.
 
-Names and contents don't depend on the layout of the ranks: two exports of one model are the same files. What a killed export
-left is used again: a file of the right size and header is kept, and of its boxes only those that differ are written.
+Names and contents don't depend on the layout of the ranks: two exports of one model are the same files. Files left by a killed
+export are reused: one with the right size and header is kept, and only those of its boxes that differ are written.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from megabridge.mapping import Transfer, coalesced
 from megabridge.storage import folders
 
 Encode = Callable[[TensorInfo, Transfer, torch.Tensor], torch.Tensor]
-"""(a tensor of a file, a part of it, that part of a parameter) to what the file holds of it, in the file's dtype."""
+"""Maps (a tensor of a file, a part of it, that part of a parameter) to the part as the file holds it, in the file's dtype."""
 
 
 def reserve(folder: Path, shards: list[Shard]) -> frozenset[Path]:
-    """Makes the folder and its files at their final size, headers written. One rank calls it.
+    """Creates the folder and its files at their final size, with headers. One rank calls it.
 
-    Files of the same size and header that are there already are kept, and returned; whatever else is in the folder is removed.
-    Raises CheckpointError that names the bytes needed and free when they don't fit.
+    Existing files of the same size and header are kept and returned; everything else in the folder is removed. Raises
+    CheckpointError with the bytes needed and free when they don't fit.
     """
     with space_named(folder, shards):
         folders.make_parents(folder)
@@ -58,7 +58,7 @@ def reserve(folder: Path, shards: list[Shard]) -> frozenset[Path]:
 
 
 def _is_same(file: Path, shard: Shard) -> bool:
-    """Whether a file has a shard's size and header. Written after the space was reserved, the header vouches for it."""
+    """Whether a file has a shard's size and header. The header is written after the space was reserved, so it proves that too."""
     if file.is_symlink() or not file.is_file() or file.stat().st_size != shard.size:
         return False
     with file.open("rb") as stream:
@@ -67,7 +67,7 @@ def _is_same(file: Path, shard: Shard) -> bool:
 
 @contextmanager
 def space_named(folder: Path, shards: list[Shard]) -> Iterator[None]:
-    """Turns an OSError of the block into a CheckpointError that says what failed, and the bytes needed and free."""
+    """Turns an OSError in the block into a CheckpointError that says what failed, and the bytes needed and free."""
     try:
         yield
     except OSError as error:
@@ -79,18 +79,18 @@ def space_named(folder: Path, shards: list[Shard]) -> Iterator[None]:
 
 
 def cast(info: TensorInfo, part: Transfer, ours: torch.Tensor) -> torch.Tensor:
-    """`ours` in the file's dtype."""
+    """Casts `ours` to the file's dtype."""
     return ours.to(info.dtype)
 
 
 class Writer(Files):
-    """Writes boxes at their places in files that exist and have their final size. Use as a context.
+    """Writes boxes in place into files that exist and have their final size. Use as a context manager.
 
-    In the files of `existing` a box is written only where it differs. `bytes_written` and `bytes_kept` count; `nonfinite` maps
-    tensors with NaN or infinite values to what is wrong with them.
+    In the files of `existing` a box is written only where it differs. `bytes_written` and `bytes_kept` count both cases;
+    `nonfinite` maps tensors with NaN or infinite values to a description.
 
-    A box of columns is written with one call per row. Copying it into a shared mapping took a third of the time, but no less with
-    the fsync after it, and a mapping is written back by whole pages, into which ranks on other hosts write too.
+    A box of columns is written with one call per row. Copying it into a shared mapping took a third of the time, but no less once
+    the fsync was counted, and a mapping is written back in whole pages, into which ranks on other hosts write too.
     """
 
     def __init__(self, existing: Sequence[TensorInfo] = (), encode: Encode = cast) -> None:
@@ -108,18 +108,18 @@ class Writer(Files):
         self._reader.__exit__(kind, error, trace)
 
     def write(self, info: TensorInfo, group: Sequence[Transfer], source: torch.Tensor) -> None:
-        """Writes the native sides of a group of `coalescible` in `source`, as `encode` has them, into their box of the file."""
+        """Encodes the native sides of a group from `coalescible` in `source`, and writes them to their box of the file."""
         for parts in zip(*(transfer.split(STAGING // len(group)) for transfer in group), strict=True):
             part = coalesced(parts)
             boxes = [native_box(source, one) for one in parts]
-            ours = boxes[0] if len(boxes) == 1 else torch.stack(boxes, -2)  # between the number of a block and what is in it
+            ours = boxes[0] if len(boxes) == 1 else torch.stack(boxes, -2)  # between the index of a block and its elements
             data = self._encode(info, part, ours).cpu().contiguous()
             if not is_finite(data):
                 self.nonfinite[info.name] = (
                     f"finite, but too large for {info.dtype}" if is_finite(ours) else "NaN or infinite values"
                 )
             size = data.numel() * info.dtype.itemsize
-            fd = self._fd(info.file)  # also of a file that is right: it may not be durable yet
+            fd = self._fd(info.file)  # also for a file that is right already: it may not be durable yet
             if info.file in self._kept and same_bits(data.view(part.hf_view()[0]), self._reader.box(info, part)):
                 self.bytes_kept += size
             else:
@@ -128,7 +128,7 @@ class Writer(Files):
 
     def _write(self, fd: int, info: TensorInfo, part: Transfer, data: torch.Tensor) -> None:
         itemsize = info.dtype.itemsize
-        length, starts = part.rows()
+        length, starts = part.contiguous_runs()
         flat = memoryview((ctypes.c_char * (data.numel() * itemsize)).from_address(data.data_ptr())).cast("B")
         step = length * itemsize
         try:
@@ -139,7 +139,7 @@ class Writer(Files):
             raise
 
     def sync(self) -> None:
-        """Makes the files that hold these boxes durable."""
+        """Syncs the files that were written to disk."""
         for file, fd in self._fds.items():
             try:
                 os.fsync(fd)
@@ -155,7 +155,7 @@ def _pwrite(fd: int, data: memoryview, offset: int) -> None:
 
 
 def write_index(folder: Path, shards: list[Shard]) -> None:
-    """The index of a sharded folder; nothing for a single file. One rank calls it."""
+    """Writes the index of a sharded folder; nothing for a single file. One rank calls it."""
     if len(shards) == 1 and "-of-" not in shards[0].name:
         return
     names = {name: shard.name for shard in shards for name in shard.tensors}

@@ -1,4 +1,4 @@
-"""Exports where ranks share no file system: rank 0 is sent every tensor, writes the files, and compares them with digests."""
+"""Exports where ranks share no file system: rank 0 receives every tensor, writes the files, and verifies them by digests."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megabridge.hf.tensor_files import STAGING, Reader, native_box
 from megabridge.mapping import Axis, Run, Transfer, whole
 from megabridge.parallel import collectives
 
-BUCKET_BYTES: Final = 48 << 20  # two of them stay below 128 MiB
+BUCKET_BYTES: Final = 48 << 20  # so that two of them take less than 128 MiB
 
 Digests = list[tuple[str, Transfer, bytes]]
 
 
 class Gathered:
-    """On rank 0, the boxes that fill the files `infos`, in their order; elsewhere none. Every rank makes one and uses it up.
+    """Iterates, on rank 0, over the boxes that fill the files `infos`, in their order; elsewhere over none.
 
-    Each is a whole tensor or a block of rows, with the file it belongs to, valid until the next step. Where one rank fails, every
-    rank's next step raises its error; a rank that ends early must `close`.
+    Every rank creates one and exhausts it. Each box is a whole tensor or a block of its rows, valid until the next step. If one
+    rank fails, the next step of every rank raises its error; a rank that ends early must call `close`.
     """
 
     def __init__(self, plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encoder) -> None:
@@ -46,7 +46,7 @@ class Gathered:
 
 
 def _block(entry: BucketEntry, shape: tuple[int, ...]) -> Transfer:
-    """From a block of rows to its place in the whole tensor."""
+    """Returns the transfer from a block of rows to its place in the whole tensor."""
     starts = (entry.row, *[0] * (len(shape) - 1))
     axes = [
         Axis(dim, dim, Run.span(0, length), Run.span(start, length))
@@ -56,9 +56,9 @@ def _block(entry: BucketEntry, shape: tuple[int, ...]) -> Transfer:
 
 
 def compare_gathered(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encoder) -> Difference:
-    """Compares the files on rank 0 with every rank's copies, by digests of their boxes' bits. Collective.
+    """Compares the files on rank 0 with every rank's copies, by digests of their boxes. Collective.
 
-    How far a differing tensor is off isn't known: the largest difference is then infinite.
+    Digests don't show how far a tensor is off: where one differs, the largest difference is infinite.
     """
     with collectives.raise_together("comparing weights"):
         own = _digests(plan, infos, encoder)
@@ -79,18 +79,18 @@ def compare_gathered(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encod
 
 
 def _digests(plan: Plan, infos: Mapping[str, TensorInfo], encoder: Encoder) -> Digests:
-    """(tensor, box, digest) of all that this rank holds, as the files should have it."""
+    """Returns (tensor, box, digest) of all boxes that this rank holds, encoded as the files should have them."""
     out: Digests = [(name, whole(tensor.shape), _digest(iter([tensor]))) for name, tensor in encoder.scales()]
     for item in plan.items:
         for transfer in item.transfers:
-            for name in plan.carriers(item.hf[transfer.part], infos):
+            for name in plan.copies_of(item.hf[transfer.part], infos):
                 parts = transfer.split(STAGING)
-                out.append((name, transfer, _digest(encoder.encode(infos[name], p, native_box(item.live.data, p)) for p in parts)))
+                out.append((name, transfer, _digest(encoder.encode(infos[name], p, native_box(item.local.data, p)) for p in parts)))
     return out
 
 
 def _digest(parts: Iterator[torch.Tensor]) -> bytes:
-    """Of the elements' bits, in the order of the tensor's dimensions."""
+    """Returns the digest of the elements' bytes, in the order of the tensor's dimensions."""
     total = xxhash.xxh3_128()
     for part in parts:
         total.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())

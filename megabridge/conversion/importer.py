@@ -1,4 +1,4 @@
-"""Import: each rank copies exactly the boxes it owns out of the files. No collective moves weights, no whole tensor is held."""
+"""Imports weights: each rank copies exactly its own boxes out of the files. Nothing is sent between ranks or held whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megabridge.hf.tensor_files import PAGE, PIECE, Reader, Way, native_box
 from megabridge.parallel import collectives
 
 __all__ = ["Progress", "import_weights", "silent"]
-Spans = dict[str, list[tuple[int, int]]]  # by file, first page and one past the last
+Spans = dict[str, list[tuple[int, int]]]  # by file, the first page and one past the last
 
 
 @torch.no_grad()
@@ -41,25 +41,26 @@ def import_weights(
 ) -> Report:
     """Fills this rank's parameters from a folder's tensors (see `find_tensors`), cast to the parameters' dtype. Collective.
 
-    Elements that no tensor feeds (vocabulary padding) become zero. `way` is how a Reader takes short stretches; with `dedupe` the
-    ranks of a node read every block once between them. Raises MappingError before anything is copied when names or shapes differ,
-    CheckpointError for damaged files and for NaN or infinite weights, ParityError when a copy differs; the same on every rank.
+    Elements that no tensor feeds (vocabulary padding) become zero. `way` is how a Reader reads short contiguous runs; with `dedupe`
+    the ranks of a node read every block once between them. Raises MappingError before anything is copied when names or shapes
+    differ, CheckpointError for damaged files and (unless `allow_nonfinite`) for NaN or infinite weights, ParityError when a copy
+    differs (`verify`); the same error on every rank.
     """
     begin = time.perf_counter()
     with collectives.raise_together("checking the source"):
         absent = check_source(plan, infos, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
         _check_dtypes([infos[name] for name in (*plan.tensors, *plan.aliases) if name in infos])
-    jobs = _jobs(plan, infos, absent)
+    tasks = _read_tasks(plan, infos, absent)
     with (
-        shared_reads(infos, jobs, dedupe=dedupe) as shared,
+        shared_reads(infos, tasks, dedupe=dedupe) as shared,
         collectives.raise_together("reading weights"),
         Reader(infos.values(), way=way) as reader,
     ):
         _zero_unfed(plan, absent)
-        limit = PIECE if device_of(jobs).type == "cuda" else PIECE // 2
-        read_boxes(reader, jobs, fill, shared=shared, straight=True, limit=limit, progress=progress)
+        limit = PIECE if device_of(tasks).type == "cuda" else PIECE // 2
+        read_boxes(reader, tasks, fill, shared=shared, straight=True, limit=limit, progress=progress)
         reader.finish()
-        _synchronize(jobs)
+        _synchronize(tasks)
     counts = collectives.all_gather((reader.bytes_copied, node_of_this_rank(), _merged(reader.fetched)))
     seconds = time.perf_counter() - begin
     names = [name for name in plan.tensors if name not in absent]
@@ -87,9 +88,9 @@ def import_weights(
 
 
 def _check_dtypes(infos: Sequence[TensorInfo]) -> None:
-    """Raises CheckpointError for weights that aren't floating-point numbers, and for a dtype beside another of its size.
+    """Raises CheckpointError for weights that aren't floating-point numbers, and for two dtypes of one size.
 
-    One flipped letter in a header turns BF16 into F16; no checkpoint mixes two dtypes of one size.
+    A single wrong letter in a header turns BF16 into F16; no checkpoint mixes two dtypes of one size.
     """
     problems = [f"{info.name} is {info.dtype}" for info in infos if not info.dtype.is_floating_point]
     counts = Counter(info.dtype for info in infos if info.dtype.is_floating_point)
@@ -99,25 +100,25 @@ def _check_dtypes(infos: Sequence[TensorInfo]) -> None:
         problems += [f"{info.name} is {info.dtype}, others are {usual}" for info in same_size if info.dtype != usual]
     if problems:
         raise CheckpointError(
-            "weights must be floating-point numbers, those of equal size of one dtype; fetch the checkpoint again, or save it "
+            "weights must be floating-point numbers, of one dtype per element size; fetch the checkpoint again, or save it "
             "in one dtype:\n  " + listed(problems)
         )
 
 
-def _jobs(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[ReadTask]:
+def _read_tasks(plan: Plan, infos: Mapping[str, TensorInfo], absent: frozenset[str]) -> list[ReadTask]:
     named = ((item, transfer, item.hf[transfer.part]) for item in plan.items for transfer in item.transfers)
-    return [ReadTask(infos[name], transfer, item.live.data) for item, transfer, name in named if name not in absent]
+    return [ReadTask(infos[name], transfer, item.local.data) for item, transfer, name in named if name not in absent]
 
 
 def _zero_unfed(plan: Plan, absent: frozenset[str]) -> None:
     for item in plan.items:
         fed = sum(transfer.elements for transfer in item.transfers)
-        if fed < prod(item.live.data.shape) and not absent.intersection(item.hf):
-            item.live.data.zero_()
+        if fed < prod(item.local.data.shape) and not absent.intersection(item.hf):
+            item.local.data.zero_()
 
 
-def _synchronize(jobs: Sequence[ReadTask]) -> None:
-    for device in {job.target.device for job in jobs if job.target.device.type == "cuda"}:
+def _synchronize(tasks: Sequence[ReadTask]) -> None:
+    for device in {task.target.device for task in tasks if task.target.device.type == "cuda"}:
         torch.cuda.synchronize(device)
 
 
@@ -126,7 +127,7 @@ def _refuse(plan: Plan, mismatched: tuple[str, ...]) -> None:
     if aliases:
         pairs = [f"{name} differs from {plan.aliases[name]}" for name in aliases]
         raise CheckpointError(
-            "a file's copies of a tensor, of tied embeddings or in a layer of multi-token prediction, must be equal bit for bit; "
+            "copies of a tensor in files (tied embeddings, or in a multi-token-prediction layer) must be equal bit for bit; "
             "set tie_word_embeddings to false or mtp_num_layers to 0, or remove the copy:\n  " + listed(pairs)
         )
     if mismatched:
@@ -134,11 +135,11 @@ def _refuse(plan: Plan, mismatched: tuple[str, ...]) -> None:
 
 
 def refuse_nonfinite(plan: Plan, absent: frozenset[str] = frozenset()) -> None:
-    """Raises CheckpointError with the names of tensors whose parameters hold NaN or infinity, on every rank alike. Collective."""
-    verdicts = [is_finite(item.live.data) for item in plan.items]
+    """Raises the same CheckpointError on every rank, naming tensors whose parameters hold NaN or infinity. Collective."""
+    verdicts = [is_finite(item.local.data) for item in plan.items]
     answers = torch.stack(verdicts).tolist() if verdicts else []
     items = [item for item, finite in zip(plan.items, answers, strict=True) if not finite]
-    boxes = [(item.hf[t.part], native_box(item.live.data, t)) for item in items for t in item.transfers if t.elements]
+    boxes = [(item.hf[t.part], native_box(item.local.data, t)) for item in items for t in item.transfers if t.elements]
     bad = [name for name, box in boxes if name not in absent and not box.float().isfinite().all()]
     names = sorted(set(chain.from_iterable(collectives.all_gather(bad))))
     if names:
@@ -149,7 +150,7 @@ def refuse_nonfinite(plan: Plan, absent: frozenset[str] = frozenset()) -> None:
 
 
 def _merged(spans: Mapping[Path, list[tuple[int, int]]] | Spans) -> Spans:
-    """The same pages, with spans that touch joined."""
+    """Returns the same pages with adjacent and overlapping spans merged."""
     out: Spans = {}
     for file, entries in spans.items():
         joined: list[tuple[int, int]] = []
@@ -163,7 +164,7 @@ def _merged(spans: Mapping[Path, list[tuple[int, int]]] | Spans) -> Spans:
 
 
 def _by_node(found: Iterable[tuple[str, Spans]]) -> tuple[int, ...]:
-    """Bytes of the different pages that each node's ranks touched; nodes in the order of their first ranks."""
+    """Returns the bytes of distinct pages that each node's ranks touched; nodes in the order of their first ranks."""
     nodes: dict[str, Spans] = {}
     for node, spans in found:
         for file, entries in spans.items():

@@ -1,7 +1,7 @@
-"""The manifest of an exported folder: megabridge.json, which says what every file holds, down to a digest of each tensor.
+"""The manifest of an exported folder: megabridge.json, which lists the content of every file with a digest of each tensor.
 
-`tensors` and `files` depend on the model alone: exports under two layouts have them in common. `layout` and `versions` say how
-the folder was made.
+`tensors` and `files` depend on the model alone and are equal in exports under two layouts. `layout` and `versions` record how the
+folder was made.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMAT: Final = 1
 _CHUNK: Final = 8 << 20  # bytes of a file that are read at once
 _TEXTS: Final = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt")
 _HARMLESS: Final = (*_TEXTS, ".gitattributes", ".gitignore", ".git")  # a worktree's .git is a file
-APART: Final = (".git", ".cache/huggingface")  # git's own, and the notes of a download from the hub
+APART: Final = (".git", ".cache/huggingface")  # of git, and of a download from the hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file beside the weights: its size in bytes, and its digest."""
+    """A file other than the weights: its size in bytes, and its digest."""
 
     size: int
     xxh3_128: str
@@ -58,7 +58,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Tensors in the order of the files, other files (config, tokenizer, index) by their path in the folder."""
+    """A parsed manifest: tensors in the order of the files, other files (config, tokenizer, index) by their path in the folder."""
 
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry]
@@ -66,22 +66,22 @@ class Manifest:
     versions: Mapping[str, str]
 
     def paths(self) -> set[str]:
-        """Of all files, weights included."""
+        """Returns the paths of all files, weights included."""
         return {*self.files, *(entry.file for entry in self.tensors.values())}
 
     def only(self, paths: Collection[str]) -> Self:
-        """What it says of some files."""
+        """Returns the manifest restricted to the files `paths`."""
         tensors = {name: entry for name, entry in self.tensors.items() if entry.file in paths}
         return replace(self, tensors=tensors, files={path: entry for path, entry in self.files.items() if path in paths})
 
 
 def entry_of(info: TensorInfo, digest: str) -> TensorEntry:
-    """What the manifest says of a tensor."""
+    """Returns the manifest's entry for a tensor."""
     return TensorEntry(info.file.name, info.start, NAMES[info.dtype], info.shape, digest)
 
 
 def share(infos: Iterable[TensorInfo], ranks: Mapping[str, Sequence[int]] | None = None) -> list[TensorInfo]:
-    """This rank's share of tensors, about the same number of bytes on every rank; `ranks` says by name who may take one."""
+    """Returns this rank's share of tensors, about equal in bytes on every rank; `ranks` lists by name who may take a tensor."""
     load = [0] * collectives.world_size()
     mine = []
     for info in infos:
@@ -93,7 +93,7 @@ def share(infos: Iterable[TensorInfo], ranks: Mapping[str, Sequence[int]] | None
 
 
 def digests(infos: Iterable[TensorInfo]) -> dict[str, str]:
-    """The digest of each tensor's bytes as the files hold them, by name. Any rank may call it, for any tensors."""
+    """Returns by name the digest of each tensor's bytes in its file. Any rank may call it, for any tensors."""
     wanted = list(infos)
     with Reader(wanted) as reader:
         found = {info.name: digest(reader.mapped(info)) for info in wanted}
@@ -107,7 +107,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def file_entry(file: Path) -> FileEntry:
-    """The size and digest of a file. Raises CheckpointError where it is no regular file."""
+    """Returns the size and digest of a file. Raises CheckpointError where it isn't a regular file."""
     digest = xxhash.xxh3_128()
     with regular_files.opened(file) as stream:
         while chunk := stream.read(_CHUNK):
@@ -116,7 +116,7 @@ def file_entry(file: Path) -> FileEntry:
 
 
 def write(folder: Path, infos: Mapping[str, TensorInfo], found: Mapping[str, str], layout: Topology | None) -> None:
-    """Writes the manifest of a folder that is complete but for it; `found` has every tensor's digest.
+    """Writes the manifest of an otherwise complete folder; `found` has every tensor's digest.
 
     `layout` is None for tensors that belong to no layout. One rank calls it. Raises CheckpointError for files whose
     names differ by case alone.
@@ -127,7 +127,7 @@ def write(folder: Path, infos: Mapping[str, TensorInfo], found: Mapping[str, str
         _check_paths(shards, others)
     except ValueError as error:
         raise CheckpointError(
-            f"{folder} can't have {error}, which other systems can't tell apart; rename one at the source."
+            f"{folder} can't have {error}, which some file systems can't tell apart; rename one at the source."
         ) from None
     content = {
         "format": FORMAT,
@@ -141,27 +141,27 @@ def write(folder: Path, infos: Mapping[str, TensorInfo], found: Mapping[str, str
 
 
 def other_files(folder: Path) -> list[str]:
-    """Paths of the files in `folder`, but the manifest's, in order."""
+    """Returns the sorted paths of the files in `folder`, except the manifest."""
     found = (str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     return sorted(name for name in found if name != MANIFEST)
 
 
 def is_written(path: str) -> bool:
-    """Whether an export may write a file of this path in its folder: weights, their index, what belongs to a model, its code."""
+    """Whether an export may write a file of this path in its folder: weights, their index, config, tokenizer, code, adapters."""
     weights = (SINGLE, "model-*-of-*.safetensors", INDEX, assets.ADAPTER_WEIGHTS)
     patterns = (*weights, MANIFEST, assets.CONFIG, assets.ADAPTER, *assets.PATTERNS, *assets.CODE)
     return any(assets.matches(path, pattern) for pattern in patterns)
 
 
 def is_harmless(path: str, state: os.stat_result) -> bool:
-    """Whether an entry of an export's folder changes nothing that anybody loads from it: a model card, a licence, git's own."""
+    """Whether an entry of an export's folder can't change what is loaded from it: a model card, a licence, files of git."""
     return (stat.S_ISREG(state.st_mode) and path in _HARMLESS) or (stat.S_ISDIR(state.st_mode) and path in APART)
 
 
 def unlisted(folder: Path, listed: Collection[str]) -> tuple[list[str], list[str]]:
-    """(a line for each entry of `folder` that isn't among the paths `listed` and isn't harmless; paths of those that are harmless).
+    """Returns a line for each entry of `folder` that is neither in `listed` nor harmless, and the paths of the harmless ones.
 
-    Raises CheckpointError where that can't be read.
+    Raises CheckpointError where the folder can't be read.
     """
     problems, harmless = [], []
     for path, state in sorted(entries(folder, apart=APART)):
@@ -173,7 +173,7 @@ def unlisted(folder: Path, listed: Collection[str]) -> tuple[list[str], list[str
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of `folder`. Raises CheckpointError where there is none or it isn't one."""
+    """Reads the manifest of `folder`. Raises CheckpointError where it is missing or damaged."""
     path = folder / MANIFEST
     if not regular_files.exists(path):
         raise CheckpointError(f"{folder} must hold {MANIFEST}, which every export of megabridge writes; export the model again.")
@@ -193,12 +193,12 @@ def read(folder: Path) -> Manifest:
         )
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(
-            f"{path} must say of every tensor file, offset, dtype, shape and digest ({error!r}); export again."
+            f"{path} must give file, offset, dtype, shape and digest of every tensor ({error!r}); export again."
         ) from None
 
 
 def _check_paths(shards: Collection[str], others: Collection[str]) -> None:
-    """Raises ValueError for a file's name that leads out of the folder, is no plain path, or is another's on some file system."""
+    """Raises ValueError for a file name that leads out of the folder, isn't a plain path, or equals another but for case."""
     seen: dict[str, str] = {}
     for name in (*shards, *others):
         parts = name.split("/")

@@ -1,7 +1,7 @@
-"""Live parameters: what megatron-core's modules say about themselves, as records that the plan understands.
+"""Local parameters and their records: name, shape and cut, as megatron-core's modules describe them.
 
 The cut comes from the parameter (`partition_dim`, `partition_stride`), the layer number from its layer, the expert from its
-MoELayer; nothing is restated per architecture. All experts of a layer are one parameter, [experts, ...], of which each backend
+MoELayer; nothing is restated per architecture. All experts of a layer count as one parameter, [experts, ...], of which each backend
 holds rows in its own way.
 """
 
@@ -25,20 +25,20 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
 
-# What SequentialMLP and TEGroupedMLP call one expert's parameter, below `experts.`.
+# Names of one expert's parameter in SequentialMLP and TEGroupedMLP, below `experts.`.
 _ONE_EXPERT: Final = (re.compile(r"local_experts\.(\d+)\.(.+)"), re.compile(r"(?=.*\.(?:weight|bias)(\d+)$)(.+?)\d+$"))
 
 ADAPTER: Final = ".adapter."
-"""In the name of every parameter that an adapter adds to a linear (megabridge.peft)."""
+"""Part of the name of every parameter that an adapter adds to a linear (megabridge.peft)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterRecord:
-    """What a rank says of one parameter: all that the plans of other ranks need, without its elements.
+    """Describes one parameter of a rank without its elements: all that the plans of other ranks need.
 
-    `name` is canonical (global layer and expert numbers), `shape` the global one. `is_writer` says that this rank, of all that hold
-    the same elements, writes them. `is_expert` says that its ranks are those of the experts' groups, `is_copy` that another
-    stage's parameter holds the same (the embedding that multi-token prediction has on the last stage).
+    `name` is canonical (global layer and expert numbers), `shape` is global. `is_writer`: of the ranks that hold the same elements,
+    this one writes them. `is_expert`: the parameter is distributed over the experts' groups. `is_copy`: a parameter of another
+    stage holds the same elements (the embedding that multi-token prediction needs on the last stage).
     """
 
     name: str
@@ -52,7 +52,7 @@ class ParameterRecord:
 
 @dataclass(frozen=True, eq=False)
 class LocalParameter:
-    """One parameter or persistent buffer of this rank; `local` is its name inside chunk number `chunk`."""
+    """A parameter or persistent buffer of this rank; `local` is its name inside chunk number `chunk`."""
 
     record: ParameterRecord
     local: str
@@ -65,21 +65,21 @@ class LocalParameter:
 
     @property
     def data(self) -> torch.Tensor:
-        """The elements now: distributed optimizers replace a parameter's storage."""
+        """The current elements: distributed optimizers replace a parameter's storage."""
         return self.parameter.data
 
 
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
-    """The model inside wrappers for data parallelism and mixed precision (each holds the next as `module`)."""
+    """Returns the model inside wrappers for data parallelism and mixed precision (each holds the next as `module`)."""
     while isinstance(inner := chunk._modules.get("module"), torch.nn.Module):
         chunk = inner
     return chunk
 
 
 def collect_parameters(chunks: Sequence[torch.nn.Module], *, adapters: bool = False) -> tuple[LocalParameter, ...]:
-    """The parameters of this rank's model chunks, and the routers' correction biases, in module order; or those of adapters.
+    """Returns this rank's parameters and correction biases of routers, in module order; with `adapters`, only the adapters'.
 
-    Every rank may call it; nothing is exchanged.
+    Not collective.
     """
     out: list[LocalParameter] = []
     for number, chunk in enumerate(chunks):
@@ -103,13 +103,13 @@ def collect_parameters(chunks: Sequence[torch.nn.Module], *, adapters: bool = Fa
 
 
 def _tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters, and the one buffer that is a weight: `router.expert_bias`, which aux-loss-free balancing moves."""
+    """Returns parameters and the only buffer that is a weight: `router.expert_bias`, updated by aux-loss-free balancing."""
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(".router.expert_bias")]
     return [*model.named_parameters(), *buffers]
 
 
 def canonical_name(local: str, layers: dict[str, int]) -> str:
-    """`local` with its layer's global number; `layers` maps module names of layers to those numbers."""
+    """Returns `local` with its layer's global number; `layers` maps module names of layers to those numbers."""
     parts = local.split(".")
     for end in range(len(parts), 0, -1):
         prefix = ".".join(parts[:end])
@@ -129,18 +129,18 @@ def _record(name: str, parameter: torch.Tensor, *, is_copy: bool) -> ParameterRe
 
 
 def _expert_record(prefix: str, local: str, parameter: torch.Tensor, layer: BaseMoELayer) -> ParameterRecord:
-    """The record of `local` below a layer's experts, `prefix` in canonical names: the rows of all experts here, or of one."""
+    """Returns the record of `local` in a layer's experts (`prefix`, canonical): the rows of all local experts, or of one."""
     size, index = parallel_state.get_expert_tensor_parallel_world_size(), parallel_state.get_expert_tensor_parallel_rank()
     found = next((match for pattern in _ONE_EXPERT if (match := pattern.fullmatch(local))), None)
     name = local if found is None else found[2]
     cut = _cut(prefix + name, parameter, size, index)
     if cut is not None and layer.config.gated_linear_unit and name.startswith("linear_fc1."):
-        cut = Cut(cut.dim, 2, size, index)  # Transformer Engine's say 1, and hold [gate; up] too
+        cut = Cut(cut.dim, 2, size, index)  # Transformer Engine sets a stride of 1, but holds [gate; up] too
     shape = tuple(parameter.shape) if cut is None else _whole(tuple(parameter.shape), cut)
     count, total = layer.num_local_experts, layer.config.num_moe_experts
     if found is None:
         if shape[0] != count:
-            raise MappingError(f"{prefix}{name} {shape} must have a row for each of the {count} experts here.")
+            raise MappingError(f"{prefix}{name} {shape} must have a row for each of this rank's {count} experts.")
         rows, shape = Cut(0, 1, total // count, layer.local_expert_indices[0] // count), (total, *shape[1:])
     else:
         expert = layer.local_expert_indices[int(found[1])]
@@ -154,7 +154,7 @@ def _expert_record(prefix: str, local: str, parameter: torch.Tensor, layer: Base
 
 
 def _cut(name: str, parameter: torch.Tensor, size: int, index: int) -> Cut | None:
-    """How the parameter is cut over a group of `size` ranks, of which this is number `index`; None where all hold it whole."""
+    """Returns how the parameter is cut over a group of `size` ranks, of which this is number `index`; None if it isn't cut."""
     attributes, shape = vars(parameter), tuple(parameter.shape)
     if size == 1 or not attributes.get("tensor_model_parallel", False):
         return None

@@ -1,4 +1,4 @@
-"""Parity of logits: the in-memory Megatron model against transformers, which reads the published folder by itself."""
+"""Parity of logits: the Megatron model in memory against transformers, which reads the published folder itself."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _FOR_QUANTISED: Final = "accelerate"
 
 
 def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor, *, dtype: str) -> dict[str, float]:
-    """How logits `ours` [batch, sequence, vocabulary] of `tokens` [batch, sequence] compare with those of the model in `folder`.
+    """Compares logits `ours` [batch, sequence, vocabulary] of `tokens` [batch, sequence] with those of the model in `folder`.
 
     Returns the largest absolute difference, the mean divergence KL(ours || theirs) in nats per token, and the share of positions
-    whose most likely token agrees. Collective: rank 0 loads the model on the CPU and computes in `dtype`, which is the parameters'
-    ("float32"); every rank gets the figures.
+    whose most likely token agrees. Collective: rank 0 loads the model on the CPU in `dtype`, that of the parameters ("float32");
+    every rank gets the figures.
     """
     return collectives.on_rank_zero(
         "comparing logits with transformers", lambda: _compare(ours.float().cpu(), _logits(folder, tokens.cpu(), dtype))
@@ -28,10 +28,10 @@ def logits_parity(ours: torch.Tensor, folder: Path, tokens: torch.Tensor, *, dty
 
 
 def load_hf(folder: Path, dtype: str) -> Any:
-    """transformers' model of a folder on the CPU, in evaluation mode, with plain attention: its other kernels drop softcaps.
+    """Loads transformers' model of a folder on the CPU, in evaluation mode, with eager attention: other kernels drop softcaps.
 
-    `dtype` is float32, ..., or auto for that of the folder.
-    Raises ConfigError where transformers lacks the package that it wants for quantised weights.
+    `dtype` is float32, ..., or auto for that of the folder. Raises ConfigError where the package that transformers needs for
+    quantised weights isn't installed.
     """
     if not is_readable(folder):
         optional_packages.require(_FOR_QUANTISED)
@@ -44,7 +44,7 @@ def load_hf(folder: Path, dtype: str) -> Any:
 
 
 def is_readable(folder: Path) -> bool:
-    """Whether transformers can read the weights of `folder` here: quantised ones it dequantises, given a package."""
+    """Whether transformers can read the weights of `folder` here: it needs a package to dequantise."""
     return assets.read_config(folder).get(KEY) is None or optional_packages.is_installed(_FOR_QUANTISED)
 
 

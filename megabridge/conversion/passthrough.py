@@ -1,8 +1,8 @@
-"""Tensors that a model was built without and that come back with its export: those of multi-token-prediction layers.
+"""Passthrough tensors: those of multi-token-prediction layers that a model was built without and that its exports include.
 
-They stay in files: the imported ones, or a copy of them beside a native checkpoint. These are held open, so that an export finds
-them also where their names are gone. In the plan of an export each is one more parameter, whole on one rank, whose elements are
-read when they are written; quantised ones are decoded into a file before.
+They stay in files: the imported ones, or a copy beside a native checkpoint. The files are held open, so that an export can read
+them even after they were removed. In the plan of an export each tensor is an additional parameter, whole on one rank, whose
+elements are read when they are written; quantised tensors are decoded into a file first.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from megabridge.parallel import collectives
 from megabridge.platform.file_backed import file_backed
 from megabridge.storage import folders
 
-FOLDER: Final = "carried"
-"""Of a native checkpoint's assets."""
+FOLDER: Final = "passthrough"
+"""Folder in a native checkpoint's assets."""
 
 
 @dataclass(frozen=True)
 class Passthrough:
-    """The tensors by name; `digests` are of those that came out of a native checkpoint."""
+    """The tensors by name, with open files; `digests` are those that a native checkpoint recorded."""
 
     infos: Mapping[str, TensorInfo] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -41,123 +41,123 @@ class Passthrough:
 
     @classmethod
     def of(cls, infos: Mapping[str, TensorInfo], digests: Mapping[str, str] | None = None) -> Self:
-        """Opens the tensors' files. Raises CheckpointError where they aren't what their headers were read from."""
+        """Opens the tensors' files. Raises CheckpointError where one was replaced since its header was read."""
         reader = Reader(infos.values())
-        reader.hold()
+        reader.open_all()
         return cls(infos, digests or {}, reader)
 
     def close(self) -> None:
-        """Closes the files; what was mapped stays until it is used no more."""
+        """Closes the files; mappings live on until nothing uses them."""
         self.reader.close()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor that isn't quantised, as a view of the mapped file. Raises CheckpointError where it is not what it was."""
+        """Returns an unquantised tensor as a view of the mapped file. Raises CheckpointError where it has changed."""
         info = self.infos[name]
         self.check(info)
         found = self.reader.box(info, whole(info.shape)).reshape(info.shape)
         if name in self.digests and manifest.digest(found) != self.digests[name]:
-            raise CheckpointError(f"{info.file} must hold what was saved in it, but {name} has other bytes; use another step.")
+            raise CheckpointError(f"{info.file} must be as it was saved, but {name} has other bytes; use another step.")
         return found
 
     def check(self, info: TensorInfo) -> None:
-        """Raises CheckpointError where a file was written since it was opened."""
+        """Raises CheckpointError where the tensor's file was written to since it was opened."""
         try:
             self.reader.check(info.file)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{info.name} is in no parameter and comes back with every export from {info.file}, but that was written meanwhile "
-                f"({error}); load the model again from a folder that stays as it is."
+                f"{info.name} is in no parameter, so exports copy it from {info.file}, which has been written to since "
+                f"({error}); load the model again from a folder that doesn't change."
             ) from error
 
 
 @dataclass(frozen=True, eq=False)
 class PassthroughParameter(LocalParameter):
-    """A tensor of a file in the place of a parameter."""
+    """A tensor of a file that stands in for a parameter."""
 
-    carried: Passthrough
+    passthrough: Passthrough
 
     @property
     @override
     def data(self) -> torch.Tensor:
-        return self.carried.tensor(self.name)
+        return self.passthrough.tensor(self.name)
 
 
-def with_passthrough(plan: Plan, carried: Passthrough, scratch: Path) -> Plan:
-    """`plan` with those tensors of `carried` that it carries; the ranks write them in turn. Collective.
+def with_passthrough(plan: Plan, passthrough: Passthrough, scratch: Path) -> Plan:
+    """Returns `plan` with the tensors of `passthrough` that the model was built without, assigned to the ranks in turn. Collective.
 
-    They are the same on every rank. What a rank decodes is in the folder `scratch`, without a name, until the plan goes. Raises
-    CheckpointError where it can't be read, or has no room there; the same on every rank.
+    `passthrough` has the same tensors on every rank. Quantised tensors are decoded into an unnamed file in the folder `scratch`,
+    which lives as long as the plan. Raises the same CheckpointError on every rank if a tensor can't be read or `scratch` is full.
     """
-    infos = carried.infos
-    names = sorted((name for name in infos if plan.is_carried(name)), key=natural)
+    infos = passthrough.infos
+    names = sorted((name for name in infos if plan.is_passthrough(name)), key=natural)
     if not names:
         return plan
     tensors = dict(plan.tensors) | {name: TensorSpec(infos[name].shape, infos[name].dtype) for name in names}
     sources, items = dict(plan.sources), list(plan.items)
     with collectives.raise_together("reading the weights of multi-token prediction"):
-        decoded = _decoded(carried, names[collectives.rank() :: collectives.world_size()], scratch)
+        decoded = _decoded(passthrough, names[collectives.rank() :: collectives.world_size()], scratch)
     for number, name in enumerate(names):
         info, owner = infos[name], number % collectives.world_size()
         move = whole(info.shape)
         sources[name] = (WrittenBox(owner, name, move),)
         if owner == collectives.rank():
             record = ParameterRecord(name, info.shape, info.dtype, (), is_writer=True)
-            live = (
+            parameter = (
                 LocalParameter(record, name, -1, decoded[name])
                 if name in decoded
-                else PassthroughParameter(record, name, -1, torch.empty(0), carried)
+                else PassthroughParameter(record, name, -1, torch.empty(0), passthrough)
             )
-            items.append(LocalItem(record, (name,), (info.shape,), (move,), False, live))
+            items.append(LocalItem(record, (name,), (info.shape,), (move,), False, parameter))
     return replace(
         plan, items=tuple(items), tensors={name: tensors[name] for name in sorted(tensors, key=natural)}, sources=sources
     )
 
 
-def _decoded(carried: Passthrough, names: Sequence[str], scratch: Path) -> dict[str, torch.Tensor]:
-    """The quantised ones of `names`, decoded into one file in `scratch` that has no name."""
-    encoded = [info for name in names if (info := carried.infos[name]).encoding is not None]
+def _decoded(passthrough: Passthrough, names: Sequence[str], scratch: Path) -> dict[str, torch.Tensor]:
+    """Decodes the quantised tensors of `names` into one unnamed file in `scratch`."""
+    encoded = [info for name in names if (info := passthrough.infos[name]).encoding is not None]
     if not encoded:
         return {}
     folders.make_parents(scratch / "export")
     with file_backed(scratch):
         memory = torch.empty(sum(info.elements for info in encoded), dtype=torch.bfloat16)
-    out, buffer, reader = {}, torch.empty(PIECE, dtype=torch.uint8), carried.reader
+    out, buffer, reader = {}, torch.empty(PIECE, dtype=torch.uint8), passthrough.reader
     for info, flat in zip(encoded, torch.split(memory, [info.elements for info in encoded]), strict=True):
         out[info.name] = flat.view(info.shape)
         for part in reader.parts(info, whole(info.shape)):
             native_box(out[info.name], part).copy_(reader.fetch(info, part, lambda: buffer).box)
-        carried.check(info)
+        passthrough.check(info)
     return out
 
 
-def write(folder: Path, carried: Passthrough) -> None:
-    """Copies the tensors into `folder`/carried, with their digests. One rank calls it.
+def write(folder: Path, passthrough: Passthrough) -> None:
+    """Copies the tensors into `folder`/passthrough, with their digests. One rank calls it.
 
     Raises CheckpointError where they can't be read or written.
     """
-    target, infos = folder / FOLDER, carried.infos
+    target, infos = folder / FOLDER, passthrough.infos
     names = sorted(infos, key=natural)
     shards = plan_shards(target, {name: TensorSpec(infos[name].shape, infos[name].dtype) for name in names})
     written = {name: info for shard in shards for name, info in shard.tensors.items()}
     reserve(target, shards)
     with Writer() as writer:
         for name, info in written.items():
-            data = carried.tensor(name) if infos[name].encoding is None else _decoded(carried, [name], target)[name]
+            data = passthrough.tensor(name) if infos[name].encoding is None else _decoded(passthrough, [name], target)[name]
             writer.write(info, (whole(info.shape),), data)
-            carried.check(infos[name])
+            passthrough.check(infos[name])
         writer.sync()
     write_index(target, shards)
     manifest.write(target, written, manifest.digests(written.values()), None)
 
 
 def read(folder: Path) -> Passthrough | None:
-    """The tensors in `folder`/carried; None where there is no such folder. Raises CheckpointError for damaged files."""
+    """Opens the tensors in `folder`/passthrough; None where there is no such folder. Raises CheckpointError for damaged files."""
     target = folder / FOLDER
     if not target.is_dir():
         return None
     infos = find_tensors(target)
     if not (target / manifest.MANIFEST).is_file():
-        return Passthrough.of(infos)  # of an earlier version's
+        return Passthrough.of(infos)  # written by an earlier version
     said = manifest.read(target).tensors
     wrong = [name for name in infos.keys() | said.keys() if name not in infos or name not in said
              or manifest.entry_of(infos[name], said[name].xxh3_128) != said[name]]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The plan: every transfer between the ranks' parameters and the Hugging Face tensors, made once from the live model."""
+"""The plan: every transfer between the ranks' parameters and the Hugging Face tensors, made once from the model in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megabridge.parallel import collectives
 class PlannedParameter:
     """A parameter of any rank and the transfers that fill it.
 
-    `hf` names the tensors that the transfers' part numbers stand for, `shapes` are these tensors' whole shapes.
+    `hf` names the tensors that the transfers' part numbers refer to, `shapes` are the whole shapes of these tensors.
     """
 
     record: ParameterRecord
@@ -46,19 +46,19 @@ class PlannedParameter:
 
 @dataclass(frozen=True, slots=True)
 class LocalItem(PlannedParameter):
-    """An entry whose parameter lives on this rank."""
+    """An entry of the plan, with this rank's parameter."""
 
-    live: LocalParameter
+    local: LocalParameter
 
     @classmethod
     def of(cls, entry: PlannedParameter, parameter: LocalParameter) -> Self:
-        """The entry for a parameter with its record."""
+        """Returns `entry` with `parameter`, whose record it has."""
         return cls(entry.record, entry.hf, entry.shapes, entry.transfers, entry.is_tied_copy, parameter)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A Hugging Face tensor as the model determines it: whole shape, and the dtype of the parameter behind it."""
+    """A Hugging Face tensor as the model determines it: its whole shape, and the dtype of the parameter that holds it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -66,7 +66,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class WrittenBox:
-    """A box of a tensor, the rank that writes it, and that rank's parameter (canonical name) that holds it."""
+    """A box of a tensor, the rank that writes it, and the canonical name of that rank's parameter."""
 
     rank: int
     native: str
@@ -75,10 +75,11 @@ class WrittenBox:
 
 @dataclass(frozen=True)
 class Plan:
-    """This rank's entries, bound to parameters in `items`, and all ranks' tensors in natural order.
+    """This rank's entries, bound to parameters in `items`, and the tensors of all ranks in natural order.
 
-    `sources` says by tensor which boxes tile it and who writes them: by rank, then in module order, equal on every rank. `aliases`
-    maps tensors that files may hold besides to the tensors they equal. `records` are, by rank, of what it writes.
+    `sources` has by tensor the boxes that tile it and their writers, ordered by rank and module; it is equal on every rank.
+    `aliases` maps additional tensors that files may hold to the tensors they equal. `records` has by rank those of the parameters
+    that it writes.
     """
 
     entries: tuple[PlannedParameter, ...]
@@ -91,11 +92,11 @@ class Plan:
     records: tuple[tuple[ParameterRecord, ...], ...]
 
     def unbound(self) -> Plan:
-        """The plan without any parameter, to be kept."""
+        """Returns the plan without parameters, so that keeping it doesn't keep them alive."""
         return replace(self, items=())
 
     def bound(self, parameters: Sequence[LocalParameter]) -> Plan:
-        """The plan for parameters with the records that it was made for, in their order."""
+        """Returns the plan for parameters that have the records of `entries`, in the same order."""
         pairs = zip(self.entries, parameters, strict=True)
         return replace(self, items=tuple(LocalItem.of(entry, parameter) for entry, parameter in pairs))
 
@@ -104,41 +105,41 @@ class Plan:
         """Whether the model was built with multi-token-prediction layers."""
         return any(record.name.startswith("mtp.") for held in self.records for record in held)
 
-    def carriers(self, tensor: str, present: Container[str]) -> list[str]:
-        """The tensors of a folder that hold the elements of `tensor`: itself, and the tied copies among `present`."""
+    def copies_of(self, tensor: str, present: Container[str]) -> list[str]:
+        """Returns the names under which a folder holds `tensor`: its own, and those of the tied copies among `present`."""
         return [tensor, *(alias for alias, to in self.aliases.items() if to == tensor and alias in present)]
 
     def is_accepted(self, name: str) -> bool:
-        """Whether a file may hold the tensor `name`, which no parameter takes: nobody needs it, or it is carried along."""
-        return self.family.is_ignored(name) or self.is_carried(name)
+        """Whether a file may hold the tensor `name`, which no parameter takes: it is ignored, or passed through to exports."""
+        return self.family.is_ignored(name) or self.is_passthrough(name)
 
-    def is_carried(self, name: str) -> bool:
+    def is_passthrough(self, name: str) -> bool:
         """Whether `name` is a tensor of a multi-token-prediction layer that the model was built without."""
-        return not self.has_mtp and self.family.is_carried(name, self.dims)
+        return not self.has_mtp and self.family.is_passthrough(name, self.dims)
 
     @property
     def owned_bytes(self) -> int:
         """Bytes of this rank's parameters that some tensor feeds."""
-        return sum(t.elements * item.live.parameter.element_size() for item in self.items for t in item.transfers)
+        return sum(t.elements * item.local.parameter.element_size() for item in self.items for t in item.transfers)
 
 
 class Expansion:
-    """Records to entries by a family's rules. Each name is resolved and each shape cut once: ranks and layers repeat them."""
+    """Expands records to entries by a family's rules. Resolves each name and cuts each shape once: ranks and layers repeat them."""
 
     def __init__(self, family: Family, dims: Dims) -> None:
         self.family = family
         self.dims = dims
         self._resolved: dict[str, Resolved | None] = {}
-        self._names: dict[tuple[tuple[str, ...], int], tuple[str, ...]] = {}  # of 256 experts' tensors, one tuple for all ranks
+        self._names: dict[tuple[tuple[str, ...], int], tuple[str, ...]] = {}  # one tuple of 256 experts' names for all ranks
         self._first: dict[tuple[int, tuple[int, ...], tuple[Cut, ...]], PlannedParameter] = {}
 
     @property
     def distinct(self) -> list[PlannedParameter]:
-        """One entry for each arrangement seen: parameters of one layout, shape and cut share their transfers."""
+        """One entry for each combination of layout, shape and cut so far, whose parameters share their transfers."""
         return list(self._first.values())
 
     def entry(self, record: ParameterRecord) -> PlannedParameter:
-        """What fills the parameter of `record`. Raises MappingError when no rule does, or its rule contradicts the shape."""
+        """Returns the entry for `record`. Raises MappingError if no rule feeds the parameter, or its rule contradicts the shape."""
         name = record.name
         if name not in self._resolved:
             self._resolved[name] = self.family.weights.resolve(name, self.dims)
@@ -163,7 +164,7 @@ class Expansion:
         return found
 
     def entries(self, records: Iterable[ParameterRecord]) -> tuple[list[PlannedParameter], list[str]]:
-        """The entries of `records`, and a line for each that has none."""
+        """Returns the entries of `records`, and a line for each record that has none."""
         out: list[PlannedParameter] = []
         problems: list[str] = []
         for record in records:
@@ -174,27 +175,28 @@ class Expansion:
         return out, problems
 
 
-def make_plan(family: Family, native: Mapping[str, object], lives: Sequence[LocalParameter]) -> Plan:
-    """The plan for this rank's parameters. Collective: ranks exchange the records of what they write once.
+def make_plan(family: Family, native: Mapping[str, object], parameters: Sequence[LocalParameter]) -> Plan:
+    """Makes the plan for this rank's parameters. Collective: ranks exchange the records of the parameters that they write.
 
-    Raises the same MappingError on every rank, with every parameter that no rule feeds and every contradiction between shapes, and
-    when the boxes that ranks write don't tile every tensor exactly once.
+    Raises the same MappingError on every rank, listing every parameter that no rule feeds and every contradiction between shapes,
+    or where the boxes that ranks write don't tile every tensor exactly once.
     """
     expansion = Expansion(family, Dims.of(native))
     with uncollected():
-        own, problems = expansion.entries(live.record for live in lives)
-        gathered = collectives.all_gather((_packed([live.record for live in lives if live.record.is_writer]), problems))
+        own, problems = expansion.entries(parameter.record for parameter in parameters)
+        written = [parameter.record for parameter in parameters if parameter.record.is_writer]
+        gathered = collectives.all_gather((_packed(written), problems))
         check_fits({problem for _, rank_problems in gathered for problem in rank_problems})
         records = tuple(_unpacked(packed) for packed, _ in gathered)
         tensors, sources = tile(expansion, records)
         check_fits({line for lines in collectives.all_gather(_contradictions(own, tensors, set())) for line in lines})
     aliases = family.weights.aliases(expansion.dims, tensors)
-    return Plan(tuple(own), (), tensors, sources, aliases, family, expansion.dims, records).bound(lives)
+    return Plan(tuple(own), (), tensors, sources, aliases, family, expansion.dims, records).bound(parameters)
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection inside: a plan makes many objects and no cycles, and looking for some takes as long as planning."""
+    """Disables garbage collection: a plan creates many objects but no cycles, and searching for them takes as long as planning."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -213,9 +215,9 @@ def check_fits(problems: Iterable[str]) -> None:
 def tile(
     expansion: Expansion, records: Iterable[Iterable[ParameterRecord]]
 ) -> tuple[dict[str, TensorSpec], dict[str, tuple[WrittenBox, ...]]]:
-    """The tensors, in natural order, that ranks' records make up, and the boxes that tile each. `records` are by rank.
+    """Returns the tensors that the ranks' records make up, in natural order, and the boxes that tile each. `records` are by rank.
 
-    Proves, box by box, that every element of every tensor is written exactly once; raises MappingError otherwise.
+    Proves box by box that every element of every tensor is written exactly once; raises MappingError otherwise.
     """
     specs: dict[str, TensorSpec] = {}
     boxes: dict[str, list[WrittenBox]] = {}
@@ -236,9 +238,9 @@ def tile(
 def _contradictions(
     found: Iterable[PlannedParameter], specs: dict[str, TensorSpec], agreed: set[tuple[int, int, torch.dtype]]
 ) -> list[str]:
-    """A line for each tensor of `found` that `specs` has otherwise; one that it lacks is added.
+    """Returns a line for each tensor of `found` that `specs` contradicts, and adds the tensors that it lacks.
 
-    `agreed` are the names, shapes and dtypes that were compared before, by identity: one expansion's entries share theirs.
+    `agreed` holds names, shapes and dtypes compared before, by identity: the entries of one expansion share them.
     """
     problems = []
     for entry in found:
@@ -252,13 +254,13 @@ def _contradictions(
                 specs[name] = TensorSpec(shape, dtype)
             elif known.shape != shape or known.dtype != dtype:
                 problems.append(
-                    f"{entry.record.name} wants {name} as {dtype} {shape}, another rank or parameter as {known.dtype} {known.shape}"
+                    f"{entry.record.name} needs {name} as {dtype} {shape}, another rank or parameter as {known.dtype} {known.shape}"
                 )
     return problems
 
 
 def _check_tiling(specs: Mapping[str, TensorSpec], boxes: Mapping[str, Sequence[WrittenBox]]) -> None:
-    proven: dict[tuple[object, ...], Flaw | None] = {}  # layers repeat: the same transfers of the same shape are proven once
+    proven: dict[tuple[object, ...], Flaw | None] = {}  # layers repeat: equal transfers of equal shape are proven once
     problems = []
     for name, spec in specs.items():
         moves = [source.transfer for source in boxes.get(name, ())]
@@ -272,7 +274,7 @@ def _check_tiling(specs: Mapping[str, TensorSpec], boxes: Mapping[str, Sequence[
 
 
 def _packed(records: Iterable[ParameterRecord]) -> bytes:
-    """Records to send: a gather takes as much memory as the largest answer times the ranks, and names compress well."""
+    """Packs records for sending: a gather takes the largest answer times the number of ranks in memory; names compress well."""
     rows = [
         (record.name, record.shape, record.dtype, tuple(map(astuple, record.cuts)), record.is_writer, record.is_expert)
         for record in records
@@ -293,9 +295,9 @@ def check_source(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
 ) -> frozenset[str]:
-    """The names in `plan` that the source lacks and that may be missing. Raises one MappingError with every other difference.
+    """Returns the names in `plan` that the source lacks and that may be missing. Raises a MappingError with all other differences.
 
-    A rank needs only the headers for it, so that every rank comes to the same answer.
+    Not collective: it depends on the headers alone, so every rank gets the same answer.
     """
     problems: list[str] = []
     absent: set[str] = set()

@@ -1,7 +1,6 @@
-"""The read loop: every box that this rank needs, read by a few threads and handed to a visitor. No collective, no whole tensor.
+"""The read loop: a few threads read every box that this rank needs and pass it to a visitor. No collective, no whole tensor.
 
-On CUDA each thread reads into a pinned buffer of its own and copies on a stream of its own, so that one thread's copy runs while
-others read.
+On CUDA each thread reads into its own pinned buffer and copies on its own stream, so that one thread copies while others read.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from megabridge.hf.tensor_files import PIECE, Fetched, Reader, native_box, store
 from megabridge.mapping import Transfer
 from megabridge.mapping.transfer import contiguous_strides
 
-Progress = Callable[[int, int], None]  # bytes done and bytes in all, of this rank
-_MOST_THREADS: Final = 8  # with a pinned buffer of PIECE bytes each, 64 MiB; on a CPU no more than half of one is used
+Progress = Callable[[int, int], None]  # bytes done and bytes in total, of this rank
+_MOST_THREADS: Final = 8  # with a pinned buffer of PIECE bytes each, 64 MiB; on a CPU at most half of each is used
 _TICK: Final = 0.05  # seconds between two reports of progress
 
 
 def silent(done: int, total: int) -> None:
-    """A progress report that shows nothing."""
+    """Reports no progress."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,11 +38,11 @@ class ReadTask:
     target: torch.Tensor
 
 
-Visit = Callable[["ReadWorker", ReadTask, Transfer, Fetched], None]  # a part of the job's transfer, and the file's side of it
+Visit = Callable[["ReadWorker", ReadTask, Transfer, Fetched], None]  # with a part of the task's transfer, and the file's side of it
 
 
 class ReadWorker:
-    """What one thread reads through: a buffer of PIECE bytes, and on CUDA a stream."""
+    """The resources of one reading thread: a buffer of PIECE bytes and, on CUDA, a stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -55,17 +54,17 @@ class ReadWorker:
             self._stream.wait_stream(torch.cuda.default_stream(device))
 
     def buffer(self) -> torch.Tensor:
-        """The buffer, when copies out of it have ended. Bytes, 1-D."""
+        """Returns the buffer, 1-D of bytes, after waiting for copies out of it."""
         self.wait()
         if self._buffer is None:
             self._buffer = _pages(PIECE) if self._stream is None else torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
         return self._buffer
 
     def converted(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`tensor` in `dtype`, to be used before the next call.
+        """Returns `tensor` in `dtype`, valid until the next call.
 
-        On a CPU in memory of the lane's own: what threads take from malloc and give back again and again, a process keeps, and
-        would grow by about all that it converts.
+        On a CPU it is in the worker's own memory: with malloc, which keeps freed memory per thread, the process would grow by about
+        all that it converts.
         """
         if tensor.dtype == dtype or tensor.device.type != "cpu":
             return tensor.to(dtype)
@@ -75,20 +74,20 @@ class ReadWorker:
         return self._scratch[:size].view(dtype).view(tensor.shape).copy_(tensor)
 
     def wait(self) -> None:
-        """Waits for what was started on the stream."""
+        """Waits for the operations on the stream."""
         if self._stream is not None:
             self._stream.synchronize()
 
     def stream(self) -> AbstractContextManager[object]:
-        """A context in which operations run on this lane's stream."""
+        """Returns a context in which operations run on this worker's stream."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def on_device(self, fetched: Fetched) -> torch.Tensor:
-        """The box on the parameters' device, in the file's dtype; to be used inside `stream()`, before the next `buffer()`."""
+        """Returns the box on the parameters' device, in the file's dtype; valid inside `stream()`, until the next `buffer()`."""
         if self._stream is None:
             return fetched.box
         flat, geometry = fetched.flat, fetched.geometry
-        if not fetched.is_buffered:  # short stretches are put together on the CPU, so that only the box is copied to the device
+        if not fetched.is_buffered:  # short runs are packed on the CPU, so that only the box is copied to the device
             box = fetched.box
             packed = self.buffer()[: box.numel() * box.element_size()].view(box.dtype)
             packed.view(box.shape).copy_(box)
@@ -97,54 +96,54 @@ class ReadWorker:
 
 
 def _pages(size: int) -> torch.Tensor:
-    """`size` bytes straight from the system, which gets them back when the tensor goes; malloc would keep them per thread."""
+    """Allocates `size` bytes from the system, which are returned to it with the tensor; malloc would keep them per thread."""
     return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8, count=size)
 
 
-def fill(lane: ReadWorker, job: ReadTask, part: Transfer, fetched: Fetched) -> None:
-    """The visit that copies a part into its parameter, cast to the parameter's dtype."""
-    box = native_box(job.target, part)
+def fill(worker: ReadWorker, task: ReadTask, part: Transfer, fetched: Fetched) -> None:
+    """Copies a part into its parameter, cast to the parameter's dtype; a `Visit`."""
+    box = native_box(task.target, part)
     if fetched.is_buffered and box.is_contiguous() and box.dtype == fetched.flat.dtype and fetched.box.is_contiguous():
-        box.copy_(fetched.box, non_blocking=True)  # on CUDA from pinned memory right into the parameter
+        box.copy_(fetched.box, non_blocking=True)  # on CUDA directly from pinned memory into the parameter
     else:
-        box.copy_(lane.on_device(fetched))
+        box.copy_(worker.on_device(fetched))
 
 
 def threads_of_a_rank() -> int:
-    """How many threads read on this rank: the ranks of a host share its cores, but while one waits for a disk another can work."""
+    """Returns how many threads read on this rank: its share of the host's cores, but at least two, as one may wait for the disk."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(_MOST_THREADS, max(2, len(os.sched_getaffinity(0)) // ranks))
 
 
 def run_tasks(
-    reader: Reader, jobs: Sequence[ReadTask], visit: Visit, *, straight: bool = False, limit: int = PIECE, progress: Progress
+    reader: Reader, tasks: Sequence[ReadTask], visit: Visit, *, straight: bool = False, limit: int = PIECE, progress: Progress
 ) -> None:
-    """Calls `visit` with every part of every job, in several threads; parts have at most `limit` bytes.
+    """Calls `visit` with every part of every task, in several threads; parts have at most `limit` bytes.
 
-    With `straight`, a part whose bytes can be read right into the parameter is, and `visit` isn't called for it. Raises the first
+    With `straight`, a part whose bytes can be read directly into the parameter is, without a call of `visit`. Raises the first
     error of a thread when all have stopped.
     """
-    ordered = sorted(jobs, key=lambda job: (job.info.file, job.info.start))
-    total = bytes_of(jobs)
+    ordered = sorted(tasks, key=lambda task: (task.info.file, task.info.start))
+    total = bytes_of(tasks)
 
-    def do(lane: ReadWorker, job: ReadTask, part: Transfer) -> None:
-        same = straight and lane.device.type == "cpu" and job.target.dtype == job.info.dtype
-        if not (same and reader.read_into(job.info, part, job.target)):
-            visit(lane, job, part, reader.fetch(job.info, part, lane.buffer))
-        reader.copied(stored_bytes(job.info, part))
+    def do(worker: ReadWorker, task: ReadTask, part: Transfer) -> None:
+        same = straight and worker.device.type == "cpu" and task.target.dtype == task.info.dtype
+        if not (same and reader.read_into(task.info, part, task.target)):
+            visit(worker, task, part, reader.fetch(task.info, part, worker.buffer))
+        reader.copied(stored_bytes(task.info, part))
 
-    parts = ((job, part) for job in ordered for part in reader.parts(job.info, job.transfer, limit))
-    _parallel(parts, do, device_of(jobs), lambda: progress(min(reader.bytes_copied, total), total))
-
-
-def bytes_of(jobs: Sequence[ReadTask]) -> int:
-    """What the jobs copy out of the files. A walk copies a little more where parts of a quantised tensor meet inside a block."""
-    return sum(stored_bytes(job.info, job.transfer) for job in jobs if job.transfer.elements)
+    parts = ((task, part) for task in ordered for part in reader.parts(task.info, task.transfer, limit))
+    _parallel(parts, do, device_of(tasks), lambda: progress(min(reader.bytes_copied, total), total))
 
 
-def device_of(jobs: Sequence[ReadTask]) -> torch.device:
-    """Where the jobs' parameters live."""
-    return jobs[0].target.device if jobs else torch.device("cpu")
+def bytes_of(tasks: Sequence[ReadTask]) -> int:
+    """Returns the bytes that the tasks read. The loop reads a little more where parts of a quantised tensor meet inside a block."""
+    return sum(stored_bytes(task.info, task.transfer) for task in tasks if task.transfer.elements)
+
+
+def device_of(tasks: Sequence[ReadTask]) -> torch.device:
+    """Returns the device of the tasks' parameters."""
+    return tasks[0].target.device if tasks else torch.device("cpu")
 
 
 def _parallel(
@@ -158,15 +157,15 @@ def _parallel(
 
     def run() -> None:
         try:
-            lane = ReadWorker(device)
-            with lane.stream():
+            worker = ReadWorker(device)
+            with worker.stream():
                 while not failures:
                     with taking:
                         item = next(work, None)
                     if item is None:
                         break
-                    do(lane, *item)
-            lane.wait()
+                    do(worker, *item)
+            worker.wait()
         except BaseException as error:
             failures.append(error)
 
@@ -178,7 +177,7 @@ def _parallel(
             while thread.is_alive():
                 thread.join(_TICK)
                 tick()
-    except BaseException as error:  # Ctrl-C: the threads stop after what they do now
+    except BaseException as error:  # Ctrl-C: the threads stop after their current part
         failures.append(error)
         raise
     finally:

@@ -1,4 +1,4 @@
-"""Reports of imports and exports, as records and as metrics."""
+"""Reports of imports and exports, as dataclasses and as metrics."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megabridge.hf.dtypes import Casts, name
 
 @dataclass(frozen=True)
 class Report:
-    """What one import or export moved and how it compared, over all ranks.
+    """The result of one import or export, over all ranks.
 
-    `tensors` and `bytes` count the Hugging Face side; `bytes_copied` what all ranks copied out of or into files, `bytes_kept` what
-    an export found written already, by one that was killed;
-    `seconds` is the walk without verification. `mismatched` names tensors whose bits differ after the cast to the target's dtype.
-    `rounded` are those that an import had to round, or that an export can't give back as its source had them: the dtype that they
-    had, and the one that can't hold it. `cast` are those of an export whose parameters have more precision than the files: bits are
-    compared after the cast. `dtypes` counts tensors by their dtype in the files.
+    `tensors` and `bytes` count the Hugging Face side; `bytes_copied` counts what all ranks copied out of or into files,
+    `bytes_kept` what an export found written already by one that was killed. `seconds` is the time without verification.
+    `mismatched` names tensors whose bits differ after the cast to the target's dtype. `rounded` has by name the tensors that an
+    import rounded, or that an export has with less precision than its source: the dtype that they had, and the one that can't hold
+    it. `cast` are those of an export whose parameters have more precision than the files: bits are compared after the cast.
+    `dtypes` counts tensors by their dtype in the files.
     """
 
     tensors: int
@@ -34,12 +34,12 @@ class Report:
     dtypes: Mapping[str, int] = field(default_factory=dict)
     bytes_kept: int = 0
     copied_by_rank: tuple[int, ...] = ()
-    """Of an import: bytes that each rank copied out of files into its parameters."""
+    """Imports only: bytes that each rank copied out of files into its parameters."""
     fetched_by_node: tuple[int, ...] = ()
-    """Of an import: bytes of the different pages (4 KiB) that each node's ranks touched, to be read from storage at worst once."""
+    """Imports only: bytes of distinct pages (4 KiB) that each node's ranks touched, each read from storage at most once."""
 
     def metrics(self) -> dict[str, float]:
-        """Figures by name, for loggers. `gb_per_s` counts 10^9 bytes of the Hugging Face side."""
+        """Returns figures by name, for loggers. `gb_per_s` counts 10^9 bytes of the Hugging Face side."""
         return {
             "tensors": self.tensors,
             "bytes": self.bytes,

@@ -1,6 +1,6 @@
-"""Shards: which safetensors file holds which tensor, and where in it. Planned from names and shapes alone.
+"""Shards: which safetensors file holds which tensor, and at which offset. Planned from names and shapes alone.
 
-By default an export has its source's own files (`SourceRecord.files_of`); these are those of a size.
+By default an export has the same files as its source (`SourceRecord.files_of`); otherwise files are filled up to a size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _UNITS: Final = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2*
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its header, its whole size in bytes, and where its tensors lie."""
+    """One file: its header, its whole size in bytes, and the places of its tensors."""
 
     name: str
     header: bytes
@@ -30,7 +30,7 @@ class Shard:
 
 
 def parse_size(text: str | int | None) -> int:
-    """Bytes in "5GB", "200MiB" or a number; None is 5GB. Raises ConfigError."""
+    """Returns the bytes in "5GB", "200MiB" or a number; None is 5GB. Raises ConfigError for anything else."""
     text = "5GB" if text is None else text
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", str(text).strip().upper())
     if not found or found[2] not in _UNITS or float(found[1]) <= 0:
@@ -46,10 +46,10 @@ def plan_shards(
     only: str | None = None,
     files: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Shard]:
-    """Files in `folder` for tensors in the given order: a new file starts when the next tensor would not fit.
+    """Plans files in `folder` for tensors in the given order: a new file starts when the next tensor would not fit.
 
-    `only` is the name of the one file where all must be in one, whatever its size; `files` says what each file holds, in order,
-    where that is known.
+    `only` names a single file for all tensors, whatever its size. `files` lists the tensors of each file, in order; it overrides
+    the other two.
     """
     if files:
         return [_shard(folder, file, {name: specs[name] for name in names}) for file, names in files.items()]

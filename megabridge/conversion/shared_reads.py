@@ -1,8 +1,8 @@
 """Shared reads: the ranks of a node read every block of the files once between them, and copy their boxes out of shared memory.
 
 The window is a ring of slots in one unnamed file in /dev/shm. Block i of the schedule is read by rank i modulo the node's ranks
-into slot i modulo the slots, as soon as every rank is done with the block that was there. Ranks tell each other how far they are
-with counters in the file's first page, written and read by system calls, which order them after the data on any processor.
+into slot i modulo the slots, as soon as every rank is done with the block that was there. Ranks publish their progress in counters
+in the file's first page, written and read by system calls, which order them after the data on any processor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megabridge.conversion.read_loop import Progress, ReadTask, ReadWorker, Visi
 from megabridge.errors import CheckpointError
 from megabridge.hf.contiguous_runs import span_of
 from megabridge.hf.safetensors_format import TensorInfo
-from megabridge.hf.tensor_files import PIECE, Fetched, Reader, stored_as, stored_bytes
+from megabridge.hf.tensor_files import PIECE, Fetched, Reader, stored_bytes, stored_tensors
 from megabridge.mapping import Transfer
 from megabridge.mapping.boxes import Axis, clip
 from megabridge.parallel import collectives
@@ -39,14 +39,14 @@ _PAGE: Final = 4096
 _MEMORY: Final = Path("/dev/shm")
 _LOCKS: Final = 1 << 40  # rank n of a node holds a lock on this byte + n for as long as it lives
 _POLL: Final = 0.0002  # seconds
-_ALIVE: Final = 1.0  # seconds without progress after which a rank looks whether the others still live
+_ALIVE: Final = 1.0  # seconds without progress after which a rank checks that the others are alive
 
 Ranges = tuple[tuple[int, int], ...]  # start and stop per dimension
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Bytes `start` to `stop` of a file: some whole tensors, or the ranges of one."""
+    """Bytes `start` to `stop` of a file: some whole tensors, or ranges of one."""
 
     file: Path
     start: int
@@ -55,15 +55,15 @@ class Block:
 
 
 def blocks_of(infos: Mapping[str, TensorInfo], limit: int) -> list[Block]:
-    """All tensors as blocks of at most `limit` bytes, in the order of the files; small neighbours share one.
+    """Divides all tensors into blocks of at most `limit` bytes, in the order of the files; small neighbours share one.
 
-    Of quantised tensors these are the packed numbers; each rank reads the few scales for itself.
+    Quantised tensors are divided by their packed values; each rank reads the few scales for itself.
     """
     out: list[Block] = []
     for info in sorted(infos.values(), key=lambda info: (info.file.name, info.start)):
         if info.elements == 0:
             continue
-        packed = stored_as(info)[0]
+        packed = stored_tensors(info)[0]
         for first, count, ranges in _ranges(packed.shape, max(1, limit // packed.dtype.itemsize)):
             start = info.start + first * packed.dtype.itemsize
             inner = ranges if info.encoding is None else info.encoding.codec.inside(ranges)
@@ -77,7 +77,7 @@ def blocks_of(infos: Mapping[str, TensorInfo], limit: int) -> list[Block]:
 
 
 def _ranges(shape: tuple[int, ...], most: int) -> Iterator[tuple[int, int, Ranges]]:
-    """(first element, elements, ranges) of contiguous pieces of at most `most` elements."""
+    """Yields (first element, elements, ranges) of contiguous pieces of at most `most` elements."""
     dim = next((d for d in range(len(shape)) if prod(shape[d + 1 :]) <= most), 0)
     inner = tuple((0, length) for length in shape[dim + 1 :])
     row = prod(shape[dim + 1 :])
@@ -92,7 +92,7 @@ def _ranges(shape: tuple[int, ...], most: int) -> Iterator[tuple[int, int, Range
 
 
 def inside(transfer: Transfer, ranges: Ranges) -> Iterator[Transfer]:
-    """The parts of `transfer` whose Hugging Face side lies in `ranges`."""
+    """Yields the parts of `transfer` whose Hugging Face side lies in `ranges`."""
     choices = [[axis] if axis.hf_dim is None else [_swapped(part) for part in clip(_swapped(axis), *ranges[axis.hf_dim])]
                for axis in transfer.axes]  # fmt: skip
     for axes in product(*choices):
@@ -104,7 +104,7 @@ def _swapped(axis: Axis) -> Axis:
 
 
 def node_of_this_rank() -> str:
-    """Equal for ranks that share memory: the boot of the machine, and which /dev/shm (containers have their own)."""
+    """Returns a name that is equal for ranks that share memory: of the machine's boot, and of /dev/shm (one per container)."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     memory = str(_MEMORY.stat().st_dev) if _MEMORY.is_dir() else f"none-{os.getpid()}"
     return f"{boot.read_text().strip() if boot.exists() else os.uname().nodename}:{memory}"
@@ -112,31 +112,31 @@ def node_of_this_rank() -> str:
 
 @dataclass(frozen=True, slots=True)
 class SharedReads:
-    """A node's agreement on one walk: its blocks in order, this rank's parts of each, and the window."""
+    """The plan of one shared read loop on a node: its blocks in order, this rank's parts of each, and the window."""
 
     schedule: tuple[Block, ...]
     parts: Mapping[int, Sequence[tuple[ReadTask, Transfer]]]
     index: int
-    """Of this rank in its node."""
+    """Index of this rank among the node's ranks."""
     ranks: tuple[int, ...]
     fd: int
     window: mmap.mmap
 
 
 def shared_reads(
-    infos: Mapping[str, TensorInfo], jobs: Sequence[ReadTask], *, dedupe: bool
+    infos: Mapping[str, TensorInfo], tasks: Sequence[ReadTask], *, dedupe: bool
 ) -> AbstractContextManager[SharedReads | None]:
-    """A context that holds what a shared walk over `jobs` needs; None where every rank reads for itself.
+    """Returns a context with the plan of a shared read loop over `tasks`; without `dedupe` with None: every rank reads for itself.
 
-    Collective, and to be entered outside of `collectives.raise_together`.
+    Collective; enter it outside of `collectives.raise_together`.
     """
-    return _sharing(infos, jobs) if dedupe else nullcontext()
+    return _sharing(infos, tasks) if dedupe else nullcontext()
 
 
 @contextmanager
-def _sharing(infos: Mapping[str, TensorInfo], jobs: Sequence[ReadTask]) -> Iterator[SharedReads]:
+def _sharing(infos: Mapping[str, TensorInfo], tasks: Sequence[ReadTask]) -> Iterator[SharedReads]:
     blocks = blocks_of(infos, SLOT)
-    mine = _parts(blocks, jobs)
+    mine = _parts(blocks, tasks)
     found = collectives.all_gather((node_of_this_rank(), np.array(sorted(mine), dtype=np.int64)))
     ranks = tuple(number for number, (node, _) in enumerate(found) if node == found[collectives.rank()][0])
     schedule = np.unique(np.concatenate([found[number][1] for number in ranks])).tolist()
@@ -147,25 +147,25 @@ def _sharing(infos: Mapping[str, TensorInfo], jobs: Sequence[ReadTask]) -> Itera
         parts = {places[block]: entries for block, entries in mine.items()}
         yield SharedReads(tuple(blocks[block] for block in schedule), parts, ranks.index(collectives.rank()), ranks, fd, window)
     finally:
-        os.close(fd)  # and the lock with it; the memory goes with its last view
+        os.close(fd)  # releases the lock too; the memory is freed with its last view
 
 
-def _parts(blocks: list[Block], jobs: Sequence[ReadTask]) -> dict[int, list[tuple[ReadTask, Transfer]]]:
+def _parts(blocks: list[Block], tasks: Sequence[ReadTask]) -> dict[int, list[tuple[ReadTask, Transfer]]]:
     of_tensor: dict[str, list[tuple[int, Ranges]]] = {}
     for number, block in enumerate(blocks):
         for name, ranges in block.pieces:
             of_tensor.setdefault(name, []).append((number, ranges))
     out: dict[int, list[tuple[ReadTask, Transfer]]] = {}
-    for job in jobs:
-        for number, ranges in of_tensor.get(job.info.name, ()):
-            for part in inside(job.transfer, ranges):
+    for task in tasks:
+        for number, ranges in of_tensor.get(task.info.name, ()):
+            for part in inside(task.transfer, ranges):
                 if part.elements:
-                    out.setdefault(number, []).append((job, part))
+                    out.setdefault(number, []).append((task, part))
     return out
 
 
 def _open_window(ranks: tuple[int, ...]) -> int:
-    """The node's window, as a descriptor; the first rank makes it. It has no name afterwards. Collective."""
+    """Returns a descriptor of the node's window, which the first rank creates. It has no name afterwards. Collective."""
     path: str | None = None
     size = _PAGE + SLOTS * SLOT
     with collectives.raise_together("making memory that the ranks of a node share"):
@@ -174,7 +174,7 @@ def _open_window(ranks: tuple[int, ...]) -> int:
                 path = _reserved(size)
             except OSError as error:
                 raise CheckpointError(
-                    f"conversion.dedupe needs {size >> 20} MiB in {_MEMORY}, but: {error.strerror}; make it larger "
+                    f"conversion.dedupe needs {size >> 20} MiB in {_MEMORY} ({error.strerror}); make it larger "
                     "(docker run --shm-size) or set conversion.dedupe=false."
                 ) from error
     paths = collectives.all_gather(path)
@@ -196,7 +196,7 @@ def _open_window(ranks: tuple[int, ...]) -> int:
 
 
 def _reserved(size: int) -> str:
-    """The name of a new file in _MEMORY, all of whose bytes there are. Raises OSError."""
+    """Creates a file in _MEMORY with all of its bytes reserved, and returns its name. Raises OSError."""
     made, path = tempfile.mkstemp(prefix="megabridge-", dir=_MEMORY)
     try:
         os.posix_fallocate(made, 0, size)
@@ -210,7 +210,7 @@ def _reserved(size: int) -> str:
 
 def read_boxes(
     reader: Reader,
-    jobs: Sequence[ReadTask],
+    tasks: Sequence[ReadTask],
     visit: Visit,
     *,
     shared: SharedReads | None,
@@ -218,21 +218,21 @@ def read_boxes(
     limit: int = PIECE,
     progress: Progress = silent,
 ) -> None:
-    """`run_tasks` over `jobs`, or, with the node's other ranks, over those that `shared` was made for."""
+    """Runs `run_tasks` over `tasks` or, together with the node's other ranks, over those that `shared` was made for."""
     if shared is None:
-        run_tasks(reader, jobs, visit, straight=straight, limit=limit, progress=progress)
+        run_tasks(reader, tasks, visit, straight=straight, limit=limit, progress=progress)
     else:
-        total = bytes_of(jobs)
-        _shared_walk(reader, shared, visit, device_of(jobs), lambda: progress(reader.bytes_copied, total))
+        total = bytes_of(tasks)
+        _read_shared(reader, shared, visit, device_of(tasks), lambda: progress(reader.bytes_copied, total))
 
 
-def _shared_walk(reader: Reader, shared: SharedReads, visit: Visit, device: torch.device, tick: Callable[[], None]) -> None:
+def _read_shared(reader: Reader, shared: SharedReads, visit: Visit, device: torch.device, tick: Callable[[], None]) -> None:
     """Reads this rank's blocks into the window and calls `visit` with its parts of every block.
 
-    All ranks of the node call it at once. When one fails, the others return early, as `collectives.raise_together` raises for them.
+    All ranks of the node call it together. When one fails, the others return early; `collectives.raise_together` then raises.
     """
     state = _Counters(shared)
-    lane = ReadWorker(device)
+    worker = ReadWorker(device)
     total, mine = len(shared.schedule), shared.index
     to_read, done, seen = mine, 0, time.monotonic()
     try:
@@ -245,8 +245,8 @@ def _shared_walk(reader: Reader, shared: SharedReads, visit: Visit, device: torc
                 state.fill(to_read)
                 to_read += len(shared.ranks)
             elif done < total and (done not in shared.parts or filled[done % SLOTS] == done + 1):
-                with lane.stream():
-                    _use(reader, shared, done, lane, visit)
+                with worker.stream():
+                    _use(reader, shared, done, worker, visit)
                 done += 1
                 state.done(done)
                 tick()
@@ -257,7 +257,7 @@ def _shared_walk(reader: Reader, shared: SharedReads, visit: Visit, device: torc
                 time.sleep(_POLL)
                 continue
             seen = time.monotonic()
-        lane.wait()
+        worker.wait()
     except BaseException:
         state.fail()
         raise
@@ -269,16 +269,16 @@ def _fill(reader: Reader, shared: SharedReads, number: int) -> None:
     reader.pread(block.file, block.start, memoryview(shared.window)[place : place + block.stop - block.start])
 
 
-def _use(reader: Reader, shared: SharedReads, number: int, lane: ReadWorker, visit: Visit) -> None:
-    for job, part in shared.parts.get(number, ()):
-        if job.info.encoding is None:
-            visit(lane, job, part, _from_window(shared, number, job.info, part))
-            reader.copied(stored_bytes(job.info, part))
+def _use(reader: Reader, shared: SharedReads, number: int, worker: ReadWorker, visit: Visit) -> None:
+    for task, part in shared.parts.get(number, ()):
+        if task.info.encoding is None:
+            visit(worker, task, part, _from_window(shared, number, task.info, part))
+            reader.copied(stored_bytes(task.info, part))
             continue
-        for piece in reader.parts(job.info, part):
-            (packed, box), _ = job.info.encoding.boxes(piece)
-            visit(lane, job, piece, reader.decode(job.info, piece, _from_window(shared, number, packed, box), lane.buffer))
-            reader.copied(stored_bytes(job.info, piece))
+        for piece in reader.parts(task.info, part):
+            (packed, box), _ = task.info.encoding.boxes(piece)
+            visit(worker, task, piece, reader.decode(task.info, piece, _from_window(shared, number, packed, box), worker.buffer))
+            reader.copied(stored_bytes(task.info, piece))
 
 
 def _from_window(shared: SharedReads, number: int, info: TensorInfo, box: Transfer) -> Fetched:
@@ -288,14 +288,14 @@ def _from_window(shared: SharedReads, number: int, info: TensorInfo, box: Transf
 
 
 class _Counters:
-    """The window's first page: whether a rank failed, which block each slot holds (+ 1), how many blocks each rank is done with."""
+    """The counters in the window's first page: whether a rank failed, each slot's block (+ 1), blocks that each rank has done."""
 
     def __init__(self, shared: SharedReads) -> None:
         self._shared = shared
         self._size = 8 * (1 + SLOTS + len(shared.ranks))
 
     def read(self) -> tuple[list[int], int, bool]:
-        """(blocks in the slots + 1, blocks that every rank is done with, whether a rank failed)."""
+        """Returns (the slots' blocks + 1, the number of blocks that every rank has done, whether a rank failed)."""
         words = np.frombuffer(os.pread(self._shared.fd, self._size, 0), dtype=np.int64).tolist()
         return words[1 : 1 + SLOTS], min(words[1 + SLOTS :]), bool(words[0])
 
@@ -312,7 +312,7 @@ class _Counters:
         os.pwrite(self._shared.fd, value.to_bytes(8, "little"), 8 * word)
 
     def check_alive(self, total: int) -> None:
-        """Raises CheckpointError when a rank that isn't done has died: then its lock is free."""
+        """Raises CheckpointError when a rank that isn't done has died, as its free lock shows."""
         words = np.frombuffer(os.pread(self._shared.fd, self._size, 0), dtype=np.int64).tolist()
         for index, rank in enumerate(self._shared.ranks):
             if index == self._shared.index or words[1 + SLOTS + index] == total:
@@ -321,4 +321,4 @@ class _Counters:
                 fcntl.lockf(self._shared.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _LOCKS + index)
             except OSError:
                 continue
-            raise CheckpointError(f"rank {rank} died while this node's ranks read together; see its own output, and start again.")
+            raise CheckpointError(f"rank {rank} died while this node's ranks read together; see its output, and start again.")

@@ -1,7 +1,7 @@
-"""A model that is converted and never run holds each tensor in the dtype that its file has, so that nothing is rounded.
+"""Gives a model that is converted but never run the dtypes of the tensors in the files, so that nothing is rounded.
 
-All parameters of one kind, which differ by their layer or expert alone, have one dtype: a native checkpoint has them in one tensor.
-Where their tensors in the files differ, it is the smallest that holds all their values, and an export casts them back losslessly.
+All parameters of one kind, which differ only by their layer or expert, have one dtype: a native checkpoint stores them as one
+tensor. Where the dtypes of their tensors differ, it is the smallest that holds all values, and an export casts back losslessly.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def keep_source_dtypes(plan: Plan, infos: Mapping[str, TensorInfo]) -> bool:
-    """Gives this rank's parameters memory of the dtypes of the tensors that will fill them. Returns whether any had another.
+    """Reallocates this rank's parameters in the dtypes of the tensors that will fill them. Returns whether any dtype changed.
 
-    The parameters' elements are lost, and `plan` says of their dtypes what was. A kind that a tensor is missing of, or that has one
-    of integers, stays as it is: the import says what it thinks of that.
+    The parameters' values are lost, and `plan` still has the previous dtypes. A kind with a missing tensor or a tensor of integers
+    stays as it is: the import reports those.
     """
     wanted = _by_kind(plan, infos)
     others = [
-        (item.live.parameter, dtype)
+        (item.local.parameter, dtype)
         for item in plan.items
-        if (dtype := wanted.get(_kind(item.record.name))) is not None and dtype != item.live.parameter.dtype
+        if (dtype := wanted.get(_kind(item.record.name))) is not None and dtype != item.local.parameter.dtype
     ]
     for parameter, dtype in others:
         parameter.data = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
@@ -41,11 +41,11 @@ def _by_kind(plan: Plan, infos: Mapping[str, TensorInfo]) -> dict[str, torch.dty
     for tensor, sources in plan.sources.items():
         for source in sources:
             feeding.setdefault(_kind(source.native), set()).add(tensor)
-    for item in plan.items:  # copies that this rank holds and doesn't write
+    for item in plan.items:  # copies that this rank holds but doesn't write
         feeding.setdefault(_kind(item.record.name), set()).update(item.hf)
-    carriers = {tensor: plan.carriers(tensor, infos) for tensor in plan.tensors}
+    copies = {tensor: plan.copies_of(tensor, infos) for tensor in plan.tensors}
     found = {
-        kind: {infos[name].dtype for tensor in tensors for name in carriers[tensor]}
+        kind: {infos[name].dtype for tensor in tensors for name in copies[tensor]}
         for kind, tensors in feeding.items()
         if tensors <= infos.keys()
     }

@@ -1,8 +1,8 @@
-"""Streaming: whole Hugging Face tensors, moved between ranks in flat buckets, the next one in flight while one is used.
+"""Streams whole Hugging Face tensors between ranks in flat buckets; the next bucket is in flight while one is used.
 
-Each rank packs its boxes of a bucket into one section of a buffer, the *wire*; sections travel, and a rank that asked for the
-tensors puts them together in a second buffer, the *flat* tensor that it yields. Before a bucket travels, all ranks exchange one
-integer: go on, closed or failed. Python objects are exchanged at the start, and when a stream ends early.
+Each rank packs its boxes of a bucket into one section of a buffer, the *wire*; sections are sent, and the consumers assemble them
+in a second buffer, the *flat* tensor that they yield. Before a bucket is sent, all ranks exchange one integer: go on, closed or
+failed. Python objects are exchanged only at the start, and when a stream ends early.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class _Ended(Exception):
 
 
 class Stream:
-    """The tensors of `specs`, in this order, on the ranks in `consumers` (None: all). Every rank makes one and uses it up.
+    """Streams the tensors of `specs`, in this order, to the ranks in `consumers` (None: all).
 
-    `cpu` brings them to the host; `in_rows` lets a tensor that is larger than a bucket travel in blocks of rows. Raises
-    ConfigError, on every rank, when ranks ask for different things. When a rank leaves early, the other consumers' next step raises
-    MegabridgeError; when one fails, every rank raises its error.
+    Every rank creates one and exhausts it. `cpu` copies tensors to the host; `in_rows` sends a tensor that is larger than a bucket
+    in blocks of rows. Raises ConfigError on every rank when the ranks' arguments differ. When a rank closes it early, the next step
+    of the other consumers raises MegabridgeError; when one fails, every rank raises its error.
     """
 
     def __init__(
@@ -55,26 +55,26 @@ class Stream:
         self._plan = plan
         self._buckets = plan_buckets(specs, bucket_bytes, in_rows=in_rows)
         self._count = sum(len(bucket.entries) for bucket in self._buckets)
-        self._delivered = 0  # tensors that the caller was given
-        self._parameters = {item.record.name: item.live for item in plan.items}
-        self._home = plan.items[0].live.data.device if plan.items else torch.device("cpu")
-        self._carrier = collectives.communication_device(self._home)  # where the wire lies
+        self._delivered = 0  # tensors that were yielded to the caller
+        self._parameters = {item.record.name: item.local for item in plan.items}
+        self._home = plan.items[0].local.data.device if plan.items else torch.device("cpu")
+        self._wire_device = collectives.communication_device(self._home)  # where the wire lies
         self._to_host = cpu and self._home.type != "cpu"
         self._buffers: dict[str, torch.Tensor] = {}
-        self._sections: list[Section] = []  # of the bucket that is on the wire
+        self._sections: list[Section] = []  # of the bucket on the wire
         self._works: list[Any] = []
-        self._next = 0  # number of the bucket that travels next
+        self._next = 0  # number of the bucket that is sent next
         self._error: Exception | None = None
         self._is_leaving = False
 
-    # ------------------------------------------------------------------ what callers see
+    # ------------------------------------------------------------------ iterators for callers
 
     def flat(self) -> Generator[tuple[torch.Tensor, Entries]]:
-        """(flat bytes, entries) of every bucket; the bytes are valid until the next step."""
+        """Yields (flat bytes, entries) of every bucket; the bytes are valid until the next step."""
         return _primed(self._flat())
 
     def tensors(self, *, show_progress: bool) -> Generator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every tensor; each owns its storage."""
+        """Yields (name, tensor) of every tensor; each owns its storage."""
         return _primed(self._tensors(show_progress))
 
     def _flat(self) -> Generator[tuple[torch.Tensor, Entries]]:
@@ -102,23 +102,23 @@ class Stream:
     # ------------------------------------------------------------------ the steps
 
     def _steps(self) -> Generator[tuple[torch.Tensor, Entries]]:
-        """The buckets, after a first empty one: from there on, whoever closes or drops this says so to the other ranks."""
+        """Yields an empty bucket, then all buckets. From the first on, closing or dropping the generator tells the other ranks."""
         is_handed_over = True
         try:
             yield torch.empty(0), ()
             is_handed_over = False
             self._send_next()
             for bucket in self._buckets:
-                self._arrive()
+                self._wait()
                 self._guarded(partial(self._join, bucket))
                 self._send_next()
-                self._guarded(partial(self._land, bucket))
+                self._guarded(partial(self._copy_to_host, bucket))
                 if self._is_consumer and self._error is None:
                     is_handed_over = True
                     yield self._buffers["host" if self._to_host else "flat"][: bucket.size], bucket.entries
                     is_handed_over = False
             if self._error is not None:
-                raise self._error  # the last bucket's way to the host, after the last exchange of states
+                raise self._error  # of the last bucket's copy to the host, after the last exchange of states
         except _Ended:
             return
         finally:
@@ -135,13 +135,16 @@ class Stream:
                 self._error = error
 
     def _send_next(self) -> None:
-        """Packs the next bucket, exchanges states and sends it; after the last one, states only. Ends or raises on all ranks."""
+        """Packs the next bucket, exchanges states and sends it; after the last one, exchanges states only.
+
+        Ends or raises on all ranks.
+        """
         number = self._next
         self._next += 1
         is_last = number == len(self._buckets)
         if not is_last and not self._is_leaving:
             self._guarded(partial(self._pack, self._buckets[number]))
-        # Whoever leaves after the last bucket was sent leaves nobody with less than the whole.
+        # Closing after the last bucket was sent is no error: every consumer has received the whole model.
         own = FAILED if self._error is not None else CLOSED if self._is_leaving and not is_last else GO
         if self._worst(own) != GO:
             self._end()
@@ -151,12 +154,12 @@ class Stream:
     def _worst(self, own: int) -> int:
         if self._world == 1:
             return own
-        state = torch.tensor([own], dtype=torch.int32, device=self._carrier)
+        state = torch.tensor([own], dtype=torch.int32, device=self._wire_device)
         dist.all_reduce(state, op=dist.ReduceOp.MAX)
         return int(state.item())
 
     def _end(self) -> None:
-        """Says why the stream ends: raises on every rank, except where it was closed and where nobody waits for tensors."""
+        """Ends the stream: raises a failed rank's error on every rank, else MegabridgeError on consumers that didn't close it."""
         states = collectives.all_gather((self._is_leaving, self._delivered))
         with collectives.raise_together("streaming weights"):
             if self._error is not None:
@@ -171,10 +174,10 @@ class Stream:
 
     def _leave(self) -> None:
         if self._world > 1 and not dist.is_initialized():
-            return  # dropped after the groups ended: nobody is waiting
+            return  # dropped after the groups were stopped: no rank is waiting
         self._is_leaving = True
         try:
-            self._arrive()
+            self._wait()
             if self._next <= len(self._buckets):
                 self._send_next()
         except (_Ended, MegabridgeError):
@@ -184,15 +187,15 @@ class Stream:
 
     def _pack(self, bucket: Bucket) -> None:
         self._sections, size = layout_of_bucket(bucket, self._plan, self._rank, self._consumers)
-        wire = self._buffer("wire", size, self._carrier)
+        wire = self._buffer("wire", size, self._wire_device)
         for section in self._sections:
-            if section.rank == self._rank and section.travels:
+            if section.rank == self._rank and section.is_sent:
                 for piece in section.pieces:
                     piece.view(wire).copy_(self._own(piece))
 
     def _send(self) -> list[Any]:
         wire = self._buffers["wire"]
-        moving = [section for section in self._sections if section.travels]
+        moving = [section for section in self._sections if section.is_sent]
         if len(self._consumers) == self._world:
             return [dist.broadcast(wire[s.start : s.stop], src=s.rank, async_op=True) for s in moving]
         operations = []
@@ -204,22 +207,22 @@ class Stream:
                 operations.append(dist.P2POp(dist.irecv, data, section.rank))
         return dist.batch_isend_irecv(operations) if operations else []
 
-    def _arrive(self) -> None:
+    def _wait(self) -> None:
         while self._works:
             self._works.pop(0).wait()
 
     def _join(self, bucket: Bucket) -> None:
-        """Puts the pieces that arrived into the flat tensor."""
+        """Copies the received pieces into the flat tensor."""
         if not self._is_consumer:
             return
         flat, wire = self._buffer("flat", bucket.size, self._home), self._buffers["wire"]
         for section in self._sections:
             for piece in section.pieces:
                 box = view(piece.entry.view(flat), piece.transfer.hf_view())
-                box.copy_(piece.view(wire) if section.travels else self._own(piece))
+                box.copy_(piece.view(wire) if section.is_sent else self._own(piece))
 
-    def _land(self, bucket: Bucket) -> None:
-        """Copies the flat tensor to the host where the caller wants it there, while the next bucket travels."""
+    def _copy_to_host(self, bucket: Bucket) -> None:
+        """Copies the flat tensor to the host, if the caller asked for that, while the next bucket is sent."""
         if self._is_consumer and self._to_host:
             host = self._buffer("host", bucket.size, torch.device("cpu"))
             host.copy_(self._buffers["flat"][: bucket.size], non_blocking=True)
@@ -229,21 +232,21 @@ class Stream:
         return native_box(self._parameters[piece.native].data, piece.transfer)
 
     def _buffer(self, name: str, size: int, device: torch.device) -> torch.Tensor:
-        """`size` bytes that are kept from bucket to bucket; replaced by more where they don't suffice."""
+        """Returns `size` bytes of a buffer that is reused from bucket to bucket and replaced where it is too small."""
         if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers.pop(name, None)  # before the new one is made
+            self._buffers.pop(name, None)  # freed before the new one is allocated
             self._buffers[name] = torch.empty(size, dtype=torch.uint8, device=device, pin_memory=name == "host")
         return self._buffers[name][:size]
 
 
 def _primed[T](generator: Generator[T]) -> Generator[T]:
-    """A generator past its first, empty step: closing or dropping it runs its `finally` even when nothing was taken from it."""
+    """Advances a generator past its first, empty step, so that closing or dropping it runs its `finally` in any case."""
     next(generator)
     return generator
 
 
 def _agreed(specs: Mapping[str, TensorSpec], bucket_bytes: int, consumers: Collection[int] | None, world: int) -> frozenset[int]:
-    """The consumers, after every rank was found to ask for the same. Collective."""
+    """Returns the consumers, after checking that every rank has the same arguments. Collective."""
     with collectives.raise_together("starting the stream"):
         if bucket_bytes < 1:
             raise ConfigError(f"bucket_bytes={bucket_bytes} must be a number of bytes from 1.")

@@ -1,4 +1,4 @@
-"""What a conversion consists of, as data: a task per Hugging Face tensor, and the boxes that this rank holds."""
+"""A conversion as data: a task per Hugging Face tensor, and the boxes that this rank holds."""
 
 from __future__ import annotations
 
@@ -29,42 +29,43 @@ class Box:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """By dimension, the indices: blocks of consecutive ones."""
+        """The indices along each dimension, as blocks of consecutive ones."""
         return tuple(axis.hf for axis in self.transfer.axes if axis.hf_dim is not None)
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The box inside `tensor`, which has the whole shape and is contiguous, shaped as the local view that came with it."""
+        """Returns the box inside `tensor`, a contiguous tensor of the whole shape, in the shape of the box's local view."""
         return view(tensor, self.transfer.hf_view())
 
 
 @dataclass(frozen=True, eq=False)
 class ConversionTask:
-    """One Hugging Face tensor and where it comes from.
+    """One Hugging Face tensor and the parameters that hold it.
 
-    Names after `dtype` are Megatron Bridge's (WeightConversionTask). What says "here" is None on a rank that holds none of it.
+    Names after `dtype` are Megatron Bridge's (WeightConversionTask). Fields that describe this rank's parameter are None on a rank
+    that holds no part of the tensor.
     """
 
     hf_name: str
     shape: tuple[int, ...]
-    """The whole tensor's."""
+    """The whole tensor's shape."""
     dtype: torch.dtype
-    """What it is exported in, unless the export asks for another."""
+    """The dtype it is exported in, unless the export asks for another."""
     global_param_names: tuple[str, ...]
-    """Native parameters that hold it, with global layer numbers."""
+    """Names of the native parameters that hold it, with global layer numbers."""
     global_param_shapes: tuple[tuple[int, ...], ...]
     """Their shapes before any cut."""
     source_ranks: tuple[int, ...]
-    """Ranks that give a part of it."""
+    """Ranks that write a part of it."""
     mapping: tuple[WrittenBox, ...]
     """The boxes that tile it, each with its rank and parameter."""
     param_name: str | None
-    """The parameter's name in its chunk here."""
+    """Name of this rank's parameter in its chunk."""
     param_weight: torch.Tensor | None
-    """The live parameter here."""
+    """This rank's parameter."""
     megatron_module: torch.nn.Module | None
-    """The module that owns it."""
+    """The module that owns the parameter."""
     vp_stage: int | None
-    """The number of its chunk here."""
+    """The number of the parameter's chunk."""
 
     @property
     def nbytes(self) -> int:
@@ -72,17 +73,17 @@ class ConversionTask:
 
     @property
     def global_param_name(self) -> str:
-        """The first of the native parameters."""
+        """Name of the first of the native parameters."""
         return self.global_param_names[0]
 
 
 def make_tasks(plan: Plan, model: Sequence[torch.nn.Module], specs: Mapping[str, TensorSpec]) -> list[ConversionTask]:
-    """A task for each of `specs`, in their order. Nothing is exchanged."""
+    """Returns a task for each of `specs`, in their order. Not collective."""
     shapes = {record.name: record.shape for records in plan.records for record in records}
     here: dict[str, LocalParameter] = {}
     for item in sorted(plan.items, key=lambda item: item.is_tied_copy):
         for name in item.hf:
-            here.setdefault(name, item.live)
+            here.setdefault(name, item.local)
     return [_task(plan, model, name, spec, shapes, here) for name, spec in specs.items()]
 
 
@@ -91,7 +92,7 @@ def _task(plan: Plan, model: Sequence[torch.nn.Module], name: str, spec: TensorS
     target = plan.aliases.get(name, name)
     sources = plan.sources[target]
     natives = tuple(dict.fromkeys(source.native for source in sources))
-    live = here.get(target)
+    own = here.get(target)
     return ConversionTask(
         hf_name=name,
         shape=spec.shape,
@@ -100,19 +101,19 @@ def _task(plan: Plan, model: Sequence[torch.nn.Module], name: str, spec: TensorS
         global_param_shapes=tuple(shapes[native] for native in natives),
         source_ranks=tuple(sorted({source.rank for source in sources})),
         mapping=sources,
-        param_name=None if live is None else live.local,
-        param_weight=None if live is None else live.parameter,
-        megatron_module=None if live is None else unwrap(model[live.chunk]).get_submodule(live.local.rpartition(".")[0]),
-        vp_stage=None if live is None else live.chunk,
+        param_name=None if own is None else own.local,
+        param_weight=None if own is None else own.parameter,
+        megatron_module=None if own is None else unwrap(model[own.chunk]).get_submodule(own.local.rpartition(".")[0]),
+        vp_stage=None if own is None else own.chunk,
     )
 
 
 def task_specs(
     plan: Plan, tasks: Sequence[ConversionTask], dtype: torch.dtype | Mapping[str, torch.dtype] | None
 ) -> dict[str, TensorSpec]:
-    """What `tasks` ask for, in their order; `dtype`, one for all or by name, goes before theirs.
+    """Returns the tensors of `tasks`, in their order; `dtype`, one for all or one by name, overrides theirs.
 
-    Raises ConfigError for what is no tensor of `plan`, and for one that stands twice.
+    Raises ConfigError for a task that is no tensor of `plan`, and for one given twice.
     """
     out: dict[str, TensorSpec] = {}
     problems = []
@@ -121,7 +122,7 @@ def task_specs(
         if known is None or known.shape != task.shape:
             problems.append(f"{task.hf_name} {task.shape} is not a tensor of this model")
         elif task.hf_name in out:
-            problems.append(f"{task.hf_name} stands twice")
+            problems.append(f"{task.hf_name} is given twice")
         wanted = dtype if isinstance(dtype, torch.dtype) else (dtype or {}).get(task.hf_name, task.dtype)
         out[task.hf_name] = TensorSpec(task.shape, wanted)
     if problems:
@@ -132,19 +133,19 @@ def task_specs(
 def shards(
     family: Family, native: Mapping[str, object], model: Sequence[torch.nn.Module], *, replicas: bool
 ) -> Iterator[tuple[str, Box, torch.Tensor]]:
-    """(tensor, box, local view) of what this rank gives, or with `replicas` of all it holds. Nothing is exchanged.
+    """Yields (tensor, box, local view) of the boxes that this rank writes or, with `replicas`, of all it holds. Not collective.
 
-    The view shows the parameter's own memory. Raises MappingError for parameters that no rule feeds.
+    The view shares the parameter's memory. Raises MappingError for parameters that no rule feeds.
     """
-    lives = collect_parameters(model)
-    found, problems = Expansion(family, Dims.of(native)).entries(live.record for live in lives)
+    parameters = collect_parameters(model)
+    found, problems = Expansion(family, Dims.of(native)).entries(parameter.record for parameter in parameters)
     if problems:
         raise MappingError("the model doesn't fit its architecture's rules:\n  " + listed(problems))
-    by_name = {live.name: live for live in lives}
+    by_name = {parameter.name: parameter for parameter in parameters}
     return _shards([entry for entry in found if replicas or entry.is_writer], by_name)
 
 
-def _shards(found: Sequence[PlannedParameter], lives: Mapping[str, LocalParameter]) -> Iterator[tuple[str, Box, torch.Tensor]]:
+def _shards(found: Sequence[PlannedParameter], parameters: Mapping[str, LocalParameter]) -> Iterator[tuple[str, Box, torch.Tensor]]:
     for entry in found:
         for transfer in entry.transfers:
-            yield entry.hf[transfer.part], Box(transfer), native_box(lives[entry.record.name].data, transfer)
+            yield entry.hf[transfer.part], Box(transfer), native_box(parameters[entry.record.name].data, transfer)

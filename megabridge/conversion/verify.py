@@ -1,4 +1,4 @@
-"""Checking a published folder: against its manifest, and against a source. No model is built and one process is enough."""
+"""Checks a published folder against its manifest, and against a source. No model is built, and one process is enough."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ from megabridge.storage.inside_folder import inside
 
 
 def against_manifest(folder: Path) -> list[str]:
-    """Every way in which `folder` is not what its manifest says, a line each. Collective: ranks share the reading.
+    """Returns a line for each difference between `folder` and its manifest. Collective: the ranks divide the reading.
 
-    What isn't in the manifest is named too, but for what is harmless. Raises CheckpointError where there is no manifest that can be
-    read.
+    Files that the manifest lacks count, unless they are harmless. Raises CheckpointError for a missing or unreadable manifest.
     """
     with collectives.raise_together("reading the manifest"):
         said = manifest.read(folder)
@@ -39,9 +38,9 @@ def against_manifest(folder: Path) -> list[str]:
 
 
 def differences(folder: Path, said: Manifest, *, ranks: Sequence[int] | None = None) -> list[str]:
-    """Every way in which the files of a manifest differ from what it says, a line each. Collective.
+    """Returns a line for each difference between a manifest and the files that it lists. Collective.
 
-    The ranks share the reading; with `ranks`, these alone read.
+    All ranks divide the reading or, if given, only `ranks`.
     """
     found: list[TensorInfo] = []
     problems: list[str] = []
@@ -54,15 +53,15 @@ def differences(folder: Path, said: Manifest, *, ranks: Sequence[int] | None = N
     with collectives.raise_together("taking digests"):
         taken = manifest.digests(manifest.share(sound, None if ranks is None else {info.name: ranks for info in sound}))
     wrong = [name for name, digest in taken.items() if digest != said.tensors[name].xxh3_128]
-    return problems + [f"{said.tensors[name].file}: {name} has other bytes than were written" for name in _everyones(wrong)]
+    return problems + [f"{said.tensors[name].file}: {name} has other bytes than were written" for name in _of_all_ranks(wrong)]
 
 
 def against_source(folder: Path, source: Path) -> list[str]:
-    """Every way in which the tensors of `folder` are not those of `source`, cast to its dtypes, a line each. Collective.
+    """Returns a line for each difference between the tensors of `folder` and those of `source`, cast to its dtypes. Collective.
 
-    Tensors that the source's family ignores may be left out. A quantised source counts as the bfloat16 that it stands for; of a
-    quantised folder, numbers and scales must be those that an export makes of the source. Raises CheckpointError where a folder
-    can't be read.
+    Tensors that the source's family ignores may be left out. A quantised source is compared as the bfloat16 that it decodes to; a
+    quantised folder must have the values and scales that an export makes of the source. Raises CheckpointError where a folder can't
+    be read.
     """
     with collectives.raise_together("opening both folders"):
         ours, theirs = find_tensors(folder), find_weights(source)
@@ -90,16 +89,16 @@ def against_source(folder: Path, source: Path) -> list[str]:
                     wrong.append(info.name)
             left.finish()
             right.finish()
-    return problems + [f"{name} has other values, as {ours[name].dtype}" for name in _everyones(wrong)]
+    return problems + [f"{name} has other values, as {ours[name].dtype}" for name in _of_all_ranks(wrong)]
 
 
 def _is_same(left: Reader, info: TensorInfo, right: Reader, other: TensorInfo, encoder: Encoder) -> bool:
-    """Whether a file has what `encoder` makes of a source's tensor."""
+    """Whether a file's tensor is a source's tensor as `encoder` encodes it."""
     return all(same_bits(left.box(info, part), encoder.encode(info, part, box)) for part, box in _parts(right, other))
 
 
 def _encoder(reader: Reader, info: TensorInfo, quantization: Quantization, said: Mapping[str, Any]) -> Encoder:
-    """What an export, with the config.json `said`, quantises the source's tensor `info` with: after a cast, where it has one."""
+    """Returns the encoder with which an export quantises the source's tensor `info`, after a cast to the dtype of config `said`."""
     named = (vars(torch).get(str(said[key])) for key in assets.DTYPE_KEYS if said.get(key))
     dtype = min((info.dtype, *(dtype for dtype in named if isinstance(dtype, torch.dtype))), key=lambda dtype: dtype.itemsize)
     largest = torch.zeros(BlockFP8(quantization.block).scales_shape(info.shape))
@@ -109,14 +108,14 @@ def _encoder(reader: Reader, info: TensorInfo, quantization: Quantization, said:
 
 
 def _parts(reader: Reader, info: TensorInfo) -> Iterator[tuple[Transfer, torch.Tensor]]:
-    """The whole tensor in parts, each to be used before the next."""
+    """Yields the whole tensor in parts, each valid until the next."""
     buffer = torch.empty(PIECE, dtype=torch.uint8)
     for part in reader.parts(info, whole(info.shape)):
         yield part, reader.fetch(info, part, lambda: buffer).box
 
 
 def _headers(folder: Path, said: Manifest) -> tuple[list[TensorInfo], list[str]]:
-    """Every tensor in the manifest's files of weights, and what is wrong with these files."""
+    """Returns every tensor in the manifest's files of weights, and a line for each problem with these files."""
     found, problems, names = list[TensorInfo](), list[str](), dict[str, list[str]]()
     for name, entry in said.tensors.items():
         names.setdefault(entry.file, []).append(name)
@@ -165,5 +164,5 @@ def _is_same_place(info: TensorInfo, said: Manifest) -> bool:
     return manifest.entry_of(info, entry.xxh3_128) == entry
 
 
-def _everyones(names: list[str]) -> list[str]:
+def _of_all_ranks(names: list[str]) -> list[str]:
     return sorted((name for found in collectives.all_gather(names) for name in found), key=natural)

@@ -1,4 +1,4 @@
-"""Data: what a recipe trains and validates on. Write your own as a subclass of `DataModule`, named by `data._target_`."""
+"""Training and validation data. To write your own, subclass `DataModule` and name the class in `data._target_`."""
 
 from megabridge.data.module import Batch, DataModule
 

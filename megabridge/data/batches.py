@@ -1,4 +1,4 @@
-"""From tokenised samples to batches: fitting to the sequence length, order, padding. The same on every rank."""
+"""Makes batches of tokenised samples: fitting to the sequence length, order, padding. The result is the same on every rank."""
 
 from __future__ import annotations
 
@@ -21,38 +21,41 @@ OVERLONG: Final = ("truncate", "drop")
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens, and for each whether the model should learn to produce it."""
+    """Tokens, and for each whether the model learns to produce it."""
 
     tokens: Sequence[int]
     mask: Sequence[int]
-    """1 or True where it should."""
+    """1 or True where the token is learned."""
 
     @property
     def positions(self) -> int:
-        """Places it takes in a row: the last token is only a label."""
+        """Positions that it takes in a row: the last token is only a label."""
         return len(self.tokens) - 1
 
 
 type Row = Sequence[Sample]
-"""Samples that lie one after the other in a row of a batch; without packing it is one."""
+"""Samples that follow each other in a row of a batch; without packing a single one."""
 
 
 def text_row(pieces: Sequence[Sequence[int]], *, separate: bool) -> Row:
-    """Pieces of documents, all to be learned: one sample, or with `separate` one each. A piece of one token predicts nothing."""
+    """Returns pieces of documents as one sample, or with `separate` as one each, with all tokens learned.
+
+    A sample of a single token has no label and is left out.
+    """
     parts = pieces if separate else [[token for piece in pieces for token in piece]]
     return [Sample(part, b"\1" * len(part)) for part in parts if len(part) > 1]
 
 
 @dataclass
 class Fitted:
-    """Samples that fit `seq_length`, and what happened to the others."""
+    """Samples that fit `seq_length`, and how many were truncated or left out."""
 
     samples: list[Sample] = field(default_factory=list)
     truncated: int = 0
     dropped: int = 0
-    """Longer than the sequence length, and left out because of it."""
+    """Left out because they are longer than the sequence length."""
     unanswered: int = 0
-    """Left out because nothing to learn was left of them."""
+    """Left out because no learned token is within the sequence length."""
 
     def describe(self) -> str:
         tokens = sum(len(sample.tokens) for sample in self.samples)
@@ -69,9 +72,9 @@ class Fitted:
 
 
 def fit_one(sample: Sample, *, seq_length: int, overlong: Overlong) -> Sample:
-    """The sample, cut to seq_length + 1 tokens (the last one is only a label) if it may be.
+    """Returns the sample, truncated to seq_length + 1 tokens (the last one is only a label) if `overlong` allows it.
 
-    Raises BadRow where it is too long, or where nothing to learn is left of it.
+    Raises BadRow where it is too long, or where no learned token is left.
     """
     limit = seq_length + 1
     kept = sample
@@ -85,9 +88,9 @@ def fit_one(sample: Sample, *, seq_length: int, overlong: Overlong) -> Sample:
 
 
 def fit(samples: Sequence[Sample], *, seq_length: int, overlong: Overlong) -> Fitted:
-    """Every sample by `fit_one`; those that are left out are counted.
+    """Fits every sample by `fit_one` and counts those that are left out.
 
-    Raises ConfigError when there are samples and none is left.
+    Raises ConfigError when all samples are left out.
     """
     fitted = Fitted()
     for sample in samples:
@@ -110,7 +113,7 @@ def fit(samples: Sequence[Sample], *, seq_length: int, overlong: Overlong) -> Fi
 
 
 class Order:
-    """An endless order over `count` samples: a new permutation each epoch, from (seed, epoch) alone."""
+    """An endless order of `count` samples: a new permutation each epoch, determined by (seed, epoch) alone."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
@@ -119,53 +122,52 @@ class Order:
         self._permutation: list[int] = []
 
     def sample(self, position: int) -> int:
-        """The sample at `position` >= 0 of the run."""
+        """Returns the sample at `position` >= 0 of the run."""
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
             self._permutation = list(range(self.count))
-            # random.Random, seeded by a string, shuffles alike in every version of Python; numpy promises no such thing.
+            # random.Random, seeded by a string, shuffles the same in every version of Python; numpy doesn't promise that.
             random.Random(f"{self.seed}/{epoch}").shuffle(self._permutation)
             self._epoch = epoch
         return self._permutation[place]
 
 
 class LengthOrder:
-    """The same, rearranged within stretches of GROUPS steps, so that the samples of a step are about equally long.
+    """The order of `Order`, rearranged within blocks of GROUPS steps, so that the samples of a step are about equally long.
 
-    Every epoch's samples still come once; a sample moves at most as far as its stretch, and the steps of a stretch come in a random
-    order.
+    Every sample still comes once an epoch and stays within its block of steps; the steps of a block come in a random order.
     """
 
     GROUPS: Final = 64
 
     def __init__(self, lengths: Sequence[int], seed: int, step: int) -> None:
-        """`step`: samples of a step."""
+        """`lengths` are the samples' lengths in tokens, `step` is the number of samples in a step."""
         self._order, self._lengths, self._step, self._seed = Order(len(lengths), seed), lengths, step, seed
-        self._stretch = -1
+        self._block = -1
         self._samples: list[int] = []
 
     def sample(self, position: int) -> int:
-        """The sample at `position` >= 0 of the run."""
-        stretch, place = divmod(position, self.GROUPS * self._step)
-        if stretch != self._stretch:
-            begin = stretch * self.GROUPS * self._step
+        """Returns the sample at `position` >= 0 of the run."""
+        block, place = divmod(position, self.GROUPS * self._step)
+        if block != self._block:
+            begin = block * self.GROUPS * self._step
             found = [self._order.sample(begin + offset) for offset in range(self.GROUPS * self._step)]
             found.sort(key=self._lengths.__getitem__)
             groups = [found[first : first + self._step] for first in range(0, len(found), self._step)]
-            random.Random(f"{self._seed}/lengths/{stretch}").shuffle(groups)
+            random.Random(f"{self._seed}/lengths/{block}").shuffle(groups)
             self._samples = [sample for group in groups for sample in group]
-            self._stretch = stretch
+            self._block = block
         return self._samples[place]
 
 
 @dataclass(frozen=True)
 class Batching:
-    """Sizes of batches. Raises ConfigError where they don't come out even.
+    """Makes batches of the given sizes. Raises ConfigError for sizes and options that don't fit together.
 
-    `pad_to` None pads every row to seq_length. A number pads a step's rows to its longest one, rounded up to a multiple of it: the
-    shape changes from step to step and is the same on all ranks. Under sequence parallelism it must be a multiple of tp.
-    `group_by_length` puts samples of about the same length into a step, which saves padding. With `packing` a row holds as many
-    samples as fit, and a step's global_batch_size counts rows.
+    With `pad_to` None every row is padded to seq_length. Otherwise a step's rows are padded to its longest one, rounded up to a
+    multiple of `pad_to`: the shape changes from step to step and is the same on all ranks. Under sequence parallelism `pad_to` must
+    be a multiple of tp. `group_by_length` puts samples of about the same length into a step, which saves padding. With `packing` a
+    row holds as many samples as fit, and a step's global_batch_size counts rows.
     """
 
     seq_length: int
@@ -192,14 +194,14 @@ class Batching:
             raise ConfigError(listed(problems))
 
     def length(self, rows: Sequence[Row]) -> int:
-        """The common length of `rows`."""
+        """Returns the length in tokens to which `rows` are padded."""
         if self.pad_to is None:
             return self.seq_length
         longest = max(sum(sample.positions for sample in row) for row in rows)
         return min(-(-longest // self.pad_to) * self.pad_to, self.seq_length)
 
     def rows(self, samples: Sequence[Sample], seed: int) -> Sequence[Row]:
-        """The rows of an epoch, before they are put in order."""
+        """Returns the rows of an epoch, before they are ordered."""
         if not self.packing:
             return [(sample,) for sample in samples]
         packs = pack([sample.positions for sample in samples], self.seq_length, seed)
@@ -216,7 +218,7 @@ class Batching:
         return self.steps(lambda position: rows[order.sample(position)], consumed_samples, dp_rank=dp_rank, dp_size=dp_size)
 
     def steps(self, row: Callable[[int], Row], consumed_samples: int, *, dp_rank: int, dp_size: int) -> Iterator[Batch]:
-        """The same over the endless rows row(0), row(1), ... of the whole run. Raises ConfigError at once."""
+        """Like `train`, over the endless rows row(0), row(1), ... of the whole run. Raises ConfigError at the call."""
         step, micro = self.global_batch_size, self.micro_batch_size
         if problems := batch_problems(step, micro, dp_size):
             raise ConfigError(listed(problems))
@@ -226,7 +228,7 @@ class Batching:
         step, micro = self.global_batch_size, self.micro_batch_size
         while True:
             starts = range(first, step, stride)
-            if self.pad_to is None:  # only this rank's rows are made
+            if self.pad_to is None:  # then only this rank's rows are needed
                 for start in starts:
                     yield self.collate([row(begin + start + number) for number in range(micro)], self.seq_length)
             else:
@@ -237,11 +239,11 @@ class Batching:
             begin += step
 
     def validation(self, samples: Sequence[Sample], *, dp_rank: int, dp_size: int) -> list[Batch]:
-        """See `DataModule.validation_batches`; filled up with rows whose loss mask is zero throughout."""
+        """See `DataModule.validation_batches`; the last batches are filled up with rows whose loss mask is all zero."""
         return self.fixed(self.rows(samples, 0), dp_rank=dp_rank, dp_size=dp_size)
 
     def fixed(self, rows: Sequence[Row], *, dp_rank: int, dp_size: int) -> list[Batch]:
-        """The same of rows that are made already."""
+        """Like `validation`, for rows instead of samples."""
         micro = self.micro_batch_size
         batches = -(-len(rows) // (micro * dp_size)) * dp_size
         return [
@@ -250,7 +252,7 @@ class Batching:
         ]
 
     def collate(self, rows: Sequence[Row], length: int) -> Batch:
-        """[micro_batch_size, length] of up to micro_batch_size rows; rows that are missing have no loss."""
+        """Returns a batch [micro_batch_size, length] of up to micro_batch_size rows; missing rows have no loss."""
         shape = (self.micro_batch_size, length)
         tokens = torch.full(shape, self.pad_token, dtype=torch.long)
         labels = torch.full(shape, self.pad_token, dtype=torch.long)
@@ -265,7 +267,7 @@ class Batching:
                 tokens[number, begin:end] = ids[:-1]
                 labels[number, begin:end] = ids[1:]
                 mask[number, begin:end] = torch.tensor(list(sample.mask[1:]), dtype=torch.float32)
-                # What follows is the next document, or padding, which is one of its own.
+                # Whatever follows belongs to the next document, or is padding, which gets a number of its own.
                 documents[number, end:] = document + 1
                 if self.packing:
                     positions[number, end:] = torch.arange(length - end)

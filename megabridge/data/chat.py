@@ -1,9 +1,9 @@
-"""Chat messages to tokens, with a mask that marks what the assistant says and nothing else.
+"""Encodes chat messages as tokens, with a mask of what the assistant says and nothing else.
 
-Where the template marks the assistant's text itself, by `{% generation %}`, that mark decides. Most templates don't. Then the
-conversation is rendered up to each assistant message and up to its end; the span between the two must be exactly that message and
-its end-of-turn token, and must begin and end between tokens as generation would meet them. Whatever can't be told apart exactly
-is an error: never a loss on everything.
+Where the template marks the assistant's text itself, by `{% generation %}`, that mark is used. Most templates don't. Then the
+conversation is rendered up to the start and up to the end of each assistant message; the span between the two must be exactly that
+message and its end-of-turn token, and must begin and end between tokens, as in generation. A message whose span can't be found
+exactly is an error: the loss never covers other text.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from megabridge.data.text import load_tokenizer, pad_token
 from megabridge.errors import ConfigError
 
 type Message = Mapping[str, Any]
-"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; templates may know more keys. An assistant's message with
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; templates may use more keys. An assistant's message with
 "tool_calls" may have no text."""
 
 # The tag as transformers looks for it (utils/chat_template_utils.py).
 _TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What transformers' apply_chat_template takes besides the template's variables, and what the template is given as such.
+# Arguments of transformers' apply_chat_template other than template variables, and variables that it sets itself.
 _RESERVED: Final = frozenset((
     "self", "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
     "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
@@ -36,22 +36,22 @@ _REMEDY: Final = "mark the assistant's text in the chat template with {% generat
 class ChatEncoder:
     """Encodes conversations with the tokenizer and the chat template of a Hugging Face folder.
 
-    The end-of-turn token belongs to what the assistant says; a line break after it, which the template writes and a model never
-    gets to produce, does not.
+    The end-of-turn token counts as said by the assistant; a line break after it, which the template writes and a model never
+    produces, does not.
     """
 
     def __init__(self, folder: Path, *, template_arguments: Mapping[str, object] | None = None) -> None:
         """`template_arguments` are passed to the template, e.g. a fixed date_string where it would write today's date.
 
-        Raises ConfigError for those that are none of its variables, and where the tokenizer has no chat template.
+        Raises ConfigError for reserved names, and where the tokenizer has no chat template.
         """
         self.tokenizer: Any = load_tokenizer(folder)
         self._folder = folder
         self._arguments = dict(template_arguments or {})
         if reserved := sorted(self._arguments.keys() & _RESERVED):
             raise ConfigError(
-                f"template_arguments={reserved} must be variables of the chat template, and these say how it is rendered; take "
-                "them away (another template belongs into the model's folder)."
+                f"template_arguments={reserved} must be variables of the chat template, but these control how it is rendered; "
+                "remove them (a different template belongs in the model's folder)."
             )
         self._template = Template(self.tokenizer, folder)
         self._has_tag = bool(_TAG.search(self._template.source))
@@ -63,12 +63,14 @@ class ChatEncoder:
 
     @property
     def pad_token(self) -> int:
-        """The id that fills up rows; it is never a label that counts."""
+        """The id that rows are padded with; as a label it has no loss."""
         return pad_token(self.tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> Sample:
-        """The whole conversation. Raises ConfigError when the assistant's tokens can't be told apart exactly, and what
-        `Template.apply` raises."""
+        """Encodes the whole conversation.
+
+        Raises ConfigError when the assistant's tokens can't be found exactly, and the errors of `Template.apply`.
+        """
         if self._has_tag:
             return self._by_tag(messages)
         text = self._render(messages)
@@ -88,13 +90,13 @@ class ChatEncoder:
         sample = Sample(list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]])
         if not any(sample.mask) and any(message["role"] == "assistant" for message in messages):
             raise ConfigError(
-                f"the chat template of {self._folder} has {{% generation %}}, but no token of this conversation lies within it; "
+                f"the chat template of {self._folder} has {{% generation %}}, but no token of this conversation is within it; "
                 "put it around the assistant's text."
             )
         return sample
 
     def _span(self, text: str, messages: Sequence[Message], number: int) -> tuple[int, int]:
-        """(begin, end) in characters of what assistant message `number` adds to `text`, up to its end-of-turn token."""
+        """Returns (begin, end) in characters of what assistant message `number` adds to `text`, with its end-of-turn token."""
         before = self._render(messages[:number], prompt=True) if number else ""
         through = self._render(messages[: number + 1])
         if not number or not text.startswith(through) or not through.startswith(before):
@@ -123,22 +125,22 @@ class ChatEncoder:
         return len(before), len(before) + tail.end(1)
 
     def _end_of_calls(self, added: str, number: int) -> int:
-        """Where the end-of-turn token of `added`, an answer that calls tools, ends: how a call is written, the template says."""
+        """Returns where the end-of-turn token of `added`, an answer that calls tools in the template's own format, ends."""
         end = len(added.rstrip())
         if not self._ended.search(added[:end]):
             raise ConfigError(
                 f"the chat template of {self._folder} must close assistant message {number}, which calls tools, by an end-of-turn "
-                f"token, and writes {added[-40:]!r}; {_REMEDY}."
+                f"token, but writes {added[-40:]!r}; {_REMEDY}."
             )
         return end
 
     def _boundary(self, text: str, tokens: list[int], place: int, number: int) -> int:
-        """How many tokens `text[:place]` has. They must begin `tokens`: a token may not reach over the boundary."""
+        """Returns the number of tokens in `text[:place]`. They must be the first of `tokens`: none may cross the boundary."""
         before = self._tokens(text[:place])
         if tokens[: len(before)] != before:
             around = f"{text[max(0, place - 10) : place]!r} | {text[place : place + 10]!r}"
             raise ConfigError(
-                f"with the chat template of {self._folder}, a token reaches over the boundary {around} of message {number}; "
+                f"with the chat template of {self._folder}, a token crosses the boundary {around} of message {number}; "
                 f"strip white space at the ends of the text, or {_REMEDY}."
             )
         return len(before)
@@ -153,7 +155,7 @@ class ChatEncoder:
 
 
 def message_text(message: Message, number: int) -> str:
-    """The message's content. Raises ConfigError where that is not text."""
+    """Returns the message's content. Raises ConfigError where it is not text."""
     content = message.get("content")
     if not isinstance(content, str):
         raise ConfigError(f"message {number} must have its content as text, not {type(content).__name__}; {_REMEDY}.")

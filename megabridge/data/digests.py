@@ -1,4 +1,4 @@
-"""Digests of what a run learns from, compared when it is resumed."""
+"""Digests of a run's data, compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Final
 import xxhash
 
 from megabridge.data.batches import Sample
-from megabridge.parallel.collectives import spread
+from megabridge.parallel.collectives import distribute
 from megabridge.storage import regular_files
 
 WHOLE: Final = 4 << 30
-"""Bytes of files that are read to the last one; of more, evenly spread pieces are, WHOLE bytes in all."""
+"""Bytes of files up to which all are read; of larger ones evenly spread pieces, WHOLE bytes in total."""
 _PIECE: Final = 1 << 20
 
 
 def of_samples(*groups: Iterable[Sample]) -> str:
-    """Of groups of samples (train, validation) in their order: their tokens, and which of them are learned."""
+    """Returns the digest of groups of samples (train, validation), in order: of their tokens and masks."""
     digest = xxhash.xxh3_128()
     for number, group in enumerate(groups):
         digest.update(f"group {number} ".encode())
@@ -32,9 +32,9 @@ def of_samples(*groups: Iterable[Sample]) -> str:
 
 
 def of_files(files: Sequence[Path]) -> str:
-    """Of files in their order: their sizes and bytes. Every rank reads its part. Collective.
+    """Returns the digest of files in order: of their sizes and bytes. Every rank reads a part. Collective.
 
-    Raises CheckpointError for one that can't be read.
+    Raises CheckpointError for a file that can't be read.
     """
     sizes = [file.stat().st_size for file in files]
     pieces = [(file, begin) for file, size in zip(files, sizes, strict=True) for begin in range(0, size, _PIECE)]
@@ -48,5 +48,5 @@ def of_files(files: Sequence[Path]) -> str:
             stream.seek(begin)
             return xxhash.xxh3_128_hexdigest(stream.read(_PIECE))
 
-    found = spread("reading what the run learns from", len(pieces), work)
+    found = distribute("reading what the run learns from", len(pieces), work)
     return xxhash.xxh3_128_hexdigest(f"{sizes} {' '.join(found)}".encode())

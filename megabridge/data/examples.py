@@ -1,4 +1,4 @@
-"""What a row of fine-tuning data says, by its schema, as tokens and mask. What can't be used is a BadRow with its kind."""
+"""Encodes rows of fine-tuning data by their schema, as tokens and mask. An unusable row raises a BadRow with its kind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCHEMAS: Final = ("auto", *FIELDS)
 DIGEST: Final = 16
 """Bytes of a row's digest."""
 _SYSTEM: Final = ("system", "developer")
-# What may stand before a message of each role; None is the beginning, system messages not counted.
+# Roles that may precede a message of each role; None is the beginning. System messages don't count.
 _BEFORE: Final[Mapping[str, tuple[str | None, ...]]] = {
     "user": (None, "assistant"),
     "assistant": ("user", "tool"),
@@ -36,7 +36,7 @@ _BEFORE: Final[Mapping[str, tuple[str | None, ...]]] = {
 
 
 class Examples:
-    """Makes samples of rows of one schema; `schema` is "auto" until the first row has decided it."""
+    """Makes samples of rows of one schema; `schema` is "auto" until the first row determines it."""
 
     def __init__(
         self,
@@ -48,9 +48,9 @@ class Examples:
         template_arguments: Mapping[str, object] | None,
         vocab_size: int | None,
     ) -> None:
-        """`columns` says where a field has another name: {"prompt": "question"}; `vocab_size`: see `DataModule`.
+        """`columns` maps fields to the columns that hold them: {"prompt": "question"}; `vocab_size`: see `DataModule`.
 
-        Raises ConfigError for an unknown field.
+        Raises ConfigError for an unknown field or schema.
         """
         known = sorted({field for fields in FIELDS.values() for field in fields})
         for field in columns:
@@ -69,26 +69,26 @@ class Examples:
 
     @property
     def pad_token(self) -> int:
-        """The id that fills up rows. After the first row."""
+        """The id that rows are padded with; known after the first row."""
         is_chat = self.schema == "messages" or (self.schema == "prompt_completion" and self._prompt_as_chat)
         return pad_token((self.chat if is_chat else self.text).tokenizer, self.vocab_size)
 
     @property
     def text(self) -> TextEncoder:
-        """Made when it is needed: a tokenizer without an end-of-text token does for chats."""
+        """The encoder of texts, created when needed: chats don't need an end-of-text token."""
         if self._text is None:
             self._text = TextEncoder(self._folder)
         return self._text
 
     @property
     def chat(self) -> ChatEncoder:
-        """Made when it is needed: a tokenizer without a chat template does for texts."""
+        """The encoder of chats, created when needed: texts don't need a chat template."""
         if self._chat is None:
             self._chat = ChatEncoder(self._folder, template_arguments=self._arguments)
         return self._chat
 
     def encode(self, row: Mapping[str, Any]) -> Sample:
-        """The sample of one row. Raises BadRow, and ConfigError where the tokenizer lacks what the schema needs."""
+        """Encodes one row. Raises BadRow, and ConfigError where the tokenizer lacks what the schema needs."""
         if self.schema == "auto":
             self.schema = self._recognised(row)
         values = self._values(row)
@@ -102,13 +102,13 @@ class Examples:
         return self.text.pair(prompt, completion)
 
     def settle(self, row: Mapping[str, Any] | BadRow) -> None:
-        """Takes the schema from a row that another rank encodes, where none before it had one."""
+        """Determines the schema from a row that another rank encodes, if it is still "auto"."""
         if self.schema == "auto" and not isinstance(row, BadRow):
             with suppress(BadRow):
                 self.schema = self._recognised(row)
 
     def digest(self, row: Mapping[str, Any]) -> bytes:
-        """What the row says, in DIGEST bytes; the same for the same content, wherever it stands."""
+        """Returns the digest of the row's fields, DIGEST bytes; equal for equal content, whatever its place."""
         content = json.dumps(self._values(row), sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).digest()[:DIGEST]
 
@@ -130,7 +130,7 @@ class Examples:
         chat = self.chat
         try:
             return chat.encode(messages)
-        except TemplateError as error:  # not the row's fault
+        except TemplateError as error:  # the template's fault, not the row's
             raise ConfigError(str(error)) from error
         except ConfigError as error:
             raise BadRow(REFUSED if isinstance(error, Refused) else INEXACT, str(error)) from error
@@ -149,7 +149,7 @@ def _text(field: str, value: object) -> str:
 
 
 def _messages(value: object) -> list[Mapping[str, Any]]:
-    """The messages of a conversation, in an order that one can have and with an answer to learn."""
+    """Returns the messages of a conversation, after checking the order of roles and that it ends with an answer."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise BadRow(FORMAT, "messages must be a list of objects")
     if not value:
@@ -181,7 +181,7 @@ def _messages(value: object) -> list[Mapping[str, Any]]:
 
 
 def _message(number: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with its content as text. Columns of a table that say nothing in this row are left out."""
+    """Returns the message with its content as text, without keys that are null (columns of a table, in this row)."""
     content, calls, where = message.get("content"), message.get("tool_calls"), f"of message {number}"
     given = {key: value for key, value in message.items() if value is not None}
     if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
@@ -197,7 +197,7 @@ def _message(number: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _part(part: object, where: str) -> str:
-    """The text of one part of a content that is a list of such."""
+    """Returns the text of one part of a content that is a list of parts."""
     if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         raise BadRow(CONTENT, f"content {where} has a part that is no text: {str(kind)[:40]}")
@@ -205,7 +205,7 @@ def _part(part: object, where: str) -> str:
 
 
 def _check_encoding(value: object) -> None:
-    """Raises BadRow where a text anywhere in `value` can't be encoded, or lists and objects stand in each other too deeply."""
+    """Raises BadRow where a text anywhere in `value` can't be encoded, or lists and objects are nested too deeply."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
     except UnicodeEncodeError as error:

@@ -17,10 +17,10 @@ from megabridge.storage import data_files
 
 
 class Finetuning(DataModule):
-    """One sample a row. What is learned: the assistant's messages, the completion, or all of a plain text.
+    """Data with one sample per row, of which the assistant's messages, the completion, or all of a plain text is learned.
 
-    A row is held out for validation by what it says, so that a run sees the same rows held out wherever they stand, and no row on
-    both sides; with `validation_path` or `validation_split` the rows come from there.
+    Rows are held out for validation by their content, so that the same rows are held out whatever their order, and duplicates are
+    never on both sides; with `validation_path` or `validation_split` the validation rows come from there.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Finetuning(DataModule):
         max_bad_share: float = 0.01,
         template_arguments: Mapping[str, object] | None = None,
     ) -> None:
-        """`name`, `split` and `revision` are for `datasets`; see docs/data.md for the rest. Raises ConfigError."""
+        """`name`, `split` and `revision` are arguments of `datasets`; see docs/data.md for the rest. Raises ConfigError."""
         problems = []
         if overlong not in OVERLONG:
             problems.append(f"data.overlong={overlong!r} must be one of {', '.join(OVERLONG)}.")
         if not 0 <= validation_share < 1:
             problems.append(f"data.validation_share={validation_share} must be at least 0 and less than 1, e.g. 0.05.")
         if validation_path is not None and validation_split is not None and data_files.local_files(validation_path):
-            problems.append("data.validation_split is for data sets of the hub, and data.validation_path is local; remove one.")
+            problems.append("data.validation_split is for data sets of the hub, but data.validation_path is local; remove one.")
         if problems:
             raise ConfigError(listed(problems))
         check_share(max_bad_share)
@@ -84,14 +84,14 @@ class Finetuning(DataModule):
         self.batching = Batching(*sizes, **self._filling)  # type: ignore[arg-type]  # each has its own type
 
     def _read(self, examples: Examples, seq_length: int, source: Mapping[str, str | None], what: str) -> Read:
-        """Reads and tokenises all rows of `what`, with the other ranks; raises ConfigError where too many are bad."""
+        """Reads and tokenises all rows of `source`; errors call it `what`. Collective. Raises ConfigError for too many bad rows."""
         rows = sources.rows(**source)  # type: ignore[arg-type]  # a path is never None
         found = read(rows, examples, seq_length=seq_length, overlong=self._overlong, what=what)
         found.tally.judge(self._max_bad_share, what)
         return found
 
     def _held_out(self, found: Read) -> tuple[list[Sample], list[Sample]]:
-        """(train, validation): the share whose digests are lowest is held out, duplicates together."""
+        """Returns (train, validation) samples: the share with the lowest digests is held out, duplicates together."""
         ranked = sorted(set(found.digests))
         count = round(len(ranked) * self._share)
         if self._share and len(ranked) > 1:

@@ -1,4 +1,4 @@
-"""Rows that can't be used: each is counted by kind and shown, and past a set share they stop the run."""
+"""Unusable rows: they are counted by kind, some are shown, and above a configured share they stop the run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Final
 from megabridge.errors import ConfigError
 
 EXAMPLES: Final = 3
-"""Rows of a kind that are named."""
+"""Rows of each kind that a message shows."""
 SOON: Final = 1000
-"""Rows after which an endless source is judged; others are judged at their end."""
+"""Rows after which the share is checked in a stream; for other sources it is checked at the end."""
 
 
 class BadRow(Exception):
-    """A row that can't be used: its `kind`, in two or three words, and what is wrong with this one."""
+    """An unusable row: its `kind`, in a few words, and why this one can't be used."""
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(f"{kind}: {why}")
@@ -36,13 +36,13 @@ UNANSWERED: Final = "no answer within the sequence length"
 
 @dataclass
 class Tally:
-    """How many rows were good, and how many were left out for what. Tallies of parts add up."""
+    """Counts of good rows, and of rows left out, by kind. Tallies of parts can be added."""
 
     good: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     first: str | None = None
-    """Where the first of them is."""
+    """Place of the first row that was left out."""
 
     def leave_out(self, where: str, row: BadRow) -> None:
         """Counts `row`, found at `where`."""
@@ -53,7 +53,7 @@ class Tally:
             named.append(f"{where}: {row.why}")
 
     def add(self, other: Tally) -> None:
-        """Takes over the counts of another part, which comes after this one."""
+        """Adds the counts of another part, which comes after this one."""
         self.good += other.good
         self.bad.update(other.bad)
         self.first = self.first or other.first
@@ -68,7 +68,7 @@ class Tally:
     def judge(self, largest_share: float, what: str, key: str = "data.max_bad_share") -> None:
         """Raises ConfigError, with every kind and examples, where more than `largest_share` of the rows are bad or none is good.
 
-        `key` is where that share is set.
+        `key` is the setting of that share.
         """
         count = self.bad.total()
         if self.good and count <= largest_share * self.rows:
@@ -77,9 +77,9 @@ class Tally:
             raise ConfigError(f"{what} has no row; name a source that has some.")
         lines = [
             f"{what}: {count} of {self.rows} rows can't be used, which is more than {key}={largest_share:g}; "
-            "mend them, or raise that share:"
+            "correct them, or raise that share:"
             if self.good
-            else f"{what}: none of {self.rows} rows can be used; mend them:"
+            else f"{what}: none of {self.rows} rows can be used; correct them:"
         ]
         for kind, number in self.bad.most_common():
             lines.append(f"{number} {kind}")
@@ -87,7 +87,7 @@ class Tally:
         raise ConfigError("\n  ".join(lines))
 
     def describe(self) -> str:
-        """`5 of 100 rows left out (3 empty, 2 too long), the first at FILE:8`, or nothing."""
+        """Returns `5 of 100 rows left out (3 empty, 2 too long), the first at FILE:8`, or an empty string."""
         if not self.bad:
             return ""
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.bad.most_common())
@@ -95,6 +95,6 @@ class Tally:
 
 
 def check_share(share: float) -> None:
-    """Raises ConfigError unless `share` is one."""
+    """Raises ConfigError unless `share` is from 0 to 1."""
     if not 0 <= share <= 1:
         raise ConfigError(f"data.max_bad_share={share} must be from 0 to 1, e.g. 0.01.")

@@ -1,4 +1,4 @@
-"""Which documents share a row: best fit, in a random order that the seed alone decides."""
+"""Packs documents into rows: best fit, in a random order determined by the seed alone."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Rows of indices into `lengths`, each row's sum at most `capacity`, every index once.
+    """Returns rows of indices into `lengths`, every index once, with the lengths of each row adding up to at most `capacity`.
 
-    Documents come in a random order, and each goes into the row that it leaves least room in. Within a row they keep the order in
-    which they came. Time grows with len(lengths) x log(capacity). Every length must be 1 to `capacity`.
+    Documents are taken in a random order, and each goes into the row with the least room that it fits in. Within a row they keep
+    that order. Time grows with len(lengths) x log(capacity). Every length must be from 1 to `capacity`.
     """
     order = list(range(len(lengths)))
     random.Random(f"pack/{seed}").shuffle(order)
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # rows with that many free places, the newest last
+    by_room: dict[int, list[int]] = {}  # rows by their free positions, the newest last
     rooms: list[int] = []  # the keys of by_room, sorted
     for index in order:
         length = lengths[index]

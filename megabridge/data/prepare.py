@@ -1,4 +1,4 @@
-"""Text, JSONL and parquet to indexed data, by several processes. The result does not depend on their number."""
+"""Converts text, JSONL and parquet to indexed data in several processes. The result does not depend on their number."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from megabridge.errors import ConfigError, MegabridgeError
 from megabridge.storage import data_files, regular_files
 
 RANGE: Final = 8 << 20
-"""Bytes of a file of lines that are tokenised at once."""
+"""Bytes of a file of lines that one task tokenises."""
 
 Advance = Callable[[int, int], None]
-"""(bytes done, bytes in all)."""
+"""Called with (bytes done, bytes in total)."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one process takes at a time: lines that begin in a range of bytes, a row group of parquet, or a whole text file."""
+    """The input of one task: the lines that begin in a range of bytes, a row group of parquet, or a whole text file."""
 
     file: Path
     begin: int
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a row is, and how it becomes a document."""
+    """Rules for dividing files into rows, and for making a document of a row."""
 
     tokenizer: Path
     column: str = "text"
@@ -50,12 +50,12 @@ class Rules:
     append_end: bool = True
     """Whether the tokenizer's end-of-text token closes a document."""
     vocab_size: int | None = None
-    """How many token ids the model has that the data is for. None: any."""
+    """Number of token ids of the model that the data is for. None: any."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written."""
+    """Counts of what was written and left out."""
 
     documents: int
     tokens: int
@@ -65,10 +65,10 @@ class Prepared:
 def prepare(
     paths: Sequence[str], output: str | Path, rules: Rules, *, workers: int, max_bad_share: float, advance: Advance
 ) -> Prepared:
-    """Writes `output`.bin and .idx from the files that `paths` name, documents in their order.
+    """Writes `output`.bin and .idx from the files that `paths` name, with documents in their order.
 
-    Both files appear only when all is done. Raises ConfigError where nothing is named, the output exists, too many rows are
-    bad, or a token is none of the model's.
+    Both files appear only when they are complete. Raises ConfigError where no file is named, the output exists, too many rows are
+    bad, or a token is not in the model's vocabulary.
     """
     places = data_files.indexed_files(output)
     for place in places:
@@ -113,12 +113,12 @@ def _parts(file: Path, rules: Rules) -> Iterator[Part]:
 def _tokenise(
     parts: Sequence[Part], output: Path, rules: Rules, workers: int, advance: Advance
 ) -> tuple[Prepared, np.ndarray[Any, Any]]:
-    """Writes all documents' tokens into `output`, part after part; returns the documents' lengths too."""
+    """Writes all documents' tokens to `output`, part by part. Returns the counts and the documents' lengths."""
     tally, lengths, done = Tally(), [np.zeros(0, np.int64)], 0
     total = sum(part.end - part.begin for part in parts)
-    jobs = [(part, output.parent / f"{number}.part") for number, part in enumerate(parts)]
+    tasks = [(part, output.parent / f"{number}.part") for number, part in enumerate(parts)]
     with output.open("wb") as stream:
-        for (part, piece), (counts, own) in zip(jobs, _results(jobs, rules, workers), strict=True):
+        for (part, piece), (counts, own) in zip(tasks, _results(tasks, rules, workers), strict=True):
             _append(stream, piece)
             lengths.append(counts)
             tally.add(own)
@@ -130,18 +130,18 @@ def _tokenise(
     return Prepared(len(whole), int(whole.sum()), tally), whole
 
 
-def _results(jobs: Sequence[tuple[Part, Path]], rules: Rules, workers: int) -> Iterator[tuple[np.ndarray[Any, Any], Tally]]:
-    """In the order of `jobs`; a single worker is this process."""
-    if workers == 1 or len(jobs) == 1:
+def _results(tasks: Sequence[tuple[Part, Path]], rules: Rules, workers: int) -> Iterator[tuple[np.ndarray[Any, Any], Tally]]:
+    """Yields the results of `tasks` in order; a single worker is this process."""
+    if workers == 1 or len(tasks) == 1:
         worker = _Worker(rules)
-        yield from (worker.run(*job) for job in jobs)
+        yield from (worker.run(*task) for task in tasks)
         return
-    # A server that has imported the tokenizer forks the workers: this process may have threads, which a fork would break.
+    # A server that has imported the tokenizer forks the workers: this process may have threads, which make forking unsafe.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (rules,)) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (rules,)) as pool:
         try:
-            yield from pool.map(_run, *zip(*jobs, strict=True))
+            yield from pool.map(_run, *zip(*tasks, strict=True))
         except BrokenProcessPool as error:
             raise MegabridgeError(
                 f"one of the {workers} processes that tokenise was ended (out of memory, or killed from outside); set "
@@ -150,12 +150,12 @@ def _results(jobs: Sequence[tuple[Part, Path]], rules: Rules, workers: int) -> I
 
 
 def _dtype(encoder: TextEncoder) -> type[np.generic]:
-    """What holds every id of the tokenizer, whose ids may have gaps."""
+    """Returns the dtype that holds every id of the tokenizer, whose ids may have gaps."""
     return indexed.token_dtype(max(encoder.tokenizer.get_vocab().values(), default=0) + 1)
 
 
 _worker: _Worker | None = None
-"""Of a process of the pool."""
+"""The worker of a process in the pool."""
 
 
 def _start(rules: Rules) -> None:
@@ -177,7 +177,7 @@ class _Worker:
         self._dtype = _dtype(self._encoder)
 
     def run(self, part: Part, output: Path) -> tuple[np.ndarray[Any, Any], Tally]:
-        """Writes the tokens of a part's documents into `output`; returns their lengths, and what was left out."""
+        """Writes the tokens of a part's documents to `output`; returns their lengths, and the tally of its rows."""
         tally, lengths = Tally(), []
         with output.open("wb") as stream:
             for where, row in self._rows(part):
@@ -193,7 +193,7 @@ class _Worker:
         return np.asarray(lengths, np.int64), tally
 
     def _rows(self, part: Part) -> Iterator[sources.Found]:
-        """Plain text has no columns: its rows have the text in the one that is asked for."""
+        """Yields the rows of a part. Plain text has no columns: its rows have the text in the configured one."""
         if part.group is not None:
             yield from sources.read_parquet(part.file, [part.group], [self._rules.column])
         elif part.file.suffix == ".txt" and not self._rules.text_lines:
@@ -229,11 +229,11 @@ class _Worker:
 
 
 def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
-    """(place in the file, line without its end) of the lines that begin in the part's bytes."""
+    """Yields (place in the file, line without its end) of the lines that begin in the part's bytes."""
     with regular_files.opened(part.file) as stream:
         if part.begin:
             stream.seek(part.begin - 1)
-            stream.readline()  # it began before, or is the end of the line before
+            stream.readline()  # the rest of a line that began before, or only its end
         while (place := stream.tell()) < part.end:
             yield place, stream.readline().strip()
 

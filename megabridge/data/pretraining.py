@@ -1,8 +1,7 @@
-"""Pretraining on indexed data: windows over shuffled documents, blended out of several sets.
+"""Pretraining on indexed data: windows over shuffled documents, blended from several sets.
 
-Everything follows from the seed and the position in the run: the row at a position is found without going through those before it,
-so that a resume costs nothing and no index is built or cached. megatron-core's GPTDataset gives other rows, which depend on the
-run's length, too.
+The seed and the position in the run determine each row, which is found without computing those before it: resuming costs nothing,
+and no index is built or cached. megatron-core's GPTDataset gives other rows, which also depend on the run's length.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, listed
 from megabridge.storage import data_files
 
-_STRETCH: Final = 4096
-"""Positions whose share among the sets is worked out at once."""
+_BLOCK: Final = 4096
+"""Positions that are assigned to sets at once."""
 
 
 class TokenWindows:
-    """Rows of seq_length + 1 tokens over some documents of one set, put one after the other in a new order each epoch.
+    """Windows of seq_length + 1 tokens over some documents of one set, concatenated in a new order each epoch.
 
-    A window begins with the last token of the one before it, so that every token but an epoch's first is a label; what is left at
-    the end of an epoch, less than a window, is left out in that epoch.
+    A window begins with the last token of the one before it, so that every token but an epoch's first is a label; the remainder at
+    the end of an epoch, less than a window, is left out.
     """
 
     def __init__(self, indexed: Indexed, documents: range, seq_length: int, seed: str, vocab_size: int | None = None) -> None:
@@ -44,9 +43,9 @@ class TokenWindows:
         self._epoch = -1
 
     def window(self, number: int) -> list[NDArray[np.int64]]:
-        """Window `number` >= 0 of the run: seq_length + 1 tokens, cut where a document begins.
+        """Returns window `number` >= 0 of the run: seq_length + 1 tokens, in pieces of one document each.
 
-        Raises ConfigError for tokens that are none of the model's, which has `vocab_size` of them.
+        Raises ConfigError for tokens that are not below `vocab_size`.
         """
         epoch, place = divmod(number, self.per_epoch)
         if epoch != self._epoch:
@@ -68,7 +67,7 @@ class TokenWindows:
         return found
 
     def _shuffle(self, epoch: int) -> None:
-        # RandomState's stream is frozen (NEP 19): the same in every version of numpy, which Generator's is not.
+        # RandomState's stream is frozen (NEP 19): it is the same in every version of numpy, unlike Generator's.
         words = np.frombuffer(hashlib.sha256(f"{self._seed}/{epoch}".encode()).digest(), np.uint32)
         random = np.random.RandomState(words)
         self._shuffled = random.permutation(len(self._sizes))
@@ -78,29 +77,29 @@ class TokenWindows:
 
 
 class Blend:
-    """Which set the row at a position comes from, by weights: after n rows no set is further than a row or so from its share.
+    """Assigns positions to sets by weights, so that after n rows every set is within about a row of its share.
 
-    Row i of a set with weight w stands at the time (i + 1/2) / w; rows come in the order of their times.
+    Row i of a set with weight w has the time (i + 1/2) / w; rows come in the order of their times.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.weights = np.asarray(weights, np.float64) / np.sum(weights)
-        self._stretch = -1
+        self._block = -1
         self._found: list[tuple[int, int]] = []
 
     def place(self, position: int) -> tuple[int, int]:
-        """(set, its row) at `position` >= 0."""
-        stretch, offset = divmod(position, _STRETCH)
-        if stretch != self._stretch:
-            self._found, self._stretch = self._rows(stretch * _STRETCH), stretch
+        """Returns (set, row of the set) at `position` >= 0."""
+        block, offset = divmod(position, _BLOCK)
+        if block != self._block:
+            self._found, self._block = self._rows(block * _BLOCK), block
         return self._found[offset]
 
     def _rows(self, begin: int) -> list[tuple[int, int]]:
         sets = len(self.weights)
         earliest = max(0.0, begin - sets)
-        # How many rows of each set come up to a time: at `earliest` at most `begin` in all, at `latest` those of the whole stretch.
+        # Rows of each set up to a time: until `earliest` at most `begin` in total, until the later time at least the whole block.
         before = self._until(earliest)
-        until = self._until(begin + _STRETCH + sets)
+        until = self._until(begin + _BLOCK + sets)
         times, which, rows = [], [], []
         for number, weight in enumerate(self.weights):
             own = np.arange(before[number], until[number])
@@ -108,18 +107,18 @@ class Blend:
             which.append(np.full(len(own), number))
             rows.append(own)
         order = np.lexsort((np.concatenate(which), np.concatenate(times)))
-        chosen = order[begin - int(before.sum()) :][:_STRETCH]
+        chosen = order[begin - int(before.sum()) :][:_BLOCK]
         pairs = zip(np.concatenate(which)[chosen].tolist(), np.concatenate(rows)[chosen].tolist(), strict=True)
         return list(pairs)
 
     def _until(self, time: float) -> NDArray[np.int64]:
-        """[sets]: rows whose time is at most `time`."""
+        """Returns for each set the number of rows whose time is at most `time`."""
         rows: NDArray[np.int64] = np.floor(self.weights * time + 0.5).astype(np.int64)
         return rows
 
 
 class IndexedTokens(DataModule):
-    """Rows of recipe.seq_length tokens with the loss on all of them, from one or several prefixes of indexed data."""
+    """Data of rows of recipe.seq_length tokens, all of them learned, from one or several prefixes of indexed data."""
 
     def __init__(
         self,
@@ -130,9 +129,9 @@ class IndexedTokens(DataModule):
         separate_documents: bool = False,
         validation_samples: int = 64,
     ) -> None:
-        """`weights`: shares of `paths` in the rows; by default, as they have tokens. `split`: shares of each path's documents for
-        training and validation, in file order; what follows them (a test set) is left alone. `separate_documents`: whether a token
-        sees its own document only. `validation_samples`: rows to validate on, at most. Raises ConfigError.
+        """`weights`: shares of `paths` in the rows, by default proportional to their tokens. `split`: shares of each path's
+        documents for training and validation, in file order; a third share (a test set) is not used. `separate_documents`: whether
+        a token attends to its own document only. `validation_samples`: maximum number of validation rows. Raises ConfigError.
         """
         problems = []
         if not paths:
@@ -150,7 +149,7 @@ class IndexedTokens(DataModule):
 
     @override
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
-        """The tokenizer is not looked at: the tokens are made."""
+        """Opens the indexed data; the tokenizer isn't used."""
         self._batching = Batching(seq_length, micro_batch_size, global_batch_size, 0, packing=self._separate)
         sets = [Indexed(path) for path in self._paths]
         self._train = [
@@ -173,7 +172,7 @@ class IndexedTokens(DataModule):
         self._validation = self._held_out(held_out)
 
     def _held_out(self, sets: Sequence[TokenWindows]) -> list[Row]:
-        """Rows of the held-out documents, blended as those for training, none twice."""
+        """Returns rows of the held-out documents, blended like those for training, none twice."""
         shares = [(windows, weight) for windows, weight in zip(sets, self._blend.weights, strict=True) if windows.per_epoch]
         if not shares:
             return []
@@ -216,6 +215,6 @@ class IndexedTokens(DataModule):
 
 
 def split_documents(count: int, shares: Sequence[float]) -> list[range]:
-    """Training, validation and test documents out of `count`, in file order, as megatron-core cuts them: ends are rounded."""
+    """Divides `count` documents into training, validation and test, in file order; ends are rounded as in megatron-core."""
     ends = [round(float(end)) for end in np.cumsum([*shares, 0, 0][:3]) / np.sum(shares) * count]
     return [range(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -1,4 +1,4 @@
-"""Real text that every Python carries: the topics of `help()` as chat pairs. The main job's data; it needs no network."""
+"""Real text that comes with Python: the topics of `help()` as chat pairs. The default data; it needs no network."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError
 
 CHARACTERS: Final = 16
-"""Characters per token that are tokenised at most: some topics have 60,000, and only the beginning fits."""
+"""Maximum number of characters per token that are tokenised: some topics have 60,000, and only the beginning fits."""
 
 
 class PydocTopics(DataModule):
-    """One sample a topic of `pydoc_data.topics`: the question is `prompt`, the answer is the topic's text.
+    """Data with one sample per topic of `pydoc_data.topics`: the question is `prompt`, the answer is the topic's text.
 
-    Which topics are held out for validation depends on their names alone. The text differs a little between versions of Python.
+    Topics are held out for validation by their names alone. The text differs a little between versions of Python.
     """
 
     def __init__(
@@ -35,8 +35,9 @@ class PydocTopics(DataModule):
         answers_only: bool = True,
         template_arguments: Mapping[str, object] | None = None,
     ) -> None:
-        """`overlong` says whether a topic that is too long is cut or left out; `pad_to`: see `Batching`; `answers_only=False`:
-        the question and the template are learned too."""
+        """`overlong`: whether a topic that is too long is truncated or left out. `pad_to`: see `Batching`. `answers_only=False`:
+        the question and the template are learned too. Raises ConfigError.
+        """
         if not 0 < validation_share < 1:
             raise ConfigError(f"data.validation_share={validation_share} must be between 0 and 1, e.g. 0.1.")
         if overlong not in OVERLONG:
@@ -89,7 +90,7 @@ class PydocTopics(DataModule):
 
 
 def split(validation_share: float) -> tuple[dict[str, str], dict[str, str]]:
-    """(train, validation) topics by name, sorted; the share whose names' hashes are lowest is held out."""
+    """Returns (train, validation) topics by name, sorted; the share with the lowest hashes of names is held out."""
     from pydoc_data.topics import topics  # half a megabyte
 
     ranked = sorted(topics, key=lambda topic: hashlib.sha256(topic.encode()).digest())

@@ -1,4 +1,4 @@
-"""All rows of a source as samples. The ranks tokenise them together: each takes blocks of rows, and every rank gets all of them."""
+"""Reads all rows of a source as samples. The ranks tokenise blocks of rows in turn, and every rank gets all samples."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from megabridge.errors import ConfigError
 from megabridge.parallel.collectives import all_gather, all_gather_bytes, raise_together, rank, world_size
 
 BLOCK: Final = 256
-"""Rows that a rank tokenises, one after the other, before it meets the others."""
+"""Consecutive rows that a rank tokenises between two exchanges."""
 SECONDS: Final = 30.0
-"""Between lines that say how far it is."""
+"""Seconds between lines that report progress."""
 
 
 @dataclass
 class Read:
-    """What became of rows, in their order."""
+    """The samples of rows, in order, and the tally of those that were left out."""
 
     samples: list[Sample] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
-    """Of each sample."""
+    """Digest of each sample's row."""
     tally: Tally = field(default_factory=Tally)
     truncated: int = 0
 
     def take(self, found: Found, examples: Examples, *, seq_length: int, overlong: Overlong) -> None:
-        """Tokenises one row, or counts it as bad. Raises ConfigError for tokens that are none of the model's."""
+        """Tokenises one row, or counts it as bad. Raises ConfigError for tokens outside the model's vocabulary."""
         where, row = found
         try:
             if isinstance(row, BadRow):
@@ -48,12 +48,12 @@ class Read:
         check_ids(kept.tokens, examples.vocab_size, where)
         self.tally.good += 1
         self.truncated += len(kept.tokens) < len(sample.tokens)
-        # A tenth of the memory of a list.
+        # An array takes a tenth of the memory of a list.
         self.samples.append(Sample(array("i", kept.tokens), bytes(kept.mask)))
         self.digests.append(examples.digest(row))
 
     def content(self) -> bytearray:
-        """The samples' lengths (int32); then of each its digest, its tokens (int32) and its mask (a byte a token)."""
+        """Returns the samples as bytes: all lengths (int32); then each one's digest, tokens (int32) and mask (a byte per token)."""
         lengths = array("i", [len(sample.mask) for sample in self.samples])
         pieces: list[Any] = [lengths]
         for digest, sample in zip(self.digests, self.samples, strict=True):
@@ -61,7 +61,7 @@ class Read:
         return bytearray().join(pieces)
 
     def add(self, content: bytearray, tally: Tally, truncated: int) -> None:
-        """Takes over rows that come after these: the `content`, `tally` and `truncated` of theirs."""
+        """Appends the rows that another rank read next, given by their `content`, `tally` and `truncated`."""
         self.tally.add(tally)
         self.truncated += truncated
         lengths, rest = _ints(memoryview(content), tally.good)
@@ -73,7 +73,7 @@ class Read:
 
 
 def _ints(content: memoryview, count: int) -> tuple[array[int], memoryview]:
-    """(the first `count` int32, what follows)."""
+    """Returns (the first `count` int32, the rest)."""
     ints = array("i")
     end = ints.itemsize * count
     ints.frombytes(content[:end])
@@ -81,13 +81,13 @@ def _ints(content: memoryview, count: int) -> tuple[array[int], memoryview]:
 
 
 def read(rows: Iterable[Found], examples: Examples, *, seq_length: int, overlong: Overlong, what: str) -> Read:
-    """All of `rows`, tokenised by `examples` and cut or left out by `fit_one`; the same on every rank, whatever their number.
+    """Returns all of `rows`, tokenised by `examples` and fitted by `fit_one`; the same on every rank, whatever their number.
 
-    Collective. Every rank reads all rows, which costs little beside tokenising them. Whatever fails on one rank fails on all of
-    them, before the next blocks. Raises ConfigError where ranks find different numbers of rows; `what` is the source in errors.
+    Collective. Every rank reads all rows, which costs little compared with tokenising them. An error on one rank is raised on all,
+    before the next blocks. Raises ConfigError where ranks find different numbers of rows; `what` names the source in errors.
     """
     whole, remaining, own, stride = Read(), iter(rows), rank(), BLOCK * world_size()
-    told, begun, before = time.monotonic(), time.monotonic(), 0
+    reported, begun, before = time.monotonic(), time.monotonic(), 0
     while True:
         part, seen = Read(), 0
         with raise_together(f"reading {what}"):
@@ -104,13 +104,13 @@ def read(rows: Iterable[Found], examples: Examples, *, seq_length: int, overlong
         before += seen
         if seen < stride:
             return whole
-        if own == 0 and time.monotonic() - told >= SECONDS:
-            told = time.monotonic()
-            print(f"{what}: {before} rows tokenised in {told - begun:.0f} s", file=sys.stderr, flush=True)
+        if own == 0 and time.monotonic() - reported >= SECONDS:
+            reported = time.monotonic()
+            print(f"{what}: {before} rows tokenised in {reported - begun:.0f} s", file=sys.stderr, flush=True)
 
 
 def _check(counts: Sequence[int], before: int, stride: int, what: str) -> None:
-    """Raises ConfigError unless all ranks found as many rows; `counts` come after `before`, and go on where they are `stride`."""
+    """Raises ConfigError unless all ranks' `counts` of rows after the first `before` are equal; at `stride`, more may follow."""
     for number, count in enumerate(counts):
         if count != counts[0]:
             first, other = (f"{before + found}{' or more' if found == stride else ''}" for found in (counts[0], count))

@@ -1,8 +1,8 @@
-"""Chat templates are programs of whoever made a tokenizer. What one may take of a host is bounded.
+"""Renders chat templates, which are programs by a tokenizer's author, within limits of time and memory.
 
 The sandbox of transformers keeps a template from files and attributes, but not from looping for ever or filling the memory. So the
-first conversation is rendered once in a process of its own, whose time and memory have a limit, before any is rendered here; and
-here each has a limit of time.
+first conversation is rendered in a separate process with limited time and memory before any is rendered here; and here each one has
+a time limit.
 """
 
 from __future__ import annotations
@@ -24,69 +24,72 @@ from jinja2 import TemplateSyntaxError
 from megabridge.errors import ConfigError, said
 
 SECONDS: Final = 5
-"""Of a core's time, for one conversation."""
+"""CPU time for one conversation."""
 MEMORY: Final = 2 << 30
-"""Bytes that rendering one conversation may need besides what this process has."""
+"""Bytes that rendering one conversation may need beyond those of this process."""
 LONGEST: Final = 1 << 26
-"""Characters of a rendered conversation."""
+"""Maximum number of characters of a rendered conversation."""
 _WAIT: Final = 20 * SECONDS
-"""Seconds within which the other process must have had its time of a core."""
+"""Seconds of wall-clock time after which the other process is killed."""
 _TRIES: Final = 8
-"""Conversations of which one must have been rendered in the other process; the template may refuse the first ones."""
+"""Conversations that are tried in the other process until one has been rendered; the template may refuse the first ones."""
 _GOOD, _REFUSED, _FULL = 0, 1, 2
 
 
 class TemplateError(ConfigError):
-    """A template that can't be used, whatever the conversation."""
+    """A template that can't be used for any conversation."""
 
 
 class Refused(ConfigError):
-    """A conversation that the template doesn't take."""
+    """A conversation that the template refuses."""
 
 
 class Template:
-    """The chat template of `tokenizer`, which is from `folder`. Raises TemplateError where it has none that can be read."""
+    """The chat template of `tokenizer`, loaded from `folder`. Raises TemplateError where it has no readable one."""
 
     def __init__(self, tokenizer: Any, folder: Path | str) -> None:
         self._tokenizer, self._folder, self._tries = tokenizer, folder, _TRIES
         try:
             self.source = tokenizer.get_chat_template()
-        except Exception as error:  # transformers': none, or several of which none is the default
+        except Exception as error:  # raised by transformers: there is none, or there are several without a default
             raise TemplateError(
-                f"the tokenizer in {folder} must have a chat template, but: {_line(error)}; put one beside it."
+                f"the tokenizer in {folder} must have a chat template, but: {_line(error)}; add one to the folder."
             ) from error
         if not isinstance(self.source, str):
             raise TemplateError(f"the chat template of {folder} must be text, not {type(self.source).__name__}; write one.")
 
     def apply(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
-        """`tokenizer.apply_chat_template` within bounds. Raises Refused for this conversation, TemplateError for any."""
+        """Calls `tokenizer.apply_chat_template` within limits.
+
+        Raises Refused for a conversation that the template refuses, TemplateError for an unusable template.
+        """
         try:
             if self._tries:
                 self._try(messages, settings)
             with _at_most(SECONDS):
                 out = self._tokenizer.apply_chat_template(list(messages), **settings)
         except TemplateSyntaxError as error:
-            raise TemplateError(f"the chat template of {self._folder} can't be read: {_line(error)}; mend it.") from error
+            raise TemplateError(f"the chat template of {self._folder} can't be read: {_line(error)}; correct it.") from error
         except ConfigError:
             raise
-        except Exception as error:  # a template is a program, and may raise whatever it likes
+        except Exception as error:  # a template is a program and may raise anything
             roles = ", ".join(str(message["role"])[:40] for message in messages[:20])
             raise Refused(
                 f"the chat template of {self._folder} refuses the roles {roles}: {_line(error)}; change the messages."
             ) from error
         if isinstance(out, str) and len(out) > LONGEST:
-            raise Refused(f"the chat template of {self._folder} writes {len(out)} characters; {LONGEST} may be.")
+            raise Refused(f"the chat template of {self._folder} writes {len(out)} characters, more than {LONGEST}.")
         return out
 
     def _try(self, messages: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
-        """Has another process render, until it was done once."""
+        """Renders in another process, until that has succeeded once or _TRIES times have failed."""
         plain = {name: value for name, value in settings.items() if not name.startswith("return_")} | {"tokenize": False}
         outcome = _outcome(lambda: self._tokenizer.apply_chat_template(list(messages), **plain))
         self._tries = 0 if outcome == _GOOD else self._tries - 1
         if outcome not in (_GOOD, _REFUSED):
             raise TemplateError(
                 f"the chat template of {self._folder} must render a conversation within {SECONDS} seconds and {MEMORY >> 30} GiB, "
-                "and does not: it loops, or writes without end; mend it, or put another in its place."
+                "and does not: it loops, or writes without end; correct it, or use another."
             )
 
 
@@ -95,10 +98,10 @@ def _line(error: Exception) -> str:
 
 
 def _outcome(render: Callable[[], object]) -> int | None:
-    """How `render` ends in a fork of this process: _GOOD, _REFUSED (it raised), or otherwise where it took more than it may."""
-    here, there = os.pipe()  # which is at its end when the child is
+    """Runs `render` in a fork of this process. Returns _GOOD, _REFUSED (it raised), or another value if it exceeded a limit."""
+    here, there = os.pipe()  # reaches its end when the child exits
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, none of which the child needs
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads, none of which the child needs
         child = os.fork()
     if child == 0:
         os._exit(_rendered(render))
@@ -111,7 +114,7 @@ def _outcome(render: Callable[[], object]) -> int | None:
 
 
 def _rendered(render: Callable[[], object]) -> int:
-    """The exit code of the child. Nothing of it is left, whatever happens."""
+    """Limits the child's resources, calls `render`, and returns the child's exit code."""
     try:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         for limit, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, size + MEMORY)):
@@ -128,7 +131,7 @@ def _rendered(render: Callable[[], object]) -> int:
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Ends a block of Python by TimeoutError after so much of a core's time; only where this is the main thread."""
+    """Ends the block with a TimeoutError after `seconds` of CPU time; without effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

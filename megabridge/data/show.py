@@ -1,4 +1,4 @@
-"""A batch as text: which stretches of its first row are learned."""
+"""Shows the first row of a batch as text: spans that are learned, and spans that aren't."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megabridge.data.module import Batch
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Tokens one after the other that are all learned, or all not."""
+class Span:
+    """Consecutive tokens that are all learned, or all not."""
 
     text: str
     tokens: int
@@ -19,16 +19,16 @@ class Stretch:
     """Whether it begins a packed document other than the row's first."""
 
 
-def stretches(batch: Batch, tokenizer: Any) -> list[Stretch]:
-    """The first row of `batch` as it was before it was shifted, padding at its end left out.
+def spans(batch: Batch, tokenizer: Any) -> list[Span]:
+    """Returns the first row of `batch` as it was before labels were shifted, without the padding at its end.
 
-    Of each document the first token is never learned, because nothing comes before it; the last one is only a label.
+    The first token of each document is never learned, because nothing comes before it; the last one is only a label.
     """
     tokens, labels, mask = (batch[name][0].tolist() for name in ("tokens", "labels", "loss_mask"))
     documents = batch["documents"][0].tolist() if "documents" in batch else [0] * len(tokens)
     learned = [place for place, weight in enumerate(mask) if weight]
     last = documents[learned[-1]] if learned else 0
-    found: list[Stretch] = []
+    found: list[Span] = []
     for document in range(last + 1):
         places = [place for place, number in enumerate(documents) if number == document]
         if document == last and "documents" not in batch:
@@ -41,6 +41,6 @@ def stretches(batch: Batch, tokenizer: Any) -> list[Stretch]:
         for place in range(1, len(ids) + 1):
             if place == len(ids) or flags[place] != flags[begin]:
                 text = tokenizer.decode(ids[begin:place], clean_up_tokenization_spaces=False)
-                found.append(Stretch(text, place - begin, flags[begin], bool(document) and begin == 0))
+                found.append(Span(text, place - begin, flags[begin], bool(document) and begin == 0))
                 begin = place
     return found

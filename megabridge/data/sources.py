@@ -1,6 +1,6 @@
-"""Rows of local files and of data sets, one after the other: JSONL, parquet, plain text, and what `datasets` loads.
+"""Iterates over the rows of local files (JSONL, parquet, plain text) and of data sets that `datasets` loads.
 
-A row that can't be read comes as a BadRow in its place, so that whoever reads can count it and go on.
+A row that can't be read is replaced by a BadRow, so that the caller can count it and go on.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from megabridge.storage import regular_files
 from megabridge.storage.data_files import local_files
 
 type Found = tuple[str, Mapping[str, Any] | BadRow]
-"""(where it is: file:line or file:row, the row)."""
+"""(place, row): the place is file:line or file:row."""
 
 TEXT: Final = "text"
-"""What a row of plain text has its text in."""
+"""Column of a plain-text row that holds the text."""
 
 
 def read(file: Path) -> Iterator[Found]:
-    """The rows of one file. A file of plain text is one row."""
+    """Yields the rows of one file. A file of plain text is one row."""
     if file.suffix == ".parquet":
         yield from read_parquet(file)
     elif file.suffix == ".txt":
@@ -35,7 +35,7 @@ def read(file: Path) -> Iterator[Found]:
 
 
 def decode(content: bytes) -> Mapping[str, Any] | BadRow:
-    """A row of plain text."""
+    """Parses a row of plain text."""
     try:
         return {TEXT: content.decode("utf-8-sig")}
     except UnicodeDecodeError as error:
@@ -47,13 +47,13 @@ def _encoding(content: bytes, error: UnicodeDecodeError) -> str:
 
 
 def parse(line: bytes) -> Mapping[str, Any] | BadRow:
-    """A row of JSONL."""
+    """Parses a row of JSONL."""
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         return BadRow(ENCODING, _encoding(line, error))
     except (ValueError, RecursionError) as error:
-        return BadRow(FORMAT, f"no JSON: {error}")
+        return BadRow(FORMAT, f"not JSON: {error}")
     return row if isinstance(row, dict) else BadRow(FORMAT, f"must be a JSON object, not {type(row).__name__}")
 
 
@@ -61,12 +61,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:100]!r} stands twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:100]!r} is given twice")
     return found
 
 
 def read_parquet(file: Path, groups: Sequence[int] | None = None, columns: Sequence[str] | None = None) -> Iterator[Found]:
-    """The rows of a parquet file, or of some of its row groups. Raises ConfigError for a file that isn't one."""
+    """Yields the rows of a parquet file, or of some of its row groups. Raises ConfigError for a file that isn't parquet."""
     import pyarrow
     import pyarrow.parquet
 
@@ -83,7 +83,7 @@ def read_parquet(file: Path, groups: Sequence[int] | None = None, columns: Seque
 
 
 def _python_rows(batch: Any) -> Iterator[Mapping[str, Any] | BadRow]:
-    """A row at a time where one of them has text that is no UTF-8: pyarrow checks only here."""
+    """Yields the rows of a batch, one by one if a text in it isn't UTF-8, which pyarrow checks only here."""
     try:
         yield from batch.to_pylist()
         return
@@ -97,12 +97,12 @@ def _python_rows(batch: Any) -> Iterator[Mapping[str, Any] | BadRow]:
 
 
 def load(path: str, *, name: str | None, split: str | None, revision: str | None, streaming: bool) -> Any:
-    """What `datasets` has of `path`, a hub id or a folder that it knows. Raises ConfigError."""
+    """Loads `path`, a hub id or a folder, with `datasets`. Raises ConfigError."""
     import datasets
 
     try:
         found = datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)
-    except Exception as error:  # whatever the data set's files, the network and the hub can raise
+    except Exception as error:  # anything that the data set's files, the network and the hub can raise
         where = f"data.path={path} name={name} split={split}"
         raise ConfigError(f"{where} can't be loaded: {type(error).__name__}: {error}; check id, name, split and access.") from error
     if isinstance(found, dict):
@@ -111,36 +111,36 @@ def load(path: str, *, name: str | None, split: str | None, revision: str | None
 
 
 def readable(path: str, stream: Iterable[Any]) -> Iterator[Any]:
-    """The rows of a stream. Raises ConfigError where it can't be read any further."""
+    """Yields the rows of a stream. Raises ConfigError where it can't be read any further."""
     rows = iter(stream)
     while True:
         try:
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # whatever a builder of `datasets`, the network and the hub can raise
+        except Exception as error:  # anything that a builder of `datasets`, the network and the hub can raise
             raise ConfigError(
-                f"data.path={path} can't be read: {type(error).__name__}: {error}; mend the file it names."
+                f"data.path={path} can't be read: {type(error).__name__}: {error}; correct the file it names."
             ) from error
         yield row
 
 
 def stream_files(files: Sequence[Path]) -> Any:
-    """Local files as `datasets` streams them. Raises ConfigError for files of several kinds."""
+    """Opens local files as a stream of `datasets`. Raises ConfigError for files of several kinds."""
     import datasets
 
     kinds = {file.suffix for file in files}
     if len(kinds) > 1:
         raise ConfigError(f"{files[0].parent} has files of several kinds, {', '.join(sorted(kinds))}; name those of one.")
     builder = {".parquet": "parquet", ".txt": "text"}.get(kinds.pop(), "json")
-    # A text file is a document, as it is for `read`.
+    # A text file is one document, as in `read`.
     settings = {"sample_by": "document"} if builder == "text" else {}
     names = [str(file) for file in files]
     return datasets.load_dataset(builder, data_files=names, split="train", streaming=True, **settings)
 
 
 def rows(path: str, *, name: str | None = None, split: str | None = None, revision: str | None = None) -> Iterator[Found]:
-    """All rows of `path`: local files, otherwise what `datasets` loads. Raises ConfigError where `path` is neither."""
+    """Yields all rows of `path`: of local files, or of a data set that `datasets` loads. Raises ConfigError if it is neither."""
     files = local_files(path)
     if files is None:
         split = "train" if split is None else split
@@ -149,13 +149,13 @@ def rows(path: str, *, name: str | None = None, split: str | None = None, revisi
         return
     given = [key for key, value in (("name", name), ("split", split), ("revision", revision)) if value is not None]
     if given:
-        raise ConfigError(f"data.{given[0]} is for data sets of the hub, and {path} is a local file; remove it.")
+        raise ConfigError(f"data.{given[0]} is for data sets of the hub, but {path} is a local file; remove it.")
     for file in files:
         yield from read(file)
 
 
 def group_bytes(file: Path) -> list[int]:
-    """The bytes of each row group of a parquet file. Raises ConfigError for a file that isn't one."""
+    """Returns the bytes of each row group of a parquet file. Raises ConfigError for a file that isn't parquet."""
     import pyarrow
     import pyarrow.parquet
 

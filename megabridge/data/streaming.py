@@ -1,7 +1,7 @@
-"""Pretraining on a data set that is read as it is trained on, through `datasets`: nothing is downloaded or tokenised beforehand.
+"""Pretraining on a data set that `datasets` streams during training: nothing is downloaded or tokenised beforehand.
 
-Every rank reads the whole stream and takes its own rows of it, so that the order doesn't depend on their number; a resumed run
-reads up to where it was. Both cost time that indexed data doesn't: this is for data too large to keep, or for a look.
+Every rank reads the whole stream and takes its own rows of it, so that the order doesn't depend on the number of ranks; a resumed
+run reads the stream again up to its position. Indexed data costs neither: use this for data too large to keep, or for a first look.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megabridge.storage import data_files
 
 
 class StreamedText(DataModule):
-    """Rows of recipe.seq_length tokens with the loss on all of them, cut out of documents one after the other.
+    """Data of rows of recipe.seq_length tokens, all of them learned, cut out of consecutive documents.
 
-    With `separate_documents` a token sees its own document only. The first `validation_documents` of the stream are held out,
+    With `separate_documents` a token attends to its own document only. The first `validation_documents` of the stream are held out,
     unless `validation_split` names another part of the data set.
     """
 
@@ -43,7 +43,7 @@ class StreamedText(DataModule):
         validation_samples: int = 64,
         max_bad_share: float = 0.01,
     ) -> None:
-        """`shuffle_buffer`: documents among which the next one is chosen; 0 keeps the order. Raises ConfigError."""
+        """`shuffle_buffer`: number of documents among which the next one is chosen; 0 keeps the order. Raises ConfigError."""
         sizes = {
             "shuffle_buffer": shuffle_buffer,
             "validation_documents": validation_documents,
@@ -59,7 +59,7 @@ class StreamedText(DataModule):
         self._validation_split, self._held_out = validation_split, validation_documents if validation_split is None else 0
         self._held_out_rows, self._documents = validation_samples, validation_documents
         self.tally = Tally()
-        """Of the rows that were read for training so far."""
+        """Tally of the rows read for training so far."""
 
     @override
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
@@ -88,7 +88,7 @@ class StreamedText(DataModule):
         return sources.stream_files(files)
 
     def _documents_of(self, stream: Any, what: str, tally: Tally) -> Iterator[list[int]]:
-        """The tokens of each document; bad rows are counted, and judged once SOON rows were seen."""
+        """Yields the tokens of each document; counts bad rows, and checks their share once SOON rows were seen."""
         for number, row in enumerate(sources.readable(self._path, stream)):
             where = f"{self._path}:{what} row {number}"
             try:
@@ -103,7 +103,7 @@ class StreamedText(DataModule):
             yield list(sample.tokens)
 
     def _rows(self, documents: Iterator[list[int]]) -> Iterator[Row]:
-        """Windows of seq_length + 1 tokens; each begins with the last token of the one before it."""
+        """Yields windows of seq_length + 1 tokens; each begins with the last token of the one before it."""
         length = self._batching.seq_length
         pieces: list[list[int]] = []
         held = 0
@@ -116,7 +116,7 @@ class StreamedText(DataModule):
                 yield text_row(window, separate=self._separate)
 
     def _train_rows(self) -> Iterator[Row]:
-        """Endless: the stream again and again, shuffled anew each time."""
+        """Yields rows endlessly: the stream is repeated, shuffled anew each time."""
         return self._rows(document for epoch in itertools.count() for document in self._epoch(epoch))
 
     def _epoch(self, epoch: int) -> Iterator[list[int]]:
@@ -127,7 +127,7 @@ class StreamedText(DataModule):
         before = self.tally.rows
         yield from self._documents_of(stream, self._split, self.tally)
         if self.tally.rows == before:
-            raise ConfigError(f"data.path={self._path} has no document beside those held out; lower data.validation_documents.")
+            raise ConfigError(f"data.path={self._path} has no document besides those held out; lower data.validation_documents.")
         self.tally.judge(self._max_bad_share, f"data.path={self._path}")
 
     @override
@@ -141,7 +141,7 @@ class StreamedText(DataModule):
 
     @override
     def digest(self) -> str:
-        """Of the rows that are held out, and of local files; a hub's data set is its revision's."""
+        """Returns the digest of the held-out rows and of local files; the rows of a hub's data set follow from its revision."""
         local = data_files.local_files(self._path)
         held_out = digests.of_samples(*self._validation)
         return held_out if local is None else f"{held_out} {digests.of_files(local)}"
@@ -157,7 +157,7 @@ class StreamedText(DataModule):
 
 
 class _Forward:
-    """Rows of a stream by their position, which never goes back."""
+    """Access to rows of a stream by position; positions must increase."""
 
     def __init__(self, rows: Iterator[Row]) -> None:
         self._rows, self._next = rows, 0
@@ -171,7 +171,7 @@ class _Forward:
 
 
 def _cut(pieces: list[list[int]], length: int) -> tuple[list[list[int]], list[list[int]]]:
-    """(the first length + 1 tokens, the tokens from number `length` on), in their pieces."""
+    """Returns (the first length + 1 tokens, the tokens from number `length` on), in their pieces."""
     window: list[list[int]] = []
     wanted = length + 1
     for number, piece in enumerate(pieces):

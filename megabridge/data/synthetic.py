@@ -1,4 +1,4 @@
-"""Random tokens: for smoke tests and speed measurements, where what is learned doesn't matter."""
+"""Random tokens, for smoke tests and speed measurements."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError
 
 MOST: Final = 1 << 28
-"""Tokens that are made."""
+"""Maximum number of tokens."""
 
 
 class RandomTokens(DataModule):
-    """`samples` different rows of seq_length + 1 tokens, uniform over `vocab_size` ids; the loss is on every token."""
+    """Data of `samples` random rows of seq_length + 1 tokens, uniform over `vocab_size` ids, all of them learned."""
 
     def __init__(self, *, vocab_size: int, samples: int = 256, validation_samples: int = 8) -> None:
         for name, value in (("vocab_size", vocab_size), ("samples", samples), ("validation_samples", validation_samples)):
@@ -29,14 +29,14 @@ class RandomTokens(DataModule):
 
     @override
     def setup(self, tokenizer_folder: Path, *, seq_length: int, micro_batch_size: int, global_batch_size: int, seed: int) -> None:
-        """The tokenizer is not looked at."""
+        """Makes the rows; the tokenizer isn't used."""
         check_ids([self._vocab_size - 1], self.vocab_size, f"data.vocab_size={self._vocab_size}")
         self._seed = seed
         self._batching = Batching(seq_length, micro_batch_size, global_batch_size, pad_token=0)
         count, held_out = self._counts
         if (tokens := (count + held_out) * (seq_length + 1)) > MOST:
             raise ConfigError(
-                f"data.samples={count} and data.validation_samples={held_out} of {seq_length + 1} tokens are {tokens}, and "
+                f"data.samples={count} and data.validation_samples={held_out} of {seq_length + 1} tokens are {tokens}, but at most "
                 f"{MOST} may be held in memory; use fewer."
             )
         generator = torch.Generator().manual_seed(seed)

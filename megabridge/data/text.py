@@ -1,4 +1,4 @@
-"""Plain text to tokens, and the tokenizer of a Hugging Face folder."""
+"""Loads the tokenizer of a Hugging Face folder, and encodes plain text with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-# More than a second to import: here, so that ranks forked by one process share it.
+# Takes more than a second to import: done at the top, so that ranks forked by one process share it.
 from transformers import AutoTokenizer
 
 from megabridge.data.batches import Sample
@@ -18,7 +18,7 @@ _SUFFIXES: Final = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 def _check_file(file: Path) -> None:
-    """Raises CheckpointError for a file that can't be read at all, or is larger than any tokenizer's."""
+    """Raises CheckpointError for a file that can't be read, or is larger than any tokenizer's."""
     with regular_files.opened(file) as opened:
         size = os.fstat(opened.fileno()).st_size
     if size > regular_files.LARGEST:
@@ -26,8 +26,8 @@ def _check_file(file: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; no code of the folder is run. Raises CheckpointError where transformers can't load it."""
-    with suppress(OSError):  # transformers says what is wrong with a folder
+    """Loads the tokenizer of a folder without running its code. Raises CheckpointError where transformers can't load it."""
+    with suppress(OSError):  # transformers reports what is wrong with a folder
         for file in sorted(folder.iterdir()):
             if file.exists() and not file.is_dir() and (file.suffix in _SUFFIXES or not regular_files.exists(file)):
                 _check_file(file)
@@ -35,17 +35,19 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers' own failures are no Exceptions
+    except BaseException as error:  # panics of the package tokenizers aren't Exceptions
         reason = said(error).splitlines()[0].rstrip(" .:")
         raise CheckpointError(
-            f"the tokenizer in {folder} must be one that transformers loads, but: {reason}; fetch its files again, or put "
-            "another's in their place."
+            f"the tokenizer in {folder} must be one that transformers loads, but: {reason}; fetch its files again, or replace "
+            "them by another's."
         ) from error
 
 
 def pad_token(tokenizer: Any, vocab_size: int | None = None) -> int:
-    """The id that fills up rows; it is never a label that counts. With `vocab_size` it is below that: some tokenizers were given a
-    padding token that their model has no row for."""
+    """Returns the id that rows are padded with; as a label it has no loss.
+
+    With `vocab_size` the id is below it: some tokenizers have a padding token for which their model has no row.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None and (vocab_size is None or 0 <= token < vocab_size):
             return int(token)
@@ -53,7 +55,7 @@ def pad_token(tokenizer: Any, vocab_size: int | None = None) -> int:
 
 
 class TextEncoder:
-    """Documents and pairs of plain text: what the tokenizer puts before them stays, and its end-of-text token closes them."""
+    """Encodes documents and pairs of plain text, with the tokenizer's tokens before them and its end-of-text token after them."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer: Any = load_tokenizer(folder)
@@ -68,18 +70,18 @@ class TextEncoder:
         return pad_token(self.tokenizer)
 
     def document(self, text: str) -> list[int]:
-        """The tokens of a whole document, its end included."""
+        """Returns the tokens of a whole document, with the end-of-text token."""
         return self._ended(list(self.tokenizer(text)["input_ids"]))
 
     def encode(self, text: str) -> Sample:
-        """A document that is learned as a whole."""
+        """Returns a document as a sample with all tokens learned."""
         tokens = self.document(text)
         return Sample(tokens, [True] * len(tokens))
 
     def pair(self, prompt: str, completion: str) -> Sample:
-        """A prompt, and what should follow, which alone is learned.
+        """Returns a prompt and its completion as a sample, with only the completion learned.
 
-        The two are tokenised apart, as a generation meets them: no token reaches over the boundary.
+        The two are tokenised separately, as in generation: no token crosses the boundary.
         """
         before = list(self.tokenizer(prompt)["input_ids"])
         while before and before[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text

@@ -1,5 +1,7 @@
-"""Token ids against the model's vocabulary. An id beyond it has no row in the embedding: under tensor parallelism no rank has one,
-and zeros would stand for it without a word."""
+"""Checks token ids against the model's vocabulary.
+
+An id beyond it has no row in the embedding: under tensor parallelism no rank has one, and it would silently be embedded as zeros.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,17 @@ from torch import Tensor
 from megabridge.errors import ConfigError
 
 IGNORED: Final = -100
-"""What a label may be whose loss doesn't count, as in transformers."""
+"""Value of a label without loss, as in transformers."""
 
 
 def check_ids(ids: Sequence[int], size: int | None, where: str) -> None:
-    """Raises ConfigError, which begins with `where`, unless all `ids` are ids of a vocabulary of `size` (None: not known)."""
+    """Raises a ConfigError beginning with `where` unless all `ids` are in a vocabulary of `size` ids (None: unknown)."""
     if size is not None and len(ids) and not (min(ids) >= 0 and max(ids) < size):
         raise _beyond(next(one for one in ids if not 0 <= one < size), size, where)
 
 
 def check_tokens(tokens: Tensor, size: int, where: str) -> None:
-    """The same of a tensor of ids; `where` is followed by the place in it. One reduction where all is well."""
+    """Like `check_ids`, for a tensor of ids; the error gives the place in it after `where`. A valid tensor costs one reduction."""
     if not tokens.numel():
         return
     least, most = tokens.aminmax()
@@ -30,7 +32,7 @@ def check_tokens(tokens: Tensor, size: int, where: str) -> None:
 
 
 def check_batch(batch: Mapping[str, Tensor], size: int, where: str) -> None:
-    """`check_tokens` of a batch's tokens and labels; a label that has no loss may be IGNORED."""
+    """Checks a batch's tokens and labels as `check_tokens` does; a label without loss may be IGNORED."""
     check_tokens(batch["tokens"], size, f"{where}: tokens")
     labels = batch["labels"]
     least, most = labels.aminmax()
@@ -40,7 +42,7 @@ def check_batch(batch: Mapping[str, Tensor], size: int, where: str) -> None:
 
 
 def _refuse(ids: Tensor, is_beyond: Tensor, size: int, where: str) -> None:
-    """Raises ConfigError for the first one, if any."""
+    """Raises ConfigError for the first id marked in `is_beyond`, if any."""
     places = is_beyond.nonzero()
     if len(places):
         place = places[0].tolist()
@@ -49,6 +51,6 @@ def _refuse(ids: Tensor, is_beyond: Tensor, size: int, where: str) -> None:
 
 def _beyond(number: int, size: int, where: str) -> ConfigError:
     return ConfigError(
-        f"{where}: token id {number} is none of the model's, which has vocab_size={size} of them, from 0; use the model's own "
+        f"{where}: token id {number} must be below the model's vocab_size={size}, and not negative; use the model's own "
         "tokenizer for the data, or a model with a larger vocabulary."
     )

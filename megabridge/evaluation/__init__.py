@@ -1,4 +1,4 @@
-"""What a Hugging Face folder is worth: perplexity, multiple choice, lm-evaluation-harness and greedy texts, all by transformers."""
+"""Evaluates a Hugging Face folder in transformers: perplexity, multiple choice, lm-evaluation-harness and greedy texts."""
 
 from megabridge.evaluation.measures import generate
 from megabridge.evaluation.run import FILE, TABLE, Results, device_name, evaluate, load, problems, write

@@ -1,7 +1,7 @@
-"""The process that evaluates: `python -m megabridge.evaluation`, started by megabridge.evaluation.process, never by hand.
+"""The evaluating process: `python -m megabridge.evaluation`, started by megabridge.evaluation.process, never by hand.
 
-The first line of standard input is the request; its end means that whoever asked is gone, and this process ends too. The
-outcome is one JSON object on standard output: that of the tasks, the problems of a check, or an error.
+The first line of standard input is the request; when standard input is closed, the parent has ended and this process ends too. The
+outcome is one JSON object on standard output: the results of the tasks, the problems of a check, or an error.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from megabridge.errors import MegabridgeError, said
 
 
 def main() -> None:
-    # The one who asked decides about signals to a whole job.
+    # The queue may send this signal to every process of a job; the parent decides what to do.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     outcome_file = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is not the outcome
+    os.dup2(2, 1)  # output of libraries must not mix with the outcome
     try:
         outcome = _outcome(request)
-    except BaseException as error:  # whatever ends it, whoever asked hears of it
+    except BaseException as error:  # whatever it is, the parent is told
         if not isinstance(error, MegabridgeError):
             traceback.print_exc()
         outcome = {"error": said(error)}

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness, the only module that imports it: in a process that evaluates, never in one that trains.
+"""Runs lm-evaluation-harness. Only this module imports it: in a process that evaluates, never in one that trains.
 
-Importing it sets nothing, but its evaluation seeds every random generator there is (lm_eval 0.4.13: evaluator.simple_evaluate).
+Importing it changes no state, but its evaluation seeds every random generator (lm_eval 0.4.13: evaluator.simple_evaluate).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from megabridge.config import optional_packages
 from megabridge.evaluation.tasks import Harness, Task
 
 _BOOTSTRAP: Final = 1000
-"""Resamples for the standard error of metrics that have no formula for it."""
+"""Bootstrap resamples for the standard error of metrics that have no formula for it."""
 
 
 def problems(tasks: Mapping[str, Task]) -> list[str]:
-    """A line for each name that the harness doesn't know, or for what keeps it from being imported."""
+    """Returns a line for each name that the harness doesn't know, or one about why it can't be imported."""
     found: list[str] = []
     for place, task in tasks.items():
         if not isinstance(task, Harness):
             continue
         try:
-            # Imports what an evaluation needs, too: a broken installation is then found before the training.
+            # Also imports what an evaluation needs, so that a broken installation is found before training.
             import lm_eval.evaluator
             import lm_eval.models.huggingface  # noqa: F401
 
@@ -30,7 +30,7 @@ def problems(tasks: Mapping[str, Task]) -> list[str]:
         except ImportError as error:
             return [f"{place}: lm_eval can't be imported: {error}; pip install 'megabridge[eval]'"]
         found += [
-            f"{place}.tasks: lm-evaluation-harness knows no {name!r}; `lm-eval ls tasks` lists its tasks, include_path adds yours"
+            f"{place}.tasks: lm-evaluation-harness has no {name!r}; `lm-eval ls tasks` lists its tasks, include_path adds yours"
             for name in task.tasks
             if not manager.match_tasks([name])
         ]
@@ -38,7 +38,7 @@ def problems(tasks: Mapping[str, Task]) -> list[str]:
 
 
 def evaluate(task: Harness, model: Any, tokenizer: Any, *, batch_size: int) -> dict[str, float]:
-    """The harness's metrics as TASK/METRIC, or TASK/METRIC_FILTER where it filtered answers; standard errors as METRIC_stderr."""
+    """Returns the harness's metrics as TASK/METRIC, TASK/METRIC_FILTER for filtered answers, METRIC_stderr for standard errors."""
     optional_packages.require("lm_eval")
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -67,7 +67,7 @@ def _known(task: Harness) -> Any:
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
-    """The harness writes {"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": ...}."""
+    """Returns the numbers of a harness result such as {"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": ...}."""
     numbers = {}
     for key, value in results.items():
         metric, comma, kind = key.partition(",")

@@ -1,4 +1,4 @@
-"""The built-in tasks on a loaded model."""
+"""Runs the built-in tasks on a loaded model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megabridge.evaluation.tasks import Generations, MultipleChoice, Perplexity
 
 
 def vocabulary(model: Any) -> int:
-    """How many token ids a model of transformers has."""
+    """Returns the number of token ids of a transformers model."""
     return int(model.get_input_embeddings().num_embeddings)
 
 
 def perplexity(task: Perplexity, model: Any, tokenizer: Any, *, batch_size: int) -> dict[str, float]:
-    """nats_per_token, its exponential perplexity, bits_per_byte of the UTF-8 text, and over how many tokens and bytes."""
+    """Returns nats_per_token, perplexity (its exponential), bits_per_byte of the UTF-8 text, and the counts tokens and bytes."""
     assert task.seq_length is not None  # tasks.parsed has set it
     stride = task.stride or max(1, task.seq_length // 2)
     texts = rows.documents(task.path, task.column)
@@ -41,8 +41,11 @@ def perplexity(task: Perplexity, model: Any, tokenizer: Any, *, batch_size: int)
 
 
 def multiple_choice(task: MultipleChoice, model: Any, tokenizer: Any, *, batch_size: int, longest: int) -> dict[str, float]:
-    """Shares of questions whose right choice is the likeliest: by its whole likelihood (acc), per character (acc_norm) and per
-    byte (acc_bytes), as lm-evaluation-harness counts; the first of equals wins. acc_stderr is the mean's standard error."""
+    """Returns the shares of questions whose right choice has the highest log-likelihood, as lm-evaluation-harness counts them.
+
+    acc uses the whole log-likelihood, acc_norm that per character, acc_bytes that per byte; the first of equal choices wins.
+    acc_stderr is the standard error of acc.
+    """
     asked = rows.questions(task.path)
     pieces = [
         scoring.continuation(tokenizer, question.prompt, task.delimiter + choice, longest=longest)
@@ -72,14 +75,14 @@ def multiple_choice(task: MultipleChoice, model: Any, tokenizer: Any, *, batch_s
 
 
 def generations(task: Generations, model: Any, tokenizer: Any) -> list[dict[str, str]]:
-    """A row {prompt, text} for each prompt."""
+    """Returns a row {prompt, text} for each prompt."""
     prompts = [*task.prompts, *(rows.prompts(task.path) if task.path is not None else ())]
     texts = generate(model, tokenizer, prompts, max_new_tokens=task.max_new_tokens)
     return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
-    """The greedy answer to each prompt, asked through the chat template where the tokenizer has one; without special tokens."""
+    """Returns the greedy answer to each prompt, without special tokens; asked through the chat template if there is one."""
     texts = []
     template = Template(tokenizer, tokenizer.name_or_path) if tokenizer.chat_template else None
     for prompt in prompts:

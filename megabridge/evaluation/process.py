@@ -1,7 +1,7 @@
-"""An evaluation in a process of its own.
+"""Runs an evaluation in a separate process and not in a rank.
 
-Not in a rank: lm-evaluation-harness seeds every random generator, a model beside the one in training would stay in torch's
-allocator, and a process that runs out of memory takes nothing with it. And it reads the folder as anyone who gets it would.
+lm-evaluation-harness seeds every random generator, a second model would stay in torch's allocator, and a process that runs out of
+memory takes nothing with it. It also reads the folder as any user of the model would.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from megabridge.evaluation.tasks import Task, specs
 from megabridge.parallel.hardware import cores
 
 _OF_RANKS: Final = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables from which libraries conclude that they are one rank of several."""
-_TAIL: Final = 2000  # bytes of what a failed process printed that its error repeats
+"""Environment variables that tell libraries that they are one rank of several."""
+_TAIL: Final = 2000  # bytes of a failed process's output that its error quotes
 
 
 class EvaluationError(MegabridgeError):
-    """An evaluation that failed. What was saved before is as it was."""
+    """An evaluation that failed. Saved checkpoints are unaffected."""
 
 
 class Process:
-    """Starts evaluating `folder`, or with `check` only looks up the names that lm-evaluation-harness should know.
+    """Starts an evaluation of `folder` or, with `check`, only looks up the names of lm-evaluation-harness.
 
-    It ends with this process, whatever ends that. `device` is torch's name or auto. Raises EvaluationError.
+    The process ends with this one, however this one ends. `device` is a name of torch, or auto. Raises EvaluationError.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Process:
             raise EvaluationError(f"an evaluation can't be started: {error.strerror}") from error
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended, within that time."""
+        """Waits for up to `seconds`. Returns whether the process has ended."""
         try:
             self._child.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -65,16 +65,16 @@ class Process:
         return True
 
     def end(self) -> None:
-        """Ends it, wherever it is."""
+        """Kills the process."""
         self._child.kill()
         self._child.wait()
 
     def results(self) -> Results:
-        """What it found. Raises EvaluationError where it failed."""
+        """Returns the results of an ended evaluation. Raises EvaluationError if it failed."""
         return Results(**self._read())
 
     def problems(self) -> list[str]:
-        """What a check found. Raises EvaluationError where it failed."""
+        """Returns the problems that an ended check found. Raises EvaluationError if it failed."""
         found: list[str] = self._read()["problems"]
         return found
 
@@ -92,7 +92,7 @@ class Process:
         try:
             outcome: dict[str, Any] = json.loads(text)
         except ValueError as error:
-            raise EvaluationError(f"the evaluating process must leave JSON, and left {text[:100]!r}; run it again.") from error
+            raise EvaluationError(f"the evaluating process must write JSON, but wrote {text[:100]!r}; run it again.") from error
         if "error" in outcome:
             raise EvaluationError(outcome["error"])
         return outcome

@@ -1,4 +1,4 @@
-"""The files of the built-in tasks. Evaluated sets are small and meant to be whole: every bad row is an error, with its line."""
+"""Reads the files of the built-in tasks. Evaluation sets are small and must be complete: every bad row is an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Question:
 
 
 def problems_of(read: Callable[[], object]) -> list[str]:
-    """The message of the ConfigError that `read` raises, or nothing."""
+    """Returns the message of the ConfigError that `read` raises, or an empty list."""
     try:
         read()
     except ConfigError as error:
@@ -31,27 +31,27 @@ def problems_of(read: Callable[[], object]) -> list[str]:
 
 
 def documents(path: str, column: str) -> list[str]:
-    """The documents of a .jsonl, or the text of any other file as one. Raises ConfigError, with all bad lines."""
+    """Returns the documents of a .jsonl, or the text of any other file as one. Raises ConfigError with all bad lines."""
     if path.endswith(".jsonl"):
         return _rows(path, lambda row: _text(row, column))
     text = _decoded(_content(path), path)
     if not text:
-        raise ConfigError(f"{path} must hold text, and it is empty; name another file.")
+        raise ConfigError(f"{path} must hold text, but it is empty; name another file.")
     return [text]
 
 
 def questions(path: str) -> list[Question]:
-    """The rows of a .jsonl. Raises ConfigError, with all bad lines."""
+    """Returns the questions of a .jsonl. Raises ConfigError with all bad lines."""
     return _rows(path, _question)
 
 
 def prompts(path: str) -> list[str]:
-    """The prompts of a .jsonl, or the lines of any other file that are not empty. Raises ConfigError, with all bad lines."""
+    """Returns the prompts of a .jsonl, or the non-empty lines of any other file. Raises ConfigError with all bad lines."""
     if path.endswith(".jsonl"):
         return _rows(path, lambda row: _text(row, "prompt"))
     found = [line for line in _decoded(_content(path), path).split("\n") if line.strip()]
     if not found:
-        raise ConfigError(f"{path} must hold a prompt a line, and it is empty; name another file.")
+        raise ConfigError(f"{path} must hold one prompt per line, but it is empty; name another file.")
     return found
 
 
@@ -63,7 +63,7 @@ def _rows[T](path: str, read: Callable[[Mapping[str, Any]], T]) -> list[T]:
             row = json.loads(line.decode())
             if not isinstance(row, dict):
                 raise ConfigError(f"must be a JSON object, not {type(row).__name__}")
-            json.dumps(row, ensure_ascii=False).encode()  # a tokenizer takes no lone surrogates
+            json.dumps(row, ensure_ascii=False).encode()  # tokenizers refuse lone surrogates
             good.append(read(row))
         except UnicodeDecodeError:
             problems.append(f"{path}:{number}: must be UTF-8")
@@ -72,14 +72,14 @@ def _rows[T](path: str, read: Callable[[Mapping[str, Any]], T]) -> list[T]:
         except ConfigError as error:
             problems.append(f"{path}:{number}: {error}")
     if problems:
-        raise ConfigError(f"{len(problems)} rows of {path} can't be used; mend them:\n  {listed(problems)}")
+        raise ConfigError(f"{len(problems)} rows of {path} can't be used; correct them:\n  {listed(problems)}")
     if not good:
-        raise ConfigError(f"{path} must hold rows, and it has none; name another file.")
+        raise ConfigError(f"{path} must hold rows, but it has none; name another file.")
     return good
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers from 1. Only a line feed ends one: JSON may hold other line breaks."""
+    """Yields the non-blank lines with their numbers from 1. Only a line feed ends a line: JSON may hold other line breaks."""
     for number, line in enumerate(_content(path).split(b"\n"), 1):
         if line.strip():
             yield number, line
@@ -97,13 +97,13 @@ def _decoded(content: bytes, path: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} must be UTF-8, and byte {error.start} is not; convert it.") from error
+        raise ConfigError(f"{path} must be UTF-8, but byte {error.start} is not; convert it.") from error
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{key!r} must be a text that is not empty, not {value!r}")
+        raise ConfigError(f"{key!r} must be a non-empty text, not {value!r}")
     return value
 
 
@@ -114,7 +114,7 @@ def _question(row: Mapping[str, Any]) -> Question:
         wrong.append(f"'prompt' (or 'question') must be a text, not {prompt!r}")
     choices = row.get("choices")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
-        wrong.append(f"'choices' must be a list of at least two texts that are not empty, not {choices!r}")
+        wrong.append(f"'choices' must be a list of at least two non-empty texts, not {choices!r}")
         choices = []
     answer = row.get("answer")
     if type(answer) is not int or not (0 <= answer < len(choices) or (not choices and answer >= 0)):

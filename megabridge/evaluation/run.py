@@ -1,4 +1,4 @@
-"""All tasks on one folder, in this process."""
+"""Evaluates all tasks on one folder, in this process."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from megabridge.storage import atomic_files, folders
 
 FILE: Final = "evaluation.json"
 TABLE: Final = "generations"
-"""What loggers call the table of texts."""
+"""Name of the table of generated texts in loggers."""
 _POSITIONS: Final = ("max_position_embeddings", "n_positions")
-"""What configs call the longest sequence that a model is for."""
+"""Keys of configs for the longest sequence of a model."""
 _LONGEST: Final = 2048
-"""Tokens of a sequence where neither config nor tokenizer says how many a model takes, as in lm-evaluation-harness."""
+"""Longest sequence in tokens where neither config nor tokenizer gives one, as in lm-evaluation-harness."""
 
 
 @dataclass
 class Results:
-    """What an evaluation found."""
+    """The results of an evaluation."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    """By task and metric: held_out/perplexity."""
+    """Metrics by task and name: held_out/perplexity."""
     generations: list[dict[str, str]] = field(default_factory=list)
     """Rows of {task, prompt, text}."""
 
     def line(self) -> str:
-        """The metrics for people. Sizes of the sets and standard errors are left to the files."""
+        """Returns the metrics as one line for people, without the sizes of the sets and standard errors."""
         shown = {
             name: value
             for name, value in self.metrics.items()
@@ -51,9 +51,9 @@ class Results:
 
 
 def load(folder: Path, device: str) -> tuple[Any, Any]:
-    """transformers' model of a folder, in its own precision, and its tokenizer. No code of the folder is run.
+    """Loads transformers' model of a folder, in its own dtype, and its tokenizer. No code of the folder is run.
 
-    The model raises ConfigError for tokens that it doesn't have, whoever asks it.
+    The model raises ConfigError for token ids outside its vocabulary.
     """
     model, tokenizer = load_hf(folder, "auto").to(device), load_tokenizer(folder)
     size = measures.vocabulary(model)
@@ -62,7 +62,10 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
 
 
 def evaluate(folder: Path, tasks: Mapping[str, Task], *, batch_size: int, device: str = "cpu") -> Results:
-    """Raises ConfigError for a folder or a task that can't be evaluated. Changes torch's random state: see harness."""
+    """Evaluates `tasks` on the model in `folder`. Changes torch's random state: see harness.
+
+    Raises ConfigError for a folder or a task that can't be evaluated.
+    """
     model, tokenizer = load(folder, device)
     results = Results()
     for name, task in tasks.items():
@@ -81,7 +84,7 @@ def evaluate(folder: Path, tasks: Mapping[str, Task], *, batch_size: int, device
 
 
 def problems(folder: Path, tasks: Mapping[str, Task]) -> list[str]:
-    """A line for everything about the tasks that a folder with this one's config and tokenizer can't be asked."""
+    """Returns a line for each reason why a model with the config and tokenizer in `folder` can't be evaluated on `tasks`."""
     if not any(folder.glob("tokenizer*")):
         return [f"{folder} must hold a tokenizer to be evaluated with; put one there, or name another model"]
     tokenizer = load_tokenizer(folder)
@@ -98,7 +101,7 @@ def problems(folder: Path, tasks: Mapping[str, Task]) -> list[str]:
 
 
 def write(file: Path, folder: Path, tasks: Mapping[str, Task], results: Results) -> None:
-    """Writes what was found, and by what, as JSON; `file` appears whole. A figure that JSON has no number for is null."""
+    """Writes tasks and results as JSON, atomically. Figures that aren't finite become null."""
     figures = {name: value if math.isfinite(value) else None for name, value in results.metrics.items()}
     content = {"folder": str(folder), "tasks": specs(tasks), "metrics": figures, "generations": results.generations}
     atomic_files.write(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -106,7 +109,7 @@ def write(file: Path, folder: Path, tasks: Mapping[str, Task], results: Results)
 
 
 def longest(folder: Path, tokenizer: Any) -> int:
-    """Tokens that the model takes at once: as its config says, else its tokenizer."""
+    """Returns the model's longest sequence in tokens, from its config or else its tokenizer."""
     config = assets.read_config(folder)
     for key in _POSITIONS:
         if POSITIONS.allows(config.get(key)):
@@ -115,11 +118,11 @@ def longest(folder: Path, tokenizer: Any) -> int:
 
 
 def device_name(device: str) -> str:
-    """A device of torch's for auto, cpu or cuda[:n]. Raises ConfigError for another name, or for CUDA where there is none."""
+    """Returns torch's device name for auto, cpu or cuda[:n]. Raises ConfigError for another name, or if there is no CUDA."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not device.startswith("cuda"):
         raise ConfigError(f"device={device!r} must be auto, cpu, cuda or cuda:<n>.")
     if device != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r} needs a CUDA device, and there is none; use cpu or auto.")
+        raise ConfigError(f"device={device!r} needs a CUDA device, but there is none; use cpu or auto.")
     return device

@@ -1,7 +1,8 @@
-"""Log-likelihoods of tokens, with the conventions of lm-evaluation-harness (lm_eval 0.4.13: api/model.py, models/huggingface.py).
+"""Computes log-likelihoods with the conventions of lm-evaluation-harness 0.4.13.
 
-A text is encoded as the tokenizer does by default. Where nothing stands before it, its first token follows the tokenizer's
-beginning-of-text token, or the end-of-text token where there is none; that one is not scored, and not put twice.
+They are those of lm_eval/api/model.py and lm_eval/models/huggingface.py.
+A text is encoded with the tokenizer's defaults. Without context, its first token follows the beginning-of-text token, or the
+end-of-text token if there is none; that token is not scored, and not added twice.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from megabridge.errors import ConfigError
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """Tokens, of which the last `scored` have their likelihood taken, each given all before it."""
+    """Tokens, of which the last `scored` are scored, each given all tokens before it."""
 
     tokens: Sequence[int]
     scored: int
 
 
 def prefix(tokenizer: Any) -> int:
-    """The token that a text without context follows. Raises ConfigError where the tokenizer has none."""
+    """Returns the token that a text without context follows. Raises ConfigError where the tokenizer has none."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -32,23 +33,23 @@ def prefix(tokenizer: Any) -> int:
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of `text`, without an end-of-text token that some tokenizers close every text with."""
+    """Returns the tokens of `text`, without the end-of-text token that some tokenizers append to every text."""
     tokens = list(tokenizer(text)["input_ids"])
     closed = tokens and tokens[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
     return tokens[:-1] if closed else tokens
 
 
 def document(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a document after the one it follows; all but the first of them are to be scored."""
+    """Returns the tokens of a document after `prefix`; all but the first are to be scored."""
     tokens, first = encoded(tokenizer, text), prefix(tokenizer)
     return tokens if tokens[:1] == [first] else [first, *tokens]
 
 
 def windows(tokens: Sequence[int], seq_length: int, stride: int) -> Iterator[ScoredTokens]:
-    """Pieces that score every token but the first exactly once.
+    """Yields pieces that score every token but the first exactly once.
 
-    The model is given at most `seq_length` tokens at once. The first piece scores as many, each further one the next `stride`
-    with all the context that fits; the last one has fewer to score and as much context.
+    The model gets at most `seq_length` tokens at once. The first piece scores as many, each further one the next `stride` tokens
+    (the last one fewer) with as much context as fits.
     """
     done, total = 1, len(tokens)
     while done < total:
@@ -58,10 +59,10 @@ def windows(tokens: Sequence[int], seq_length: int, stride: int) -> Iterator[Sco
 
 
 def continuation(tokenizer: Any, prompt: str, text: str, *, longest: int) -> ScoredTokens:
-    """`text` after `prompt`, of which the tokens of `text` are scored.
+    """Returns the tokens of `prompt` and `text`, with those of `text` scored.
 
-    Spaces at the end of the prompt belong to the text. Both are encoded as one, and cut after as many tokens as the prompt alone
-    has. What the model can't be given at once, `longest` tokens, is cut off on the left.
+    Spaces at the end of the prompt count as part of the text. Both are encoded together; the text begins after as many tokens as
+    the prompt alone has. Inputs longer than `longest` tokens are cut off on the left.
     """
     kept = prompt.rstrip()
     whole = encoded(tokenizer, prompt + text)
@@ -74,10 +75,10 @@ def continuation(tokenizer: Any, prompt: str, text: str, *, longest: int) -> Sco
 
 
 def log_likelihoods(model: Any, pieces: Sequence[ScoredTokens], *, batch_size: int) -> list[float]:
-    """The sum of natural log-probabilities over each piece's scored tokens, in the order of `pieces`.
+    """Returns the sum of natural log-probabilities over each piece's scored tokens, in the order of `pieces`.
 
-    Softmax in float32, sums in float64. Pieces of like length share a batch; the shorter ones are filled up on the right, where
-    causal attention doesn't see it.
+    Softmax in float32, sums in float64. Pieces of similar length share a batch; shorter ones are padded on the right, which causal
+    attention doesn't see.
     """
     totals = [0.0] * len(pieces)
     order = sorted(range(len(pieces)), key=lambda place: -len(pieces[place].tokens))
@@ -98,7 +99,7 @@ def log_likelihoods(model: Any, pieces: Sequence[ScoredTokens], *, batch_size: i
 
 
 def _score(logits: torch.Tensor, piece: ScoredTokens) -> float:
-    """The log-likelihood of one piece from its row of logits [longest, vocabulary]."""
+    """Returns the log-likelihood of one piece from its row of logits [longest, vocabulary]."""
     if piece.scored < 1:
         return 0.0
     end = len(piece.tokens) - 1

@@ -1,4 +1,4 @@
-"""The kinds of tasks, what each is told, and what is wrong with it before anything is evaluated. No torch."""
+"""The kinds of tasks, their settings, and the checks of them before anything is evaluated. No torch."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from megabridge.evaluation import rows
 
 _NAME: Final = re.compile(r"[\w.-]+")
 _LEAST: Final = ("seq_length", "stride", "limit", "max_new_tokens")
-"""Settings that are at least 1 where they are given."""
+"""Settings that must be at least 1 if given."""
 
 
 @dataclass
 class Perplexity:
-    """Text under the model, in windows that score each of its tokens once."""
+    """Perplexity of text, in windows that score each token once."""
 
     path: str
-    """A .jsonl file, each row a document, or any other file, which is one document of UTF-8 text."""
+    """A .jsonl file with a document per row, or any other file, which is one document of UTF-8 text."""
     column: str = "text"
-    """What the rows of a .jsonl have their text in."""
+    """Key of the text in the rows of a .jsonl."""
     seq_length: int | None = None
     """Tokens of a window. Null: recipe.seq_length."""
     stride: int | None = None
     """Tokens that each window after the first scores; those before them are its context. Null: half a window."""
 
     def problems(self) -> list[str]:
-        """What is wrong with it and its file, a line each."""
+        """Returns a line for each problem with the task or its file."""
         over = self.stride and self.seq_length and self.stride > self.seq_length
         rule = [f"stride={self.stride} must be at most seq_length={self.seq_length}"] if over else []
         return rule + rows.problems_of(lambda: rows.documents(self.path, self.column))
@@ -44,33 +44,33 @@ class Perplexity:
 
 @dataclass
 class MultipleChoice:
-    """Questions whose most likely choice counts: rows of {"prompt" or "question", "choices", "answer": index from 0}."""
+    """Multiple-choice questions: rows of {"prompt" or "question", "choices", "answer": index from 0}."""
 
     path: str
     """A .jsonl file."""
     delimiter: str = " "
-    """What stands between the prompt and each choice."""
+    """Text between the prompt and each choice."""
 
     def problems(self) -> list[str]:
-        """What is wrong with it and its file, a line each."""
+        """Returns a line for each problem with the task or its file."""
         return rows.problems_of(lambda: rows.questions(self.path))
 
 
 @dataclass
 class Harness:
-    """Tasks of lm-evaluation-harness, by its own name of each."""
+    """Tasks of lm-evaluation-harness, by their names there."""
 
     tasks: list[str]
     """Names of tasks, groups or tags; * as wildcard."""
     num_fewshot: int | None = None
-    """Examples before each question. Null: as the task says."""
+    """Examples before each question. Null: the task's default."""
     limit: int | None = None
-    """Questions of each task that are asked. Null: all."""
+    """Maximum number of questions per task. Null: all."""
     include_path: str | None = None
     """A folder with task files of your own."""
 
     def problems(self) -> list[str]:
-        """What is wrong with it, a line each; the names are looked up later (megabridge.evaluation.harness)."""
+        """Returns a line for each problem; the names are looked up later (megabridge.evaluation.harness)."""
         found = [] if self.tasks else ["tasks must name at least one task of lm-evaluation-harness"]
         if self.include_path is not None and not Path(self.include_path).is_dir():
             found.append(f"include_path={self.include_path} must be a folder with task files")
@@ -83,17 +83,17 @@ class Harness:
 
 @dataclass
 class Generations:
-    """Greedy answers to a few prompts, kept as a table; through the chat template where the tokenizer has one."""
+    """Greedy answers to a few prompts, logged as a table; asked through the chat template if the tokenizer has one."""
 
     prompts: list[str] = field(default_factory=list)
     """The prompts."""
     path: str | None = None
-    """A file with more of them: .jsonl rows of {"prompt"}, or one a line."""
+    """A file with more prompts: .jsonl rows of {"prompt"}, or one per line."""
     max_new_tokens: int = 48
-    """The longest answer."""
+    """Maximum length of an answer in tokens."""
 
     def problems(self) -> list[str]:
-        """What is wrong with it and its file, a line each."""
+        """Returns a line for each problem with the task or its file."""
         if not self.prompts and self.path is None:
             return ["prompts or path must be given"]
         path = self.path
@@ -110,9 +110,9 @@ KINDS: Final[Mapping[str, type[Task]]] = {
 
 
 def parsed(specs: object, *, where: str, seq_length: int) -> tuple[dict[str, Task], list[str]]:
-    """The tasks of a node of the config, by name, and a line for everything that is wrong with them or with their files.
+    """Returns the tasks of a config node by name, and a line for each problem with them or their files.
 
-    `where` is the node's path in the config; `seq_length` is that of tasks which don't say theirs.
+    `where` is the node's path in the config; `seq_length` is the default of tasks that need one.
     """
     if not isinstance(specs, Mapping) or not specs:
         return {}, [f"{where}={specs!r} must map names to tasks, e.g. {{held_out: {{kind: perplexity, path: held_out.txt}}}}"]
@@ -121,7 +121,7 @@ def parsed(specs: object, *, where: str, seq_length: int) -> tuple[dict[str, Tas
     for name, spec in specs.items():
         place = f"{where}.{name}"
         if not _NAME.fullmatch(str(name)):
-            problems.append(f"{place}: the name must be of letters, digits, _, - and .")
+            problems.append(f"{place}: the name must consist of letters, digits, _, - and .")
         try:
             task = _task(spec, place)
         except ConfigError as error:
@@ -158,11 +158,11 @@ def _task(spec: object, place: str) -> Task:
 
 
 def specs(tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """The tasks as `parsed` takes them, with every setting said."""
+    """Returns the tasks in the form that `parsed` takes, with every setting given."""
     kinds = {chosen: kind for kind, chosen in KINDS.items()}
     return {name: {"kind": kinds[type(task)], **dataclasses.asdict(task)} for name, task in tasks.items()}
 
 
 def asks_harness(tasks: Mapping[str, Task]) -> bool:
-    """Whether lm-evaluation-harness is needed, and there: where it is missing, `parsed` has said so."""
+    """Whether lm-evaluation-harness is needed and installed; `parsed` reports where it is missing."""
     return optional_packages.is_installed("lm_eval") and any(isinstance(task, Harness) for task in tasks.values())

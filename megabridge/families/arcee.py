@@ -1,4 +1,4 @@
-"""ArceeForCausalLM: AFM (transformers models/arcee/modeling_arcee.py): Llama with a squared-ReLU MLP without a gate."""
+"""ArceeForCausalLM: AFM (transformers models/arcee/modeling_arcee.py): Llama with an ungated squared-ReLU MLP."""
 
 from megabridge.families.core.family import Family
 from megabridge.families.core.fields import Choice, Fixed

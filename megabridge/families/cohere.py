@@ -1,6 +1,6 @@
 """CohereForCausalLM: Command R and R+, Aya; Cohere2ForCausalLM: Command R7B and A (transformers models/cohere, cohere2).
 
-Attention stands beside the MLP.
+Attention and MLP are parallel.
 """
 
 from dataclasses import replace

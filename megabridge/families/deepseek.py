@@ -1,6 +1,6 @@
 """DeepseekV2ForCausalLM: DeepSeek V2, V2-Lite; DeepseekV3ForCausalLM: V3, V3.1, R1 (transformers models/deepseek_v2, deepseek_v3).
 
-Kimi K2 has the shape of V3 and the class name KimiK2ForCausalLM, which transformers lacks: give its config.json the other name.
+Kimi K2 is V3 with the class name KimiK2ForCausalLM, which transformers lacks: change it to DeepseekV3ForCausalLM in config.json.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ V3 = Family(
         *SHARED,
     ),
     weights=WeightMap(embeddings(), block(*LAYER, V3_LAYER), mtp_layers(V3_LAYER), copies=MTP_COPIES),
-    carried=MTP_NAMES,
+    passthrough=MTP_NAMES,
     tiny={**TINY, "num_experts_per_tok": 4, "num_nextn_predict_layers": 1},
 )
 FAMILIES = (V2, V3)

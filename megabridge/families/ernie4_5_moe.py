@@ -17,7 +17,7 @@ from megabridge.mapping import Unsqueeze, WeightMap, block, weight
 
 @dataclass(frozen=True)
 class MixtureRange:
-    """Mixtures are each n-th layer between two. Native: moe_layer_freq, 1 for a mixture."""
+    """Every n-th layer in a range has experts. Native: moe_layer_freq, 1 for a layer with experts."""
 
     def keys(self) -> Mapping[str, Kind]:
         return {"moe_layer_start_index": COUNT, "moe_layer_end_index": whole(-1, 16384), "moe_layer_interval": STEP}
@@ -62,13 +62,13 @@ FAMILY = Family(
         Repeats("moe_gate",                        "topk", "topk_fused"),
         Repeats("moe_gate_act",                    "softmax"),
         Repeats("moe_use_aux_free",                True),
-        Unread("moe_capacity"),  # of experts in training
+        Unread("moe_capacity"),  # capacity of experts, in training
     ),
     weights=WeightMap(embeddings(), block(
         *LAYER, pre_norms(), attention(), gated_mlp(), router(), experts(), shared_expert("mlp.shared_experts"),
         weight("mlp.router.expert_bias",           "mlp.moe_statics.e_score_correction_bias", layout=Unsqueeze()),
     )),
-    carried=("model.mtp_*",),
+    passthrough=("model.mtp_*",),
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 256, "use_bias": False,

@@ -1,4 +1,4 @@
-"""Exaone4ForCausalLM: EXAONE 4.0 (transformers models/exaone4): with windows, layers without one have no rotary embedding."""
+"""Exaone4ForCausalLM: EXAONE 4.0 (transformers models/exaone4): in models with windows, layers without one have no RoPE."""
 
 from megabridge.config.value_types import Kind
 from megabridge.families.core.family import Family

@@ -54,7 +54,7 @@ FAMILY = Family(
         *LAYER, pre_norms(), attention(), qk_norms(), gated_mlp(), router(bias="mlp.e_score_correction_bias"), experts(),
         shared_expert("mlp.shared_experts"),
     )),
-    carried=("mtp.*",),
+    passthrough=("mtp.*",),
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "vocab_size": 131, "max_position_embeddings": 256, "sliding_window": 12,

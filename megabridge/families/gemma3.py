@@ -1,4 +1,4 @@
-"""Gemma3ForCausalLM: Gemma 3, text only (transformers models/gemma3): two rotary bases."""
+"""Gemma3ForCausalLM: Gemma 3, text only (transformers models/gemma3): two bases of the rotary embedding."""
 
 from dataclasses import replace
 

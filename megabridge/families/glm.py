@@ -1,6 +1,6 @@
 """GlmForCausalLM: GLM-4 of 2024; Glm4ForCausalLM: GLM-4-0414, GLM-Z1 (transformers models/glm, glm4).
 
-Half of a head rotates, in neighbouring pairs.
+Half of each head is rotated, in pairs of neighbouring channels.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Glm4MoeForCausalLM: GLM-4.5, 4.5-Air, 4.6, 4.7 (transformers models/glm4_moe): half of a head rotates."""
+"""Glm4MoeForCausalLM: GLM-4.5, 4.5-Air, 4.6, 4.7 (transformers models/glm4_moe): half of each head is rotated."""
 
 from megabridge.families.core.family import Family
 from megabridge.families.core.fields import Choice
@@ -56,7 +56,7 @@ FAMILY = Family(
         *routing_notes("sigmoid", "noaux_tc"),
     ),
     weights=WeightMap(embeddings(), block(*LAYER, RULES), mtp_layers(RULES), copies=MTP_COPIES),
-    carried=MTP_NAMES,
+    passthrough=MTP_NAMES,
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "attention_bias": True,

@@ -41,7 +41,7 @@ FAMILY = Family(
         *LAYER, pre_norms(), mla_attention(), gated_mlp(), router(bias="mlp.gate.e_score_correction_bias"), experts(),
         shared_expert("mlp.shared_experts"),
     )),
-    carried=MTP_NAMES,
+    passthrough=MTP_NAMES,
     tiny={
         "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 8, "vocab_size": 131, "max_position_embeddings": 256, "n_routed_experts": 8, "n_shared_experts": 1,

@@ -33,7 +33,7 @@ FAMILY = Family(
         RequiredValue("add_cross_attention",                (False,)),
         TIED,
         Repeats("n_ctx",                           lambda hf: given(hf, "n_positions", 1024)),
-        Unread("reorder_and_upcast_attn"),  # how precisely scores are computed
+        Unread("reorder_and_upcast_attn"),  # affects the precision of scores only
         Unread("output_past", "predict_special_tokens"),
         Unread(*(f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"))),
     ),

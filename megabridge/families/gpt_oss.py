@@ -17,7 +17,7 @@ FAMILY = Family(
     fields=(
         *sizes(kv=8, head=64, positions=131072),
         *rms(1e-5),
-        RequiredValue("hidden_act",                         ("silu",)),  # said, and not used
+        RequiredValue("hidden_act",                         ("silu",)),  # the key has no effect
         Fixed("activation_func",                   "quick_gelu"),
         Fixed("gated_linear_unit",                 True),
         Fixed("glu_linear_offset",                 1.0),
@@ -28,7 +28,7 @@ FAMILY = Family(
         Fixed("add_mlp_bias",                      True),
         Fixed("softmax_type",                      "learnable"),
         *mixture(experts="num_local_experts", width="intermediate_size", defaults=(128, 4, 2880)),
-        Fixed("moe_router_score_function",         "softmax"),  # of the chosen experts alone
+        Fixed("moe_router_score_function",         "softmax"),  # over the chosen experts alone
         SlidingWindow(every(2), default=128),
         Rope(15e4, default=YARN),
         UNTIED,

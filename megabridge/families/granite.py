@@ -1,4 +1,4 @@
-"""GraniteForCausalLM: Granite 3 and 4 dense (transformers models/granite/modeling_granite.py): factors in four places."""
+"""GraniteForCausalLM: Granite 3 and 4 dense (transformers models/granite/modeling_granite.py): four multipliers."""
 
 from typing import Final
 

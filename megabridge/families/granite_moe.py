@@ -1,4 +1,4 @@
-"""GraniteMoeForCausalLM: Granite 3 with experts (transformers models/granitemoe): the dense one's factors, stacked experts."""
+"""GraniteMoeForCausalLM: Granite 3 with experts (transformers models/granitemoe): Granite's multipliers, stacked experts."""
 
 from megabridge.families.core.family import Family, Parameters
 from megabridge.families.core.fields import Fixed
@@ -19,7 +19,7 @@ FAMILY = Family(
         *biases("attention_bias", "attention_bias"),
         *FACTORS,
         *mixture(experts="num_local_experts", width="intermediate_size", defaults=(8, 2, 11008)),
-        Fixed("moe_router_score_function",         "softmax"),  # of the chosen experts alone
+        Fixed("moe_router_score_function",         "softmax"),  # over the chosen experts alone
         Rope(),
         UNTIED,
     ),

@@ -1,6 +1,6 @@
 """HunYuanDenseV1ForCausalLM: Hunyuan dense, Hy-MT (transformers models/hunyuan_v1_dense).
 
-Queries and keys are normalised after they are rotated.
+Queries and keys are normalised after the rotary embedding.
 """
 
 from collections.abc import Mapping
@@ -28,17 +28,17 @@ from megabridge.mapping import WeightMap, block
 
 
 class AlphaRope(Rope):
-    """With `alpha`, checkpoints say rope_type dynamic and mean a base stretched once and for all: theta * alpha^(d / (d - 2))."""
+    """With `alpha`, rope_type "dynamic" means a constant base, theta * alpha^(d / (d - 2))."""
 
     @override
-    def understood(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
+    def parse(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
         if given.get("alpha") is None:
-            return super().understood(given, hf)
+            return super().parse(given, hf)
         kind = given.get("rope_type", "default")
         if kind != "dynamic":
             raise ConfigError(f"rope_type={kind!r} can't be represented with alpha={given['alpha']}: it must be 'dynamic'.")
         ignored = ("factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
-        return super().understood({key: value for key, value in given.items() if key not in ignored} | {"rope_type": "alpha"}, hf)
+        return super().parse({key: value for key, value in given.items() if key not in ignored} | {"rope_type": "alpha"}, hf)
 
     @override
     def write(self, native: Json) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""HunYuanMoEV1ForCausalLM: Hunyuan-A13B (transformers models/hunyuan_v1_moe): the dense one's attention, a shared expert."""
+"""HunYuanMoEV1ForCausalLM: Hunyuan-A13B (transformers models/hunyuan_v1_moe): attention of the dense model, a shared expert."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from megabridge.mapping import WeightMap, block
 
 @dataclass(frozen=True)
 class OneWidth:
-    """The shared expert and each other one are as wide as `intermediate_size`; config.json may say so once more, by layer."""
+    """All experts and the shared one have the width `intermediate_size`, which config.json may repeat by layer."""
 
     def keys(self) -> Mapping[str, Kind]:
         return {key: SIZE.or_a(list_of(SIZE)).or_null() for key in ("moe_intermediate_size", "num_shared_expert")}
@@ -57,7 +57,7 @@ FAMILY = Family(
         PerLayer(Field("num_moe_experts",          "num_experts", 1)),
         PerLayer(Field("moe_router_topk",          "moe_topk",    1)),
         OneWidth(),
-        Fixed("moe_router_score_function",         "softmax"),  # of the chosen experts alone
+        Fixed("moe_router_score_function",         "softmax"),  # over the chosen experts alone
         AlphaRope(),
         UNTIED,
     ),

@@ -1,6 +1,6 @@
 """Llama4ForCausalLM: the text models of Llama 4 Scout and Maverick (transformers models/llama4).
 
-Layers with a rotary embedding see chunks of the sequence; those without see all of it, with a temperature that grows.
+Layers with a rotary embedding attend within chunks; those without attend to everything, with a temperature that grows.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from megabridge.mapping import Transpose, WeightMap, block
 
 @dataclass(frozen=True)
 class MixtureLayers:
-    """Which layers are mixtures: a list, or each n-th. Native: moe_layer_freq, 1 for a mixture."""
+    """The layers with experts: a list, or every n-th. Native: moe_layer_freq, 1 for a layer with experts."""
 
     def keys(self) -> Mapping[str, Kind]:
         return {"moe_layers": list_of(COUNT).or_null(), "interleave_moe_layer_step": STEP}
@@ -37,7 +37,7 @@ class MixtureLayers:
 
 @dataclass(frozen=True)
 class Temperature:
-    """What queries of layers without a rotary embedding are multiplied by; positions count from 1."""
+    """The temperature of queries in layers without a rotary embedding; positions count from 1."""
 
     def keys(self) -> Mapping[str, Kind]:
         return {"attn_temperature_tuning": FLAG.or_a(COUNT), "attn_scale": FACTOR, "floor_scale": POSITIONS}
@@ -59,7 +59,7 @@ FAMILY = Family(
     model_type="llama4_text",
     fields=(
         *parts.sizes(kv=8, head=128, positions=131072),
-        Field("ffn_hidden_size",                   "intermediate_size_mlp", 16384),  # of dense layers
+        Field("ffn_hidden_size",                   "intermediate_size_mlp", 16384),  # width of dense layers
         *rms(1e-5),
         *GATED_SILU,
         *biases("attention_bias", "attention_bias"),
@@ -85,7 +85,7 @@ FAMILY = Family(
         router("feed_forward.router"), stacked_experts(Transpose(), Transpose(), "feed_forward.experts"),
         shared_expert("feed_forward.shared_expert"),
     )),
-    parameters=Parameters(is_transposed=False),  # the class doesn't say that it is
+    parameters=Parameters(is_transposed=False),  # although the weights are: the class doesn't say so
     tiny={
         "hidden_size": 64, "intermediate_size": 32, "intermediate_size_mlp": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "num_local_experts": 8,

@@ -36,7 +36,7 @@ FAMILY = Family(
         router("block_sparse_moe.gate", bias="block_sparse_moe.e_score_correction_bias"),
         experts(*(f"block_sparse_moe.experts.{{expert}}.{name}" for name in ("w1", "w3", "w2"))),
     )),
-    carried=MTP_NAMES,
+    passthrough=MTP_NAMES,
     tiny={
         "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         "head_dim": 16, "vocab_size": 131, "max_position_embeddings": 256, "num_local_experts": 8, "num_experts_per_tok": 2,

@@ -34,7 +34,7 @@ MISTRAL = Family(
 # fmt: on
 
 
-# Ministral3Config's, where config.json has no rope_parameters
+# Ministral3Config's default of rope_parameters
 _MINISTRAL3_ROPE = {
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
     "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
@@ -42,12 +42,12 @@ _MINISTRAL3_ROPE = {
 
 
 class _Rope(Rope):
-    """Ministral 3 keeps the temperature of its queries among the rotary settings."""
+    """Ministral 3 has the temperature of its queries among the rotary settings."""
 
     @override
-    def understood(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
+    def parse(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
         own = ("llama_4_scaling_beta", "max_position_embeddings")
-        native = super().understood({key: value for key, value in given.items() if key not in own}, hf)
+        native = super().parse({key: value for key, value in given.items() if key not in own}, hf)
         beta = given.get("llama_4_scaling_beta")
         original = native["rope"].get("original_max_position_embeddings", hf.get("max_position_embeddings"))
         return {**native, "query_temperature": None if beta is None else (beta, original, 0)}

@@ -16,7 +16,7 @@ FAMILY = Family(
         *rms(1e-5),
         *GATED_SILU,
         *mixture(experts="num_local_experts", width="intermediate_size", defaults=(8, 2, 14336)),
-        Fixed("moe_router_score_function",         "softmax"),  # of the chosen experts alone
+        Fixed("moe_router_score_function",         "softmax"),  # over the chosen experts alone
         SlidingWindow(),
         Rope(1e6),
         UNTIED,

@@ -1,7 +1,7 @@
-"""PhimoeForCausalLM: Phi-3.5-MoE (transformers models/phimoe): two experts by a sparse mixer, LayerNorms, an output bias.
+"""PhimoeForCausalLM: Phi-3.5-MoE (transformers models/phimoe): two experts chosen by SparseMixer, LayerNorms, an output bias.
 
-Training chooses the best experts, as inference does; transformers draws them at random there. Past the original length the long
-factors hold, as in the authors' own model; transformers 5.23 keeps the short ones. input_jitter_noise is noise of training alone.
+Training chooses the best experts, as inference does; transformers samples them. Beyond the original length the long factors are
+used, as in the authors' own model; transformers 5.23 keeps the short ones. input_jitter_noise is noise in training only.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from megabridge.mapping import WeightMap, block
 
 
 class MscaleRope(Rope):
-    """A longrope's attention_factor goes by two names, short_mscale and long_mscale, which must be equal."""
+    """The attention_factor of longrope has two names, short_mscale and long_mscale, which must be equal."""
 
     @override
-    def understood(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
+    def parse(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
         if (kind := given.get("rope_type", "default")) == "default":
-            return super().understood(given, hf)
+            return super().parse(given, hf)
         rest = {key: value for key, value in given.items() if key not in ("short_mscale", "long_mscale")}
         short, long = given.get("short_mscale"), given.get("long_mscale")
         if kind != "longrope" or short is None or not same(short, long):
@@ -31,7 +31,7 @@ class MscaleRope(Rope):
                 f"rope_type={kind!r}, short_mscale={short!r}, long_mscale={long!r} can't be represented; supported: longrope with "
                 "both equal."
             )
-        return super().understood({**rest, "attention_factor": short}, hf)
+        return super().parse({**rest, "attention_factor": short}, hf)
 
     @override
     def write(self, native: Json) -> dict[str, Any]:

@@ -71,7 +71,7 @@ QWEN3 = replace(
         *GATED_SILU,
         *biases("attention_bias", "attention_bias"),
         Fixed("qk_norm",                           "head"),
-        # The second is transformers' name in memory, and so in the files that it writes.
+        # The second is the attribute's name in transformers, and so in the files that it writes.
         Alias(Field("num_moe_experts",            "num_experts", 128), "num_local_experts"),
         *mixture(defaults=(128, 8, 768))[1:],
         *SOFTMAX,

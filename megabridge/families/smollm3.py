@@ -16,7 +16,7 @@ from megabridge.mapping import WeightMap, block
 
 @dataclass(frozen=True)
 class NoRope:
-    """`no_rope_layers` has a 1 for layers with a rotary embedding, megatron-core's no_rope_freq for those without."""
+    """`no_rope_layers` is 1 for layers with a rotary embedding, megatron-core's no_rope_freq for those without."""
 
     def keys(self) -> Mapping[str, Kind]:
         return {"no_rope_layers": list_of(one_of(0, 1)).or_null(), "no_rope_layer_interval": STEP}
@@ -29,7 +29,7 @@ class NoRope:
 
 
 def has_rope(hf: Json, layer: int) -> bool:
-    """Whether a layer has a rotary embedding. Raises ConfigError for a list that doesn't say it for each layer."""
+    """Whether a layer has a rotary embedding. Raises ConfigError for a list without an entry for each layer."""
     given, layers = hf.get("no_rope_layers"), hf["num_hidden_layers"]
     if given and len(given) != layers:
         raise ConfigError(f"no_rope_layers must say 0 or 1 for each of {layers} layers, not for {len(given)}.")

@@ -22,7 +22,7 @@ FAMILY = Family(
         TIED,
         Repeats("mlp_type",                        "default"),
         Repeats("norm_type",                       "layer_norm"),
-        Unread("activation_function", "rms_norm_eps"),  # the other keys are read
+        Unread("activation_function", "rms_norm_eps"),  # hidden_act and norm_epsilon are read instead
     ),
     weights=WeightMap(embeddings(), block(*LAYER, pre_norms(), attention(), plain_mlp("mlp.c_fc", "mlp.c_proj"))),
     tiny={

@@ -1,1 +1,1 @@
-"""Hugging Face folders: safetensors read and written by boxes, codecs, config and tokenizer files, where models come from."""
+"""Hugging Face folders: safetensors read and written by boxes, codecs of quantised weights, config and tokenizer files, the hub."""

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds besides weights: config, generation config, tokenizer, chat template. Copied byte for byte."""
+"""Assets of a Hugging Face folder: config, generation config, tokenizer, chat template. Copied byte for byte."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megabridge.storage.inside_folder import inside
 
 CONFIG: Final = "config.json"
 ADAPTER: Final = "adapter_config.json"
-"""PEFT's, of a folder with adapters alone."""
+"""PEFT's config, in a folder with adapters alone."""
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 GENERATION: Final = "generation_config.json"
 # Name patterns of files that belong to a model. Code (*.py) and weights are never among them.
@@ -37,30 +37,30 @@ PATTERNS: Final = (
     "processor_config.json",
 )
 CODE: Final = ("*.py",)
-"""Code that came with a model: kept beside the rest only where the user trusts it. Nothing here runs it."""
+"""Code in a model's folder: kept only if the user trusts it. Nothing here runs it."""
 DTYPE_KEYS: Final = ("dtype", "torch_dtype")
 _LARGEST: Final = 2**26
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's config.json. Raises CheckpointError."""
+    """Reads a folder's config.json. Raises CheckpointError."""
     return read_object(folder / CONFIG, otherwise="name a folder with a Hugging Face model")
 
 
 def read_object(path: Path, *, otherwise: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError, with what to do `otherwise` where there is no such file."""
+    """Reads a JSON object from a file. Raises CheckpointError, with the remedy `otherwise` if there is no such file."""
     return parse_object(read_file(path, otherwise=otherwise), str(path))
 
 
 def read_file(path: Path, *, otherwise: str) -> bytes:
-    """The content of a file `inside` its folder. Raises CheckpointError, with what to do `otherwise` where there is none."""
+    """Reads a file `inside` its folder. Raises CheckpointError, with the remedy `otherwise` if there is no such file."""
     if not regular_files.exists(path):
         raise CheckpointError(f"{path.parent} must hold {path.name}; {otherwise}.")
     return regular_files.read(inside(path.parent, path.name), largest=_LARGEST)
 
 
 def parse_object(text: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in the content of the file `what`. Raises CheckpointError."""
+    """Parses the content of the file `what` as a JSON object. Raises CheckpointError."""
     content = parse_json(text, what)
     if not isinstance(content, dict):
         raise CheckpointError(f"{what} must be a JSON object, not {type(content).__name__}; fetch it again.")
@@ -68,9 +68,9 @@ def parse_object(text: bytes, what: str) -> dict[str, Any]:
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any]) -> set[int]:
-    """The tokens that end a text: generation_config.json's where the folder has one, else the config's, as in transformers.
+    """Returns the end-of-text tokens: of generation_config.json if the folder has one, else of `config`, as in transformers.
 
-    Raises CheckpointError for a file that can't be read, ConfigError for tokens that are none.
+    Raises CheckpointError for a file that can't be read, ConfigError for invalid tokens.
     """
     has_own = (folder / GENERATION).is_file()
     content = read_object(folder / GENERATION, otherwise="fetch it again") if has_own else config
@@ -81,9 +81,9 @@ def end_tokens(folder: Path, config: Mapping[str, Any]) -> set[int]:
 
 
 def read_assets(source: Path, *, code: bool = False) -> dict[str, bytes]:
-    """Tokenizer, templates, generation config, and `code`: their content by path in the folder.
+    """Reads tokenizer, templates, generation config, and with `code` *.py files; returns contents by path in the folder.
 
-    Raises CheckpointError for what is no file, and for links that lead out of the folder (see `inside`); it names them all.
+    Raises CheckpointError with all entries that are not files, or are links that lead out of the folder (see `inside`).
     """
     found, problems = dict[str, bytes](), list[str]()
     for name in sorted({name for pattern in ((*PATTERNS, *CODE) if code else PATTERNS) for name in _matching(source, pattern)}):
@@ -97,7 +97,7 @@ def read_assets(source: Path, *, code: bool = False) -> dict[str, bytes]:
 
 
 def _matching(folder: Path, pattern: str) -> list[str]:
-    """Paths of what is in `folder` and matches a pattern, but folders."""
+    """Paths in `folder` that match a pattern, without folders."""
     parent = pattern.rpartition("/")[0]
     place = folder / parent
     try:
@@ -109,21 +109,21 @@ def _matching(folder: Path, pattern: str) -> list[str]:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Like fnmatch, but `*` does not reach into folders: original/ and onnx/ often hold a second copy of the weights."""
+    """Like fnmatch, but `*` does not match `/`: original/ and onnx/ often hold a second copy of the weights."""
     return path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)
 
 
 def write_assets(target: Path, files: Mapping[str, bytes]) -> None:
-    """Writes what `read_assets` read. One rank calls it."""
+    """Writes the files that `read_assets` returned. One rank calls it."""
     for name, content in files.items():
         (target / name).parent.mkdir(exist_ok=True)
         (target / name).write_bytes(content)
 
 
 def write_config(target: Path, config: Mapping[str, Any], *, source: bytes | None, dtype: str | None) -> None:
-    """Writes config.json. Byte for byte the source's, its content, where nothing changes.
+    """Writes config.json: the bytes of `source` if nothing changes.
 
-    `dtype` is the exported dtype's name ("float32"); where config.json states another, that key is set.
+    `dtype` is the exported dtype's name ("float32"); it replaces another one in config.json.
     """
     edited = dict(config)
     for key in DTYPE_KEYS:

@@ -1,4 +1,4 @@
-"""A tokenizer that needs no file from anywhere: one token a byte, a few special ones, and a chat template. For tiny models."""
+"""Byte-level tokenizer that needs no download: one token per byte, a few special ones, and a chat template. For tiny models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 SPECIAL: Final = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
-"""Ids 0 to 3, so that begin (1) and end (2) are the ones that transformers' LlamaConfig has by default."""
+"""Ids 0 to 3, so that bos (1) and eos (2) are the defaults of transformers' LlamaConfig."""
 VOCAB_SIZE: Final = 256 + len(SPECIAL)
 CHAT_TEMPLATE: Final = (
     "{% for message in messages %}"
@@ -30,7 +30,7 @@ def write_tokenizer(folder: Path) -> None:
     # GPT-2's printable stand-ins of the 256 bytes, in the order of the bytes.
     vocabulary = {name: number for number, name in enumerate(SPECIAL)}
     for byte in range(256):
-        vocabulary[_stand_in(byte)] = len(SPECIAL) + byte
+        vocabulary[_printable(byte)] = len(SPECIAL) + byte
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,8 +49,8 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _stand_in(byte: int) -> str:
-    """How byte-level BPE writes `byte`: the character itself where it is printable, else one from 256 on (GPT-2, encoder.py)."""
+def _printable(byte: int) -> str:
+    """The character for `byte` in byte-level BPE: itself if it is printable, else one from 256 on (gpt-2/src/encoder.py)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     if byte in printable:
         return chr(byte)

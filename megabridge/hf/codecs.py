@@ -1,6 +1,6 @@
-"""Codecs: which stored numbers a box of a quantised weight is made of, and the box made of them. Plain arithmetic on tensors.
+"""Codecs of quantised weights (block FP8, MXFP4): which stored numbers a box needs, and how they are dequantised.
 
-A box is decoded by itself, so that a rank reads what it owns, and at most one block more where a cut crosses a block's border.
+A box is decoded by itself, so that a rank reads only its part, and at most one more block where a cut crosses a block's border.
 """
 
 from __future__ import annotations
@@ -22,48 +22,49 @@ E4M3_MAX: Final = torch.finfo(E4M3).max
 GROUP: Final = 32  # numbers that share a scale in MXFP4
 # OCP Microscaling Formats 1.0, 5.3.3: the values of e2m1, by their bits.
 _E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# By a byte, what it holds: a float32, or a pair of them. numpy's `take` was three times as fast as torch's conversion.
+# Values by byte: a float32, or a pair of them. numpy's `take` was three times as fast as torch's conversion.
 _OF_E4M3: Final = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32).numpy()
 _PAIRS: Final = np.array([(_E2M1[byte & 15], _E2M1[byte >> 4]) for byte in range(256)], dtype=np.float32).view(np.complex64)[:, 0]
 
 
 class Codec(Protocol):
-    """One way of storing a tensor as two: packed numbers, and a scale for each block of them."""
+    """A format that stores a tensor as two: packed numbers, and a scale for each block of them."""
 
     def shape(self, stored: Shape) -> Shape:
-        """The shape of the tensor whose packed numbers are of shape `stored`."""
+        """Returns the shape of the decoded tensor whose packed numbers have the shape `stored`."""
         ...
 
     def packed_shape(self, stored: Shape) -> Shape:
-        """The packed numbers' shape as `boxes` sees them: of the same bytes."""
+        """Returns the shape of the packed numbers that `boxes` uses, over the same bytes."""
         ...
 
     def scales_shape(self, stored: Shape) -> Shape:
-        """The shape that its scales must have."""
+        """Returns the shape that the scales must have."""
         ...
 
     def boxes(self, part: Transfer, packed: Shape, scales: Shape) -> tuple[Transfer, Transfer]:
-        """What the decoding of `part` needs: a box of the packed numbers, one of the scales. Their native sides mean nothing."""
+        """Returns the boxes of packed numbers and scales that are needed to decode `part`. Their native sides are not valid."""
         ...
 
     def halves(self, part: Transfer) -> Iterator[Transfer]:
-        """`part` in two or more, along a dimension in which the packed numbers stay together."""
+        """Splits `part` in two or more, along a dimension that keeps packed numbers together."""
         ...
 
     def inside(self, packed: Ranges) -> Ranges:
-        """The ranges of the tensor whose packed numbers are in the ranges `packed`."""
+        """Returns the ranges of the decoded tensor for the ranges `packed` of packed numbers."""
         ...
 
     def decode(self, packed: torch.Tensor, scales: torch.Tensor, part: Transfer) -> torch.Tensor:
-        """`part` in bfloat16, shaped by the sizes of its axes; any strides. The others are its `boxes`, shaped likewise."""
+        """Decodes `part` to bfloat16, shaped by the sizes of its axes, with any strides. `packed` and `scales` are its `boxes`,
+        shaped likewise."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFP8:
-    """DeepSeek's: numbers in e4m3 in the tensor's own shape, each to be multiplied by the scale of its block.
+    """DeepSeek's FP8: e4m3 numbers in the tensor's own shape, each multiplied by the scale of its block.
 
-    `block` are rows and columns, the last two dimensions; those before them have a scale for each index.
+    `block` are the rows and columns of a block in the last two dimensions; dimensions before them have a scale for each index.
     Arithmetic as in transformers integrations/finegrained_fp8.py:Fp8Dequantize: in float32, rounded once.
     """
 
@@ -90,19 +91,19 @@ class BlockFP8:
 
     def decode(self, packed: torch.Tensor, scales: torch.Tensor, part: Transfer) -> torch.Tensor:
         numbers = torch.from_numpy(_OF_E4M3.take(packed.view(torch.uint8).numpy()))
-        return spread(scales, runs_of(part), self.sizes(packed.dim())).mul_(numbers).to(torch.bfloat16)
+        return expand_scales(scales, runs_of(part), self.sizes(packed.dim())).mul_(numbers).to(torch.bfloat16)
 
     def sizes(self, dimensions: int) -> tuple[int, ...]:
-        """Of a block, along each of `dimensions`."""
+        """Sizes of a block along each of `dimensions`."""
         return (*[1] * (dimensions - 2), *self.block)
 
 
 @dataclass(frozen=True, slots=True)
 class MXFP4:
-    """GPT-OSS's: of an expert's matrix [columns, rows], row by row, 32 numbers of a row in 16 bytes, the first in the low half.
+    """GPT-OSS's MXFP4: the matrix [columns, rows] of each expert, row by row, with 32 numbers of a row in 16 bytes, low half first.
 
     Packed [experts, rows, columns / 32, 16], scales [experts, rows, columns / 32]: exponents of two, biased by 127; 255 is NaN.
-    Values as in transformers integrations/mxfp4.py:convert_moe_packed_tensors, which takes 255 for 2**128.
+    Values as in transformers integrations/mxfp4.py:convert_moe_packed_tensors, which takes 255 as 2**128.
     """
 
     def shape(self, stored: Shape) -> Shape:
@@ -138,7 +139,7 @@ class MXFP4:
             numbers = numbers.narrow(-1, columns.start - first, columns.size)
         else:
             numbers = numbers.index_select(-1, indices(columns) - first)
-        factors = spread(scales.view(torch.float8_e8m0fnu), [experts, rows, columns], (1, 1, GROUP))
+        factors = expand_scales(scales.view(torch.float8_e8m0fnu), [experts, rows, columns], (1, 1, GROUP))
         return factors.mul_(numbers).to(torch.bfloat16).transpose(-1, -2)
 
 
@@ -147,22 +148,23 @@ def indices(run: Run) -> torch.Tensor:
     return (torch.arange(run.count)[:, None] * run.stride + torch.arange(run.block) + run.start).flatten()
 
 
-def spread(scales: torch.Tensor, runs: Sequence[Run], sizes: Sequence[int]) -> torch.Tensor:
-    """A new float32 tensor with the scale of every element of the box `runs`, whose blocks are of `sizes`.
+def expand_scales(scales: torch.Tensor, runs: Sequence[Run], sizes: Sequence[int]) -> torch.Tensor:
+    """Returns a new float32 tensor with the scale of every element of the box `runs`; `sizes` are those of a block.
 
-    `scales` begins with the block of the box's first element; where blocks have size 1, it has what the box has.
+    `scales` begins with the block of the box's first element; along dimensions with blocks of size 1 it has the box's indices.
     """
     out = scales.to(torch.float32, copy=True)
-    for dim, (run, size) in reversed(list(enumerate(zip(runs, sizes, strict=True)))):  # last, copies are of whole rows
+    for dim, (run, size) in reversed(list(enumerate(zip(runs, sizes, strict=True)))):  # last first: later copies are of whole rows
         if size > 1:
             out = out.index_select(dim, indices(run) // size - run.start // size)
     return out
 
 
 def scales_of(largest: torch.Tensor, *, ue8m0: bool) -> torch.Tensor:
-    """The scale of each block, from its `largest` magnitude: that becomes the largest e4m3, or with `ue8m0` fits below it.
+    """Returns the scale of each block from its `largest` magnitude, which becomes the largest e4m3 number, or with `ue8m0` (powers
+    of two) at most that.
 
-    Blocks of zeros have 1.
+    Blocks of zeros have scale 1.
     """
     inverse = 1.0 / _to_most(largest)
     if ue8m0:
@@ -171,7 +173,7 @@ def scales_of(largest: torch.Tensor, *, ue8m0: bool) -> torch.Tensor:
 
 
 def factors_of(largest: torch.Tensor, *, ue8m0: bool) -> torch.Tensor:
-    """What the elements of each block are multiplied by to become e4m3."""
+    """Returns the factor that converts the elements of each block to e4m3."""
     return 1.0 / scales_of(largest, ue8m0=True) if ue8m0 else _to_most(largest)
 
 
@@ -181,7 +183,7 @@ def _to_most(largest: torch.Tensor) -> torch.Tensor:
 
 
 def largest_of(values: torch.Tensor, runs: Sequence[Run], block: tuple[int, int], grid: torch.Tensor) -> None:
-    """Raises the entries of `grid`, one per `block` of a matrix, to the largest magnitudes of its box `runs`, of `values`."""
+    """Raises the entries of `grid`, one per `block` of a matrix, to at least the magnitudes of `values`, its box `runs`."""
     rows, columns = (_blocks(run, size) for run, size in zip(runs, block, strict=True))
     whole_blocks = torch.zeros(rows.size * block[0], columns.size * block[1])
     down, right = (indices(run) - blocks.start * size for run, blocks, size in zip(runs, (rows, columns), block, strict=True))
@@ -195,17 +197,17 @@ def largest_of(values: torch.Tensor, runs: Sequence[Run], block: tuple[int, int]
 
 
 def runs_of(part: Transfer) -> list[Run]:
-    """By dimension of the tensor, which indices."""
+    """The run of indices along each dimension of the tensor."""
     return [axis.hf for axis in part.axes if axis.hf_dim is not None]
 
 
 def _covering(run: Run, size: int) -> Run:
-    """`run`, or the blocks of a `size` above 1 that hold its indices."""
+    """`run`, or for a `size` above 1 the blocks that hold its indices."""
     return run if size == 1 else _blocks(run, size)
 
 
 def _blocks(run: Run, size: int) -> Run:
-    """The blocks of `size` that hold the indices of `run`; all between the first and the last."""
+    """The blocks of `size` from the first to the last that hold indices of `run`."""
     return Run.span(run.start // size, -(-run.stop // size) - run.start // size)
 
 
@@ -214,5 +216,5 @@ def _box(shape: Shape, runs: Sequence[Run]) -> Transfer:
 
 
 def sizes_of(part: Transfer) -> list[int]:
-    """Elements of `part` along each dimension of the tensor."""
+    """The number of elements of `part` along each dimension of the tensor."""
     return [run.size for run in runs_of(part)]

@@ -1,4 +1,4 @@
-"""Contiguous runs: the parts of a box that are contiguous, in a file and in a parameter, found without listing elements."""
+"""Contiguous runs: the parts of a box that are contiguous both in a file and in a parameter, without listing elements."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Offsets = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ContiguousRuns:
-    """A box as stretches of `length` elements: where each begins in the flat Hugging Face tensor and in the parameter's memory."""
+    """A box as runs of `length` elements, with the offset of each in the flat Hugging Face tensor and in the parameter's memory."""
 
     length: int
     hf: Offsets
     native: Offsets
 
-    def gathered(self) -> Iterator[tuple[int, list[int]]]:
-        """(start in the Hugging Face tensor, starts in the parameter) of stretches that follow one another in the former."""
+    def adjacent(self) -> Iterator[tuple[int, list[int]]]:
+        """Yields (start in the Hugging Face tensor, starts in the parameter) for runs that are adjacent in the former."""
         breaks = np.flatnonzero(np.diff(self.hf) != self.length) + 1
         for starts, natives in zip(np.split(self.hf, breaks), np.split(self.native, breaks), strict=True):
             yield int(starts[0]), natives.tolist()
 
 
 def contiguous_runs(transfer: Transfer, native_strides: tuple[int, ...]) -> ContiguousRuns:
-    """What of `transfer` is contiguous on both sides, for a parameter of these strides; offsets are in elements."""
+    """Returns the runs of `transfer` that are contiguous on both sides, for a parameter with these strides, in elements."""
     sizes, native, native_start = transfer.native_view(native_strides)
     _, hf, hf_start = transfer.hf_view()
     length, outer = innermost_contiguous(sizes, hf, native)
@@ -39,7 +39,8 @@ def contiguous_runs(transfer: Transfer, native_strides: tuple[int, ...]) -> Cont
 
 
 def innermost_contiguous(sizes: list[int], *sides: list[int]) -> tuple[int, int]:
-    """(elements, dimensions before them) of the innermost dimensions that are contiguous by the strides of all `sides`."""
+    """Returns the elements in the innermost dimensions that are contiguous by the strides of all `sides`, and the number of
+    dimensions before them."""
     length, outer = 1, len(sizes)
     while outer and (sizes[outer - 1] == 1 or all(strides[outer - 1] == length for strides in sides)):
         outer -= 1
@@ -48,7 +49,7 @@ def innermost_contiguous(sizes: list[int], *sides: list[int]) -> tuple[int, int]
 
 
 def offsets(sizes: list[int], strides: list[int], start: int) -> Offsets:
-    """The offset of every element of the box, in order."""
+    """Returns the offset of every element of the box, in order."""
     out = np.array([start], dtype=np.int64)
     for size, stride in zip(sizes, strides, strict=True):
         if size > 1:
@@ -57,19 +58,19 @@ def offsets(sizes: list[int], strides: list[int], start: int) -> Offsets:
 
 
 def hf_length(transfer: Transfer) -> int:
-    """Elements of one contiguous stretch of the Hugging Face side."""
+    """Number of elements of one contiguous run of the Hugging Face side."""
     sizes, strides, _ = transfer.hf_view()
     return innermost_contiguous(sizes, strides)[0]
 
 
 def span_of(transfer: Transfer) -> int:
-    """Elements from the first to the last of the Hugging Face side, those between stretches included."""
+    """Number of elements from the first to the last of the Hugging Face side, including those between runs."""
     sizes, strides, _ = transfer.hf_view()
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def narrow(transfer: Transfer, most: int) -> Iterator[Transfer]:
-    """`transfer` in parts whose Hugging Face side spans at most `most` elements."""
+    """Splits `transfer` into parts whose Hugging Face side spans at most `most` elements."""
     if transfer.elements == 1 or span_of(transfer) <= most:
         yield transfer
         return

@@ -1,4 +1,4 @@
-"""Which dtype holds every value of another: what a tensor keeps and what it loses where it is cast."""
+"""Dtypes: which one holds every value of another, and descriptions of lossy casts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WIDER: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether every number of the dtype `narrow` is one of `wide`."""
+    """Whether `wide` can hold every number of the dtype `narrow`."""
     if wide == narrow:
         return True
     if not (wide.is_floating_point and narrow.is_floating_point):
@@ -23,22 +23,22 @@ def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
 
 
 def joined(dtypes: Collection[torch.dtype]) -> torch.dtype:
-    """The smallest dtype that holds every value of `dtypes`: one of them if it can be."""
+    """Returns the smallest dtype that holds every value of `dtypes`: one of them if possible."""
     candidates = [*sorted(set(dtypes), key=lambda dtype: dtype.itemsize), *_WIDER]
     return next(wide for wide in candidates if all(holds(wide, narrow) for narrow in dtypes))
 
 
 def name(dtype: torch.dtype) -> str:
-    """The dtype as config.json spells it."""
+    """Returns the dtype's name in config.json."""
     return str(dtype).removeprefix("torch.")
 
 
 Casts = Mapping[str, tuple[torch.dtype, torch.dtype]]
-"""By tensor: the dtype that it had, and one that can't hold it, which it was cast to."""
+"""Lossy casts by tensor: (its dtype, the dtype that it was cast to)."""
 
 
 def described(casts: Casts, limit: int = 3) -> str:
-    """Which tensors were cast, for people: how many from which dtype to which, and the first names."""
+    """Describes casts in words: the number of tensors from which dtype to which, and the first names."""
     kinds: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
     for tensor, pair in casts.items():
         kinds.setdefault(pair, []).append(tensor)
@@ -50,5 +50,5 @@ def described(casts: Casts, limit: int = 3) -> str:
 
 
 def counted(dtypes: Collection[torch.dtype]) -> dict[str, int]:
-    """How many of each dtype, the most frequent first."""
+    """Returns the number of each dtype, the most frequent first."""
     return {name(dtype): count for dtype, count in Counter(dtypes).most_common()}

@@ -1,7 +1,7 @@
-"""A llama GGUF file turned into a Hugging Face folder: weights dequantised, tokenizer and chat template unpacked.
+"""Converts a llama GGUF file to a Hugging Face folder: dequantised weights, tokenizer and chat template.
 
-Only what the quickstart's file needs: the Llama architecture and a GPT-2 style byte-level BPE. llama.cpp stores the rows of
-q and k in the order of its rotary embedding (convert_hf_to_gguf.py, `permute`); they are put back here.
+Supports only what the quickstart's file needs: the Llama architecture and a GPT-2 style byte-level BPE. llama.cpp stores the rows
+of q and k in the order of its rotary embedding (llama.cpp/convert_hf_to_gguf.py, `permute`); here they are permuted back.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ CONTROL: Final = 3
 def convert(file: Path, folder: Path, *, config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes config.json, generation_config.json, the tokenizer with its chat template, and model.safetensors into `folder`.
 
-    `config` is a config.json for this model; where the GGUF states a value, the two must agree. The weights are rounded from the
-    dequantised float32 to `dtype`. Raises CheckpointError for a disagreement and for tensors that are missing or left over.
+    `config` is a config.json for this model; values in the GGUF must agree with it. The weights are rounded from the dequantised
+    float32 to `dtype`. Raises CheckpointError for a disagreement, and for missing or additional tensors.
     """
     from gguf import GGUFReader
 
@@ -97,7 +97,7 @@ def _write_weights(file: Path, target: Path, tensors: dict[str, Any], config: Ma
             f"{file} must hold exactly the tensors of a tied llama; missing {sorted(names.keys() - tensors.keys())}, "
             f"left over {sorted(tensors.keys() - names.keys())}; fetch it again."
         )
-    # GGUF lists dimensions from the fastest; Hugging Face from the slowest.
+    # GGUF lists dimensions from the fastest to the slowest, Hugging Face the other way round.
     entries = [(names[name], dtype, tuple(int(size) for size in reversed(tensors[name].shape))) for name in names]
     header, _ = build_header(entries)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
@@ -113,20 +113,20 @@ def _write_weights(file: Path, target: Path, tensors: dict[str, Any], config: Ma
 
 
 def dequantized(tensor: Any) -> torch.Tensor:
-    """The float32 values of a gguf.ReaderTensor."""
+    """Returns the float32 values of a gguf.ReaderTensor."""
     from gguf.quants import dequantize
 
     return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
 
 
 def _rows_in_hf_order(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes llama.cpp's `permute` of [heads * head_dim, hidden]: there a head's rows are (half 0, half 1) interleaved."""
+    """Undoes llama.cpp's `permute` of [heads * head_dim, hidden], which interleaves the two halves of a head's rows."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def _write_tokenizer(folder: Path, facts: Mapping[str, Any]) -> None:
-    """tokenizer.json and tokenizer_config.json, with the pre-tokenizer that llama.cpp calls `smollm`: digits, then GPT-2's."""
+    """Writes tokenizer.json and tokenizer_config.json, with llama.cpp's pre-tokenizer `smollm`: digits, then GPT-2's."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens: list[str] = facts["tokenizer.ggml.tokens"]

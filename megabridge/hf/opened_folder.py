@@ -1,6 +1,6 @@
-"""A model's folder as it was when it was opened: its config, tokenizer and templates, whatever becomes of the folder later.
+"""OpenedFolder: a snapshot of a model's config, tokenizer and templates, unaffected by later changes of the folder.
 
-What exports carry is in the memory of the process that writes them; the others have the config alone.
+The process that writes exports keeps all files in memory; the others keep only the config.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megabridge.parallel import collectives
 
 @dataclass(frozen=True)
 class OpenedFolder:
-    """`config` is the content of config.json; `files` are the others by path, None in a process that isn't to write exports."""
+    """`config` is the content of config.json; `files` are the others by path, None in a process that doesn't write exports."""
 
     folder: Path
     config: bytes
@@ -34,11 +34,11 @@ class OpenedFolder:
         return cls(folder, config, assets.read_assets(folder, code=code) if _may_write() else None, code)
 
     def parsed(self) -> dict[str, Any]:
-        """The content of config.json. Raises CheckpointError."""
+        """Parses config.json. Raises CheckpointError."""
         return assets.parse_object(self.config, str(self.folder / assets.CONFIG))
 
     def check(self, folder: Path) -> None:
-        """Raises CheckpointError where `folder` holds another model's config than was opened."""
+        """Raises CheckpointError if `folder` has another config.json than the one that was opened."""
         now = assets.read_file(folder / assets.CONFIG, otherwise="put back what was there when the bridge was made")
         if now != self.config:
             raise CheckpointError(
@@ -47,9 +47,9 @@ class OpenedFolder:
             )
 
     def write(self, target: Path) -> None:
-        """Writes all but the config into `target`. One rank calls it. Raises CheckpointError.
+        """Writes all files but the config to `target`. One rank calls it. Raises CheckpointError.
 
-        A process that took another rank's place reads the folder once more.
+        A process without `files` reads the folder again.
         """
         files = self.files
         if files is None:
@@ -59,7 +59,7 @@ class OpenedFolder:
 
 
 def _may_write() -> bool:
-    """Whether this process may be the one that writes; before process groups start, by the place that its launcher gave it."""
+    """Whether this process writes exports (rank 0); before process groups start, from the environment variable RANK."""
     if dist.is_initialized():
         return collectives.rank() == 0
     return os.environ.get("RANK", "0") == "0"

@@ -1,7 +1,7 @@
-"""torch's pickled weights (`pytorch_model.bin`), only where they are asked for: where each tensor lies, found without running code.
+"""Locates the tensors in torch's pickled weights (`pytorch_model.bin`) without running code. Used only on request.
 
-The pickle is read by torch's weights-only unpickler with tensors that have no memory, which tells where in the file each storage
-begins; from there on a tensor is read like one of a safetensors file.
+The pickle is read by torch's weights-only unpickler with fake tensors, which have the offset of each storage in the file; after
+that a tensor is read like one in a safetensors file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REMEDY = "save it again with transformers' save_pretrained, as safetensors"
 
 
 def read_pickle(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file written by torch.save. Raises CheckpointError for anything but a dict of plain tensors."""
+    """Returns the tensors of a file written by torch.save. Raises CheckpointError for anything but a dict of plain tensors."""
     with regular_files.opened(file) as stream:
         stamp = stamp_of(stream.fileno())
         records = _records(file, stream)
@@ -49,14 +49,14 @@ def _unpickled(file: Path) -> Any:
     except pickle.UnpicklingError as error:
         refused = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error)[:300])
         raise CheckpointError(
-            f"{file} asks for more than tensors ({refused.strip()}); it was not run. Don't use a checkpoint from where it came."
+            f"{file} asks for more than tensors ({refused.strip()}); it was not run. Don't use checkpoints from this source."
         ) from error
     except Exception as error:
         raise CheckpointError(f"{file} can't be read ({str(error)[:300]}); fetch it again, or {_REMEDY}.") from error
 
 
 def _records(file: Path, stream: IO[bytes]) -> dict[int, int]:
-    """By their offset in the file, the sizes of the uncompressed records of the zip archive that torch.save writes."""
+    """The sizes of the uncompressed records of the zip archive that torch.save writes, by offset in the file."""
     out: dict[int, int] = {}
     try:
         with zipfile.ZipFile(stream) as archive:

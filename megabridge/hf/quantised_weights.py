@@ -1,4 +1,4 @@
-"""Quantised folders: each packed weight and its scales presented as the one tensor in bfloat16 that they stand for."""
+"""Quantised folders: each pair of packed weight and scales is presented as one bfloat16 tensor."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from megabridge.hf.safetensors_format import TensorInfo
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.mapping import Transfer
 
-SCALE_OF: Final = "_scale_inv"  # after a weight's name
+SCALE_OF: Final = "_scale_inv"  # suffix of a weight's name
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _SCALE_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The two tensors of a file that a quantised weight is read from, and how. `packed` is seen as the codec's boxes are."""
+    """The two stored tensors of a quantised weight, and their codec. `packed` has the shape that the codec's boxes use."""
 
     packed: TensorInfo
     scales: TensorInfo
     codec: Codec
 
     def boxes(self, part: Transfer) -> tuple[tuple[TensorInfo, Transfer], tuple[TensorInfo, Transfer]]:
-        """What of the two tensors a part of the weight needs."""
+        """Returns the boxes of the two tensors that are needed for a part of the weight."""
         packed, scales = self.codec.boxes(part, self.packed.shape, self.scales.shape)
         return (self.packed, packed), (self.scales, scales)
 
 
 def find_weights(folder: Path, *, allow_bin: bool = False) -> dict[str, TensorInfo]:
-    """Every tensor of a model's folder as the model has it (see `find_tensors`); config.json says what is quantised.
+    """Finds every tensor of a model's folder (see `find_tensors`), quantised ones as one tensor each, according to config.json.
 
-    Raises CheckpointError, also for scales that are missing or don't fit, ConfigError for a quantisation that can't be read.
+    Raises CheckpointError, also for missing or mismatched scales, and ConfigError for a quantisation that is not supported.
     """
-    return present(find_tensors(folder, allow_bin=allow_bin), quantization_of(assets.read_config(folder)), folder)
+    return pair_scales(find_tensors(folder, allow_bin=allow_bin), quantization_of(assets.read_config(folder)), folder)
 
 
-def present(infos: Mapping[str, TensorInfo], quantization: Quantization | None, folder: Path) -> dict[str, TensorInfo]:
-    """`infos` with a quantised weight's two tensors replaced by the weight. Raises CheckpointError with all that doesn't fit."""
+def pair_scales(infos: Mapping[str, TensorInfo], quantization: Quantization | None, folder: Path) -> dict[str, TensorInfo]:
+    """Returns `infos` with the two tensors of a quantised weight replaced by one. Raises CheckpointError with all mismatches."""
     problems: list[str] = []
     if quantization is None:
         stray = [name for name, info in infos.items() if info.dtype == E4M3 or info.name.endswith(SCALE_OF)]
@@ -100,7 +100,7 @@ def _mxfp4(infos: Mapping[str, TensorInfo], problems: list[str]) -> dict[str, Te
 
 
 def _weight(name: str, packed: TensorInfo, scales: TensorInfo, codec: Codec, problems: list[str]) -> TensorInfo:
-    """The tensor that `packed` and `scales` stand for; a line is added to `problems` where the scales aren't the codec's."""
+    """Makes the decoded tensor of `packed` and `scales`; adds a line to `problems` if the scales don't match the codec."""
     wanted = codec.scales_shape(packed.shape)
     dtypes = (torch.uint8,) if isinstance(codec, MXFP4) else _SCALE_DTYPES
     if scales.shape != wanted or scales.dtype not in dtypes:

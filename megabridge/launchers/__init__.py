@@ -1,1 +1,1 @@
-"""How ranks start: by us on this host (local.py), or by torchrun or srun (rank_environment.py finds ours). No torch."""
+"""Starts ranks: itself on this host (local.py), or as one that torchrun or srun started (rank_environment.py). No torch."""

@@ -1,4 +1,4 @@
-"""One HTML page that compares the runs of a sweep: nothing but this file is needed to read it."""
+"""HTML report that compares the runs of a sweep, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WIDTH: Final = 720
 _HEIGHT: Final = 280
 _MARGIN: Final = 48
 _COLOURS: Final = ("#1b6ca8", "#d1495b", "#2e933c", "#8f5ea2", "#e08e1b", "#4d4d4d", "#17a2a2", "#a0522d")
-# The page shows what others may have written: were something of it taken for markup, a browser would still run and load nothing.
+# The page may show untrusted text: if some of it were taken for markup, a browser would still run and load nothing.
 _POLICY: Final = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 _STYLE: Final = """\
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
@@ -24,8 +24,8 @@ pre { white-space: pre-wrap; } .wide { overflow-x: auto; } dt { font-family: mon
 """
 
 
-def page(title: str, found: Sequence[Row]) -> str:
-    """The page's HTML for ranked rows."""
+def render(title: str, found: Sequence[Row]) -> str:
+    """Returns the report's HTML for ranked rows."""
     columns = "".join(f"<dt>{_text(name)}</dt><dd>{_text(MEASURES[name])}</dd>" for name in shown(found))
     parts = [
         f"<h1>{_text(title)}</h1>",
@@ -39,7 +39,7 @@ def page(title: str, found: Sequence[Row]) -> str:
 
 
 def _text(value: object) -> str:
-    """Anything, as text between two tags: every value of a page comes from here, for a sweep may be of others."""
+    """Escapes a value for the page. Every value goes through it, since a sweep's files may be someone else's."""
     return escape(plain(str(value)))
 
 
@@ -57,7 +57,7 @@ def _table(found: Sequence[Row]) -> str:
 
 
 def _chart(found: Sequence[Row]) -> str:
-    """Validation loss over steps, a line a point; nothing where no run has two."""
+    """SVG chart of validation loss over steps, one line per point; "" where no run has two losses."""
     drawn = [row for row in found if len(row.losses) > 1]
     if not drawn:
         return ""
@@ -65,7 +65,7 @@ def _chart(found: Sequence[Row]) -> str:
     losses = [loss for row in drawn for _, loss in row.losses]
     left, right, low, high = min(steps), max(steps), min(losses), max(losses)
 
-    def place(step: int, loss: float) -> str:
+    def coordinates(step: int, loss: float) -> str:
         x = _MARGIN + (step - left) / max(right - left, 1) * (_WIDTH - 2 * _MARGIN)
         y = _HEIGHT - _MARGIN - (loss / 2 - low / 2) / ((high / 2 - low / 2) or 1.0) * (_HEIGHT - 2 * _MARGIN)
         return f"{x:.1f},{y:.1f}"
@@ -74,7 +74,7 @@ def _chart(found: Sequence[Row]) -> str:
     for index, row in enumerate(drawn):
         colour = _COLOURS[index % len(_COLOURS)]
         said = " ".join(f"{key}={value}" for key, value in row.varied.items())
-        points = " ".join(place(step, loss) for step, loss in row.losses)
+        points = " ".join(coordinates(step, loss) for step, loss in row.losses)
         lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
         names.append(f'<li style="color:{colour}">point {_text(row.number)} {_text(said)}</li>')
     frame = f"M{_MARGIN},{_MARGIN} V{_HEIGHT - _MARGIN} H{_WIDTH - _MARGIN}"

@@ -1,6 +1,6 @@
-"""The file that tells the ranks of a queued point what to run, and those in which they answer. No torch.
+"""Files of a queued point: point.json says what its ranks run, rank-N.json how each ended. No torch.
 
-A secret never gets into it: its value travels in the environment of the job, under a name that the file holds instead.
+point.json holds no secrets: their values are passed in the job's environment, under names that the file holds instead.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from megabridge.storage import atomic_files
 
 FILE: Final = "point.json"
 STOPPED: Final = "stopped"
-"""Left beside it by rank 0 of a run that a signal ended after a save."""
+"""File that rank 0 creates in the point's folder if a signal stopped the run after a save."""
 OUTPUT: Final = "output.log"
 _HIDDEN: Final = "$environment"
 
 
 def write(folder: Path, *, values: Mapping[str, Any], cfg: DictConfig, platform: str) -> dict[str, str]:
-    """Leaves the file in `folder`; returns the environment that its secrets need. `cfg` is `values` with its interpolations."""
+    """Writes point.json in `folder`; returns the environment variables with its secrets. `cfg` is the unresolved `values`."""
     secrets: dict[str, str] = {}
     open_values = redaction.redacted(OmegaConf.to_container(cfg, resolve=False), values)
     content = {"platform": platform, "values": _hidden(values, open_values, secrets)}
@@ -35,7 +35,7 @@ def write(folder: Path, *, values: Mapping[str, Any], cfg: DictConfig, platform:
 
 
 def read(folder: Path, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """The resolved config and the platform. Raises MegabridgeError when `environ` lacks a secret, or there is no such file."""
+    """Reads the resolved config and the platform. Raises MegabridgeError where `environ` lacks a secret or the file is missing."""
     try:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
         values: dict[str, Any] = _shown(content["values"], environ)
@@ -47,7 +47,7 @@ def read(folder: Path, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]
 
 
 def leave_text(file: Path, text: str) -> None:
-    """Writes a file that the queue's jobs read. Raises MegabridgeError."""
+    """Writes a file for the queue's jobs. Raises MegabridgeError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_files.write(file, text)
@@ -56,17 +56,17 @@ def leave_text(file: Path, text: str) -> None:
 
 
 def rank_file(folder: Path, rank: int) -> Path:
-    """Where `rank` leaves its outcome."""
+    """The file for the outcome of `rank`."""
     return folder / f"rank-{rank}.json"
 
 
 def leave(folder: Path, rank: int, outcome: Outcome) -> None:
-    """Leaves a rank's outcome; never half of it. Raises OSError."""
+    """Writes a rank's outcome atomically. Raises OSError."""
     atomic_files.write(rank_file(folder, rank), encoded(outcome))
 
 
 def outcomes(folder: Path, world_size: int) -> dict[int, Outcome]:
-    """What the ranks left so far. A file that can't be read (yet) counts as none."""
+    """Reads the outcomes that ranks have written so far. A file that can't be read (yet) counts as missing."""
     found = {}
     for rank in range(world_size):
         file = rank_file(folder, rank)
@@ -76,7 +76,7 @@ def outcomes(folder: Path, world_size: int) -> dict[int, Outcome]:
 
 
 def _hidden(value: Any, shown: Any, secrets: dict[str, str]) -> Any:
-    """`value`, with what differs in `shown` moved to `secrets`."""
+    """Returns `value` with the values that differ from `shown` moved to `secrets`."""
     if isinstance(value, Mapping):
         return {key: _hidden(each, shown[key], secrets) for key, each in value.items()}
     if isinstance(value, list):

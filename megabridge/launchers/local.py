@@ -1,8 +1,8 @@
 """Starts the ranks of one run on this host and waits for them. No torch.
 
 On a CPU one worker process imports the stack once and forks the ranks (16 in seconds, sharing their memory); on CUDA
-each rank is a process of its own. The workers stand in process groups of their own, so that Ctrl-C reaches only this
-process, which ends them. They get the config through an unnamed file: a secret in it never has a name on disk.
+each rank is a process of its own. Workers have process groups of their own, so that Ctrl-C reaches only this process,
+which ends them. They get the config through an unnamed file in memory, so that secrets in it are never on disk.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from megabridge.parallel.hardware import cores
 from megabridge.storage.stop_page import StopPage
 
 WORKER: Final = "megabridge.worker"
-_GRACE: Final = 4.0  # seconds between SIGTERM and SIGKILL, and again for what the workers left behind
-_SETTLE: Final = 0.3  # seconds in which a rank that was killed is noticed beside the one that lost its connection to it
+_GRACE: Final = 4.0  # seconds between SIGTERM and SIGKILL, and again for processes that the workers left behind
+_SETTLE: Final = 0.3  # seconds to notice a killed rank after another rank has reported its lost connection
 
 
 def launch(
@@ -37,16 +37,16 @@ def launch(
     *,
     world_size: int,
     platform: str,
-    kept: Sequence[int] = (),
+    pass_fds: Sequence[int] = (),
     overrides: Sequence[str] | None = None,
 ) -> float | None:
     """Runs the recipe of the resolved config `values` on `world_size` ranks; returns rank 0's objective.
 
-    The ranks keep the descriptors in `kept` open. With the command's `overrides` an end of any other kind is followed by the last
-    save and the command that goes on from it. The first SIGINT or SIGTERM has ranks that train end their step, save and stop:
-    a WorkerFailure whose failure `is_stop`. Raises WorkerFailure, too, with the first failure of a rank when the others have ended,
-    and KeyboardInterrupt or Terminated after ending them at a second signal, or one that comes while they don't train. No process
-    is left behind.
+    The ranks inherit the descriptors `pass_fds`. The first SIGINT or SIGTERM has ranks that train end their step, save and stop: a
+    WorkerFailure whose failure `is_stop`. Raises WorkerFailure, too, with the first failure of a rank once the others have ended,
+    and KeyboardInterrupt or Terminated after ending them on a second signal, or on one that comes while they don't train. With the
+    command's `overrides` the message of an early end closes with the last save and the command that goes on from it. No process is
+    left behind.
     """
     places = [None] if platform == "cpu" else RankEnvironment.all_on_this_host(world_size)
     with contextlib.ExitStack() as stack:
@@ -54,7 +54,7 @@ def launch(
         if overrides is not None:
             stack.enter_context(resuming.told(values, overrides, page))
         stack.enter_context(_stoppable(page))
-        ranks = started(values, places, world_size=world_size, platform=platform, kept=kept, page=page)
+        ranks = started(values, places, world_size=world_size, platform=platform, pass_fds=pass_fds, page=page)
         found = children.wait(stack.enter_context(ranks), settle=_SETTLE)
         page.is_training = False  # a signal from now on is for this process
         if isinstance(found, Failure):
@@ -65,19 +65,20 @@ def launch(
 @contextlib.contextmanager
 def started(
     values: Mapping[str, Any],
-    places: Sequence[RankEnvironment | None],
+    environments: Sequence[RankEnvironment | None],
     *,
     world_size: int,
     platform: str,
     digest: str | None = None,
-    held: Set[signal.Signals] = frozenset(),
-    kept: Sequence[int] = (),
+    blocked: Set[signal.Signals] = frozenset(),
+    pass_fds: Sequence[int] = (),
     page: StopPage,
 ) -> Iterator[list[Child]]:
-    """The ranks at `places` of this host's `world_size`, or with [None] the process that forks them all; ended with the block.
+    """Starts the ranks of `environments` among this host's `world_size`, or with [None] the process that forks them all.
 
-    `digest` is of a config that other hosts' ranks composed, too (megabridge.worker). Signals in `held` wait until the rank takes
-    them (training.stopping); such a rank is ended by SIGKILL alone. All keep the descriptors in `kept` open, and share `page`.
+    Ends them with the block. `digest` is that of a config that other ranks have composed too (megabridge.worker). Signals in
+    `blocked` are pending until the rank unblocks them (training.stopping); such a rank is ended by SIGKILL alone. All inherit the
+    descriptors `pass_fds`, and share `page`.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -85,14 +86,20 @@ def started(
     environ = worker_environ(values, world_size=world_size, platform=platform)
     with contextlib.ExitStack() as stack:
         stack.enter_context(ending.no_orphans(_GRACE))
-        stack.callback(children.end, workers, 0.0 if held else _GRACE)
+        stack.callback(children.end, workers, 0.0 if blocked else _GRACE)
         common = [f"--stop={page.descriptor}", *([] if digest is None else [f"--digest={digest}"])]
         config = stack.enter_context(config_file(values))
-        for place in places:
+        for place in environments:
             rank, own = (-1, {}) if place is None else (place.rank, place.environ())
             arguments = [*([f"--fork={world_size}"] if place is None else []), *common]
             child = children.spawn(
-                WORKER, arguments, rank=rank, environ=environ | own, config=config, held=held, kept=[*kept, page.descriptor]
+                WORKER,
+                arguments,
+                rank=rank,
+                environ=environ | own,
+                config=config,
+                blocked=blocked,
+                pass_fds=[*pass_fds, page.descriptor],
             )
             workers.append(child)
         yield workers
@@ -100,7 +107,7 @@ def started(
 
 @contextlib.contextmanager
 def config_file(values: Mapping[str, Any]) -> Iterator[int]:
-    """The descriptor of an unnamed file with the config, for workers to inherit."""
+    """Yields the descriptor of an unnamed file with the config, for workers to inherit."""
     descriptor = children.unnamed()
     try:
         with os.fdopen(os.dup(descriptor), "wb") as file:
@@ -111,11 +118,11 @@ def config_file(values: Mapping[str, Any]) -> Iterator[int]:
 
 
 def worker_environ(values: Mapping[str, Any], *, world_size: int, platform: str) -> dict[str, str]:
-    """The environment of a worker on a host that runs `world_size` of them."""
+    """Returns the environment of a worker on a host that runs `world_size` ranks."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(CARRIED)}
     environ["MEGABRIDGE_PLATFORM"] = platform
     environ.setdefault("OMP_NUM_THREADS", str(threads_each(world_size)))
-    # Its threads don't survive the fork, and each rank has its own process anyway.
+    # The tokenizer's threads don't survive the fork, and each rank has a process of its own anyway.
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if values["deterministic"]:
         environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -123,7 +130,7 @@ def worker_environ(values: Mapping[str, Any], *, world_size: int, platform: str)
 
 
 def threads_each(world_size: int) -> int:
-    """Threads of one rank, so that all together use the cores once."""
+    """Number of threads of each rank, so that all ranks together use every core once."""
     return max(1, cores() // world_size)
 
 
@@ -154,7 +161,7 @@ def _stoppable(page: StopPage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated inside, as Ctrl-C KeyboardInterrupt. In other threads signals stay as they are."""
+    """SIGTERM raises Terminated inside, as Ctrl-C raises KeyboardInterrupt. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

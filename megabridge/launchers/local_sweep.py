@@ -25,14 +25,14 @@ from megabridge.launchers.sweep import RUNNING, SweepJob
 from megabridge.parallel import hardware
 
 OUTPUT: Final = "output.log"
-"""What a point printed that ran beside others, in its run directory."""
+"""The output of a point that ran beside others, in its run directory."""
 _POLL: Final = 0.02
 _GRACE: Final = 10.0  # seconds for a point's process to end its ranks, which takes up to twice local's own grace
 _STOPPING: Final = 600.0  # seconds for points that are told to stop: they end a step and save
 
 
 def runner(settings: LocalSettings) -> LocalRunner:
-    """What runs points with `settings`. Raises ConfigError for a number of points that can't be."""
+    """Returns a runner with `settings`. Raises ConfigError for an impossible number of concurrent points."""
     if settings.at_once is not None and settings.at_once < 1:
         raise ConfigError(f"hydra.launcher.at_once={settings.at_once} must be at least 1, or null for as many as fit.")
     return LocalRunner(settings)
@@ -54,13 +54,13 @@ class LocalRunner:
     _running: list[_Running] = field(default_factory=list)
 
     def check(self, job: SweepJob) -> None:
-        """As a single run on this host is checked."""
+        """Chooses the platform as for a single run on this host."""
         found = hardware.visible_gpus(), hardware.memory_bytes()
         job.platform = choose_platform(job.config, job.topology, gpus=found[0], memory=found[1], overrides=job.point.overrides)
         preflight.check(job.config, platform=job.platform)
 
     def run(self, jobs: Sequence[SweepJob], folder: Path, save: Callable[[], None]) -> None:
-        """Returns when all have ended. On Ctrl-C and SIGTERM the running ones are ended first."""
+        """Runs all jobs and returns when they have ended. On Ctrl-C and SIGTERM the running ones are ended first."""
         at_once = _at_once(self.settings.at_once, jobs)
         gpus, cores = _gpus(), sorted(os.sched_getaffinity(0))
         every, share = list(cores), max(1, len(cores) // at_once)
@@ -97,14 +97,14 @@ def _needed(job: SweepJob) -> int:
 
 
 def _gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may hold in this process's children."""
+    """Values for CUDA_VISIBLE_DEVICES of this process's children, one per GPU."""
     count = hardware.visible_gpus()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     return chosen.split(",")[:count] if chosen else [str(number) for number in range(count)]
 
 
 def _at_once(wanted: int | None, jobs: Sequence[SweepJob]) -> int:
-    """How many points run at the same time."""
+    """Number of points that run at the same time."""
     if wanted is not None:
         return max(1, min(wanted, len(jobs)))
     largest = max((job.topology.world_size for job in jobs), default=1)
@@ -124,18 +124,18 @@ def _start(job: SweepJob, gpus: list[str], cores: list[int], *, alone: bool) -> 
         os.sched_setaffinity(0, cores)
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        with run_lock.claimed(output.parent) as held:
+        with run_lock.claimed(output.parent) as lock:
             if not alone:
                 _print_to(output)
             return local.launch(
-                job.values, world_size=job.topology.world_size, platform=job.platform, kept=(held,), overrides=typed
+                job.values, world_size=job.topology.world_size, platform=job.platform, pass_fds=(lock,), overrides=typed
             )
 
     return _Running(job, children.fork(-1, work), gpus, cores)
 
 
 def _print_to(output: Path) -> None:
-    """Has this process and its children print to a file. Raises ConfigError."""
+    """Redirects the output of this process and its children to a file. Raises ConfigError."""
     try:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
     except OSError as error:

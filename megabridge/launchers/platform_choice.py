@@ -1,4 +1,4 @@
-"""Whether a run that this host starts on its own is on its GPUs or its CPU, and what to say when it fits on neither."""
+"""Chooses the platform, GPUs or CPU, of a run that this host starts itself; explains what to do when it fits on neither."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from megabridge.parallel.topology import SETTINGS, Topology
 LARGEST_ON_CPU: Final = 500_000_000
 """Parameters above which platform=auto does not fall back to a CPU: a step would take minutes."""
 BYTES_PER_PARAMETER: Final = 16
-"""Least memory of training: parameter, gradient and Adam's two moments in float32."""
+"""Lower bound of training's memory: parameter, gradient and Adam's two moments in float32."""
 MOST_RANKS: Final = 1024
-"""Processes that are started on one host."""
+"""Upper bound of the processes started on one host."""
 MOST_ON_CPU: Final = 64
 """Processes that are suggested on a CPU."""
 _BATCH: Final = 4
 """recipe.global_batch_size where nothing says otherwise."""
 GPUS_PER_HOST: Final = 8
-"""What the suggested multi-host command assumes."""
+"""GPUs per host in the suggested multi-host command."""
 
 
 def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: int, overrides: Sequence[str]) -> str:
-    """`cpu` or `cuda` for a run that this host starts on its own.
+    """Returns `cpu` or `cuda` for a run that this host starts itself.
 
-    Raises ConfigError that says what is missing and which command would work, when it can't run here.
+    Raises ConfigError with what is missing and commands that would work, when it can't run here.
     """
     world = topology.world_size
     if world > MOST_RANKS:
         raise ConfigError(
-            f"parallel {topology} needs {world} processes, and one host starts at most {MOST_RANKS}; start them on several by "
-            "torchrun or srun, or see with recipe=plan what each would do."
+            f"parallel {topology} needs {world} processes, and one host starts at most {MOST_RANKS}; start them on several hosts "
+            "with torchrun or srun, or see what each would do with recipe=plan."
         )
     parameters = layout_rules.parameters(known_sizes(config.model).get)
     least = 0 if parameters is None or config.recipe.steps == 0 else parameters * BYTES_PER_PARAMETER
@@ -66,7 +66,7 @@ def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: in
 
 
 def _commands(config: Config, topology: Topology, *, gpus: int, on_cpu: bool, overrides: Sequence[str]) -> list[str]:
-    """The commands that start the run elsewhere, or something close to it here."""
+    """Commands that start the run elsewhere, or a similar one here."""
     world = topology.world_size
     arguments = shlex.join(text for text in overrides if not text.startswith("platform="))
     hosts = ceil(world / GPUS_PER_HOST)

@@ -94,7 +94,7 @@ def _data(node: dict[str, Any], *, asks_hub: bool) -> Iterator[Callable[[], obje
 
 def _rows(key: str, path: str, *, asks_hub: bool) -> None:
     try:
-        is_local = data_files.local_files(path) is not None or regular_files.is_folder(regular_files.place(path))
+        is_local = data_files.local_files(path) is not None or regular_files.is_folder(regular_files.expand(path))
     except ConfigError as error:
         raise ConfigError(f"data.{key}: {error}") from error
     if not is_local and asks_hub and not model_folders.is_cached(path, "dataset") and _is_unknown("datasets", path):
@@ -112,7 +112,7 @@ def _backend(config: Config, platform: str) -> None:
 
 
 def _adapter(path: str) -> None:
-    if not regular_files.is_folder(regular_files.place(path)):
+    if not regular_files.is_folder(regular_files.expand(path)):
         raise ConfigError(f"peft.path={path} must be a folder with adapters; check the path.")
 
 

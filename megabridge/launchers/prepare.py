@@ -1,4 +1,4 @@
-"""From what Hydra composed to what a run needs: plain values and the typed config; what can't work is refused."""
+"""Resolves and checks the config that Hydra composed, and writes it to the run directory."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from megabridge.storage import atomic_files
 
 
 def conf_folder() -> Path:
-    """The config groups: inside the package in a wheel, beside it in a checkout."""
+    """The folder of config groups: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     packaged = package / "conf"
     return packaged if packaged.is_dir() else package.parent / "conf"
 
 
 def resolve(cfg: DictConfig, run_dir: Path | None = None, overrides: Collection[str] = ()) -> tuple[dict[str, Any], schema.Config]:
-    """The config's plain values and its typed form, `run_dir` (None: its own) absolute.
+    """Returns the config's plain values and its typed form, with an absolute `run_dir` (None: the config's own).
 
-    `overrides` are those of the command line. Raises ConfigError for what can't work, and for what would do nothing.
+    `overrides` are those of the command line. Raises ConfigError for settings that can't work or would have no effect.
     """
     values: Any = _resolved(cfg)
     values["run_dir"] = str((Path(str(values["run_dir"])) if run_dir is None else run_dir).absolute())
     try:
         typed = schema.typed(values)
-    except OmegaConfBaseException as error:  # an interpolation brought another type, or ++ another key
+    except OmegaConfBaseException as error:  # an interpolation of another type, or an unknown key added with ++
         raise ConfigError(error_messages.explain(error, conf_folder())) from error
     validation.check_format(typed)
     bounds.check_numbers(typed)
@@ -54,9 +54,9 @@ def _resolved(cfg: DictConfig) -> Any:
 
 
 def write_config(cfg: DictConfig, values: dict[str, Any]) -> None:
-    """Leaves the resolved config, without secrets, as config.yaml in the run directory, which the caller has claimed.
+    """Writes the resolved config, without secrets, as config.yaml in the run directory, which the caller has locked.
 
-    Raises ConfigError where it can't; then an earlier one is as it was.
+    Raises ConfigError on failure, and then leaves an earlier file as it was.
     """
     folder = Path(values["run_dir"])
     content = redaction.redacted(OmegaConf.to_container(cfg, resolve=False), values)

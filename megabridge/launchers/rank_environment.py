@@ -1,4 +1,4 @@
-"""This process's place among ranks that torchrun (RANK, ...) or srun (SLURM_PROCID, ...) started. No torch."""
+"""Reads rank and world size from the environment of torchrun (RANK, ...) or srun (SLURM_PROCID, ...). No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megabridge.errors import ConfigError
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """What torch's env:// rendezvous needs to know."""
+    """A rank's settings for torch's env:// rendezvous."""
 
     rank: int
     world_size: int
@@ -22,7 +22,7 @@ class RankEnvironment:
     master_port: int
 
     def environ(self) -> dict[str, str]:
-        """As environment variables, named as torchrun does."""
+        """Returns them as environment variables, named as by torchrun."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -34,7 +34,7 @@ class RankEnvironment:
 
     @classmethod
     def all_on_this_host(cls, world_size: int) -> list[RankEnvironment]:
-        """Places for `world_size` ranks on this host, with a port that is free now."""
+        """Returns the settings of `world_size` ranks on this host, with a port that is free now."""
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -42,10 +42,10 @@ class RankEnvironment:
 
 
 def find(environ: Mapping[str, str]) -> RankEnvironment | None:
-    """The place that `environ` gives this process, or None when the launcher is to start the ranks.
+    """Returns the rank that `environ` makes of this process, or None when the launcher has to start the ranks.
 
-    A task of srun counts when its step has more than one: in a batch script, or a step of one task, SLURM's variables
-    are set too, but nothing else takes part. Raises ConfigError for a half-set environment.
+    A task of srun is a rank if its step has more than one task: in a batch script, or a step of one task, SLURM's variables
+    are set too, but there are no other ranks. Raises ConfigError for an incomplete environment.
     """
     if "RANK" in environ:
         return _torchrun(environ)
@@ -95,7 +95,7 @@ def _srun(environ: Mapping[str, str]) -> RankEnvironment | None:
         local_rank=_number(environ, "SLURM_LOCALID", "0"),
         local_world_size=per_node[min(node, len(per_node) - 1)],
         master_addr=environ.get("MASTER_ADDR") or first_host(nodes),
-        # Below the ports that Linux hands out (32768), the same on all ranks, different for steps that share a node.
+        # Below Linux's ephemeral ports (32768), the same on all ranks, different for steps that share a node.
         master_port=_number(environ, "MASTER_PORT", str(20000 + (job * 31 + step) % 12000)),
     )
 

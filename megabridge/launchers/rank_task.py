@@ -1,13 +1,13 @@
-"""What torchrun or srun starts once for each rank. No torch.
+"""Supervisor of one rank: the process that torchrun or srun starts, which runs the rank as its child. No torch.
 
-It starts the rank as a child and stays beside it: so it can say why a rank died that could not say so itself, a rank that vanishes
-counts as failed, and a signal is turned into a stop that is waited for. The rank of a queued point is started by way of
-slurm_script.HELD, which says the point's folder, and leaves its outcome there; any other by megabridge.run (`beside`).
+It can say why a rank died that could not report it, takes a rank that vanishes as failed, and forwards a stop signal and waits for
+the rank to end. The rank of a queued point is started by slurm_script.RANK_TASK with the point's folder, in which it leaves its
+outcome; any other by megabridge.run (`supervise`).
 
-A SIGUSR1 or SIGTERM of the queue (time limit, preemption) reaches a queued point's rank when its training loop takes signals,
-however early it came; SLURM may send it to the rank, too. A SIGTERM that srun sends because another rank failed ends this rank at
-once: the other's outcome lies in the folder by then. Outside a queue a signal that comes while the rank doesn't train ends it at
-once, too, and so does a second one.
+A SIGUSR1 or SIGTERM of the queue (time limit, preemption) reaches a queued point's rank when its training loop unblocks signals,
+however early it came; SLURM may send it to the rank as well. A SIGTERM that srun sends because another rank failed ends this rank
+at once: by then the other's outcome is in the folder. Outside a queue a signal that comes while the rank is not training, and a
+second signal, end it at once.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from megabridge.storage.stop_page import StopPage
 
 _POLL: Final = 0.05
 _SETTLE: Final = 1.0
-"""Seconds in which other ranks may leave their outcomes before srun hears of the first failure, and ends all."""
+"""Seconds in which other ranks can leave their outcomes before srun notices the first failure, and ends all."""
 _SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGUSR1})
 
 
 def main() -> int:
-    """The task's exit status: 0 when the rank is done or was stopped after a save."""
+    """Runs the rank of a queued point; returns the exit status, 0 when the rank is done or was stopped after a save."""
     standard_streams.settle()
     folder = Path(sys.argv[1])
     here = rank_environment.find(os.environ) or RankEnvironment.all_on_this_host(1)[0]
@@ -48,37 +48,41 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as stack:
             values, platform = job_files.read(folder, os.environ)
-            kept = [stack.enter_context(run_lock.claimed(Path(values["run_dir"])))] if here.rank == 0 else []
+            pass_fds = [stack.enter_context(run_lock.claimed(Path(values["run_dir"])))] if here.rank == 0 else []
             _continue(values)
             page = stack.enter_context(contextlib.closing(StopPage.new()))
             count = here.local_world_size
-            ranks = local.started(values, [here], world_size=count, platform=platform, held=_SIGNALS, kept=kept, page=page)
-            found = _stay(stack.enter_context(ranks)[0], received, lambda _: _another_failed(folder, here))
+            ranks = local.started(
+                values, [here], world_size=count, platform=platform, blocked=_SIGNALS, pass_fds=pass_fds, page=page
+            )
+            found = _wait(stack.enter_context(ranks)[0], received, lambda _: _another_failed(folder, here))
     except MegabridgeError as error:  # it could not be started
         found = Failure.of(error, here.rank)
     return 1 if found is None else _left(folder, here, found)
 
 
-def beside(
+def supervise(
     values: Mapping[str, Any],
     here: RankEnvironment,
     *,
     digest: str,
-    kept: Sequence[int] = (),
+    pass_fds: Sequence[int] = (),
     overrides: Sequence[str] | None = None,
 ) -> int:
-    """Starts the rank at `here`, of torchrun or srun, and stays beside it; the exit status of this process.
+    """Starts the rank `here` of torchrun or srun as a child and waits for it; returns the exit status of this process.
 
-    The rank keeps the descriptors in `kept` open. Where it ends early, each host's first rank says how the run is continued, by
-    the command's `overrides`.
+    The rank inherits the descriptors `pass_fds`. Where it ends early, each host's first rank says how the run is continued, by the
+    command's `overrides`.
     """
     received = _received(*_SIGNALS, signal.SIGINT)
     count, platform = here.local_world_size, values["platform"]
     page = StopPage.new()
-    ranks = local.started(values, [here], world_size=count, platform=platform, digest=digest, held=_SIGNALS, kept=kept, page=page)
+    ranks = local.started(
+        values, [here], world_size=count, platform=platform, digest=digest, blocked=_SIGNALS, pass_fds=pass_fds, page=page
+    )
     with contextlib.closing(page), ranks as workers:
         rank = workers[0]
-        found = _stay(rank, received, lambda is_told: len(received) > 1 if is_told else not _takes_signals(rank))
+        found = _wait(rank, received, lambda is_told: len(received) > 1 if is_told else not _takes_signals(rank))
         if found is not None and not isinstance(found, Done):
             _show(found)
         if overrides is not None and here.local_rank == 0 and not isinstance(found, Done):
@@ -100,10 +104,10 @@ def _received(*numbers: int) -> list[int]:
     return received
 
 
-def _stay(rank: Child, received: list[int], gives_up: Callable[[bool], bool]) -> Outcome | None:
-    """How the rank ended, which is told of the first signal.
+def _wait(rank: Child, received: list[int], gives_up: Callable[[bool], bool]) -> Outcome | None:
+    """Waits for the rank and forwards the first signal to it; returns how it ended.
 
-    None where it was killed: `gives_up` is asked while there are signals, with whether the rank has been told.
+    Kills it and returns None once `gives_up` is true, which is called while there are signals with whether one was forwarded.
     """
     is_told = False
     while not children.ended([rank], _POLL):
@@ -117,13 +121,13 @@ def _stay(rank: Child, received: list[int], gives_up: Callable[[bool], bool]) ->
 
 
 def _takes_signals(rank: Child) -> bool:
-    """Whether its training loop has let the signals through with which it was started blocked (training.stopping)."""
+    """Whether its training loop has unblocked the signals (training.stopping)."""
     blocked = Path(f"/proc/{rank.pid}/status").read_text().partition("SigBlk:")[2].split()
     return not int(blocked[0], 16) >> (signal.SIGTERM - 1) & 1
 
 
 def _continue(values: dict[str, Any]) -> None:
-    """A run that was queued again goes on where it was saved. One that was told to start elsewhere does so only once."""
+    """Makes a requeued run resume from its last save; another checkpoint.resume holds for the first start only."""
     checkpoints = Path(values["checkpoint"]["path"] or Path(values["run_dir"], "checkpoints"))
     if values["checkpoint"]["resume"] == "none" or any(checkpoints.glob("step_*")):
         values["checkpoint"]["resume"] = "auto"
@@ -134,7 +138,7 @@ def _left(folder: Path, here: RankEnvironment, found: Outcome) -> int:
     is_stopped = isinstance(found, Failure) and found.is_stop
     if is_stopped:
         found = Done()
-    if isinstance(found, Failure):  # by this host's clock the times of several hosts can't be compared
+    if isinstance(found, Failure):  # wall-clock time, to compare failures of several hosts
         found = replace(found, time=time.time())
         _show(found)
     try:
@@ -142,7 +146,7 @@ def _left(folder: Path, here: RankEnvironment, found: Outcome) -> int:
         if is_stopped and here.rank == 0:
             (folder / job_files.STOPPED).touch()
     except OSError as error:
-        text = f"{folder} can't take the rank's outcome: {error.strerror}; see to its file system."
+        text = f"{folder} can't take the rank's outcome: {error.strerror}; check its file system."
         _show(Failure(here.rank, 1, text, is_expected=True))
         return 1
     if isinstance(found, Done):

@@ -1,4 +1,4 @@
-"""What a sweep found: one row a point, as sweep.csv and as a table for the console, best first. No torch."""
+"""Results of a sweep: one row per point, best first, as sweep.csv and as a table for the console. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CSV: Final = "sweep.csv"
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\n")
-"""What a cell begins with that a spreadsheet runs (OWASP, CSV injection)."""
+"""First characters of a cell that a spreadsheet takes as a formula (OWASP, CSV injection)."""
 MEASURES: Final = {
     "objective": "what the recipe returned",
     "best_validation_loss": "lowest validation/loss, nats per token",
@@ -27,7 +27,7 @@ MEASURES: Final = {
     "memory_gib": "largest train/memory_gib",
     "parity": "parity/logits_max_abs_diff of the last export",
 }
-"""The columns of a row that are numbers, and where each comes from in the point's metrics.jsonl."""
+"""The numeric columns of a row, and the source of each in the point's metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,23 @@ class Row:
     number: int
     state: str
     varied: dict[str, str]
-    """The overrides that differ between the points: key to value."""
+    """Overrides that differ between the points, value by key."""
     measures: dict[str, float | None]
     run_dir: str
     error: str
     losses: list[tuple[int, float]]
-    """(step, validation loss) in the order of time."""
+    """(step, validation loss) in chronological order."""
 
 
 def rows(points: Sequence[SweepRun]) -> list[Row]:
-    """A row for each point, best first: by objective, then those without one."""
+    """Returns a row for each point, best first: by objective, then those without one."""
     differing = varied([point.overrides for point in points])
     made = [_row(point, each) for point, each in zip(points, differing, strict=True)]
     return sorted(made, key=lambda row: (_rank(row), row.number))
 
 
 def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """Of the overrides of each point those that not all have: key to value, the same keys in every one."""
+    """Returns for each point the overrides that differ between points, value by key; all have the same keys."""
     overrides = [_keyed(each) for each in points]
     keys = list(dict.fromkeys(key for each in overrides for key in each))
     differing = [key for key in keys if len({each.get(key) for each in overrides}) > 1]
@@ -61,7 +61,7 @@ def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 
 def write(folder: Path, points: Sequence[SweepRun]) -> str:
-    """Leaves sweep.csv in the sweep's directory; returns the ranked table for the console, which says so where that can't be."""
+    """Writes sweep.csv to the sweep's directory; returns the ranked table for the console, with a line if that failed."""
     found = rows(points)
     try:
         atomic_files.write(folder / CSV, as_csv(found))
@@ -72,7 +72,7 @@ def write(folder: Path, points: Sequence[SweepRun]) -> str:
 
 
 def as_csv(found: Sequence[Row]) -> str:
-    """One line a row, the header first. A text that a spreadsheet would take for a formula has an apostrophe before it."""
+    """Returns the rows as CSV with a header. A text that a spreadsheet would take as a formula gets an apostrophe in front."""
     keys = list(found[0].varied) if found else []
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -98,7 +98,7 @@ def _is_number(text: str) -> bool:
 
 
 def as_table(found: Sequence[Row]) -> str:
-    """The rows under a line of headings; a measure that no run has is left out."""
+    """Returns the rows as a text table with a header, without measures that no run has."""
     names = shown(found)
     lines = [["rank", "point", *(found[0].varied if found else ()), "state", *names]]
     for rank, row in enumerate(found, 1):
@@ -114,7 +114,7 @@ def shown(found: Sequence[Row]) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """For people."""
+    """Formats a measure for display."""
     return "" if value is None else f"{value:.6g}"
 
 
@@ -146,7 +146,7 @@ def _logged(run_dir: Path) -> list[dict[str, float | None]]:
 
 
 def _keyed(overrides: Sequence[str]) -> dict[str, str]:
-    """Key to value of overrides; without the backslashes that Hydra put before what its grammar would take for its own."""
+    """Overrides as value by key, without the backslashes with which Hydra escapes its grammar."""
     return {key.lstrip("+"): value.replace("\\", "") for key, _, value in (text.partition("=") for text in overrides)}
 
 

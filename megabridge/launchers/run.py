@@ -1,4 +1,4 @@
-"""What the command does in the parent process, or in a rank of torchrun or srun (megabridge.run). No torch."""
+"""The command `megabridge.run` in the parent process, or in a rank of torchrun or srun. No torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megabridge.version import VERSION
 COMMANDS: Final = "commands.txt"
 """The commands that a run's directory was started with, a line each, without secrets."""
 FULL_ERROR: Final = "HYDRA_FULL_ERROR"
-"""Set by a user who wants tracebacks instead of one line."""
+"""Environment variable of a user who wants tracebacks instead of one line."""
 
 
 HELP: Final = """\
@@ -56,7 +56,7 @@ Every key is documented in megabridge/config/schema.py. Flags of Hydra, before t
 
 @dataclass
 class _Progress:
-    """How far this process got: an error of Hydra's before the first job is the config's."""
+    """Progress of this process: an error of Hydra's before the config is composed is a config error."""
 
     is_composed: bool = False
 
@@ -65,7 +65,7 @@ _progress = _Progress()
 
 
 def main() -> int:
-    """The exit status of the command, as megabridge.run's docstring lists them."""
+    """Runs the command; returns an exit status from the list in megabridge.run's docstring."""
     wants_traceback = FULL_ERROR in os.environ
     start_lines.begin()
     try:
@@ -74,7 +74,7 @@ def main() -> int:
         _say(f"the working directory must exist, but can't be found ({error.strerror}); change to another.")
         return CONFIG_ERROR
     if "" not in sys.path and cwd not in sys.path:
-        # As `python -m` does: a console script finds your own classes and recipes, too.
+        # As `python -m` does, so that the console script finds the user's own classes and recipes too.
         sys.path.insert(0, cwd)
     sys.argv[1:] = redaction.carry(sys.argv[1:])
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -92,7 +92,7 @@ def main() -> int:
         if said := synonyms.of_flags(sys.argv[1:]):
             raise ConfigError(said)
         here = rank_environment.find(os.environ)
-        # Hydra then raises instead of printing and leaving.
+        # Makes Hydra raise instead of printing and exiting.
         os.environ[FULL_ERROR] = "1"
         if here is not None:
             return _become_rank(here)
@@ -128,7 +128,7 @@ def _say(text: str) -> None:
 
 
 def _help() -> str:
-    """What --help says. Hydra's own page takes a second: it reads every group there is, its own too, twice."""
+    """Text of --help. Hydra's own help takes a second: it reads every config group twice, including its own."""
     folders = sorted(folder for folder in conf_folder().iterdir() if folder.is_dir())
     groups = [f"  {folder.name}: {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}" for folder in folders]
     return HELP.format(groups="\n".join(groups))
@@ -136,14 +136,14 @@ def _help() -> str:
 
 def _run_hydra() -> None:
     made_folders.watch()
-    # Hydra finds plugins in the folder hydra_plugins of an entry of sys.path. Last, so that it hides nothing.
+    # Hydra finds plugins in the folder hydra_plugins of an entry of sys.path. The last entry, so that it hides nothing.
     sys.path.append(str(Path(__file__).resolve().parent / "plugins"))
     run: Callable[[], None] = hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")(job)
     run()
 
 
 def job(cfg: DictConfig) -> float | None:
-    """One run: what Hydra calls with the composed config. Returns the recipe's objective (the validation loss)."""
+    """Runs one job; Hydra calls it with the composed config. Returns the recipe's objective (the validation loss)."""
     hydra_config = HydraConfig.get()
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     try:
@@ -151,12 +151,12 @@ def job(cfg: DictConfig) -> float | None:
         launcher = hydra_config.runtime.choices["hydra/launcher"]
         if not is_sweep and launcher != "basic":
             raise ConfigError(f"hydra/launcher={launcher} starts the points of a sweep, also of a single one; add -m.")
-        # As they were typed: read one by one, OmegaConf would resolve the interpolations in them.
+        # As they were typed: iterating over them would resolve the interpolations in them.
         overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
         flags: Any = OmegaConf.to_container(hydra_config.overrides.hydra, resolve=False)
         return _launch(cfg, Path(hydra_config.runtime.output_dir), overrides, [*flags, *overrides])
     except MegabridgeError as error:
-        # In a sweep the other jobs still run, and Hydra reports this one; alone, Hydra would print the overrides, too.
+        # In a sweep the other jobs still run, and Hydra reports this one. For a single job Hydra would print the overrides too.
         if is_sweep:
             raise
         _say(str(error))
@@ -172,13 +172,13 @@ def _launch(cfg: DictConfig, run_dir: Path, overrides: list[str], typed: list[st
     )
     run_lock.check(Path(values["run_dir"]))
     preflight.check(run_config, platform=platform, asks_hub=True)
-    with run_lock.claimed(Path(values["run_dir"])) as held:
+    with run_lock.claimed(Path(values["run_dir"])) as lock:
         made_folders.keep()
         write_config(cfg, values)
         _begin(values, typed)
         if not run_config.recipe.single_process:
             start_lines.say(f"starting {_ranks(topology.world_size)} on this host's {'CPU' if platform == 'cpu' else 'GPUs'}")
-        objective = local.launch(values, world_size=topology.world_size, platform=platform, kept=(held,), overrides=typed)
+        objective = local.launch(values, world_size=topology.world_size, platform=platform, pass_fds=(lock,), overrides=typed)
         _close(values, typed)
         return objective
 
@@ -203,7 +203,7 @@ def _ranks(count: int) -> str:
 
 
 def _become_rank(here: rank_environment.RankEnvironment) -> int:
-    """Composes as every other rank does, and runs the rank; the exit status."""
+    """Composes the config as every other rank does, and runs the rank; returns the exit status."""
     parser = get_args_parser()
     arguments = parser.parse_args()
     if arguments.hydra_help or arguments.cfg or arguments.info:
@@ -218,24 +218,24 @@ def _become_rank(here: rank_environment.RankEnvironment) -> int:
     layout = schema.topology(run_config.parallel) if run_config.recipe.single_process else started
     validation.check_layout(run_config, layout, known_sizes(run_config.model))
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
-    raw.pop("run_dir")  # rank 0's counts
+    raw.pop("run_dir")  # rank 0's is used
     digest = sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
     if here.rank:
-        return rank_task.beside(values, here, digest=digest, overrides=arguments.overrides)
+        return rank_task.supervise(values, here, digest=digest, overrides=arguments.overrides)
     run_lock.check(Path(values["run_dir"]))
     preflight.check(run_config, platform=run_config.platform)
-    with run_lock.claimed(Path(values["run_dir"])) as held:
+    with run_lock.claimed(Path(values["run_dir"])) as lock:
         write_config(cfg, values)
         _begin(values, arguments.overrides)
         start_lines.say(f"starting {_ranks(here.world_size)}")
-        status = rank_task.beside(values, here, digest=digest, kept=(held,), overrides=arguments.overrides)
+        status = rank_task.supervise(values, here, digest=digest, pass_fds=(lock,), overrides=arguments.overrides)
         if status == 0:
             _close(values, arguments.overrides)
         return status
 
 
 def _compose(arguments: Any) -> DictConfig:
-    """The config without Hydra's run machinery, which would make a run directory on every rank."""
+    """Composes the config without Hydra's job runner, which would make a run directory on every rank."""
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="run"):
         overrides = list(arguments.overrides)
         if arguments.config_dir:

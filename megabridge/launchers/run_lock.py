@@ -1,6 +1,6 @@
-"""A directory that one command writes at a time: claimed before anything in it changes, until its last process has ended. No torch.
+"""Lock of a run or sweep directory, so that one command at a time writes it, until its last process has ended. No torch.
 
-The parent of rank 0 claims a run's, on whichever host it is, and rank 0 inherits the lock: it lasts while either lives.
+The parent of rank 0 takes the lock of a run, on whichever host it is, and rank 0 inherits it: it lasts while either lives.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from megabridge.errors import ConfigError, plain
 from megabridge.storage import locks, regular_files
 
 LOCK: Final = ".run.lock"
-"""It stays when the run has ended: one that nobody holds refuses nobody."""
+"""The lock file. It stays when the run has ended; only the lock on it counts."""
 _LEAVING: Final = 2.0
-"""Seconds that the ranks of a run that was killed may take to be gone."""
+"""Seconds that the ranks of a killed run may take to end."""
 _POLL: Final = 0.1
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, key: str = "run_dir") -> Iterator[int]:
-    """Holds `folder`, which is made where it is missing; the descriptor is for children to inherit (`kept`).
+    """Locks `folder`, which is created if missing; yields the descriptor, for children to inherit (`pass_fds`).
 
-    Raises ConfigError, which names the setting `key`, where another run has it, and where it can't be made or written.
+    Raises ConfigError, which names the setting `key`, where another run holds the lock, or the folder can't be written.
     """
     descriptor = take(folder, key)
     try:
@@ -44,7 +44,7 @@ def check(folder: Path, key: str = "run_dir") -> None:
 
 
 def take(folder: Path, key: str = "run_dir") -> int:
-    """As `claimed`, until the descriptor is closed by all who have it."""
+    """Locks as `claimed` does, until all processes that have the descriptor have closed it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
@@ -52,7 +52,7 @@ def take(folder: Path, key: str = "run_dir") -> int:
         raise unusable(folder, key, error) from error
     try:
         _lock(descriptor, f"{key}={folder}")
-        with contextlib.suppress(OSError):  # the holder's name is for people
+        with contextlib.suppress(OSError):  # the holder's name is only for messages
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BlockingIOError:
@@ -69,14 +69,14 @@ def take(folder: Path, key: str = "run_dir") -> int:
 
 
 def unusable(folder: Path, key: str, error: Exception) -> ConfigError:
-    """What is to be said of a directory in which a file can't be written."""
+    """Makes the error for a directory in which a file can't be written."""
     return ConfigError(
         f"{key}={folder} must be a folder that can be made and written, but: {regular_files.reason(error)}; set another."
     )
 
 
 def _lock(descriptor: int, what: str) -> None:
-    """Raises BlockingIOError where another has it and keeps it."""
+    """Takes the lock. Raises BlockingIOError where another process holds it and doesn't end."""
     until = time.monotonic() + _LEAVING
     while True:
         try:

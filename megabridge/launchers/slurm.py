@@ -1,4 +1,4 @@
-"""`hydra/launcher=slurm`: the points of a sweep as job arrays, submitted, followed, and collected. No torch.
+"""`hydra/launcher=slurm`: submits the points of a sweep as job arrays, follows them, and collects results. No torch.
 
 `slurm/` in the sweep's directory has a folder for each point (megabridge.launchers.job_files) and the scripts. Points of one
 shape make one array. With max_concurrent, arrays of several shapes run one after another, so that the limit holds for all.
@@ -26,11 +26,11 @@ FETCH: Final = "recipes.fetch:main"
 _ACTIVE: Final = ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT")
 _WAITING: Final = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "RESIZING")
 _LATE: Final = 30.0
-"""Seconds in which files written on a node may show up here after its job has left the queue."""
+"""Seconds for files that were written on a node to appear here after the job has left the queue."""
 
 
 def runner(settings: SlurmSettings) -> SlurmRunner:
-    """What runs points with `settings`. Raises ConfigError for settings that can't work."""
+    """Returns a runner with `settings`. Raises ConfigError for settings that can't work."""
     if settings.max_concurrent is not None and settings.max_concurrent < 1:
         raise ConfigError(f"hydra.launcher.max_concurrent={settings.max_concurrent} must be at least 1, or null for no limit.")
     return SlurmRunner(settings)
@@ -43,7 +43,7 @@ class SlurmRunner:
     settings: SlurmSettings
 
     def check(self, job: SweepJob) -> None:
-        """platform=auto means GPUs: what the submitting host has doesn't count."""
+        """Chooses the platform: platform=auto means GPUs, whatever the submitting host has."""
         job.platform = "cpu" if job.config.platform == "cpu" else "cuda"
         _shape(job, self.settings)
 
@@ -79,7 +79,7 @@ class SlurmRunner:
             )
 
     def _scripts(self, jobs: Sequence[SweepJob], queue: Path) -> dict[str, tuple[str, list[SweepJob]]]:
-        """File name to script and its jobs, one for each shape."""
+        """(script, jobs) by file name, one for each shape."""
         shapes: dict[JobShape, list[SweepJob]] = {}
         for job in jobs:
             shapes.setdefault(_shape(job, self.settings), []).append(job)
@@ -93,7 +93,7 @@ class SlurmRunner:
 
 
 def follow(points: Sequence[SweepRun], folder: Path, *, poll: float) -> None:
-    """Shows every change of state until all points have ended."""
+    """Prints every change of state until all points have ended."""
     gone: dict[int, float] = {}
     while waiting := [point for point in points if point.job and point.state in (WAITING, RUNNING, SUBMITTED)]:
         time.sleep(poll)
@@ -101,7 +101,7 @@ def follow(points: Sequence[SweepRun], folder: Path, *, poll: float) -> None:
 
 
 def update(points: Sequence[SweepRun], folder: Path, gone: dict[int, float]) -> None:
-    """Brings `points`, which had not ended, up to date. `gone`: since when one is out of the queue, kept from call to call."""
+    """Updates `points` that had not ended. `gone` keeps between calls when each was first missing from the queue."""
     known = slurm_queue.look(point.job.partition("_")[0] for point in points)
     if known is None:
         return
@@ -125,7 +125,7 @@ def update(points: Sequence[SweepRun], folder: Path, gone: dict[int, float]) -> 
 
 
 def outcome(folder: Path, point: SweepRun, state: str) -> Outcome | str:
-    """How a point ended whose job has ended in `state`: a text when its ranks have not said it (yet)."""
+    """Returns how a point ended whose job ended in `state`; a text if its ranks have not reported (yet)."""
     found = job_files.outcomes(folder, point.world_size)
     failures = [each for each in found.values() if isinstance(each, Failure)]
     output = folder / job_files.OUTPUT
@@ -140,7 +140,7 @@ def outcome(folder: Path, point: SweepRun, state: str) -> Outcome | str:
 
 @contextlib.contextmanager
 def _cancelled(points: Sequence[SweepRun]) -> Iterator[None]:
-    """Whatever interrupts the block ends the jobs."""
+    """Cancels the jobs if the block is interrupted."""
     try:
         yield
     except BaseException:
@@ -156,7 +156,7 @@ def _shape(job: SweepJob, settings: SlurmSettings) -> JobShape:
 
 
 def _fetch(jobs: Sequence[SweepJob]) -> None:
-    """Brings models, tokenizers and data of all points into this user's caches, in one process."""
+    """Downloads models, tokenizers and data of all points to this user's caches, in one process."""
     print("fetching what the points need", flush=True)
     values = dict(jobs[0].values)
     values["recipe"] = {
@@ -169,7 +169,7 @@ def _fetch(jobs: Sequence[SweepJob]) -> None:
 
 
 def collect(folder: Path) -> list[SweepRun]:
-    """The points of the sweep in `folder`, brought up to date."""
+    """Reads and updates the points of the sweep in `folder`."""
     points = sweep.read(folder)
     open_points = [point for point in points if point.job and point.state in (WAITING, RUNNING, SUBMITTED)]
     if open_points:

@@ -1,4 +1,4 @@
-"""SLURM's own commands: submit, look, cancel."""
+"""Calls SLURM's commands: sbatch, squeue, scancel."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _FORMAT: Final = "%F_%K %T %N"  # array job, index, state, nodes
 
 
 def submit(script: Path, secrets: Mapping[str, str], *, after: str | None) -> str:
-    """Hands in the script, to begin when job `after` has ended; returns the job's id.
+    """Submits the script, to start when job `after` has ended; returns the job's id.
 
-    The job's environment is this process's and `secrets`. Raises MegabridgeError with SLURM's reason when it refuses.
+    The job's environment is this process's and `secrets`. Raises MegabridgeError with SLURM's reason for a refusal.
     """
     dependency = [] if after is None else [f"--dependency=afterany:{after}"]
     done = _call(["sbatch", "--parsable", *dependency, str(script)], secrets)
@@ -27,7 +27,7 @@ def submit(script: Path, secrets: Mapping[str, str], *, after: str | None) -> st
 
 
 def look(jobs: Iterable[str]) -> dict[str, tuple[str, str]] | None:
-    """State and nodes of every array element (12_3) that SLURM still knows; None when it didn't answer."""
+    """Returns state and nodes of every array element (12_3) that SLURM still knows; None when it didn't answer."""
     names = sorted(set(jobs))
     done = _call(["squeue", "--noheader", "--array", "--states=all", f"--format={_FORMAT}", f"--jobs={','.join(names)}"])
     if done.returncode:
@@ -40,15 +40,15 @@ def look(jobs: Iterable[str]) -> dict[str, tuple[str, str]] | None:
 
 
 def cancel(jobs: Iterable[str]) -> None:
-    """Ends the jobs, whatever they do."""
+    """Cancels the jobs."""
     _call(["scancel", *sorted(set(jobs))])
 
 
 def _call(command: list[str], more: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    # Inside an allocation sbatch would take the outer job's settings for its own.
+    # Inside an allocation sbatch would inherit the outer job's settings.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_OUTER) or name == "SLURM_CONF"}
     try:
-        # In a session of its own: Ctrl-C is for the launcher, which then still has to cancel.
+        # In a session of its own, so that Ctrl-C reaches only the launcher, which still has to cancel.
         return subprocess.run(
             command, env=clean | dict(more or {}), capture_output=True, text=True, check=False, start_new_session=True
         )

@@ -1,4 +1,4 @@
-"""The batch script of a job array: text from settings, nothing else."""
+"""Generates the batch script of a job array from settings."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from megabridge.launchers import job_files
 from megabridge.launchers.settings import SlurmSettings
 
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-"""What keeps ranks from asking a hub that was asked on the submitting host."""
+"""Environment that keeps ranks from contacting a hub, since the submitting host has downloaded everything."""
 
-HELD: Final = (
+RANK_TASK: Final = (
     "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1)); "
     "os.execv(sys.executable, [sys.executable, '-m', 'megabridge.launchers.rank_task', sys.argv[1]])"
 )
-"""Starts megabridge.launchers.rank_task with the queue's signals blocked: one that comes while it is imported waits for it."""
+"""Python code that starts megabridge.launchers.rank_task with the queue's signals blocked, so that none is lost meanwhile."""
 
 
 @dataclass(frozen=True)
 class JobShape:
-    """What one point asks of the cluster. Points of one shape go into one job array."""
+    """Resources of one point. Points of one shape go into one job array."""
 
     nodes: int
     ranks_per_node: int
@@ -33,12 +33,12 @@ class JobShape:
 
     @property
     def ranks(self) -> int:
-        """All of them."""
+        """Number of all ranks."""
         return self.nodes * self.ranks_per_node
 
     @classmethod
     def of(cls, world_size: int, platform: str, most: int) -> JobShape:
-        """The fewest nodes with at most `most` ranks, the same number on each. Raises ConfigError for most < 1."""
+        """Returns the shape with the fewest nodes, with at most `most` ranks and the same number on each. Raises ConfigError."""
         if most < 1:
             raise ConfigError(f"hydra.launcher.ranks_per_node={most} must be at least 1.")
         nodes = next(count for count in range(1, world_size + 1) if world_size % count == 0 and world_size // count <= most)
@@ -47,7 +47,7 @@ class JobShape:
 
 
 def script(settings: SlurmSettings, shape: JobShape, numbers: Sequence[int], *, queue: Path, python: str, cwd: Path) -> str:
-    """The script for points `numbers` of one shape, whose folders lie in `queue` under their numbers."""
+    """Returns the script for points `numbers` of one shape, whose folders are in `queue`, named by their numbers."""
     header = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in _options(settings, shape, numbers, queue, cwd))]
     body = [
         "# Each rank leaves its outcome in the point's folder; a run that was stopped after a save is queued again.",
@@ -58,7 +58,7 @@ def script(settings: SlurmSettings, shape: JobShape, numbers: Sequence[int], *, 
         *(f"export {name}={shlex.quote(value)}" for name, value in _environment(settings).items()),
         *settings.setup,
         "status=0",
-        f'{shlex.join(_srun(settings, shape))} {shlex.join([python, "-ISc", HELD])} "$point" || status=$?',
+        f'{shlex.join(_srun(settings, shape))} {shlex.join([python, "-ISc", RANK_TASK])} "$point" || status=$?',
     ]
     if settings.requeue:
         body += [f'[ ! -e "$point/{job_files.STOPPED}" ] || scontrol requeue "$SLURM_JOB_ID"']
@@ -66,7 +66,7 @@ def script(settings: SlurmSettings, shape: JobShape, numbers: Sequence[int], *, 
 
 
 def hidden_environment(settings: SlurmSettings) -> dict[str, str]:
-    """Those variables of the settings that a script must not hold."""
+    """Returns the environment variables of the settings that a script must not contain."""
     return {name: value for name, value in settings.environment.items() if redaction.is_secret(name)}
 
 
@@ -120,7 +120,7 @@ def _srun(settings: SlurmSettings, shape: JobShape) -> list[str]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> 0-2,5."""
+    """Formats numbers as ranges: [0, 1, 2, 5] -> 0-2,5."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and parts[-1][-1] == number - 1:

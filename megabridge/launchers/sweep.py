@@ -1,8 +1,8 @@
-"""A sweep: its points, what becomes of each, and what Hydra's sweeper hears of it. No torch.
+"""Sweeps: composes, checks and runs the points, records their state, and returns results to Hydra's sweeper. No torch.
 
-Every point is composed and checked first, and one that can't run is refused with its reason while the others go on. A
-`Runner` runs the rest. `sweep.json` in the sweep's directory keeps the points, so that their results can be collected
-later, by another process (recipe=collect).
+Every point is composed and checked first; one that can't run is refused with a reason, and the others run. A `Runner` runs
+them. `sweep.json` in the sweep's directory records the points, so that another process can collect their results later
+(recipe=collect).
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ WAITING, RUNNING, DONE, FAILED, REFUSED, SUBMITTED = STATES
 
 @dataclass
 class SweepRun:
-    """One run of a sweep, as sweep.json keeps it."""
+    """One point of a sweep, as recorded in sweep.json."""
 
     number: int
-    """Hydra's job number: over all batches of the sweeper."""
+    """Hydra's job number, counted over all batches of the sweeper."""
     overrides: list[str]
-    """As Hydra composed it with."""
+    """The overrides that Hydra composed it with."""
     run_dir: str
-    """Absolute."""
+    """Absolute path."""
     label: str = ""
-    """Those of the overrides that other points don't share."""
+    """The overrides that differ between the points."""
     state: str = WAITING
     objective: float | None = None
-    """What the recipe returned, the validation loss."""
+    """The value that the recipe returned, the validation loss."""
     error: str = ""
     """Why it was refused, or the first failure of its ranks."""
     status: int = 0
-    """The exit status of a run that failed so."""
+    """Exit status of a failed run."""
     job: str = ""
-    """The queue's name for it: 12_3."""
+    """Its job in the queue, e.g. 12_3."""
     world_size: int = 1
-    """Ranks."""
+    """Number of ranks."""
 
     @property
     def title(self) -> str:
-        """What people know it by."""
+        """Its name in messages."""
         return f"point {self.number} ({self.label})" if self.label else f"point {self.number}"
 
     def finish(self, outcome: Outcome) -> None:
-        """Notes how it ended, and shows its error."""
+        """Records how it ended, and prints its error."""
         if isinstance(outcome, Failure):
             self.state, self.error, self.status = FAILED, outcome.text(), outcome.status
             word = "is stopped" if outcome.is_stop else "failed"
@@ -74,27 +74,27 @@ class SweepRun:
             self.state, self.objective = DONE, outcome.objective
 
     def refuse(self, error: MegabridgeError) -> None:
-        """Notes and shows why it can't run."""
+        """Records and prints why it can't run."""
         self.state, self.error, self.status = REFUSED, str(error), CONFIG_ERROR
         print(f"megabridge: {self.title} is refused: {self.error}", file=sys.stderr, flush=True)
 
 
 @dataclass
 class SweepJob:
-    """A point with what its processes need."""
+    """A point with everything that its processes need."""
 
     point: SweepRun
     cfg: DictConfig
     values: dict[str, Any] = field(default_factory=dict)
     config: schema.Config = field(default_factory=schema.Config)
     topology: Topology = field(default_factory=Topology)
-    """Of its processes."""
+    """The topology of its processes."""
     platform: str = ""
     """cpu or cuda. Set by the runner's `check`."""
 
 
 class Runner(Protocol):
-    """Where and how the points of a sweep run."""
+    """Runs the points of a sweep."""
 
     def check(self, job: SweepJob) -> None:
         """Chooses the job's platform. Raises ConfigError when it can't run here."""
@@ -102,12 +102,12 @@ class Runner(Protocol):
     def run(self, jobs: Sequence[SweepJob], folder: Path, save: Callable[[], None]) -> None:
         """Runs all jobs of the sweep in `folder` and finishes their points, or leaves them `SUBMITTED`.
 
-        `save` keeps what is known of the points, for when this process ends early.
+        `save` records the points' state, in case this process ends early.
         """
 
 
 class SweepFailure(MegabridgeError):
-    """Not every point was done. Each one's own error was shown when it was known."""
+    """Some points are not done. The error of each was printed when it occurred."""
 
     def __init__(self, points: Sequence[SweepRun]) -> None:
         lost = [point for point in points if point.state in (FAILED, REFUSED)]
@@ -119,7 +119,7 @@ class SweepFailure(MegabridgeError):
 
 
 class _Failed(JobReturn):
-    """A point that is not done. Asked for its value, Hydra's own would print the overrides of one point after all was said."""
+    """Result of a point that is not done. Hydra's own class would print the point's overrides when its value is read."""
 
     @property
     def return_value(self) -> Any:
@@ -131,9 +131,9 @@ class _Failed(JobReturn):
 
 
 def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], first: int, runner: Runner) -> list[JobReturn]:
-    """Runs a batch of points and writes the sweep's results; what a Hydra launcher returns to its sweeper.
+    """Runs a batch of points and writes the sweep's results; returns what a Hydra launcher returns to its sweeper.
 
-    `context` is Hydra's HydraContext, `master` the sweep's config, whose directory is claimed, `first` the first point's number.
+    `context` is Hydra's HydraContext, `master` the sweep's config, whose directory is locked, `first` the first point's number.
     """
     setup_globals()
     configure_log(master.hydra.hydra_logging, master.hydra.verbose)
@@ -159,7 +159,7 @@ def run(context: Any, master: DictConfig, overrides: Sequence[Sequence[str]], fi
 
 
 def write(folder: Path, points: Sequence[SweepRun]) -> None:
-    """Leaves sweep.json in the sweep's directory, whole. Raises MegabridgeError where it can't; then the one before stays."""
+    """Writes sweep.json to the sweep's directory atomically. Raises MegabridgeError, and then leaves an earlier one as it was."""
     try:
         atomic_files.write(folder / RECORD, json.dumps([asdict(point) for point in points], indent=1) + "\n")
     except OSError as error:
@@ -167,7 +167,7 @@ def write(folder: Path, points: Sequence[SweepRun]) -> None:
 
 
 def _save(folder: Path, points: Sequence[SweepRun]) -> None:
-    """As `write`, of a sweep that runs: what can't be written is said, and costs no point."""
+    """Writes as `write` does, during a sweep: an error is printed, and the sweep continues."""
     try:
         write(folder, points)
     except MegabridgeError as error:
@@ -175,7 +175,7 @@ def _save(folder: Path, points: Sequence[SweepRun]) -> None:
 
 
 def read(folder: Path) -> list[SweepRun]:
-    """The points that `write` left. Raises MegabridgeError where there is no sweep."""
+    """Reads the points that `write` wrote. Raises MegabridgeError where there is no sweep."""
     try:
         content = json.loads(regular_files.read(folder / RECORD))
         if not isinstance(content, list):
@@ -188,7 +188,7 @@ def read(folder: Path) -> list[SweepRun]:
 
 
 def _point(row: Mapping[str, Any]) -> SweepRun:
-    """What `write` made of a point. Raises ValueError or TypeError for anything else: the file may be of others."""
+    """Reads one point of sweep.json. Raises ValueError or TypeError for other content, since the file may be someone else's."""
     names = {each.name for each in fields(SweepRun)}
     point = SweepRun(**{name: value for name, value in row.items() if name in names})
     texts = (point.run_dir, point.label, point.state, point.error, point.job)
@@ -207,12 +207,12 @@ def _point(row: Mapping[str, Any]) -> SweepRun:
 
 
 def _composed(context: Any, master: DictConfig, overrides: list[str], number: int) -> SweepJob:
-    """The config of one point, as Hydra's own launcher composes it."""
+    """Composes the config of one point as Hydra's own launcher does."""
     full = context.config_loader.load_sweep_config(master, overrides)
     with open_dict(full):
         full.hydra.job.id = str(number)
         full.hydra.job.num = number
-    HydraConfig.instance().set_config(full)  # ${hydra:...} means this point's
+    HydraConfig.instance().set_config(full)  # ${hydra:...} resolves to this point's values
     run_dir = Path(str(full.hydra.sweep.dir), str(full.hydra.sweep.subdir)).absolute()
     typed: Any = OmegaConf.to_container(full.hydra.overrides.task, resolve=False)
     cfg = copy.deepcopy(full)
@@ -223,13 +223,13 @@ def _composed(context: Any, master: DictConfig, overrides: list[str], number: in
 
 
 def _check(job: SweepJob, runner: Runner) -> None:
-    """Everything that can be known of a point before it runs; leaves its config.yaml. Raises ConfigError for what can't work."""
+    """Checks a point before it runs, and writes its config.yaml. Raises ConfigError for settings that can't work."""
     job.values, job.config = resolve(job.cfg, Path(job.point.run_dir), job.point.overrides)
     validation.check_layout(job.config, schema.topology(job.config.parallel), known_sizes(job.config.model))
     job.topology = schema.processes(job.config)
     job.point.world_size = job.topology.world_size
     runner.check(job)
-    with run_lock.claimed(Path(job.point.run_dir)):  # until it runs
+    with run_lock.claimed(Path(job.point.run_dir)):  # and released until the point runs
         write_config(job.cfg, job.values)
 
 

@@ -1,4 +1,4 @@
-"""Where metrics and messages go. Loggers are made on every rank and called on rank 0 only."""
+"""Loggers of metrics and messages. They are made on every rank and called on rank 0 only."""
 
 from megabridge.loggers.logger import Logger
 from megabridge.loggers.reporter import Reporter

@@ -1,4 +1,4 @@
-"""Progress of one long step: a bar on a terminal, plain lines elsewhere, nothing on ranks other than 0."""
+"""Progress bar of a long transfer: a bar on a terminal, plain lines elsewhere, nothing on ranks other than 0."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 PLAIN_INTERVAL = 10.0  # seconds between plain lines
 
-Advance = Callable[[int, int], None]  # bytes done, bytes in all
+Advance = Callable[[int, int], None]  # bytes done, bytes in total
 
 
 @contextmanager
 def bytes_bar(label: str, *, show: bool) -> Iterator[Advance]:
-    """A report of bytes moved, to be called with (done, total); shown on standard error."""
+    """Yields a function to call with (bytes done, total bytes); progress is shown on standard error."""
     console = Console(stderr=True)
     if not show:
         yield lambda done, total: None

@@ -1,4 +1,4 @@
-"""The run as lines for people: one per logged step, one per validation, one per report. A progress bar stays below them."""
+"""Console logger: one line per logged step, validation and report. A progress bar stays below them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHORT: Final[dict[str, str]] = {
     "validation/perplexity": "perplexity {:.3f}",
     "validation/tokens": "{:,.0f} tokens",
 }
-# Said by other metrics of the same line, by a line of the callback's own, or of interest in a file only.
+# Metrics that follow from others in the line, that a callback prints itself, or that only files need.
 _HIDDEN: Final = (
     "train/loss_tokens",
     "train/consumed_samples",
@@ -44,10 +44,10 @@ _ZEROS: Final = ("0.0 TFLOP/s", "MFU 0.0%")
 _WIDTH: Final = 80
 """Columns of a step's line where it isn't a terminal's; metrics.jsonl has what finds no place."""
 _ROWS: Final = 2
-"""Rows of a table that are printed; files have all."""
+"""Number of a table's rows that are printed; files have all."""
 
 stdout: Final = RichConsole(highlight=False, soft_wrap=True)
-"""The console that bars and lines share, so that neither overwrites the other."""
+"""Console shared by bars and lines, so that they don't overwrite each other."""
 
 
 class Console(Logger):

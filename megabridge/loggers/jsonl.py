@@ -1,4 +1,4 @@
-"""metrics.jsonl in the run's directory: one JSON object a line, readable while the run goes on."""
+"""Writes metrics.jsonl in the run's directory: one JSON object per line, readable while the run goes on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megabridge.storage import atomic_files, regular_files
 from megabridge.storage.metrics_file import FILE_NAME
 
 MOST: Final = 16 << 20
-"""Bytes of lines that wait in memory for room on the disk; what is logged beyond them is missing."""
+"""Bytes of lines that are buffered in memory while the disk is full; further lines are dropped."""
 
 
 class JsonLines(Logger):
     """Appends {"step": ..., "time": seconds since 1970, metrics...} to metrics.jsonl; a resumed run goes on in the same file.
 
-    A value that is not a number in JSON (NaN, infinity) is written as null. Rows of a table NAME are appended to NAME.jsonl. Where
-    the disk is full, that is said once, and the lines wait until there is room again.
+    A value that JSON can't hold (NaN, infinity) is written as null. Rows of a table NAME are appended to NAME.jsonl. When the disk
+    is full, a message is printed once, and lines are buffered until there is room again.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class JsonLines(Logger):
 
 
 class _Lines:
-    """Whole lines at the end of a file. Those that it doesn't take wait, in their order, and are tried again with the next."""
+    """Appends whole lines to a file. Lines that can't be written are kept in order and tried again with the next ones."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -72,7 +72,7 @@ class _Lines:
         self._is_said = False
 
     def open(self) -> None:
-        """Raises ConfigError for what is no file that can be written; a full disk may have room later."""
+        """Opens the file. Raises ConfigError if it can't be written, but not for a full disk, which may have room later."""
         try:
             self._opened()
         except OSError as error:
@@ -123,7 +123,7 @@ class _Lines:
             os.close(descriptor)
             raise OSError(0, "it is no regular file")
         if status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n":
-            # A killed run may have left half a line; what follows must not be glued to it.
+            # A killed run may have left half a line, to which nothing must be appended.
             self._waiting[:0] = b"\n"
         self._descriptor = descriptor
 

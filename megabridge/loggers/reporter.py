@@ -1,4 +1,4 @@
-"""All loggers of a run as one. Every rank may call it; only rank 0's loggers exist."""
+"""Reporter: passes metrics and messages to all loggers of a run. Every rank may call it; loggers exist on rank 0 only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megabridge.parallel import collectives
 
 
 class Reporter:
-    """Starts `loggers` on rank 0 when it is made, and finishes them once, in `close` or where its `with` block ends."""
+    """Starts `loggers` on rank 0 when it is made, and finishes them once, in `close` or at the end of its `with` block."""
 
     def __init__(self, config: Config, loggers: Sequence[Logger]) -> None:
         self._loggers = list(loggers) if collectives.rank() == 0 else []
@@ -29,17 +29,17 @@ class Reporter:
         self.close()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Gives numbers of one moment to every logger; `step` is the number of optimizer steps taken."""
+        """Passes metrics to every logger; `step` is the number of optimizer steps taken."""
         for logger in self._loggers:
             logger.log(step, metrics)
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
-        """Gives rows of texts of one moment to every logger."""
+        """Passes a table of texts to every logger."""
         for logger in self._loggers:
             logger.table(step, name, rows)
 
     def say(self, line: str) -> None:
-        """Gives a line for people to every logger."""
+        """Passes a line of text to every logger."""
         for logger in self._loggers:
             logger.say(line)
 

@@ -1,7 +1,7 @@
-"""Weights & Biases. The only module that imports wandb, and only when a run starts.
+"""Weights & Biases logger. The only module that imports wandb, and only when a run starts.
 
 A run never depends on it: without an account or a network it writes to the run's directory (`wandb sync` uploads it
-later), and whatever goes wrong is said once and costs no step.
+later), and after an error, which is printed once, the run continues without it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ _INIT_TIMEOUT: Final = 20.0  # seconds that a run waits for an unreachable serve
 
 
 class WandB(Logger):
-    """Logs metrics and the redacted config.
+    """Logs metrics, tables and the redacted config.
 
-    `mode` auto is online where WANDB_API_KEY is set or ~/.netrc knows the host, else offline. WANDB_MODE, where it is set,
-    stands above auto.
+    `mode` auto is online where WANDB_API_KEY is set or ~/.netrc has the host, else offline; WANDB_MODE, if set, replaces auto.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class WandB(Logger):
                 raise
             print(f"wandb: {type(error).__name__}: {error}; logging offline instead", flush=True)
             self._run = self._opened("offline", run_dir, config)
-        # Steps come from us: validation and reports of one step are logged apart.
+        # The step is logged as a metric, since validation and reports of one step are logged separately.
         self._run.define_metric("*", step_metric="step")
 
     def _opened(self, mode: str, run_dir: Path, config: Config) -> Any:
@@ -122,7 +121,7 @@ class WandB(Logger):
 
 
 def resolved_mode(mode: str) -> str:
-    """The wandb mode that `mode` means here and now."""
+    """Resolves `mode`: auto becomes WANDB_MODE, online or offline."""
     if mode != "auto":
         return mode
     if os.environ.get("WANDB_MODE"):
@@ -131,7 +130,7 @@ def resolved_mode(mode: str) -> str:
 
 
 def _safe_config(run_dir: Path, config: Config) -> Any:
-    """The config without secrets. The run's config.yaml, where there is one, also knows what came from the environment."""
+    """The config without secrets; the run's config.yaml, if there is one, also hides values that came from the environment."""
     written = run_dir / "config.yaml"
     if written.is_file():
         return OmegaConf.to_container(OmegaConf.load(written), resolve=False)

@@ -1,6 +1,6 @@
-"""The algebra: how whole Hugging Face tensors are rearranged into Megatron parameters and cut for one rank.
+"""Mapping algebra: rearranges whole Hugging Face tensors into Megatron parameters and cuts them for one rank.
 
-Data and integers only: no model, no process, no file.
+Pure data and integers: no model, no process, no file.
 """
 
 from megabridge.mapping.boxes import Axis, Cut, Run

@@ -1,7 +1,7 @@
-"""Boxes: which elements of a tensor, along each dimension, as maximal strided runs.
+"""Boxes: elements of a tensor as one maximal strided run of indices per dimension.
 
 An `Axis` pairs a run of a native parameter with the run of the Hugging Face tensor that holds the same elements in the same
-order. A box is one axis per dimension; everything that moves weights is a walk over pairs of boxes.
+order. A box is one axis per dimension; all code that moves weights iterates over pairs of boxes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Run:
         return self.count == 1 or self.stride == self.block
 
     def part(self, first: int, count: int, *, skip: int = 0, block: int | None = None) -> Run:
-        """Blocks `first` to `first + count`, of each the `block` indices after `skip`."""
+        """The `block` indices after `skip` of each of the blocks `first` to `first + count`."""
         length = self.block if block is None else block
         stride = length if count == 1 else self.stride
         return Run(self.start + first * self.stride + skip, count, length, stride)
@@ -45,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """The same elements seen from both sides along one dimension; a side that lacks the dimension has `dim` None.
+    """The same elements on both sides along one dimension; the dim of a side that lacks the dimension is None.
 
     Both runs have the same count and block.
     """
@@ -69,11 +69,11 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a native parameter is cut over a group: along `dim`, into `size` shares, of which this is number `index`.
+    """A native parameter's cut over a group: along `dim`, into `size` shares, of which this is number `index`.
 
-    With `stride` n the dimension holds n equal sections, each of which is cut over the group by itself; a rank holds its share of
-    every section, one after another (megatron-core's `partition_stride`: [gate; up] has 2). Where `drops`, a share is one index
-    and the local parameter lacks the dimension (one expert out of all).
+    With `stride` n the dimension holds n equal sections, each of which is cut over the group separately; a rank holds its share of
+    every section, concatenated (megatron-core's `partition_stride`: [gate; up] has 2). With `drops` a share is one index, and the
+    local parameter lacks the dimension (one expert out of all).
     """
 
     dim: int
@@ -83,14 +83,14 @@ class Cut:
     drops: bool = False
 
     def segments(self, length: int) -> list[tuple[int, int, int]]:
-        """(start, stop, local start) of what this share holds of a dimension of global size `length`."""
+        """(start, stop, local start) of the segments that this share has of a dimension of global size `length`."""
         share = length // (self.stride * self.size)
         starts = ((section * self.size + self.index) * share for section in range(self.stride))
         return [(start, start + share, section * share) for section, start in enumerate(starts)]
 
 
 def clip(axis: Axis, start: int, stop: int) -> list[Axis]:
-    """The parts of `axis` whose native indices lie in [start, stop), still in global native indices: at most three."""
+    """The parts of `axis` with native indices in [start, stop), at most three; their native indices stay global."""
     run = axis.native
     if run.is_consecutive:
         low, high = max(run.start, start), min(run.start + run.size, stop)
@@ -121,7 +121,7 @@ def clip(axis: Axis, start: int, stop: int) -> list[Axis]:
 
 
 def cut_axis(axis: Axis, segments: list[tuple[int, int, int]]) -> list[Axis]:
-    """The parts of `axis` inside `segments`, in local native indices."""
+    """The parts of `axis` in `segments`, with local native indices."""
     out = []
     for start, stop, local in segments:
         for part in clip(axis, start, stop):

@@ -1,4 +1,4 @@
-"""Dims: the sizes that layouts ask for, taken from a model's native config."""
+"""Dims: the sizes of a model that layouts use, from its native config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megabridge.errors import MappingError
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of one model. Names are TransformerConfig's where it has one."""
+    """Sizes of one model, named as in TransformerConfig where it has them."""
 
     num_layers: int
     hidden_size: int
@@ -23,7 +23,7 @@ class Dims:
 
     @classmethod
     def of(cls, native: Mapping[str, object]) -> Dims:
-        """The sizes in a native config (see `Family.native`)."""
+        """Takes the sizes from a native config (see `Family.native`)."""
         ints = {name: native.get(name) for name in cls.__dataclass_fields__ if name != "tied"}
         return cls(**ints, tied=bool(native["share_embeddings_and_output_weights"]))  # type: ignore[arg-type]
 
@@ -33,7 +33,7 @@ class Dims:
         return self.num_attention_heads // self.num_query_groups
 
     def size(self, name: int | str) -> int:
-        """A number, or the size called `name`."""
+        """Returns `name` if it is a number, else the size of that name. Raises MappingError for an unknown one."""
         if isinstance(name, int):
             return name
         sizes: dict[str, int | None] = {**self.__dict__, "heads_per_group": self.heads_per_group}

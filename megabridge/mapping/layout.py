@@ -1,6 +1,6 @@
-"""Layouts: how a native parameter is put together from whole Hugging Face tensors. Always a permutation of elements.
+"""Layouts: how a native parameter is assembled from whole Hugging Face tensors, its parts. Always a permutation of elements.
 
-A layout gives the shapes of its parts and its map: pieces of maximal strided runs. The inverse is the same map read backwards.
+A layout has the shapes of its parts and a map: pieces of maximal strided runs. The inverse is the same map read backwards.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One box of part number `part`, paired with the native elements it feeds (global indices on both sides)."""
+    """A box of part number `part`, paired with the native elements that it fills (global indices on both sides)."""
 
     part: int
     axes: tuple[Axis, ...]
 
 
 class Layout(Protocol):
-    """What a rule says about the arrangement; a frozen value. `native` is the global native shape, before any cut."""
+    """The arrangement of a rule's tensors; a frozen value. `native` is the global native shape, before any cut."""
 
     def __hash__(self) -> int: ...
 
     def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
-        """The Hugging Face shape of every part."""
+        """Returns the Hugging Face shape of every part."""
         ...
 
     def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
-        """Pairs of boxes that cover every native element that a part feeds, each once."""
+        """Returns pairs of boxes that cover every native element that a part fills exactly once."""
         ...
 
 
@@ -44,8 +44,8 @@ def _whole(dim: int, length: int) -> Axis:
 
 @dataclass(frozen=True)
 class Same:
-    """The parameter is the tensor. With `rows`, the name of a size, the tensor has that many rows and the native parameter may
-    have more (vocabulary padding): rows that no tensor feeds are zero."""
+    """The parameter is the tensor. With `rows`, the name of a size, the tensor has that many rows, and the native parameter may
+    have more (vocabulary padding), which are zero."""
 
     rows: str | None = None
 
@@ -66,8 +66,8 @@ class Same:
 class Fuse:
     """Row blocks of several tensors, interleaved group by group.
 
-    `ratio` is how many units of rows each part has in one group: QKV has a group per key/value head and (heads per group, 1, 1);
-    gate and up are one group of (1, 1). Sizes may be given by name (see `Dims.size`).
+    `ratio` is the number of equal row blocks of each part in one group: QKV has a group per key/value head and (heads per group,
+    1, 1); gate and up are one group of (1, 1). Sizes may be given by name (see `Dims.size`).
     """
 
     groups: int | str = 1
@@ -102,13 +102,13 @@ class Fuse:
 
 @dataclass(frozen=True)
 class FusedSource:
-    """Like Fuse, but one tensor holds all parts, one below another: [q; k; v] in one."""
+    """Like Fuse, but one tensor holds all parts, concatenated by rows: [q; k; v]."""
 
     groups: int | str = 1
     ratio: tuple[int | str, ...] = (1, 1)
 
     def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
-        Fuse(self.groups, self.ratio).part_shapes(native, dims)  # the rows must be shared without a rest
+        Fuse(self.groups, self.ratio).part_shapes(native, dims)  # raises if the rows can't be divided
         return [native]
 
     def pieces(self, native: Shape, dims: Dims) -> list[Piece]:
@@ -124,7 +124,7 @@ class FusedSource:
 
 @dataclass(frozen=True)
 class Transpose:
-    """The tensors of `inner`, each with its last two dimensions exchanged (GPT-2's Conv1D). One dimension stays as it is."""
+    """The tensors of `inner` with their last two dimensions swapped (GPT-2's Conv1D). Tensors of one dimension are unchanged."""
 
     inner: Layout = Same()
 
@@ -147,8 +147,8 @@ def _exchanged(shape: Shape) -> Shape:
 
 @dataclass(frozen=True)
 class PerRow:
-    """Row i of the parameter is made of tensors of its own through `inner`, `count` rows in all: a norm with one tensor per head,
-    experts with a gate and an up tensor each. Parts are row 0's, then row 1's, and so on."""
+    """Each of the parameter's `count` rows is made of its own tensors through `inner`: a norm with one tensor per head, experts
+    with a gate and an up tensor each. Parts are those of row 0, then those of row 1, and so on."""
 
     count: int | str
     inner: Layout = Same()
@@ -166,7 +166,7 @@ class PerRow:
 
 @dataclass(frozen=True)
 class Stack:
-    """Each tensor of `inner` with a first dimension more, of `count` entries, the parameter's first too: all experts in one."""
+    """Each tensor of `inner` has an additional first dimension of size `count`, the parameter's first: all experts in one."""
 
     count: int | str
     inner: Layout = Same()
@@ -183,8 +183,8 @@ class Stack:
 
 @dataclass(frozen=True)
 class ConcatRows:
-    """Each tensor of `inner` once for every row of the parameter, of which there are `count`, one below another: an adapter's A of
-    all experts in one."""
+    """The tensors of `inner` for each of the parameter's `count` rows, concatenated by rows: an adapter's A of all experts in one
+    tensor."""
 
     count: int | str
     inner: Layout = Same()
@@ -210,9 +210,9 @@ class ConcatRows:
 
 @dataclass(frozen=True)
 class InterleaveColumns:
-    """Like ConcatRows, but the tensor's last dimension takes an index of each row in turn: an adapter's B of all experts in one.
+    """Like ConcatRows, but interleaved along the tensor's last dimension: an adapter's B of all experts in one tensor.
 
-    `inner` has this dimension as the parameter has it.
+    `inner` must leave this dimension in the parameter's order.
     """
 
     count: int | str
@@ -226,14 +226,14 @@ class InterleaveColumns:
         _check_count(self.count, native, dims)
         shapes = self.inner.part_shapes(native[1:], dims)
 
-        def spread(axis: Axis, row: int, last: int) -> Axis:
+        def interleaved(axis: Axis, row: int, last: int) -> Axis:
             if axis.hf_dim != last:
                 return _below(axis, hf=0)
             ours, theirs = Run(axis.native.start, axis.size, 1, 1), Run(row, axis.size, 1, native[0])
             return replace(_below(axis, hf=0), native=ours, hf=theirs)
 
         return [
-            Piece(p.part, (_one(row), *(spread(axis, row, len(shapes[p.part]) - 1) for axis in p.axes)))
+            Piece(p.part, (_one(row), *(interleaved(axis, row, len(shapes[p.part]) - 1) for axis in p.axes)))
             for row in range(native[0])
             for p in self.inner.pieces(native[1:], dims)
         ]
@@ -241,7 +241,7 @@ class InterleaveColumns:
 
 @dataclass(frozen=True)
 class Unsqueeze:
-    """The tensor has a first dimension more, of one entry: a bias that a file keeps as one row."""
+    """The tensor has an additional first dimension of size 1: a bias that a file stores as one row."""
 
     def part_shapes(self, native: Shape, dims: Dims) -> list[Shape]:
         return [(1, *native)]
@@ -253,7 +253,7 @@ class Unsqueeze:
 
 @dataclass(frozen=True)
 class Interleave:
-    """The parameter is `parts` equal blocks of rows, one below another; the tensor takes a row from each in turn."""
+    """The parameter is `parts` equal blocks of rows, concatenated; the tensor takes a row from each in turn."""
 
     parts: int = 2
 
@@ -271,7 +271,7 @@ class Interleave:
 
 @dataclass(frozen=True)
 class Select:
-    """Some parts of `inner`; no tensor feeds the native elements of the others."""
+    """Some parts of `inner`; the native elements of the others are filled by no tensor."""
 
     inner: Layout
     parts: tuple[int, ...]
@@ -291,11 +291,11 @@ def _check_count(count: int | str, native: Shape, dims: Dims) -> None:
 
 
 def _one(row: int) -> Axis:
-    """One row of the parameter; the tensor lacks the dimension."""
+    """The axis of one row of the parameter, a dimension that the tensor lacks."""
     return Axis(0, None, Run.span(row, 1), Run.span(0, 1))
 
 
 def _below(axis: Axis, *, hf: int) -> Axis:
-    """An axis of a row's parameter in the whole one, and in a tensor with `hf` dimensions more in front."""
+    """Moves an axis of one row to the whole parameter, and to a tensor with `hf` more dimensions in front."""
     native_dim = None if axis.native_dim is None else axis.native_dim + 1
     return replace(axis, native_dim=native_dim, hf_dim=None if axis.hf_dim is None else axis.hf_dim + hf)

@@ -1,4 +1,4 @@
-"""Rules: which Hugging Face tensors feed which native parameter, through which layout. One table, read in both directions."""
+"""Rules: which Hugging Face tensors make up which native parameter, through which layout. One table for both directions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SAME: Final = Same()
 
 @dataclass(frozen=True)
 class Rule:
-    """`native` lists alternative names of one parameter (a backend has one of them); `hf` the tensors that feed it, in order.
+    """The rule of one parameter: `native` are its names under different backends, `hf` the tensors that make it up, in order.
 
-    `when_tied` names the tensor that feeds it instead when embedding and output weights are tied.
+    `when_tied` is the tensor that fills it instead if embedding and output weights are tied.
     """
 
     native: tuple[str, ...]
@@ -30,7 +30,7 @@ class Rule:
     when_tied: str | None = None
 
     def under(self, native: str, hf: str) -> Rule:
-        """The same rule below two prefixes."""
+        """Returns the same rule below two prefixes."""
         return replace(self, native=tuple(f"{native}.{name}" for name in self.native), hf=tuple(f"{hf}.{name}" for name in self.hf))
 
 
@@ -38,12 +38,12 @@ Rules = tuple[Rule, ...]
 
 
 def weight(native: str | tuple[str, ...], *hf: str, layout: Layout = SAME, when_tied: str | None = None) -> Rule:
-    """A rule for one native parameter; a tuple of names lists what different backends call it."""
+    """Makes the rule of one native parameter; a tuple has its names under different backends."""
     return Rule((native,) if isinstance(native, str) else native, hf, layout, when_tied)
 
 
 def block(native: str, hf: str, *rules: Rule | Rules) -> Rules:
-    """Rules placed below a prefix on each side, such as one layer."""
+    """Puts rules below a prefix on each side, such as that of a layer."""
     return tuple(rule.under(native, hf) for rule in flat(rules))
 
 
@@ -65,14 +65,14 @@ class Resolved:
     is_tied_copy: bool
 
     def names(self, count: int) -> tuple[str, ...]:
-        """The tensors' names, of which there are `count`."""
+        """Returns the names of the `count` tensors."""
         if "{row}" not in self.hf[0]:
             return self.hf
         return tuple(name.format(row=row) for row in range(count // len(self.hf)) for name in self.hf)
 
 
 class _Numbers(dict[str, str]):
-    """Fills in placeholders; one that the native name lacks counts the parameter's rows (`{head}`, `{expert}`)."""
+    """Fills in placeholders; one that the native name lacks stands for the parameter's rows (`{head}`, `{expert}`)."""
 
     def __missing__(self, key: str) -> str:
         return "{row}"
@@ -81,9 +81,9 @@ class _Numbers(dict[str, str]):
 class WeightMap:
     """A family's weight rules, looked up by canonical native name (global layer numbers).
 
-    One expert's parameter, `experts.3.linear_fc1.weight`, is a row of `experts.linear_fc1.weight`, which the rule is for. `{mtp}`
-    in a native name is the number of a multi-token-prediction layer; files number such layers on from the last one: `{after}`.
-    `copies` are tensors of such a layer with the tensor that each must equal, bit for bit.
+    One expert's parameter, `experts.3.linear_fc1.weight`, is a row of `experts.linear_fc1.weight`, for which there is a rule.
+    `{mtp}` in a native name is the number of a multi-token-prediction layer; files continue the numbers of the other layers:
+    `{after}`. `copies` pairs tensors of such a layer with the tensors that they must equal bit for bit.
     """
 
     def __init__(self, *rules: Rule | Rules, copies: tuple[tuple[str, str], ...] = ()) -> None:
@@ -98,7 +98,7 @@ class WeightMap:
                 self._by_template[template] = (rule, tuple(_PLACEHOLDER.findall(name)))
 
     def resolve(self, native: str, dims: Dims) -> Resolved | None:
-        """The tensors and the layout that feed the parameter called `native`, or None when no rule does."""
+        """Returns the tensors and the layout of the parameter `native`, or None if it has no rule."""
         native = _EXPERT.sub("", native)
         found = self._by_template.get(_NUMBER.sub("#", native))
         if found is None:
@@ -112,9 +112,9 @@ class WeightMap:
         return Resolved(tuple(name.format_map(numbers) for name in rule.hf), rule.layout, False)
 
     def aliases(self, dims: Dims, tensors: Collection[str]) -> dict[str, str]:
-        """What files may carry beside `tensors`: copies, each with the one of `tensors` that it must equal bit for bit.
+        """Returns copies that files may hold besides `tensors`, each with the one of `tensors` that it must equal bit for bit.
 
-        Of tied embeddings, and of a multi-token-prediction layer's where it is among `tensors`.
+        They are copies of tied embeddings, and those in multi-token-prediction layers that are among `tensors`.
         """
         tied = {rule.hf[0]: rule.when_tied for rule in self.rules if rule.when_tied is not None} if dims.tied else {}
         out = {copy: original for copy, original in tied.items() if original in tensors}
@@ -127,5 +127,5 @@ class WeightMap:
 
 
 def natural(name: str) -> tuple[tuple[int, int | str], ...]:
-    """A sort key that puts layer 2 before layer 10."""
+    """Sort key that puts layer 2 before layer 10."""
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))

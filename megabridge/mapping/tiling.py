@@ -1,4 +1,4 @@
-"""Tilings: whether boxes cover every element of a tensor exactly once. Real boxes, not counts: an overlap can't hide a gap."""
+"""Checks that boxes cover every element of a tensor exactly once. It compares boxes, not counts: an overlap can't hide a gap."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Flaw:
-    """Elements that boxes cover some other number of times than once: a half-open interval per dimension."""
+    """Elements that boxes do not cover exactly once, as a half-open interval per dimension."""
 
     where: tuple[Interval, ...]
     times: int
@@ -27,12 +27,12 @@ class Flaw:
 
 
 def hf_boxes(transfers: Iterable[Transfer]) -> list[Box]:
-    """The boxes of transfers in the Hugging Face tensor that they share."""
+    """The boxes of `transfers` in their common Hugging Face tensor."""
     return [tuple(axis.hf for axis in transfer.axes if axis.hf_dim is not None) for transfer in transfers]
 
 
 def native_boxes(transfers: Iterable[Transfer]) -> list[Box]:
-    """The boxes of transfers in the local native parameter that they share."""
+    """The boxes of `transfers` in their common local native parameter."""
     return [
         tuple(
             axis.native
@@ -45,10 +45,10 @@ def native_boxes(transfers: Iterable[Transfer]) -> list[Box]:
 
 
 def flaw(shape: Shape, boxes: Sequence[Box], *, allow_gaps: bool = False) -> Flaw | None:
-    """The first elements of a tensor of `shape` that are not in exactly one of `boxes`, or None when these tile it.
+    """Returns the first elements of a tensor of `shape` that are not in exactly one of `boxes`, or None if these tile it.
 
-    With `allow_gaps`, elements may be in no box (vocabulary padding). A box that reaches out of the tensor is a flaw, too: its part
-    outside, with the boxes counted that hold it.
+    With `allow_gaps`, elements may be in no box (vocabulary padding). The part of a box outside the tensor is a flaw too, with the
+    number of boxes that cover it.
     """
     if 0 in shape:
         return None
@@ -67,7 +67,7 @@ def _intervals(run: Run) -> list[Interval]:
 
 @dataclass(slots=True)
 class _Sweep:
-    """Dimension by dimension: where the same boxes overlap in the outer dimensions, they must tile the inner ones."""
+    """Checks dimension by dimension: boxes that overlap in the outer dimensions must tile the inner ones."""
 
     shape: Shape
     boxes: list[tuple[list[Interval], ...]]
@@ -104,7 +104,7 @@ class _Sweep:
         return None
 
     def _between(self, start: int, stop: int, covering: dict[int, int], dim: int) -> Flaw | None:
-        """The flaw of the slab `start` to `stop` of dimension `dim`, that the keys of `covering` lie over so many times."""
+        """The flaw in the slab `start` to `stop` of dimension `dim`; `covering` is the number of times that each box covers it."""
         inner = tuple((0, length) for length in self.shape[dim + 1 :])
         is_outside = start < 0 or stop > self.shape[dim]
         if (is_outside and covering) or any(times > 1 for times in covering.values()):

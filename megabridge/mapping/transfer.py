@@ -1,4 +1,4 @@
-"""Transfers: the pieces of a layout cut for one rank. Import, export, verification and planning are walks over this list."""
+"""Transfers: the pieces of a layout cut for one rank. Import, export, verification and planning iterate over them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SHORT: Final = 4096  # elements
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A box of part number `part` and the box of the local native parameter that holds the same elements.
+    """A box of part number `part`, and the box of the local native parameter that holds the same elements.
 
-    The axes stand in the order of the Hugging Face tensor's dimensions; `hf_shape` is the whole tensor's.
+    The axes are in the order of the Hugging Face tensor's dimensions; `hf_shape` is the shape of the whole tensor.
     """
 
     part: int
@@ -33,18 +33,18 @@ class Transfer:
         return prod(axis.size for axis in self.axes)
 
     def native_view(self, strides: tuple[int, ...]) -> tuple[list[int], list[int], int]:
-        """(sizes, strides, offset), in elements, of the native box in a tensor of these strides.
+        """Returns (sizes, strides, offset), in elements, of the native box in a tensor with these strides.
 
-        Two view dimensions, block number and index in the block, per axis.
+        Each axis has two dimensions in the view: the block, and the index in the block.
         """
         return _view([(axis.native_dim, axis.native) for axis in self.axes], strides)
 
     def hf_view(self) -> tuple[list[int], list[int], int]:
-        """The same of the Hugging Face box in the whole, contiguous tensor."""
+        """The same for the Hugging Face box in the whole, contiguous tensor."""
         return _view([(axis.hf_dim, axis.hf) for axis in self.axes], contiguous_strides(self.hf_shape))
 
     def split(self, most: int) -> Iterator[Transfer]:
-        """This transfer as several of at most `most` elements each (never less than one innermost row)."""
+        """Splits this transfer into several of at most `most` elements."""
         if self.elements <= most:
             yield self
             return
@@ -56,8 +56,8 @@ class Transfer:
             return
 
     @property
-    def stretches(self) -> int:
-        """How many starts `rows` gives, without making them: of a box in turn and transposed there are as many as elements."""
+    def contiguous_run_count(self) -> int:
+        """Number of runs in `contiguous_runs`, without making them: it can be that of the elements (interleaved and transposed)."""
         count, merging = 1, True
         for axis in reversed(self.axes):
             run = axis.hf
@@ -70,8 +70,8 @@ class Transfer:
                 merging = run.size == 1
         return count
 
-    def rows(self) -> tuple[int, list[int]]:
-        """(length, starts): the box as stretches of `length` consecutive elements of the flat Hugging Face tensor, in order."""
+    def contiguous_runs(self) -> tuple[int, list[int]]:
+        """(length, starts): the box as runs of `length` consecutive elements of the flat Hugging Face tensor, in order."""
         length, outer, merging = 1, [], True
         strides = contiguous_strides(self.hf_shape)
         for axis in reversed(self.axes):
@@ -81,7 +81,7 @@ class Transfer:
                 length *= run.size
                 outer.append([run.start * stride])
                 merging = run.size == whole
-            elif merging:  # every dimension inside is whole, so that a block is one stretch
+            elif merging:  # every inner dimension is whole, so that a block is one run
                 length *= run.block
                 outer.append([(run.start + i * run.stride) * stride for i in range(run.count)])
                 merging = False
@@ -101,16 +101,16 @@ def _halves(axis: Axis) -> list[Axis]:
 
 
 def coalescible(transfers: Sequence[Transfer]) -> list[tuple[Transfer, ...]]:
-    """The transfers, those together that take turns along the last dimension of a tensor, side by side: gate and up by column, or
-    the columns of a rank's experts.
+    """Groups transfers whose boxes alternate along the last dimension of a tensor, side by side: interleaved columns of gate and
+    up, or of a rank's experts.
 
-    Short blocks only: long ones are as well moved by themselves.
+    Only short blocks are grouped: it is no gain for long ones.
     """
     groups: dict[Any, list[Transfer]] = {}
     for number, transfer in enumerate(transfers):
         *outer, last = [axis.hf for axis in transfer.axes]
-        takes_turns = not last.is_consecutive and last.block <= SHORT
-        key = (transfer.part, *outer, last.count, last.block, last.stride, last.start // last.stride) if takes_turns else number
+        alternates = not last.is_consecutive and last.block <= SHORT
+        key = (transfer.part, *outer, last.count, last.block, last.stride, last.start // last.stride) if alternates else number
         groups.setdefault(key, []).append(transfer)
     out: list[tuple[Transfer, ...]] = []
     for group in groups.values():
@@ -122,19 +122,19 @@ def coalescible(transfers: Sequence[Transfer]) -> list[tuple[Transfer, ...]]:
 
 
 def coalesced(group: Sequence[Transfer]) -> Transfer:
-    """The box in the tensor of a group of `coalescible`, or of equal parts of its transfers; native sides are not said."""
+    """Joins the tensor's boxes of a group of `coalescible`, or of equal parts of its transfers. The native side is not valid."""
     first = group[0]
     if len(group) == 1:
         return first
     last = first.axes[-1]
-    turns = replace(last.hf, block=last.hf.block * len(group))
-    if turns.is_consecutive:
-        turns = Run.span(turns.start, turns.size)
-    return replace(first, axes=(*first.axes[:-1], replace(last, hf=turns)))
+    joined = replace(last.hf, block=last.hf.block * len(group))
+    if joined.is_consecutive:
+        joined = Run.span(joined.start, joined.size)
+    return replace(first, axes=(*first.axes[:-1], replace(last, hf=joined)))
 
 
 def whole(shape: Shape) -> Transfer:
-    """All of a tensor, which is a parameter as it is."""
+    """Transfer of a whole tensor that is a parameter as it is."""
     return Transfer(0, shape, tuple(Axis(dim, dim, Run.span(0, size), Run.span(0, size)) for dim, size in enumerate(shape)))
 
 
@@ -158,9 +158,9 @@ def _view(runs: list[tuple[int | None, Run]], strides: tuple[int, ...]) -> tuple
 
 @lru_cache(maxsize=4096)
 def transfers(layout: Layout, native: Shape, dims: Dims, cuts: tuple[Cut, ...]) -> tuple[Transfer, ...]:
-    """What one share of a parameter of global shape `native` exchanges with its parts. Cached: layers repeat.
+    """Returns the transfers between one share of a parameter of global shape `native` and its parts. Cached, since layers repeat.
 
-    `cuts` are of different dimensions; their sizes multiply to the number of shares.
+    `cuts` are along different dimensions; the product of their sizes is the number of shares.
     """
     shapes = layout.part_shapes(native, dims)
     out = []
@@ -190,7 +190,7 @@ def _cut_piece(piece: Piece, native: Shape, cuts: tuple[Cut, ...]) -> list[tuple
 
 
 def _without(axis: Axis, dropped: list[int]) -> Axis:
-    """The axis in a local parameter that lacks the native dimensions `dropped`."""
+    """Moves the axis to a local parameter that lacks the native dimensions `dropped`."""
     if axis.native_dim is None:
         return axis
     if axis.native_dim in dropped:

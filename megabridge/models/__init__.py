@@ -1,4 +1,4 @@
-"""Models of megatron-core with what Hugging Face's need: provider, layer specs, layers."""
+"""Builds megatron-core models of Hugging Face architectures: the provider, layer specs and layers."""
 
 from megabridge.platform import prepare
 

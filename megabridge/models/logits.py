@@ -1,4 +1,4 @@
-"""Logits of a whole model on every rank, under any layout."""
+"""Gathers the logits of a whole model on every rank, under any layout."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def gather_logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
     """Runs the model forward on `tokens` [b, s] and returns its logits [b, s, vocab_size], fp32, on every rank.
 
     Every rank calls it with its chunks, which may be wrapped, and with the same tokens; causal attention, no dropout,
-    padded vocabulary columns left out. Raises ConfigError for tokens that are none of the model's, and under context parallelism:
-    it would need the sequence cut.
+    padded vocabulary columns left out. Raises ConfigError for tokens outside the vocabulary, and under context parallelism, for
+    which the sequence would have to be cut.
     """
     if parallel_state.get_context_parallel_world_size() > 1:
         raise ConfigError("gather_logits works with context_parallel_size=1 only; build the model without cp for it.")
@@ -35,7 +35,7 @@ def gather_logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
     check_tokens(tokens, vocab_size, "tokens")
     length = tokens.shape[1]
     tokens = tokens.to(platform.device())
-    if config.sequence_parallel:  # the model is causal: tokens on the right don't change what is left of them
+    if config.sequence_parallel:  # the model is causal: tokens on the right don't change those on the left
         tokens = F.pad(tokens, (0, -length % config.tensor_model_parallel_size))
     trained = [chunk.training for chunk in chunks]
     for chunk in chunks:
@@ -62,7 +62,7 @@ def gather_logits(chunks: Sequence[Any], tokens: Tensor) -> Tensor:
 
 
 def _forward(chunks: Sequence[Any], tokens: Tensor, config: Any) -> list[Tensor]:
-    """The logits of each micro-batch, on the last stage (elsewhere an empty list)."""
+    """Returns the logits of each micro-batch on the last stage; an empty list elsewhere."""
     # The interleaved schedule takes at least as many micro-batches as there are stages.
     count = parallel_state.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
     batches = tokens.chunk(count) if tokens.shape[0] % count == 0 else [tokens] * count

@@ -1,4 +1,4 @@
-"""How the layers of a model are dealt to pipeline stages and their virtual chunks."""
+"""Splits the layers of a model over pipeline stages and their virtual chunks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megabridge.errors import ConfigError, listed
 def split_layers(num_layers: int, *, pp: int, vpp: int = 1) -> list[int]:
     """Layers per chunk, in the order in which a token passes them: chunk `v * pp + p` is on stage p.
 
-    Where the chunks don't divide the layers, the first and the last are lighter: they also hold the embedding and the
-    output layer. The last has least, because the loss costs more than the embedding. Raises ConfigError when a chunk
-    between them would be empty.
+    Where the number of chunks doesn't divide that of layers, the first and the last chunk have fewer: they also hold the
+    embedding and the output layer. The last has the fewest, because the loss costs more than the embedding. Raises
+    ConfigError when a chunk between them would be empty.
     """
     chunks = pp * vpp
     if problems := stage_problems(num_layers, pp=pp, vpp=vpp):
@@ -25,9 +25,9 @@ def split_layers(num_layers: int, *, pp: int, vpp: int = 1) -> list[int]:
 
 
 def layout_of(layers: list[int], *, mtp: int = 0) -> list[list[str]]:
-    """What each chunk holds, in passing order, as megatron-core's `pipeline_model_parallel_layout` says it.
+    """The contents of each chunk, in passing order, in the form of megatron-core's `pipeline_model_parallel_layout`.
 
-    `mtp` multi-token-prediction layers stand before the loss.
+    `mtp` multi-token-prediction layers come before the loss.
     """
     layout = [["decoder"] * count for count in layers]
     layout[0].insert(0, "embedding")

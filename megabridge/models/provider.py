@@ -1,4 +1,4 @@
-"""ModelProvider: native settings and a topology become this rank's model chunks."""
+"""ModelProvider: builds this rank's model chunks from native settings and a topology."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 import megabridge.platform as platform
-from megabridge.config import instantiate, layout_rules
+from megabridge.config import instantiate
 from megabridge.config.value_types import shown
 from megabridge.errors import ConfigError, listed
 from megabridge.models import provider_settings as rules
@@ -40,7 +40,7 @@ Init = Literal["random", "empty", "meta"]
 
 
 class ModelProvider:
-    """The settings of a model, as attributes, and what builds it.
+    """The settings of a model, as attributes, and the methods that build it.
 
     Every field of megatron-core's TransformerConfig is a setting, and those of `provider_settings.OWN_FIELDS`. Reading or
     setting another name raises ConfigError with the nearest one; so does setting anything after `finalize`.
@@ -53,7 +53,7 @@ class ModelProvider:
 
     family_name: str
     unread: tuple[str, ...]
-    """Keys of config.json that nothing reads: `describe` says them."""
+    """Keys of config.json that nothing reads; `describe` lists them."""
     _given: dict[str, Any]
     _config: Any
     _pre_wrap_hooks: list[Hook]
@@ -93,7 +93,7 @@ class ModelProvider:
     # ------------------------------------------------------------------ settings
 
     def finalize(self) -> None:
-        """Checks every rule and makes `config`; settings are fixed from here on. Does nothing the second time.
+        """Checks every rule and makes `config`; settings are fixed from here on. Further calls do nothing.
 
         Needs no ranks. Raises ConfigError with all problems in one message.
         """
@@ -112,8 +112,8 @@ class ModelProvider:
         except (ValueError, AssertionError, TypeError) as error:
             raise ConfigError(f"megatron-core refuses the settings of {self.family_name}: {error}") from error
         if config.virtual_pipeline_model_parallel_size is not None:
-            # Batched sends and receives pair the wrong messages where two stages exchange several chunks:
-            # right losses, wrong gradients.
+            # Batched sends and receives pair the wrong messages where two stages exchange several chunks: losses are
+            # right, gradients wrong.
             config.overlap_p2p_comm, config.batch_p2p_comm = True, False
         object.__setattr__(self, "_config", config)
 
@@ -126,18 +126,18 @@ class ModelProvider:
 
     @property
     def resolved_backend(self) -> Backend:
-        """What `backend` means here. Raises ConfigError for a name that no backend has."""
+        """The backend that the setting `backend` selects here. Raises ConfigError for a name that no backend has."""
         return chosen(lambda name: self._given[name] if name in self._given else rules.default(name))
 
     @property
-    def style(self) -> LayerOptions:
-        """What the layers do beyond megatron-core's TransformerConfig."""
+    def layer_options(self) -> LayerOptions:
+        """The options of the layers beyond megatron-core's TransformerConfig."""
         return LayerOptions.of(lambda name: getattr(self, name))
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding, over all ranks."""
-        return layout_rules.padded_vocabulary(lambda name: getattr(self, name), self.tensor_model_parallel_size)
+        """Rows of the embedding over all ranks: vocab_size and its padding."""
+        return rules.padded_vocab_size(lambda name: getattr(self, name), self.tensor_model_parallel_size)
 
     @property
     def split(self) -> list[list[int]]:
@@ -152,7 +152,7 @@ class ModelProvider:
         return by_stage(counts, pp=pp)
 
     def describe(self, *, runs: bool = True) -> str:
-        """One line: layout, backend, dtype where it `runs`, which layers each stage holds, and keys that nothing reads.
+        """One line: layout, backend, dtype (with `runs`), the number of layers of each stage, and config keys that nothing reads.
 
         Needs finalize().
         """
@@ -170,21 +170,21 @@ class ModelProvider:
         )
 
     def topology(self, world_size: int) -> Topology:
-        """The topology of this model over `world_size` processes. Raises ConfigError when the sizes don't fit."""
+        """Returns the topology of this model over `world_size` processes. Raises ConfigError when the sizes don't fit."""
         return Topology.of_settings(vars(self.config).__getitem__, world_size)
 
     # ------------------------------------------------------------------ model
 
     def register_pre_wrap_hook(self, hook: Hook) -> None:
-        """`hook(chunks) -> chunks` runs on every rank once the bare chunks exist: load weights, freeze, adapt."""
+        """Adds `hook(chunks) -> chunks`, which runs on every rank once the bare chunks exist: load weights, freeze, adapt."""
         self._pre_wrap_hooks.append(hook)
 
     def register_post_wrap_hook(self, hook: Hook) -> None:
-        """`hook(chunks) -> chunks` runs on every rank after mixed-precision and data-parallel wrapping."""
+        """Adds `hook(chunks) -> chunks`, which runs on every rank after mixed-precision and data-parallel wrapping."""
         self._post_wrap_hooks.append(hook)
 
     def start_groups(self) -> None:
-        """Finalizes, and makes the process groups of this layout current, starting them when there are none. Every rank calls it.
+        """Finalizes, and makes the process groups of this layout current, creating them when there are none. Every rank calls it.
 
         Raises ConfigError, with the torchrun command, when more processes are needed.
         """
@@ -201,14 +201,14 @@ class ModelProvider:
         *,
         init: Init = "random",
     ) -> Chunk:
-        """One bare chunk of this rank: embedding when `pre_process`, output layer when `post_process`.
+        """Builds one bare chunk of this rank: with the embedding if `pre_process`, the output layer if `post_process`.
 
-        Both follow from the rank's place in the pipeline when None. Needs finalize() and process groups. `init` is
-        random (config.init_method), empty (uninitialised memory, for weights that are loaded next) or meta (no memory,
-        for plans; with the layers that the backend has for this).
+        None: as the rank's place in the pipeline has it. Needs finalize() and process groups. `init` is random
+        (config.init_method), empty (uninitialised memory, for weights that are loaded next) or meta (no memory, for plans;
+        with the layers of `Backend.without_memory`).
         """
         config, backend = self.config, self.resolved_backend
-        if init == "meta":  # a config of its own: the other chunks share one, which a trainer sets functions on
+        if init == "meta":  # a copy, since all other chunks share one config, on which a trainer sets functions
             config = copy.copy(config)
             config.init_model_with_meta_device = config.use_cpu_initialization = True  # torch.device() decides
             backend = backend.without_memory(config)
@@ -222,7 +222,7 @@ class ModelProvider:
         with device, _initialization(config, enabled=init == "random"):
             return CausalLM(
                 config,
-                TransformerBlockSubmodules(specs, backend.norm(config, self.style)),
+                TransformerBlockSubmodules(specs, backend.norm(config, self.layer_options)),
                 mtp_block_spec=self._mtp_spec(config, backend, vp_stage),
                 vocab_size=self.vocab_size,
                 padded_vocab_size=self.padded_vocab_size,
@@ -233,7 +233,7 @@ class ModelProvider:
                 share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
                 rope=self.rope,
                 rotary_percent=self.rotary_percent,
-                style=self.style,
+                options=self.layer_options,
             )
 
     def provide_distributed_model(
@@ -244,13 +244,13 @@ class ModelProvider:
         init: Init = "random",
         runs: bool = True,
     ) -> list[Chunk]:
-        """This rank's chunks (one, or one per virtual stage), on `platform.device()`. Every rank calls it.
+        """Builds this rank's chunks (one, or one per virtual stage) on `platform.device()`. Every rank calls it.
 
-        Finalizes, starts the process groups when there are none (a single process needs no set-up), builds the chunks,
+        Finalizes, creates the process groups when there are none (a single process needs no set-up), builds the chunks,
         runs the pre-wrap hooks, wraps in Float16Module for bf16 and fp16, then in DistributedDataParallel with the
         distributed optimizer (`ddp_config` overrides fields of DistributedDataParallelConfig), and runs the post-wrap
-        hooks. Chunks that are only converted (`runs=False`) are not wrapped in Float16Module, which would cast what hooks
-        filled. Raises ConfigError, with the torchrun command, when more processes are needed.
+        hooks. Chunks that are only converted (`runs=False`) are not wrapped in Float16Module, which would cast the weights
+        that hooks loaded. Raises ConfigError, with the torchrun command, when more processes are needed.
         """
         self.start_groups()
         config = self.config
@@ -263,21 +263,21 @@ class ModelProvider:
             chunks = [in_half_precision(config, chunk) for chunk in chunks]
         if wrap_with_ddp:
             chunks = _data_parallel(chunks, config, ddp_config or {})
-            # What was asked for: the config has it off, for chunks without a buffer.
+            # The setting as it was given: config has it off, for chunks without a gradient buffer.
             if self._given.get("gradient_accumulation_fusion", rules.default("gradient_accumulation_fusion")):
                 wgrad_products.fuse_wgrad(chunks)
         elif ddp_config:
-            raise ConfigError("ddp_config has no meaning with wrap_with_ddp=False; leave it out.")
+            raise ConfigError("ddp_config has no effect with wrap_with_ddp=False; leave it out.")
         for hook in self._post_wrap_hooks:
             chunks = _checked(hook(chunks), hook)
         return chunks
 
     def _mtp_spec(self, config: Any, backend: Backend, vp_stage: int | None) -> Any:
-        """The spec of the multi-token-prediction layers of this chunk, which are like the last layer; None where it has none."""
+        """The spec of this chunk's multi-token-prediction layers, which are like the last layer; None where it has none."""
         if not config.mtp_num_layers:
             return None
         last = self._layer_spec(config, backend, config.num_layers - 1)
-        return backend.mtp(config, self.style, last, vp_stage)
+        return backend.mtp(config, self.layer_options, last, vp_stage)
 
     def _layer_specs(self, config: Any, backend: Backend, stage: int, chunk: int) -> list[Any]:
         """The specs of the layers of one chunk of a stage."""
@@ -293,7 +293,7 @@ class ModelProvider:
     def _layer_spec(self, config: Any, backend: Backend, layer: int) -> Any:
         given = self.transformer_layer_spec
         if given is None:
-            return backend.layer(config, self.style, has_experts=rules.has_experts(config, layer))
+            return backend.layer(config, self.layer_options, has_experts=rules.has_experts(config, layer))
         if isinstance(given, str):
             given = instantiate.named(given, where="transformer_layer_spec")
         return given if isinstance(given, ModuleSpec) else given(config)
@@ -301,7 +301,7 @@ class ModelProvider:
 
 @contextlib.contextmanager
 def _initialization(config: Any, *, enabled: bool) -> Iterator[None]:
-    """Whether modules that are built inside fill their parameters."""
+    """Turns the initialisation of parameters on or off for modules that are built inside."""
     wanted = config.perform_initialization
     config.perform_initialization = wanted and enabled
     try:

@@ -1,4 +1,4 @@
-"""What a provider's settings may be: names, defaults, and every rule that `ModelProvider.finalize` checks."""
+"""Settings of a ModelProvider: names, defaults, vocabulary padding and other derived values, and the rules `finalize` checks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def config_fields() -> dict[str, object]:
     }
 
 
-# What has no name in TransformerConfig.
+# Settings that TransformerConfig lacks.
 OWN_FIELDS: Final[Mapping[str, object]] = {
     "vocab_size": None,
     "seq_length": 2048,
@@ -62,16 +62,16 @@ OWN_FIELDS: Final[Mapping[str, object]] = {
     "rotary_percent": 1.0,
     "rope": None,
     "backend": "auto",
-    "adapted": False,  # whether adapters are added to the model, whose linears the backend's must be
+    "adapted": False,  # whether the model gets adapters, which need linears of certain classes
     "make_vocab_size_divisible_by": 1,
     "transformer_layer_spec": None,
-    "hf_mtp_layers": 0,  # of the Hugging Face model; mtp_num_layers says whether they are built
+    "hf_mtp_layers": 0,  # number in the Hugging Face model; mtp_num_layers says whether they are built
     **layer_options.DEFAULTS,
 }
 
 
 def our_defaults() -> dict[str, object]:
-    """Where a provider's default is not TransformerConfig's. What is set, by a family or a user, wins."""
+    """Defaults of a provider that differ from TransformerConfig's. Values that a family or a user sets win."""
     on_cuda = not platform.is_cpu()
     return {
         "hidden_dropout": 0.0,  # Hugging Face's causal models have none
@@ -82,14 +82,14 @@ def our_defaults() -> dict[str, object]:
         "gradient_accumulation_fusion": on_cuda,
         "cuda_graph_modules": [],  # TransformerConfig's own default is deprecated, and warns
         "moe_router_load_balancing_type": "none",  # transformers adds its loss on request only
-        "moe_router_bias_update_rate": 0.0,  # a correction bias moves on request only
+        "moe_router_bias_update_rate": 0.0,  # a correction bias is updated on request only
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": None,  # follows from the device
     }
 
 
 def default(name: str) -> object:
-    """The value of a setting that nobody set. Raises UnknownSetting for a name that there isn't."""
+    """The default of a setting. Raises UnknownSetting for a name that does not exist."""
     ours = our_defaults()
     for known in (OWN_FIELDS, ours, config_fields()):
         if name in known:
@@ -102,7 +102,7 @@ def is_known(name: str) -> bool:
 
 
 class UnknownSetting(ConfigError, AttributeError):
-    """A name that no provider setting has. An AttributeError too, so that copying and inspecting a provider work."""
+    """An unknown name of a setting. Also an AttributeError, so that copying and inspecting a provider work."""
 
     def __init__(self, name: str) -> None:
         near = difflib.get_close_matches(name, [*OWN_FIELDS, *config_fields()], n=1)
@@ -111,7 +111,7 @@ class UnknownSetting(ConfigError, AttributeError):
 
 
 def problems_of(get: Callable[[str], Any]) -> list[str]:
-    """Every rule that the settings break, one sentence each: the rule, the value, the remedy. `get` reads a setting."""
+    """Returns a sentence for every rule that the settings break: the rule, the value, the remedy. `get` reads a setting."""
     missing = [
         f"{name} must be set to a positive number; it is {get(name)!r}."
         for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
@@ -174,7 +174,7 @@ def _router_problems(get: Callable[[str], Any]) -> list[str]:
 
 
 def _layer_problems(get: Callable[[str], Any]) -> list[str]:
-    """Settings that the chosen backend, or no backend, can represent."""
+    """Settings of layers that no backend supports, or that contradict each other."""
     mtp, published = get("mtp_num_layers") or 0, get("hf_mtp_layers")
     problems = [*_named_problems(get), *_rope_problems(get)]
     bias, mlp = get("add_bias_linear"), get("add_mlp_bias")
@@ -196,7 +196,7 @@ def _rope_problems(get: Callable[[str], Any]) -> list[str]:
     width = get("qk_pos_emb_head_dim") if get("multi_latent_attention") else int(channels * get("rotary_percent"))
     ropes = [rope for rope in (get("rope"), get("local_rope")) if rope is not None]
     problems = [problem for rope in ropes for problem in rope_problems(rope)]
-    is_whole = channels == int(channels)  # else there is a problem with that
+    is_whole = channels == int(channels)  # otherwise that is reported
     return problems or [problem for rope in ropes if is_whole for problem in width_problems(rope, width)]
 
 
@@ -219,7 +219,7 @@ def _named_problems(get: Callable[[str], Any]) -> list[str]:
 
 
 def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of TransformerConfig: what was given, our defaults, and what follows from both."""
+    """Returns the arguments of TransformerConfig: the given values, our defaults, and values derived from both."""
     known = {field.name for field in dataclasses.fields(config_class(get))}
     settings = {name: value for name, value in {**our_defaults(), **given}.items() if name in known}
     dtype = DTYPES.get(get("params_dtype"), get("params_dtype"))
@@ -241,9 +241,9 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
     settings.setdefault("pipeline_dtype", dtype)
     if settings["moe_token_dispatcher_type"] is None:
         etp = get("expert_tensor_parallel_size") or get("tensor_model_parallel_size")
-        # gloo has no all-gather of unequal sizes, which all-to-all with expert tensor parallelism takes.
+        # gloo has no all-gather of unequal sizes, which all-to-all with expert tensor parallelism needs.
         settings["moe_token_dispatcher_type"] = "allgather" if platform.is_cpu() and etp > 1 else "alltoall"
-    # megatron-core's fused gelu is the tanh approximation, whatever the function says.
+    # megatron-core's fused gelu is always the tanh approximation.
     settings.setdefault("bias_activation_fusion", gated and activation is F.silu)
     vpp = get("virtual_pipeline_model_parallel_size") or 1
     pp = get("pipeline_model_parallel_size")
@@ -259,8 +259,14 @@ def config_settings(get: Callable[[str], Any], given: Mapping[str, Any]) -> dict
     return settings
 
 
+def padded_vocab_size(get: Callable[[str], Any], tp: int) -> int:
+    """vocab_size, padded to a multiple of make_vocab_size_divisible_by x tp."""
+    multiple = int(get("make_vocab_size_divisible_by")) * tp
+    return -(-int(get("vocab_size")) // multiple) * multiple
+
+
 def has_experts(config: Any, layer: int) -> bool:
-    """Whether layer number `layer`, from 0, is a mixture of experts (megatron-core's reading of moe_layer_freq)."""
+    """Whether layer number `layer`, from 0, is a mixture of experts, as megatron-core reads moe_layer_freq."""
     if config.num_moe_experts is None:
         return False
     pattern = config.moe_layer_freq

@@ -1,4 +1,4 @@
-"""Megatron's checkpoints: saved, loaded under any layout, and never trusted."""
+"""Native (Megatron) checkpoints: saving, loading under any layout, and safe reading of untrusted files."""
 
 from megabridge.platform import prepare
 

@@ -1,9 +1,9 @@
 """Native checkpoints: a megatron-core distributed checkpoint (torch_dist) that any layout can continue from.
 
-What is in one: parameters, optimizer state by parameter (`fully_reshardable`, so that tp2 can be read as pp2), the
-learning-rate schedule's place, progress, each rank's random state, in `assets/` what an HF export needs beyond weights,
-and a digest of all that (digests.py). All functions here are called by every rank. A synchronous save starts no process, and
-a load runs no code that came with the file: megatron-core's own `dist_checkpointing.load` unpickles freely, so its steps are
+It holds the parameters, the optimizer state by parameter (`fully_reshardable`, so that tp2 can be read as pp2), the position
+in the learning-rate schedule, progress, each rank's random state, in `assets/` the files of an HF export besides weights,
+and digests of all that (digests.py). All functions here are called by every rank. A synchronous save starts no process, and
+a load runs no code from the file: megatron-core's own `dist_checkpointing.load` unpickles anything, so its steps are
 taken one by one here.
 """
 
@@ -51,33 +51,33 @@ _ADAPTER: Final = ".adapter."  # in the names of adapters' parameters
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How far a run is."""
+    """Progress of a run, as a checkpoint records it."""
 
     step: int = 0
     """Optimizer steps taken."""
     consumed_samples: int = 0
-    """Sequences seen; the data order continues from here."""
+    """Sequences seen so far; the data continues after them."""
     settings: Mapping[str, object] = field(default_factory=dict)
-    """What the run's course depends on (every setting, digests of its inputs), to be compared on resume."""
+    """All settings and digests of the inputs, to be compared on resume."""
     recent_losses: Sequence[float] = ()
-    """The last steps' losses, where the run compares them with the next (config group `policy`)."""
+    """Losses of the last steps, if the run needs them to detect spikes (config group `policy`)."""
     same_layout: bool = True
-    """On a load: whether the checkpoint was written under this layout, so that the random state was restored too."""
+    """After a load: whether the checkpoint was written under this layout, so that the random state was restored too."""
     rounded: Casts = field(default_factory=dict)
-    """On a load: by their names in the checkpoint, the tensors that this run's parameters can't hold as they are stored."""
+    """After a load: the tensors that were rounded because this run's parameters can't hold their dtype, by checkpoint name."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a native folder says of itself: its parameters' dtype (most elements' one), and whether they were trained."""
+    """Facts of a native folder: its parameters' dtype (that of most elements), and whether they were trained."""
 
     dtype: torch.dtype
     is_trained: bool
 
 
 def locate(path: Path) -> Path:
-    """The native folder that `path` names: itself, the one of a step, or a run's newest. Needs no ranks."""
-    path = regular_files.place(path)
+    """Finds the native folder of `path`: itself, that of a step, or a run's newest. Raises CheckpointError. Needs no ranks."""
+    path = regular_files.expand(path)
     known = (path, path / folders.NATIVE, folders.latest(path), folders.latest(path / "checkpoints"))
     found = next((folder for folder in known if folder is not None and folders.is_committed(folder)), None)
     if found is None:
@@ -89,7 +89,7 @@ def locate(path: Path) -> Path:
 
 
 def read_info(folder: Path) -> CheckpointInfo:
-    """What is in a native folder, without reading a tensor. A folder of another program's counts as trained. Needs no ranks."""
+    """Reads the facts of a native folder, without tensors. A folder of another program counts as trained. Needs no ranks."""
     source = reader.open_folder(folder)
     common = source.read_common().get(_COMMON) if source.has_state else None
     dtypes: Counter[torch.dtype] = Counter()
@@ -103,9 +103,9 @@ def read_info(folder: Path) -> CheckpointInfo:
 
 
 def assets(folder: Path) -> Path | None:
-    """The folder of what a native folder carries beside its state, None where it has none. Needs no ranks.
+    """Returns the assets folder of a native folder, None where it has none. Needs no ranks.
 
-    Raises CheckpointError where something in it is not what was saved.
+    Raises CheckpointError where a file in it is not as it was saved.
     """
     record = Digests.read(folder)
     if problems := [] if record is None else record.problems(folder, ASSETS):
@@ -122,7 +122,7 @@ def save(
     scheduler: Any = None,
     write_assets: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a native checkpoint to `folder`, which must not exist; it appears under that name only when it is complete.
+    """Writes a native checkpoint to `folder`, which must not exist; it gets that name only when it is complete.
 
     `optimizer` is megatron-core's (None: weights only), `scheduler` its OptimizerParamScheduler. `write_assets` is called
     on rank 0 with an empty folder. Raises CheckpointError on every rank; the model and the optimizer are never changed.
@@ -201,11 +201,11 @@ def load(
     """Reads `folder`, written under any layout, into the model, the optimizer and the scheduler, bit for bit.
 
     Hyperparameters (learning rate, decay, betas) stay those of the running optimizer; only its state is read. The random
-    state and FP8's scales are restored where the layout is the same. A folder that was converted and never trained gives
-    its weights only: the run begins with them at step 0. `agree` is told how far the run is before any tensor is compared or
-    read, and raises the same on every rank where that can't be gone on with. Raises CheckpointError on every rank: before anything
-    is changed where the folder is incomplete or of another model; where a box in it is damaged, what was read before has its
-    place already.
+    state and FP8's scales are restored if the layout is the same. A folder that was converted and never trained has only
+    weights: the run begins with them at step 0. `agree` is called with the progress before any tensor is compared or read, and
+    raises the same error on every rank if the run can't continue from it. Raises CheckpointError on every rank: before anything is
+    changed if the folder is incomplete or of another model; if a box in it is damaged, the boxes read before have been copied
+    already.
     """
     with raise_together("opening a checkpoint"):
         source = reader.open_folder(folder)
@@ -242,9 +242,9 @@ def load(
 
 
 def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: Any = None) -> Casts:
-    """Reads only the parameters of `folder`, ours or another megatron-core program's; `optimizer` takes them as its masters.
+    """Reads only the parameters of `folder`, ours or another megatron-core program's; `optimizer` copies them to its masters.
 
-    Returns what it rounded, as `Progress.rounded` has it.
+    Returns the tensors that were rounded, as in `TrainingProgress.rounded`.
     """
     with raise_together("opening a checkpoint"):
         source = reader.open_folder(folder)
@@ -258,7 +258,7 @@ def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], *, optimizer: 
 
 
 def keep_dtypes(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
-    """Gives the parameters of chunks that are converted and not run memory of the dtypes that `folder` stores; elements are lost.
+    """Reallocates the parameters of chunks that are only converted with the dtypes stored in `folder`; their values are lost.
 
     Every rank calls it, before `load_weights`.
     """
@@ -275,7 +275,7 @@ def keep_dtypes(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def _progress(common: Mapping[str, Any]) -> TrainingProgress:
-    """Progress out of a checkpoint's common state."""
+    """Progress from a checkpoint's common state."""
     return TrainingProgress(
         step=common["step"],
         consumed_samples=common["consumed_samples"],
@@ -295,7 +295,7 @@ def _common(source: reader.NativeReader) -> dict[str, Any]:
 
 
 def _check_step(folder: Path, step: int) -> None:
-    """Raises CheckpointError where `folder` bears the name of another step: which steps are newest, and go, is told by names."""
+    """Raises CheckpointError if `folder` has the name of another step: the names decide which step is newest or removed."""
     named = folders.STEP.fullmatch(folder.parent.name) if folder.name == folders.NATIVE else None
     if named is not None and int(named[1]) != step:
         raise CheckpointError(
@@ -312,7 +312,7 @@ def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 
 def _sharded(chunk: Any) -> dict[str, Any]:
-    """A chunk's sharded parameters by their names in it; Transformer Engine's extra state is a pickle, of what fp8.py stores."""
+    """A chunk's sharded parameters by local name, without Transformer Engine's extra state: a pickle, saved by fp8_scales.py."""
     return {name: tensor for name, tensor in chunk.sharded_state_dict().items() if not name.endswith("_extra_state")}
 
 
@@ -320,14 +320,15 @@ def _fill(chunks: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
     for index, chunk in enumerate(unwrap_model(list(chunks))):
         read = loaded.get("model" if len(chunks) == 1 else f"model{index}", {})  # nothing for a stage without adapters
         wrong = chunk.load_state_dict(read, strict=False)
-        missing = wrong.missing_keys if chunk.stored is None else ()  # adapters alone are read; the rest came with the model
+        # A chunk with a sharded state of its own reads adapters alone; all else came with the model.
+        missing = wrong.missing_keys if chunk.own_sharded_state is None else ()
         names = [name for name in (*missing, *wrong.unexpected_keys) if not name.endswith("_extra_state")]
         if names:
             raise CheckpointError(f"parameters that the checkpoint and the model don't share:\n  {listed(names)}")
 
 
 def _check_names(source: reader.NativeReader, state: Mapping[str, Any], *, ignored: tuple[str, ...]) -> Casts:
-    """Raises on every rank where a rank asks for what the folder lacks, or no rank asks for what it holds; else what is rounded."""
+    """Returns the tensors to be rounded; raises on every rank if the folder lacks tensors of the model, or has other ones."""
     wanted = reader.requested_entries(state)
     stored = source.tensors()
     casts = {
@@ -357,13 +358,13 @@ def _kind(stored: Collection[str], everyones: Sequence[tuple[set[str], object, o
 
 
 def _own(key: str, state: Any) -> Any:
-    """What each rank has for itself."""
+    """Makes the sharded object of state that each rank has for itself."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     return ShardedObject(key, state, (world,), (rank,), replica_id=0)
 
 
 def _rng_state() -> dict[str, Any]:
-    """The state of every generator that a step may use, as plain numbers and tensors."""
+    """The state of every random generator that a step may use, as plain numbers and tensors."""
     algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),

@@ -1,8 +1,8 @@
-"""The digests of a native checkpoint: of every box in its files, of the metadata that says where these lie, of its assets.
+"""Digests (xxh3_128) of a native checkpoint: of every box in its files, of the metadata with their positions, of its assets.
 
-A box's is of what it holds: dtype, shape and elements, or an object's bytes. It is taken of the memory that is written, and again
-of the memory that was read, before anything is copied from there: no file is read for it, and what a disk did is found. The digest
-of `.metadata` binds a record to one save; what lies at a box's place in another checkpoint's file of equal size has another digest.
+A box's digest covers its content: dtype, shape and elements, or an object's bytes. It is computed from the memory that is written,
+and again from the memory that was read, before anything is copied from there: it takes no extra reads, and finds disk errors.
+The digest of `.metadata` binds a record to one save; a file of another checkpoint with equal sizes has other digests.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import xxhash
 
 from megabridge.errors import CheckpointError
 from megabridge.hf.safetensors_format import TensorInfo, parse_json, stamp_of
-from megabridge.parallel.collectives import spread
+from megabridge.parallel.collectives import distribute
 from megabridge.storage import regular_files
 from megabridge.storage.folders import MARKER
 
 FILE: Final = "megabridge_digests.json"
 FORMAT: Final = 1
 METADATA: Final = ".metadata"
-_APART: Final = (".distcp", ".safetensors")  # their content has digests by box and by tensor
+_APART: Final = (".distcp", ".safetensors")  # they have digests by box and by tensor instead
 _CHUNK: Final = 8 << 20  # bytes of a file that are read at once
 _PIECE: Final = 64 << 20  # bytes of a tensor that one rank reads
 
 Boxes = Mapping[str, Mapping[int, str]]
-"""Digests by file and by the byte where a box begins in it."""
+"""Digests by file and by a box's offset in it."""
 
 
 @dataclass(frozen=True)
 class Digests:
-    """What was written: `save` is the save's own number, `files` are paths in the folder."""
+    """The record of a save: `save` is its unique id, `boxes` and `files` are digests, files by path in the folder."""
 
     save: str
     boxes: Boxes
@@ -52,7 +52,7 @@ class Digests:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The record in `folder`, None where it has none. Raises CheckpointError for a damaged one."""
+        """Reads the record in `folder`, None where it has none. Raises CheckpointError for a damaged one."""
         path = folder / FILE
         if not path.is_file():
             return None
@@ -73,20 +73,20 @@ class Digests:
         return made
 
     def check_metadata(self, folder: Path, content: bytes) -> None:
-        """Raises CheckpointError unless `content`, that of `.metadata`, is what was written with these digests."""
+        """Raises CheckpointError unless `content`, that of `.metadata`, has its digest in this record."""
         if self.files.get(METADATA) != of_bytes(content):
             raise CheckpointError(
-                f"{folder / METADATA} must be of the save that {FILE} beside it is of, but one of them is damaged or of another "
+                f"{folder / METADATA} must belong to the same save as {FILE} beside it, but one of them is damaged or of another "
                 "checkpoint; use another step."
             )
 
     def check_marker(self, folder: Path) -> None:
-        """Raises CheckpointError unless megatron-core's own description of the folder is what was written."""
+        """Raises CheckpointError unless megatron-core's own description of the folder is as it was written."""
         if MARKER in self.files and self.files[MARKER] != of_file(folder / MARKER):
             raise CheckpointError(f"{folder / MARKER} has other bytes than were written; use another step.")
 
     def problems(self, folder: Path, below: str) -> list[str]:
-        """A line for each file in `folder`/`below` that is not what was written; reads them."""
+        """Reads the files in `folder`/`below`; returns a line for each that is not as it was written."""
         found = {str(path.relative_to(folder)): path for path in _files(folder / below) if not path.name.startswith(".")}
         written = {name: digest for name, digest in self.files.items() if name.startswith(f"{below}/")}
         return [
@@ -98,7 +98,7 @@ class Digests:
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    """The digests of a native folder's files by path, but for those whose content has its own."""
+    """Digests of a native folder's files by path, without those that have digests by box or tensor."""
     return {str(path.relative_to(folder)): of_file(path) for path in _files(folder)}
 
 
@@ -107,12 +107,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def of_box(value: torch.Tensor | io.BytesIO) -> str:
-    """The digest of a box: a tensor on the CPU, or an object's bytes."""
+    """Digest of a box: a tensor on the CPU, or an object's bytes."""
     if isinstance(value, io.BytesIO):
         return of_bytes(value.getbuffer())
     digest = xxhash.xxh3_128(f"{value.dtype} {tuple(value.shape)} ".encode())
     digest.update(_memory(whole := value.detach().contiguous()))
-    del whole  # not before: its memory was read until here
+    del whole  # not earlier: its memory is read until here
     return digest.hexdigest()
 
 
@@ -121,14 +121,13 @@ def of_bytes(content: bytes | memoryview) -> str:
 
 
 def of_tensors(infos: Iterable[TensorInfo]) -> str:
-    """The digest of the tensors that files hold: names, dtypes, shapes and elements, in whichever files. Collective.
+    """Digest of the tensors in files: names, dtypes, shapes and elements, however they are distributed over files. Collective.
 
-    Every rank reads its part. `infos` are tensors as they are stored. Raises CheckpointError where a file has changed since its
-    header was read.
+    Every rank reads its part. `infos` are stored tensors. Raises CheckpointError if a file has changed since its header was read.
     """
     ordered = sorted(infos, key=lambda info: (info.file.name, info.start, info.name))
     pieces = [(info, begin) for info in ordered for begin in range(0, max(info.nbytes, 1), _PIECE)]
-    found = spread("reading the weights' digests", len(pieces), lambda number: _of_piece(*pieces[number]))
+    found = distribute("reading the weights' digests", len(pieces), lambda number: _of_piece(*pieces[number]))
     lines = [f"{info.name} {info.dtype} {info.shape} {begin} {digest}" for (info, begin), digest in zip(pieces, found, strict=True)]
     return of_bytes("\n".join(sorted(lines)).encode())
 
@@ -154,7 +153,7 @@ def of_file(file: Path) -> str:
 
 
 def _own(content: Mapping[str, Any]) -> str:
-    """The digest of a record itself."""
+    """Digest of the record itself."""
     return of_bytes(json.dumps(content, sort_keys=True).encode())
 
 

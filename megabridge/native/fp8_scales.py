@@ -1,6 +1,6 @@
-"""Scales of FP8 with delayed scaling: what Transformer Engine's modules know of the largest values of earlier steps.
+"""FP8 scales and amax histories of Transformer Engine's modules (delayed scaling), saved as plain tensors.
 
-Transformer Engine stores them as a pickle, which it doesn't read again unless asked to trust it. Here they are plain tensors.
+Transformer Engine stores them as a pickle, which it doesn't load unless told to trust it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Scales = dict[str, dict[str, Any]]
 
 
 def scales(chunks: Sequence[torch.nn.Module]) -> Scales:
-    """Copies on the CPU of what this rank's modules have, by name; nothing where no module has taken a step in FP8."""
+    """Copies the scales of this rank's modules to the CPU, by name; empty before the first step in FP8."""
     found: Scales = {}
     for name, module in _modules(chunks):
         states = {kind: module.fp8_meta.get(kind) for kind in _KINDS}
@@ -33,7 +33,7 @@ def scales(chunks: Sequence[torch.nn.Module]) -> Scales:
 
 @torch.no_grad()
 def restore(chunks: Sequence[torch.nn.Module], found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Gives them back, before the first step. Modules that the checkpoint doesn't know begin anew."""
+    """Restores the scales, before the first step. Modules that are not in the checkpoint start afresh."""
     config = get_model_config(chunks[0])
     known = [(name, module) for name, module in _modules(chunks) if name in found and config.fp8 is not None]
     for name, module in known:
@@ -44,16 +44,16 @@ def restore(chunks: Sequence[torch.nn.Module], found: Mapping[str, Mapping[str, 
         for kind in _KINDS:
             for part in _PARTS:
                 current = getattr(meta[kind], part, None)
-                if current is not None and current.shape == found[name][f"{kind}.{part}"].shape:  # another history, or recipe
+                if current is not None and current.shape == found[name][f"{kind}.{part}"].shape:  # not in another recipe
                     current.copy_(found[name][f"{kind}.{part}"])
 
 
 @contextmanager
 def preserved(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """A forward pass inside it that is no training step leaves no trace in the scales of the next one.
+    """Restores the scales after the block, so that a forward pass that is no training step doesn't change them.
 
-    Transformer Engine's kernels write the largest values that they see into the history also where no gradient is asked for; what
-    was measured on validation data would decide how training data is rounded, and a resumed run would differ.
+    Transformer Engine's kernels record the largest values in the history also without gradients: validation data would influence
+    the rounding of training data, and a resumed run would differ.
     """
     before = scales(chunks)
     try:

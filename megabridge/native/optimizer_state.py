@@ -1,17 +1,16 @@
-"""The optimizer's part of a native checkpoint, and what megatron-core 0.19.2 needs to read it back right.
+"""Optimizer state of a native checkpoint, with workarounds that megatron-core 0.19.2 needs to load it correctly.
 
 Without Transformer Engine and Apex, megatron/core/optimizer/distrib_optimizer.py (1) asserts when the optimizer has taken
 no step yet, (2) raises KeyError 'step' while it copies the loaded state, and (3) gives every parameter one shared `step`
-tensor, which torch's AdamW then counts up once per parameter: a silently wrong second step. So the state is seeded before
-it is asked for (1), `step` is away while the rest is read (2), and every parameter gets a `step` of its own after (3).
+tensor, which torch's AdamW then increments once per parameter: a silently wrong second step. So the state is created before
+it is requested (1), `step` is removed while the rest is read (2), and every parameter gets its own `step` afterwards (3).
 
 With or without them, (4) a `fully_reshardable` save takes the state out of a buffer by offsets that count padding which is not
-there (tied embeddings on the last pipeline stage have a bucket of their own): platform/patches/optimizer_offsets.py counts them
-anew.
+there (tied embeddings on the last pipeline stage have a bucket of their own): platform/patches/optimizer_offsets.py corrects
+them.
 
-Where parameters are frozen, or only adapters are trained, (5) a rank may have none to train, and (1) asserts again; and (6) layers
-are rows of one tensor in a checkpoint, whose rows of frozen layers would have no state. So each layer's state is then a tensor of
-its own.
+With frozen parameters, or adapters alone, (5) a rank may have nothing to train, and (1) asserts again; and (6) layers are rows of
+one tensor in a checkpoint, in which frozen layers would have no state. So the state of each layer is then a tensor of its own.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ _STATE_KEY: Final = re.compile(r"optimizer\.state\.[^.]+\.(.+)")
 _SHARDING: Final = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
-    # Dense and expert parameters have an optimizer each; names without its number survive a change of ep.
+    # Dense and expert parameters have separate optimizers; names without the optimizer's number don't depend on ep.
     "chained_optim_avoid_prefix": True,
 }
 
 
 def parts(optimizer: Any) -> list[Any]:
-    """The optimizers inside of megatron-core's chain that own parameters on this rank."""
+    """The optimizers in megatron-core's chain that own parameters on this rank."""
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [part for part in chain if not part.is_stub_optimizer]
 
 
 def seed(optimizer: Any) -> None:
-    """Gives torch's AdamW the state it would make at its first step, where it has none yet: zeros, and step 0."""
+    """Creates the state that torch's AdamW makes at its first step, where it has none yet: zeros, and step 0."""
     for part in parts(optimizer):
         for group, parameter in _adam_parameters(part):
             if part.optimizer.state[parameter]:
@@ -69,7 +68,7 @@ def bytes_each(optimizer: Any) -> int:
 
 
 def common(optimizer: Any) -> dict[str, Any]:
-    """What is equal on all ranks: updates applied, and the loss scale of FP16."""
+    """The state that is equal on all ranks: the number of updates, and FP16's loss scale."""
     values: dict[str, Any] = {"step": _steps_taken(optimizer)}
     scalers = [part.grad_scaler for part in parts(optimizer) if not isinstance(part, FP32Optimizer)]
     if scalers and scalers[0] is not None:
@@ -78,7 +77,7 @@ def common(optimizer: Any) -> dict[str, Any]:
 
 
 def sharded(optimizer: Any, model_state: Mapping[str, Any], *, loading: bool) -> Any:
-    """megatron-core's sharded state of the optimizer; every rank calls it (it gathers over dp when saving)."""
+    """Returns megatron-core's sharded state of the optimizer. Every rank calls it (it gathers over dp when saving)."""
     seed(optimizer)
     buffers = [buffer for part in parts(optimizer) if isinstance(part, DistributedOptimizer) for buffer in part.buffers]
     with optimizer_offsets.installed(buffers), _steps_without_parameters(optimizer):
@@ -92,13 +91,13 @@ def _frozen_keys(model_state: Mapping[str, Any]) -> set[str]:
     """Checkpoint keys of parameters that are frozen on any rank. Every rank calls it."""
     entries = nested_values(dict(model_state))
     tensors = (entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory))
-    # Buffers (a router's correction bias) ask for no gradient either, and have no state to keep.
+    # Buffers (a router's correction bias) require no gradient either, but never have state.
     here = {entry.key for entry in tensors if isinstance(entry.data, torch.nn.Parameter) and not entry.data.requires_grad}
     return set().union(*all_gather(here))
 
 
 def _unstacked(entry: Any, frozen: Container[str]) -> Any:
-    """An entry whose place in a stack of layers is part of its key, where other layers of that stack are frozen."""
+    """Makes an entry of stacked layers an entry of its own layer, with the layer in its key, if layers of that stack are frozen."""
     match = _STATE_KEY.search(entry.key) if isinstance(entry, ShardedTensor | ShardedTensorFactory) else None
     if match is None or match[1] not in frozen:
         return entry
@@ -124,7 +123,7 @@ def _unstacked(entry: Any, frozen: Container[str]) -> Any:
 
 @contextlib.contextmanager
 def _steps_without_parameters(optimizer: Any) -> Iterator[None]:
-    """While entered, an optimizer without parameters on this rank has the number of steps that the others have."""
+    """Gives optimizers without parameters on this rank the number of steps of the others, within the block."""
     taken = torch.tensor(float(_steps_taken(optimizer)))
     empty: list[Any] = [
         part.optimizer for part in parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW) and not part.optimizer.state
@@ -139,7 +138,7 @@ def _steps_without_parameters(optimizer: Any) -> Iterator[None]:
 
 
 def restore(optimizer: Any, loaded: Any, common_values: Mapping[str, Any]) -> None:
-    """Puts the loaded tensors and the number of steps into the optimizer; hyperparameters stay as they are."""
+    """Loads the tensors and the number of steps into the optimizer; hyperparameters are unchanged."""
     chained = isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) > 1
     states = [loaded[index] for index in sorted(loaded)] if chained else [loaded]
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
@@ -153,7 +152,7 @@ def _restore_part(part: Any, state: dict[str, Any], common_values: Mapping[str, 
     if "grad_scaler" in common_values and not isinstance(part, FP32Optimizer):
         state["grad_scaler"] = common_values["grad_scaler"]
     if isinstance(part, DistributedOptimizer):
-        tensors = state.pop("param_state", {})  # away where this rank has nothing to train
+        tensors = state.pop("param_state", {})  # missing if this rank has nothing to train
         state.pop("param_state_sharding_type")
         for group in state["optimizer"]["param_groups"]:
             group["step"] = step
@@ -171,7 +170,7 @@ def _restore_part(part: Any, state: dict[str, Any], common_values: Mapping[str, 
 
 
 def _steps_taken(optimizer: Any) -> int:
-    """Updates applied, the same on every rank: one that owns no parameter learns it from the others."""
+    """Number of updates, the same on every rank: one that owns no parameter gets it from the others."""
     steps = [-1]
     for part in parts(optimizer):
         steps += [int(part.optimizer.state[parameter]["step"]) for _, parameter in _adam_parameters(part)][:1]
@@ -182,7 +181,7 @@ def _steps_taken(optimizer: Any) -> int:
 
 
 def _adam_parameters(part: Any) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-    """(group, parameter) of everything that torch's own AdamW updates; nothing for other optimizers."""
+    """(group, parameter) for everything that torch's own AdamW updates; nothing for other optimizers."""
     if isinstance(part.optimizer, torch.optim.AdamW):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
@@ -190,6 +189,6 @@ def _adam_parameters(part: Any) -> Iterator[tuple[dict[str, Any], torch.Tensor]]
 
 
 def _step(value: int, group: Mapping[str, Any], parameter: torch.Tensor) -> torch.Tensor:
-    """A step counter as torch.optim.AdamW keeps it: on the parameter's device only where the update reads it there."""
+    """Makes a step counter like torch.optim.AdamW's: on the parameter's device only if the update reads it there."""
     on_device = bool(group["fused"] or group["capturable"])
     return torch.tensor(float(value), dtype=torch.float32, device=parameter.device if on_device else "cpu")

@@ -1,9 +1,8 @@
-"""Reads tensors and objects out of a torch_dist folder without executing anything that is in it.
+"""Reads tensors and objects from a torch_dist folder without executing anything in it.
 
-The steps of megatron/core/dist_checkpointing/serialization.py:load and strategies/torch.py:TorchDistLoadShardedStrategy,
-with four differences: `.metadata` goes through safe_unpickling.py, objects through torch's weights-only unpickler, files are
-checked (name, presence, size) before a weight is touched, and what is read is compared with its digest before it is copied
-anywhere.
+It takes the steps of megatron/core/dist_checkpointing/serialization.py:load and strategies/torch.py:TorchDistLoadShardedStrategy,
+with four differences: `.metadata` is read by safe_unpickling.py, objects by torch's weights-only unpickler, files are checked
+(name, presence, size) before a weight is changed, and a box is compared with its digest before it is copied anywhere.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
 _COMMON_KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
 SAVE: Final = "megabridge_save."
-"""Begins the name of an object that every save with digests has; the rest of the name is the save's number."""
+"""Prefix of the name of an object in every save with digests; the rest of the name is the save's id."""
 
 
 @dataclass(frozen=True)
 class NativeReader:
-    """An opened native folder: its metadata has been read and its files have been checked.
+    """An opened native folder, whose metadata has been read and whose files have been checked.
 
-    Without `digests`, in a folder of another program's, what is read is taken as it is.
+    Without `digests`, in a folder of another program, content is not verified.
     """
 
     folder: Path
@@ -54,17 +53,17 @@ class NativeReader:
     digests: Digests | None
 
     def tensors(self) -> dict[str, tuple[torch.dtype, int]]:
-        """The dtype and the number of elements of all tensors in the folder, by global name."""
+        """Returns dtype and number of elements of all tensors in the folder, by global name."""
         entries = self.metadata.state_dict_metadata.items()
         return {key: (e.properties.dtype, e.size.numel()) for key, e in entries if isinstance(e, TensorStorageMetadata)}
 
     @property
     def has_state(self) -> bool:
-        """Whether `read_common` finds something: megatron-core before 0.19 wrote it elsewhere."""
+        """Whether there is common state to read: megatron-core before 0.19 wrote it elsewhere."""
         return _COMMON_KEY in self.metadata.state_dict_metadata
 
     def problems(self, wanted: Mapping[str, Any]) -> list[str]:
-        """What of `wanted` (from `requested_entries`) the folder lacks or has in another shape, a line each."""
+        """Returns a line for each entry of `wanted` (from `requested_entries`) that the folder lacks or has in another shape."""
         found = []
         for key, entry in wanted.items():
             stored = self.metadata.state_dict_metadata.get(key)
@@ -77,7 +76,7 @@ class NativeReader:
         return found
 
     def read_common(self) -> dict[str, Any]:
-        """The state that is equal on all ranks."""
+        """Reads the state that is equal on all ranks."""
         if not self.has_state:
             raise CheckpointError(
                 f"{self.folder} has no common state (megatron-core before 0.19 wrote it elsewhere); load its weights instead."
@@ -90,9 +89,9 @@ class NativeReader:
         return values
 
     def read(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """`state` (a sharded state dict) with tensors read in place where they exist, and objects read.
+        """Reads the entries of `state` (a sharded state dict), tensors in place where they exist, and objects; returns the state.
 
-        What `state` itself holds beside sharded entries is kept. Calls no collective.
+        Entries of `state` that are not sharded are kept. Calls no collective.
         """
         prepared, nonpersistent, factories = load_preprocess(dict(state))
         entries, result = extract_sharded_base(prepared)
@@ -120,7 +119,7 @@ class NativeReader:
         reader = _Reader(self)
         try:
             dcp_load(target, storage_reader=reader, planner=planner, no_dist=True)
-        except CheckpointException as error:  # no Exception: it would pass every handler
+        except CheckpointException as error:  # a BaseException, which handlers of Exception don't catch
             (cause, _), *_ = error.failures.values()
             if isinstance(cause, MegabridgeError) or not isinstance(cause, Exception):
                 raise cause from error
@@ -133,9 +132,9 @@ class NativeReader:
 
 
 class _Reader(FileSystemReader):
-    """torch's reader on metadata that has been read already; compares what it reads with the digests, if there are any.
+    """torch's reader with metadata that has been read already; compares boxes with their digests, if there are any.
 
-    What differs is copied nowhere; `wrong` has a line for it.
+    A box that differs is not copied, and `wrong` gets a line for it.
     """
 
     def __init__(self, source: NativeReader) -> None:
@@ -166,12 +165,12 @@ class _Reader(FileSystemReader):
         return done
 
     def _read_box(self, file: str, offset: int, items: list[ReadItem], planner: Any) -> None:
-        """Reads a box once, for all that is wanted of it."""
+        """Reads a box once, for all its items."""
         entry = self.storage_data[items[0].storage_index]
         is_object = items[0].type == LoadItemType.BYTE_IO
         with regular_files.opened(self._folder / file) as stream:
             part = self._slice_file(stream, entry)
-            # What other programs may have packed.
+            # Other programs may have compressed it.
             unpacked = self.transforms.transform_load_stream(items[0], entry.transform_descriptors or (), part)
             whole: Any = unpacked if not is_object and unpacked.seekable() else io.BytesIO(unpacked.read(-1))
             value = whole if is_object else torch.load(whole, map_location="cpu", weights_only=True)
@@ -191,7 +190,7 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(torch_dist.MCoreLoadPlanner):  # type: ignore[misc]
-    """megatron-core's planner; objects are read by torch's weights-only unpickler, which refuses by name."""
+    """megatron-core's planner, which reads objects by torch's weights-only unpickler."""
 
     @override
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
@@ -199,20 +198,20 @@ class _Planner(torch_dist.MCoreLoadPlanner):  # type: ignore[misc]
 
 
 def _named(item: ReadItem) -> str:
-    """What a box is of, for people."""
+    """Name of a box in messages."""
     index = item.storage_index
     return index.fqn if index.offset is None else f"{index.fqn} from {list(index.offset)}"
 
 
 def requested_entries(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The sharded entries of `state` by the name they have in a checkpoint."""
+    """Returns the sharded entries of `state` by their names in a checkpoint."""
     prepared, _, _ = load_preprocess(dict(state))
     entries, _ = extract_sharded_base(prepared)
     return {entry.unique_key if isinstance(entry, ShardedObject) else entry.key: entry for entry in nested_values(entries)}
 
 
 def open_folder(folder: Path) -> NativeReader:
-    """Reads the metadata of `folder`, and checks its digests and every file that it names. Raises CheckpointError."""
+    """Opens `folder`: reads its metadata, and checks its digests and every file that it names. Raises CheckpointError."""
     if not folders.is_committed(folder):
         raise CheckpointError(
             f"{folder} is not a complete native checkpoint (no {folders.MARKER} or no .metadata in it); "
@@ -239,7 +238,7 @@ def open_folder(folder: Path) -> NativeReader:
 
 
 def _misplaced(folder: Path, entries: list[Any]) -> Iterator[str]:
-    """A line for each file that the metadata names and that is not there, or is too short."""
+    """Yields a line for each file in the metadata that is missing or too short."""
     needed: dict[str, int] = {}
     for entry in entries:
         needed[entry.relative_path] = max(needed.get(entry.relative_path, 0), entry.offset + entry.length)
@@ -253,7 +252,7 @@ def _misplaced(folder: Path, entries: list[Any]) -> Iterator[str]:
 
 
 def _check_record(source: NativeReader, entries: list[Any]) -> None:
-    """Raises CheckpointError where a checkpoint that was saved with digests lacks some, or has those of another save."""
+    """Raises CheckpointError if a checkpoint that was saved with digests lacks some, or has those of another save."""
     record, path = source.digests, source.folder / digests.FILE
     names = (str(name) for name in source.metadata.state_dict_metadata)
     save = next((name.removeprefix(SAVE).partition("/")[0] for name in names if name.startswith(SAVE)), None)

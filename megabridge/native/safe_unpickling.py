@@ -1,4 +1,4 @@
-"""Reads the pickles of a distributed checkpoint without running what a stranger put in them.
+"""Restricted unpickler for the `.metadata` of a distributed checkpoint, which runs no code from the file.
 
 `.metadata` of torch's distributed checkpoint (DCP) is a pickle, and torch's own reader executes it. The unpickler here
 builds the classes that DCP and megatron-core write there and nothing else. Imports neither torch nor megatron: the
@@ -40,11 +40,11 @@ ALLOWED: Final[dict[str, frozenset[str]]] = {
 
 
 class _Refused(pickle.UnpicklingError):
-    """A global outside of ALLOWED; carries its name."""
+    """A global outside of ALLOWED, with its name as the message."""
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """An unpickler that knows the classes in ALLOWED and refuses every other by name."""
+    """An unpickler that builds the classes in ALLOWED and refuses all others."""
 
     @override
     def find_class(self, module_name: str, global_name: str, /) -> Any:
@@ -54,16 +54,16 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def parse_metadata(path: Path, content: bytes) -> Any:
-    """The `Metadata` in `content`, that of the DCP `.metadata` file `path`.
+    """Parses `content`, that of the DCP `.metadata` file `path`, into its `Metadata`.
 
-    Raises CheckpointError that names the file and, where that is the reason, the class that was refused.
+    Raises CheckpointError that names the file and, if one was refused, the class.
     """
     try:
         metadata = MetadataUnpickler(io.BytesIO(content)).load()
     except _Refused as error:
         raise CheckpointError(
             f"{path} asks for {error}, which is not part of a checkpoint's metadata; it was not run. "
-            "Don't use a checkpoint from where this one came."
+            "Don't use checkpoints from this source."
         ) from error
     except Exception as error:
         raise CheckpointError(f"{path} can't be read ({error}); the checkpoint is damaged, use another step.") from error

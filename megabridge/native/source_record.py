@@ -1,4 +1,4 @@
-"""What a native checkpoint keeps of the Hugging Face weights it began with, so that an export in another process has it too."""
+"""SourceRecord: facts of the imported Hugging Face weights that a native checkpoint keeps for later exports."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _FILE: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """Facts of the imported files that the parameters don't tell.
+    """Facts of the imported files that the parameters don't have.
 
-    `dtype` is that of most tensors, `other_dtypes` names the rest; `aliases` are copies of tied tensors that the files carried;
-    `left_out` are tensors that no parameter took, and parameters that no tensor fed, because the import was not strict. `rounded`
-    are tensors that a parameter held since which can't hold their dtype's values, and that parameter's dtype. `files` are the
-    safetensors files and the tensors in each, in order; none where they aren't what an export writes (pickled or quantised).
+    `dtype` is that of most tensors, `other_dtypes` those of the rest; `aliases` are copies of tied tensors in the files; `left_out`
+    are unused tensors, and parameters without a tensor, because the import was not strict. `rounded` are tensors that were since
+    held in a parameter whose dtype can't hold their values, with that dtype. `files` are the safetensors files and the tensors in
+    each, in order; empty for files of another kind than an export writes (pickled or quantised).
     """
 
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class SourceRecord:
 
     @classmethod
     def of(cls, infos: Mapping[str, TensorInfo], *, aliases: Iterable[str], left_out: Iterable[str] = ()) -> Self:
-        """The record of a folder's tensors (at least one)."""
+        """Makes the record of a folder's tensors (at least one)."""
         most = Counter(info.dtype for info in infos.values()).most_common(1)[0][0]
         others = {name: info.dtype for name, info in infos.items() if info.dtype != most}
         return cls(most, others, frozenset(aliases), tuple(left_out), files=_files(infos.values()))
@@ -52,7 +52,7 @@ class SourceRecord:
         return {name: self.other_dtypes.get(name, self.dtype) for name in names}
 
     def held_in(self, held: Mapping[str, torch.dtype]) -> Self:
-        """The record after parameters of these dtypes, by tensor, held the weights."""
+        """Returns the record after the weights were held in parameters of these dtypes, by tensor."""
         before = self.dtypes(held)
         rounded = dict(self.rounded)
         for name, dtype in held.items():
@@ -61,14 +61,14 @@ class SourceRecord:
         return replace(self, rounded=rounded)
 
     def files_of(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
-        """The source's files, for an export of tensors of these dtypes that are all that the source had; else none."""
+        """The source's files, for an export of exactly the source's tensors in their dtypes; empty for other exports."""
         found = {file: [name for name in names if name in dtypes] for file, names in self.files.items()}
         is_all = sorted(name for names in found.values() for name in names) == sorted(dtypes) and all(found.values())
         return found if is_all and self.dtypes(dtypes) == dict(dtypes) else {}
 
     @property
     def casts(self) -> Casts:
-        """What `rounded` were, and what they are."""
+        """The dtypes of `rounded` tensors before and after."""
         return {name: (self.other_dtypes.get(name, self.dtype), dtype) for name, dtype in self.rounded.items()}
 
     def write(self, folder: Path) -> None:
@@ -86,7 +86,7 @@ class SourceRecord:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The record in `folder`; None where it has none. Raises CheckpointError for one that is damaged."""
+        """Reads the record in `folder`; None where it has none. Raises CheckpointError for a damaged one."""
         path = folder / FILE
         if not path.is_file():
             return None

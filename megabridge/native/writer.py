@@ -1,4 +1,4 @@
-"""Writes a sharded state as a torch_dist folder with megatron-core's writer, and takes the digest of each box that is written."""
+"""Writes a sharded state as a torch_dist folder with megatron-core's writer, and computes the digest of each box."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 
 def write(state: dict[str, Any], folder: Path) -> digests.Boxes:
-    """Writes `state` into the empty `folder`, in this process, and returns the digests of all ranks' boxes on rank 0.
+    """Writes `state` into the empty `folder`, in this process; returns the digests of all ranks' boxes on rank 0.
 
-    Every rank calls it. Raises the cause where any rank's file can't be written.
+    Every rank calls it. Raises CheckpointError with the cause if the file of any rank can't be written.
     """
     own: dict[str, dict[int, str]] = {}
     causes: list[str] = []
 
     def note(file: str, offset: int, data: Any) -> None:
-        own.setdefault(file, {})[offset] = digests.of_box(data)  # of the memory that is written
+        own.setdefault(file, {})[offset] = digests.of_box(data)  # from the memory that is written
 
     try:
         with checkpoint_writer.installed(note, causes):
             dist_checkpointing.save(_without_views(state), str(folder))
-    except CheckpointException as error:  # on every rank; it is no Exception, and names the cause's type only
+    except CheckpointException as error:  # on every rank; a BaseException that names the cause's type only
         messages = [message for found in all_gather(causes) for message in found]
         raise CheckpointError(messages[0] if messages else str(error)) from error
     boxes: dict[str, dict[int, str]] = {}
@@ -46,7 +46,7 @@ def write(state: dict[str, Any], folder: Path) -> digests.Boxes:
 
 
 def _without_views(state: dict[str, Any]) -> dict[str, Any]:
-    """`state` with every CPU tensor over the same memory as a storage of its own: megatron-core's writer copies views first."""
+    """Gives every CPU tensor in `state` a storage of its own over the same memory, because megatron-core's writer copies views."""
     apply_factories(state)
 
     def alone(entry: Any) -> Any:
@@ -63,5 +63,5 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type != "cpu" or not is_view or not tensor.is_contiguous() or not tensor.numel():
         return tensor
     memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    memory.owner = tensor  # which may be held by nothing else: the optimizer's entries are made for the save
+    memory.owner = tensor  # keeps it alive: nothing else may hold it, since the optimizer's entries are made for the save
     return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)

@@ -1,1 +1,1 @@
-"""Ranks: topology, process groups, and what ranks say to one another."""
+"""Parallelism: topology of ranks, process groups, and collectives on Python objects."""

@@ -1,7 +1,7 @@
-"""Agreement between ranks: a failure on one rank is the same error on every rank, at once.
+"""Collectives on Python objects and bytes, and errors that all ranks raise together.
 
-The only collectives that carry Python objects, or bytes of any kind. Without a process group there is one rank, and nothing is
-exchanged. Where all goes well, ranks agree by one number: texts travel only when a rank failed.
+No other module sends Python objects or bytes. Without a process group there is one rank, and nothing is sent. If all goes well,
+`raise_together` sends one number; messages are sent only when a rank failed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megabridge.errors import CheckpointError, ConfigError, MappingError, Megabr
 
 _KINDS: Final = {kind.__name__: kind for kind in (ConfigError, MappingError, CheckpointError, ParityError)}
 PIECE: Final = 64 << 20
-"""Bytes of one message of `all_gather_bytes`: what it needs on a device."""
+"""Bytes of one message of `all_gather_bytes`, which it needs on the device."""
 
 
 def rank() -> int:
@@ -29,7 +29,7 @@ def world_size() -> int:
 
 
 def all_gather[T](value: T) -> list[T]:
-    """Every rank's `value`, in rank order, on every rank. Collective; for plans and reports, never per parameter."""
+    """Returns every rank's `value`, in rank order, on every rank. Collective; for plans and reports, never per parameter."""
     if world_size() == 1:
         return [value]
     out: list[T | None] = [None] * world_size()
@@ -38,9 +38,9 @@ def all_gather[T](value: T) -> list[T]:
 
 
 def all_gather_bytes(content: bytearray) -> Iterator[bytearray]:
-    """Every rank's `content`, one after the other in rank order, on every rank. Collective: every rank iterates to the end.
+    """Yields every rank's `content`, in rank order, on every rank. Collective: every rank iterates to the end.
 
-    No more than one other rank's content is held at a time, besides what the caller keeps.
+    It holds at most one other rank's content at a time.
     """
     for source, size in enumerate(all_gather(len(content))):
         whole = content if source == rank() else bytearray(size)
@@ -53,7 +53,7 @@ def all_gather_bytes(content: bytearray) -> Iterator[bytearray]:
 
 
 def communication_device(home: torch.device) -> torch.device:
-    """The device of tensors that the default group can move; `home` where there is one rank."""
+    """Device of tensors that the default group can send; `home` if there is one rank."""
     if world_size() == 1:
         return home
     is_nccl = "cuda:nccl" in dist.get_backend_config()
@@ -71,17 +71,17 @@ def _any(flag: bool) -> bool:
 
 @contextmanager
 def raise_together(what: str) -> Iterator[None]:
-    """Runs a block on every rank and ends it for all alike. Collective.
+    """Raises on every rank if the block raises on any rank. Collective.
 
-    When the block raises on any rank, every rank raises: its own error where it had one, otherwise the first failing rank's, of
-    the same type, with that rank named.
+    A rank raises its own error if it had one, otherwise that of the first failing rank, of the same type and with that rank named.
+    `what` says in the message what was done.
     """
     own: BaseException | None = None
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         own = error
     if not _any(own is not None):
         return
@@ -94,17 +94,17 @@ def raise_together(what: str) -> Iterator[None]:
             raise _KINDS.get(kind, MegabridgeError)(f"rank {number} failed while {what}: {kind}: {text}")
 
 
-def together_where_cheap(what: str) -> AbstractContextManager[None]:
-    """`raise_together` where ranks meet on their hosts: for what is done in every step. Collective there.
+def raise_together_if_cheap(what: str) -> AbstractContextManager[None]:
+    """`raise_together` if ranks communicate on the host (gloo), for work in every step. Collective there.
 
-    Where they meet on a device, whose work each step would wait for, an error is that of the rank that has it, and whoever started
-    the ranks ends the others.
+    If they communicate on a device, for whose work each step would have to wait, only the failing rank raises, and the launcher
+    ends the others.
     """
     return raise_together(what) if communication_device(torch.device("cpu")).type == "cpu" else nullcontext()
 
 
-def spread[T](what: str, count: int, work: Callable[[int], T]) -> list[T]:
-    """`work(number)` for every number below `count`, each done by one rank; all results on every rank. Collective."""
+def distribute[T](what: str, count: int, work: Callable[[int], T]) -> list[T]:
+    """Calls `work(number)` for every number below `count`, each on one rank; returns all results on every rank. Collective."""
     mine: list[T] = []
     with raise_together(what):
         mine = [work(number) for number in range(rank(), count, world_size())]
@@ -113,7 +113,7 @@ def spread[T](what: str, count: int, work: Callable[[int], T]) -> list[T]:
 
 
 def on_rank_zero[T](what: str, work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 and returns its picklable result on every rank; where it raises, every rank raises. Collective."""
+    """Runs `work` on rank 0 and returns its picklable result on every rank; if it raises, every rank raises. Collective."""
     result: T | None = None
     with raise_together(what):
         if rank() == 0:

@@ -1,4 +1,4 @@
-"""What this host has: GPUs, cores and memory, found without torch."""
+"""Detects this host's GPUs, cores and memory, without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def installed_gpus() -> int:
-    """NVIDIA GPUs of this host: asked of the driver's NVML library, or counted in /dev where that is missing."""
+    """Number of NVIDIA GPUs of this host, from the driver's NVML library, or counted in /dev where that is missing."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -24,7 +24,7 @@ def installed_gpus() -> int:
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
-    """GPUs that a process with `environ` sees: CUDA_VISIBLE_DEVICES as CUDA reads it, up to the first bad entry."""
+    """Number of GPUs that a process with `environ` sees: CUDA_VISIBLE_DEVICES as CUDA reads it, up to the first bad entry."""
     installed = installed_gpus()
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or installed == 0:
@@ -38,10 +38,10 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def memory_bytes() -> int:
-    """Physical memory of this host."""
+    """Physical memory of this host in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""Process groups of a topology, and the random seeds that belong to a rank's place in it."""
+"""Starts and stops the process groups of a topology, and seeds each rank's random generators."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 DEFAULT_SEED: Final = 1234
 DEFAULT_TIMEOUT: Final = 600.0
-"""Seconds that a collective waits for the other ranks."""
+"""Seconds that a collective waits for other ranks."""
 
 
 @dataclass
@@ -36,19 +36,19 @@ class _Started:
     topology: Topology | None = None
     timeout: float = DEFAULT_TIMEOUT
     listener: socket.socket | None = None
-    """Of a forked rank: what rank 0's store listens on."""
+    """For a forked rank: the socket on which rank 0's store listens."""
 
 
 _started = _Started()
 
 
 def current() -> Topology | None:
-    """The topology whose groups exist in this process, or None."""
+    """Returns the topology whose groups exist in this process, or None."""
     return _started.topology
 
 
 def running() -> Topology:
-    """The topology of megatron-core's groups, whoever started them. Every rank has the same."""
+    """Returns the topology of megatron-core's groups, whoever started them; the same on every rank."""
     sizes = {
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
@@ -62,7 +62,7 @@ def running() -> Topology:
 
 
 def become_forked_rank(listener: socket.socket, *, threads: int) -> None:
-    """Makes this forked process a rank that meets the others at `listener`, computing with `threads` threads, before `start`."""
+    """Prepares this forked process for `start`: it meets the other ranks at `listener` and computes with `threads` threads."""
     _started.listener = listener
     torch.set_num_threads(threads)
 
@@ -99,7 +99,7 @@ def start(
 def _start_megatron(topology: Topology, **options: bool) -> None:
     parallel_state.initialize_model_parallel(
         **topology.settings(),
-        distributed_timeout_minutes=_started.timeout / 60,  # each group has its own; half an hour, unless told
+        distributed_timeout_minutes=_started.timeout / 60,  # each group has its own, half an hour by default
         **options,
     )
     _started.topology = topology
@@ -107,18 +107,18 @@ def _start_megatron(topology: Topology, **options: bool) -> None:
 
 @contextmanager
 def fake_groups(topology: Topology, rank: int) -> Iterator[None]:
-    """Groups in which this process believes to be `rank` of `topology`, for building meta-device chunks of ranks that don't run.
+    """Fake process groups in which this process is `rank` of `topology`, to build meta-device chunks of ranks that don't run.
 
-    Nothing is sent: a collective inside leaves its arguments as they are. Raises ConfigError when groups exist already.
+    Nothing is sent: collectives leave their arguments unchanged. Raises ConfigError when groups exist already.
     """
     if dist.is_initialized():
         raise ConfigError(
             "ranks that don't run are planned in a process without groups, but this one has some; call process_groups.stop()."
         )
-    hook = sys.excepthook  # torch replaces it by one that names the rank
+    hook = sys.excepthook  # torch replaces it with one that names the rank
     dist.init_process_group("fake", rank=rank, world_size=topology.world_size)
     try:
-        _start_megatron(topology, create_gloo_process_groups=False)  # gloo has no groups of ranks that don't run
+        _start_megatron(topology, create_gloo_process_groups=False)  # gloo groups need all their ranks to run
         yield
     finally:
         stop()
@@ -126,10 +126,10 @@ def fake_groups(topology: Topology, rank: int) -> Iterator[None]:
 
 
 def ensure(topology: Topology) -> None:
-    """Makes the groups of `topology` current, starting them when no group exists. Every rank calls it.
+    """Makes the groups of `topology` current, starting them when no groups exist. Every rank calls it.
 
-    A plain single process needs no set-up by the user. Only vpp may differ from what runs already: it is a property of
-    the model, not of the groups. Raises ConfigError, with the torchrun command, when more processes are needed.
+    A single process needs no set-up by the user. Only vpp may differ from the running groups: it is a property of the
+    model, not of the groups. Raises ConfigError, with the torchrun command, when more processes are needed.
     """
     running = _started.topology
     if running is None:
@@ -146,16 +146,16 @@ def ensure(topology: Topology) -> None:
 
 
 def change(topology: Topology, *, seed: int = DEFAULT_SEED) -> None:
-    """Ends megatron-core's groups and starts those of `topology` over the same processes. Every rank calls it.
+    """Replaces megatron-core's groups by those of `topology` over the same processes. Every rank calls it.
 
-    Models made before must not be used any more. Raises ConfigError when the number of processes is another.
+    Models built before must not be used any more. Raises ConfigError if `topology` needs another number of processes.
     """
     if dist.is_initialized():
         _check_world(topology, dist.get_world_size())
     own = parallel_state._global_process_group_list or []
     _started.topology = None
     parallel_state.destroy_model_parallel()
-    # It destroys some of its groups and forgets the others, which would keep their connections open.
+    # megatron-core destroys some of its groups and forgets the others, which would keep their connections open.
     for group in own:
         if group is not None and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
@@ -163,22 +163,22 @@ def change(topology: Topology, *, seed: int = DEFAULT_SEED) -> None:
 
 
 def _groups_of(topology: Topology) -> Topology:
-    """Equal for topologies whose groups are equal."""
+    """The topology without vpp: equal for topologies with equal groups."""
     return dataclasses.replace(topology, vpp=1)
 
 
 def world_size(default: int = 1) -> int:
-    """Processes of this job: of the running group, else the environment's WORLD_SIZE, else `default`."""
+    """Number of processes of this job: of the running group, else the environment's WORLD_SIZE, else `default`."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", str(default)))
 
 
 def stop(*, for_good: bool = True) -> None:
-    """Ends megatron-core's groups and torch's. Does nothing when there are none. Every rank calls it.
+    """Destroys megatron-core's groups and torch's. Does nothing when there are none. Every rank calls it.
 
-    With `for_good=False` others may be started after it: torch's stays where there are more ranks than this one, which
-    could not meet a second time at the store that they met at.
+    With `for_good=False` groups can be started again: torch's group is kept if there are several ranks, because they
+    can't use the same store for a second rendezvous.
     """
     _started.topology = None
     parallel_state.destroy_model_parallel()

@@ -1,7 +1,7 @@
-"""Topology: how many ranks each kind of parallelism has, and which rank sits where. Pure integers.
+"""Topology: the sizes of tp, pp, vpp, cp, ep, etp and dp, and the coordinate of each rank. Pure integers.
 
 The order is megatron-core's default `tp-cp-ep-dp-pp` (megatron/core/parallel_state.py): tp varies fastest, pp slowest.
-Dense layers see tp x cp x dp x pp; expert layers see etp x ep x edp x pp over the same ranks.
+Dense layers use tp x cp x dp x pp; expert layers use etp x ep x edp x pp over the same ranks.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SETTINGS: Final[Mapping[str, str]] = {
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
 }
-"""The short name of each size of a layout, and megatron-core's setting. dp has none: it follows from the number of ranks."""
+"""Short name of each size of a layout, and megatron-core's setting. dp has none: it follows from the number of ranks."""
 _NAMES: Final = (*SETTINGS, "dp")
 
 
 @dataclass(frozen=True)
 class Coordinate:
-    """Where one rank sits. `edp` is the data-parallel index of the expert layers."""
+    """The indices of one rank in each parallel dimension. `edp` is the data-parallel index of the expert layers."""
 
     tp: int
     cp: int
@@ -43,7 +43,7 @@ class Coordinate:
 class Topology:
     """Sizes of the parallel dimensions. `vpp` is the number of model chunks per pipeline rank; `etp` None means tp.
 
-    An `etp` that is given as tp's size becomes None, so that equal layouts are equal.
+    An `etp` equal to tp becomes None, so that equal layouts compare equal. Raises ConfigError for impossible sizes.
     """
 
     tp: int = 1
@@ -68,12 +68,12 @@ class Topology:
 
     @property
     def expert_tp(self) -> int:
-        """Tensor parallel size of the expert layers."""
+        """Tensor-parallel size of the expert layers."""
         return self.tp if self.etp is None else self.etp
 
     @property
     def stage_size(self) -> int:
-        """Ranks in one pipeline stage."""
+        """Number of ranks in one pipeline stage."""
         return self.tp * self.cp * self.dp
 
     @property
@@ -82,9 +82,9 @@ class Topology:
 
     @classmethod
     def for_world(cls, world_size: int, *, dp: int | None = None, **sizes: int | None) -> Topology:
-        """The topology of `world_size` ranks; `dp` follows from the other sizes unless it is given.
+        """Makes the topology of `world_size` ranks; `dp` follows from the other sizes unless it is given.
 
-        Raises ConfigError when the sizes don't multiply to `world_size`.
+        Raises ConfigError when the product of the sizes is not `world_size`.
         """
         fixed = {name: size for name, size in sizes.items() if size is not None}
         _check_sizes(fixed)
@@ -105,9 +105,9 @@ class Topology:
 
     @classmethod
     def of_settings(cls, get: Callable[[str], Any], world_size: int | None = None) -> Topology:
-        """The topology that megatron-core's settings describe, over `world_size` ranks, or with None over as few as they allow.
+        """Makes the topology of megatron-core's settings over `world_size` ranks, or for None over as few as possible.
 
-        `get` reads a setting by its name in `SETTINGS`. Raises ConfigError for sizes that can't be, or don't fit `world_size`.
+        `get` reads a setting by its name in `SETTINGS`. Raises ConfigError for sizes that are impossible or don't fit `world_size`.
         """
         sizes = {short: get(name) for short, name in SETTINGS.items()}
         if sizes["vpp"] is None:
@@ -119,31 +119,31 @@ class Topology:
         return cls(**sizes, dp=experts // math.gcd(experts, sizes["tp"] * sizes["cp"]))
 
     def settings(self) -> dict[str, int | None]:
-        """The sizes by megatron-core's names, as `of_settings` reads them; None for one virtual chunk, and for an `etp` as tp."""
+        """Returns the sizes by megatron-core's names, for `of_settings`; vpp is None if it is 1, and etp if it equals tp."""
         sizes = {name: getattr(self, short) for short, name in SETTINGS.items()}
         return {**sizes, SETTINGS["vpp"]: self.vpp if self.vpp > 1 else None}
 
     @classmethod
     def of_sizes(cls, sizes: Mapping[str, Any]) -> Topology:
-        """The topology whose `sizes` these are, as files have them. Raises ConfigError for anything else."""
+        """Makes the topology with the sizes of `sizes()`, as files store them. Raises ConfigError for anything else."""
         if not isinstance(sizes, Mapping) or not set(sizes) <= set(_NAMES):
             raise ConfigError(f"a layout must be sizes of {', '.join(_NAMES)}, not {str(sizes)[:200]}.")
         return cls(**sizes)
 
     def sizes(self) -> dict[str, int]:
-        """All sizes by their short names, `etp` too."""
+        """Returns all sizes by their short names; etp is a number too."""
         return {**{name: getattr(self, name) for name in _NAMES}, "etp": self.expert_tp}
 
     @classmethod
     def parse(cls, text: str) -> Topology:
-        """The topology that `str` writes so: `single`, `tp2pp2vpp2`. Raises ConfigError for anything else."""
+        """Parses the form that `str` writes: `single`, `tp2pp2vpp2`. Raises ConfigError for anything else."""
         sizes = re.findall(r"(tp|pp|vpp|cp|ep|dp|etp)([0-9]+)", text)
         if text != "single" and (not sizes or "".join(map("".join, sizes)) != text or len(dict(sizes)) != len(sizes)):
             raise ConfigError(f"the layout {text!r} must read like single, tp2 or tp2pp2vpp2.")
         return cls(**{name: int(size) for name, size in sizes})
 
     def coordinate(self, rank: int) -> Coordinate:
-        """The place of global rank `rank`, 0 <= rank < world_size."""
+        """Returns the coordinate of global rank `rank`, 0 <= rank < world_size. Raises ConfigError for other ranks."""
         if not 0 <= rank < self.world_size:
             raise ConfigError(f"rank {rank} is outside 0..{self.world_size - 1}.")
         pp, inside = divmod(rank, self.stage_size)
@@ -154,12 +154,12 @@ class Topology:
         return Coordinate(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=edp)
 
     def rank(self, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
-        """The global rank at a dense coordinate."""
+        """Returns the global rank at a dense coordinate."""
         return ((pp * self.dp + dp) * self.cp + cp) * self.tp + tp
 
     @property
     def model(self) -> str:
-        """As `str`, without dp: what a model is cut into."""
+        """As `str`, without dp: the layout of one model replica."""
         return self._text(*(name for name in _NAMES if name != "dp"))
 
     def __str__(self) -> str:
@@ -172,7 +172,7 @@ class Topology:
 
 
 def _check_sizes(sizes: Mapping[str, Any]) -> None:
-    """Raises ConfigError naming every size that is none."""
+    """Raises ConfigError for all sizes that are not whole numbers of at least 1."""
     problems = [
         f"parallel.{name}={size!r} must be at least 1, and whole; set it so."
         for name, size in sizes.items()

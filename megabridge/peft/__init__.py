@@ -1,4 +1,4 @@
-"""Adapters: small trained matrices beside frozen linears, one per Hugging Face linear, also where Megatron fuses several."""
+"""LoRA and DoRA: low-rank matrices beside frozen linears, one per Hugging Face linear even where Megatron fuses several."""
 
 from megabridge.peft.lora_config import LoRA
 

@@ -1,65 +1,62 @@
-"""Putting adapters into a model's chunks: everything else is frozen, and only they are stored in a native checkpoint."""
+"""Attaches adapters to a model's chunks: all other parameters are frozen, and native checkpoints store adapters only."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megabridge.conversion.parameters import LocalParameter, collect_parameters, unwrap
 from megabridge.conversion.plan import Expansion, PlannedParameter
 from megabridge.errors import ConfigError, listed
 from megabridge.families import Family
-from megabridge.hf.tensor_files import native_box, view
 from megabridge.mapping import Dims
-from megabridge.models.backends.registry import adapting
+from megabridge.models.backends.registry import adapter_backends
 from megabridge.parallel import collectives
+from megabridge.peft import initial_values
 from megabridge.peft.adapter import AdaptedRows, Adapter
 from megabridge.peft.linears import TensorParallelPlacement, placement_of
 from megabridge.peft.lora_config import LoRA, ends, is_named
-from megabridge.peft.rules import ENDINGS, AdapterMap, AdapterTarget
+from megabridge.peft.rules import AdapterMap, AdapterTarget
 from megabridge.peft.state import sharded_state
 
 
 def adapted(family: Family, lora: LoRA) -> Family:
-    """The family whose tensors are the adapters that `lora` gives to a model of `family`."""
-    return replace(family, weights=AdapterMap(family, lora), ignored=(), carried=())
+    """Returns a family whose tensors are the adapters that `lora` gives to a model of `family`."""
+    return replace(family, weights=AdapterMap(family, lora), ignored=(), passthrough=())
 
 
 def attach(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lora: LoRA, *, seed: int) -> None:
-    """Gives every targeted weight of this rank's bare chunks an adapter, and freezes all other parameters. Every rank calls it.
+    """Adds an adapter to every targeted weight of this rank's bare chunks, and freezes all other parameters. Every rank calls it.
 
-    `native` is the model's native config. PEFT's B is zero, its A as PEFT begins it (uniform up to 1 / sqrt(in)), from `seed` and
-    its name, whatever the layout. With DoRA the weights must be loaded before: the lengths begin as theirs. Raises the same
-    ConfigError on every rank when a pattern fits nothing.
+    `native` is the model's native config. B is initialised with zeros and A as in PEFT (megabridge/peft/initial_values.py). With
+    DoRA the weights must be loaded before: magnitudes are initialised with their norms. Raises the same ConfigError on every rank
+    when a pattern matches nothing.
     """
     with collectives.raise_together("adapting the model"):
         if collect_parameters(chunks, adapters=True):
             raise ConfigError("the model has adapters already; merge them into an export, and adapt that.")
-        here = names(chunks, family, native, lora)  # whose rules hold before anything is changed
+        here = names(chunks, family, native, lora)  # raises before anything is changed
     check(lora, collectives.all_gather(here))
     made = inject(chunks, family, native, lora)
-    _initialize(chunks, adapted(family, lora), Dims.of(native), seed)
+    initial_values.fill(chunks, adapted(family, lora), Dims.of(native), seed)
     for adapter in made:
-        adapter.begin()
+        adapter.initialize_magnitude()
 
 
 @dataclass(frozen=True)
 class Names:
-    """What a rank's weights that may have adapters are called in transformers' model."""
+    """Names in transformers' model of the weights of a rank that may have adapters."""
 
     linears: frozenset[str]
     parameters: frozenset[str]
 
 
 def names(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lora: LoRA) -> Names:
-    """Those of bare chunks, of all experts. Nothing is exchanged. Raises ConfigError where `lora` can't be for one of them."""
+    """Returns the names for bare chunks, of all experts. No communication. Raises ConfigError where `lora` can't be applied."""
     dims, rules = Dims.of(native), AdapterMap(family, lora)
     weights = [live.name for live, _, _ in _linears(chunks)]
     for weight in weights:
@@ -69,11 +66,13 @@ def names(chunks: Sequence[Any], family: Family, native: Mapping[str, object], l
 
 
 def check(lora: LoRA, everywhere: Iterable[Names]) -> None:
-    """Raises ConfigError for patterns that fit nothing of a whole model, whose parts have the names `everywhere`."""
+    """Raises ConfigError for patterns that match nothing in the whole model; `everywhere` has the names of all ranks."""
     found = list(everywhere)
     linears, parameters = {name for one in found for name in one.linears}, {name for one in found for name in one.parameters}
     if not linears | parameters:
-        raise ConfigError(f"adapters know the linears of backend={adapting()}, and this model has none of them; set backend so.")
+        raise ConfigError(
+            f"adapters need linears of backend={adapter_backends()}, but this model has none of them; set backend so."
+        )
     problems = []
     modules = (*(() if lora.takes_all else lora.target_modules), *lora.exclude_modules)
     if wrong := _fitting_none(modules, linears):
@@ -95,7 +94,7 @@ def _fitting_none(patterns: Iterable[str], names: Collection[str]) -> list[str]:
 
 
 def _described(pattern: str, kind: str, others: Collection[str], key: str) -> str:
-    line = f"{pattern!r} is the end of no {kind}'s name"
+    line = f"{pattern!r} matches the end of no {kind}'s name"
     return line if _fitting_none((pattern,), others) else f"{line}; name it in {key}"
 
 
@@ -104,31 +103,31 @@ def _last(names: Iterable[str]) -> str:
 
 
 def inject(chunks: Sequence[Any], family: Family, native: Mapping[str, object], lora: LoRA) -> list[Adapter]:
-    """Freezes the bare chunks and gives them the adapters, whose values are zero. Nothing is exchanged, nothing is checked."""
+    """Freezes the bare chunks and adds the adapters, filled with zeros. No communication and no checks."""
     dims, rules = Dims.of(native), AdapterMap(family, lora)
     expansion = Expansion(family, dims)
     linears = _linears(chunks)
     for chunk in chunks:
         _freeze(chunk)
     made = []
-    for live, module, spread in linears:
+    for live, module, placement in linears:
         if (target := rules.target(live.name, dims)) is not None:
-            made.append(Adapter(module, spread, rows_of(expansion.entry(live.record), live, target), lora))
+            made.append(Adapter(module, placement, rows_of(expansion.entry(live.record), live, target), lora))
     for chunk in chunks:
-        chunk.stored = partial(sharded_state, chunk)
-        chunk.keep_recomputation_alive()
+        chunk.own_sharded_state = partial(sharded_state, chunk)
+        chunk.enable_input_require_grads()
     return made
 
 
 def _linears(chunks: Sequence[Any]) -> list[tuple[LocalParameter, Any, TensorParallelPlacement]]:
-    """Weight, module and place of every linear that can be adapted, in module order."""
+    """(weight, module, placement) of every linear that can have an adapter, in module order."""
     lives = [live for live in collect_parameters(chunks) if live.local.endswith(".weight")]
     owners = [(live, unwrap(chunks[live.chunk]).get_submodule(live.local.rpartition(".")[0])) for live in lives]
-    return [(live, module, spread) for live, module in owners if (spread := placement_of(module)) is not None]
+    return [(live, module, placement) for live, module in owners if (placement := placement_of(module)) is not None]
 
 
 def _modules(rules: AdapterMap, weight: str, dims: Dims) -> list[str]:
-    """The Hugging Face linears behind a weight, those of all experts."""
+    """Names of the Hugging Face linears that make up a weight, of all experts."""
     experts = range(dims.num_moe_experts or 1)
     templates = rules.linears(weight, dims)
     return [name.format(row=row) for name in templates for row in (experts if "{row}" in name else (0,))]
@@ -139,11 +138,11 @@ def _freeze(chunk: torch.nn.Module) -> None:
         parameter.requires_grad = False
     for module in chunk.modules():
         if "expert_bias" in module._buffers:
-            module.frozen_expert_bias = True  # type: ignore[assignment]  # megatron-core moves it after each step otherwise
+            module.frozen_expert_bias = True  # type: ignore[assignment]  # megatron-core updates it after each step otherwise
 
 
 def rows_of(entry: PlannedParameter, live: LocalParameter, target: AdapterTarget) -> AdaptedRows:
-    """Which local rows of the weight of `entry` each adapted linear has."""
+    """Returns which local rows of the weight of `entry` belong to each adapted linear."""
     weight = live.parameter
     dim = weight.dim() - 2
     part_of_row = torch.full((weight.shape[dim],), -1)
@@ -153,24 +152,3 @@ def rows_of(entry: PlannedParameter, live: LocalParameter, target: AdapterTarget
             start = rows.start + block * rows.stride
             part_of_row[start : start + rows.block] = transfer.part % target.count
     return AdaptedRows.of(part_of_row, target.parts)
-
-
-@torch.no_grad()
-def _initialize(chunks: Sequence[Any], family: Family, dims: Dims, seed: int) -> None:
-    expansion = Expansion(family, dims)
-    for live in collect_parameters(chunks, adapters=True):
-        entry = expansion.entry(live.record)
-        if live.parameter.is_meta or not entry.hf[0].endswith(ENDINGS["lora_A"]):
-            continue
-        last, whole = -1, torch.empty(0)
-        for transfer in entry.transfers:
-            if transfer.part != last:
-                last, whole = transfer.part, _first_values(entry.hf[transfer.part], transfer.hf_shape, seed)
-            native_box(live.parameter, transfer).copy_(view(whole, transfer.hf_view()))
-
-
-def _first_values(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
-    bound = 1 / math.sqrt(shape[-1])  # torch.nn.Linear's own, which PEFT takes
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -1,7 +1,7 @@
-"""What the keys of an adapter_config.json may say: the fields of PEFT's LoraConfig (peft 0.21: tuners/lora/config.py). No torch.
+"""Allowed values in adapter_config.json, the fields of PEFT's LoraConfig (peft 0.21: tuners/lora/config.py). Imports no torch.
 
-Every field is told apart here: what adapters do as it says, what changes nothing that a trained adapter computes, and what adapters
-here don't do, which is refused unless it is null, false or empty. So is every field that PEFT may come to have.
+Fields are of three kinds: supported ones, those that don't change what a trained adapter computes, and unsupported ones, which are
+refused unless they are null, false or empty. So are fields of newer versions of PEFT.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ UNSET: Final = Kind(
     "null, false or empty", lambda value: value is None or value is False or (type(value) in (dict, list, str) and not value)
 )
 _UNCHANGED: Final = ("gaussian", "eva", "orthogonal", "mica")
-"""Ways to begin an adapter that leave the weights beside it as they were; pissa, olora, corda, lora_ga and loftq change them."""
-_BEGUN: Final = Kind(
-    f"true, false, {', '.join(_UNCHANGED)}: adapters that began otherwise are right beside the weights that PEFT changed for them, "
-    "and not beside the model's own. Save the adapter with PEFT's path_initial_model_for_weight_conversion, which makes a plain "
-    "one of it (of loftq's it can't), or merge it with PEFT and name the merged model",
+"""Initialisations that leave the model's weights unchanged; pissa, olora, corda, lora_ga and loftq change them."""
+_INITIALISATION: Final = Kind(
+    f"true, false, {', '.join(_UNCHANGED)}: adapters with another initialisation belong to weights that PEFT changed for them, "
+    "not to the model's own. Save the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a plain one "
+    "(not possible for loftq), or merge it with PEFT and name the merged model",
     lambda value: value is None or type(value) is bool or (type(value) is str and value.lower() in _UNCHANGED),
 )
 _NAMES: Final = list_of(text()).or_a(text()).or_null()
@@ -32,7 +32,7 @@ _FLAG: Final = FLAG.or_null()
 
 # fmt: off
 FIELDS: Final[Mapping[str, Kind]] = {
-    # done as they say
+    # supported
     "peft_type":               one_of("LORA"),
     "r":                       whole(1, HIGHEST).needed(),
     "lora_alpha":              number(-LARGEST_ALPHA, LARGEST_ALPHA).needed(),
@@ -42,15 +42,15 @@ FIELDS: Final[Mapping[str, Kind]] = {
     "target_modules":          _NAMES,
     "exclude_modules":         _NAMES,
     "target_parameters":       list_of(text()).or_null(),
-    "init_lora_weights":       _BEGUN,
-    # nothing that a trained adapter computes depends on them: which modules have one, the tensors say
+    "init_lora_weights":       _INITIALISATION,
+    # no effect on what a trained adapter computes: the tensors say which modules have one
     "task_type":               _TEXT,
     "auto_mapping":            _NOTE,
     "peft_version":            _TEXT,
     "base_model_name_or_path": _TEXT,
     "revision":                _TEXT,
     "inference_mode":          _FLAG,
-    "fan_in_fan_out":          _FLAG,  # PEFT itself sets it as the layer is
+    "fan_in_fan_out":          _FLAG,  # PEFT sets it according to the layer
     "layers_to_transform":     whole(0, 16384).or_a(list_of(whole(0, 16384))).or_null(),
     "layers_pattern":          _NAMES,
     "megatron_core":           _TEXT,
@@ -61,7 +61,7 @@ FIELDS: Final[Mapping[str, Kind]] = {
     "velora_config":           _NOTE,  # how gradients are computed
     "qalora_group_size":       whole(1, 2**24).or_null(),
     "runtime_config":          _NOTE,
-    # not done here
+    # unsupported
     "bias":                    one_of("none").or_null(),
     "modules_to_save":         UNSET,
     "rank_pattern":            UNSET,
@@ -82,10 +82,10 @@ FIELDS: Final[Mapping[str, Kind]] = {
 
 
 def problems(content: Mapping[str, Any]) -> list[str]:
-    """A sentence for every key of an adapter_config.json that adapters here can't do as it says."""
+    """Returns a sentence for every key of an adapter_config.json whose value is not supported."""
     if value_types.is_deep(content):
-        return ["its objects and lists stand in each other too deeply"]
+        return ["its objects and lists are nested too deeply"]
     found = [kind.problem(content, key, "it") for key, kind in FIELDS.items()]
     unknown = [(key, value) for key, value in content.items() if key not in FIELDS and not UNSET.allows(value)]
-    found += [f"{shown(key)}: {shown(value)} is known to no adapter here; it may be {UNSET.says}." for key, value in unknown]
+    found += [f"{shown(key)}: {shown(value)} is not supported; it may be {UNSET.says}." for key, value in unknown]
     return [problem for problem in found if problem is not None]

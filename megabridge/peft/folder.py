@@ -1,4 +1,4 @@
-"""An adapter's folder as PEFT has it: adapter_config.json and adapter_model.safetensors."""
+"""Reads and writes PEFT's adapter folders: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS: Final = assets.ADAPTER_WEIGHTS
 
 
 def write_config(folder: Path, lora: LoRA, *, base: str | None, revision: str | None = None, is_transposed: bool = False) -> None:
-    """Writes adapter_config.json; `base` is the model's folder or hub id, `is_transposed` says that its linears are [in, out].
+    """Writes adapter_config.json; `base` is the model's folder or hub id, `is_transposed` whether its linears are [in, out].
 
     One rank calls it.
     """
@@ -46,12 +46,15 @@ def write_config(folder: Path, lora: LoRA, *, base: str | None, revision: str | 
 
 
 def explicit(lora: LoRA, linears: Mapping[str, bool], parameters: Mapping[str, bool]) -> LoRA:
-    """The same adapters with names that PEFT finds them by. Both say of names in transformers' model which have an adapter."""
+    """Returns the same settings with the names of the adapted modules and parameters.
+
+    `linears` and `parameters` have all names in transformers' model, and whether each has an adapter.
+    """
     return replace(lora, target_modules=_ends(linears), exclude_modules=(), target_parameters=_ends(parameters))
 
 
 def _ends(names: Mapping[str, bool]) -> tuple[str, ...]:
-    """The last names of those that count, or, where others have these too, the whole names."""
+    """The last parts of the adapted names, or their whole names if a name without an adapter has the same last part."""
     chosen = [name for name, is_adapted in names.items() if is_adapted]
     last = {name.rpartition(".")[2] for name in chosen}
     is_enough = not any(name.rpartition(".")[2] in last for name, is_adapted in names.items() if not is_adapted)
@@ -59,12 +62,12 @@ def _ends(names: Mapping[str, bool]) -> tuple[str, ...]:
 
 
 def read_config(folder: Path) -> LoRA:
-    """The settings in `folder`. Raises CheckpointError, and ConfigError with all that adapters here don't do."""
+    """Reads the settings in `folder`. Raises CheckpointError, and ConfigError with everything that is not supported."""
     path = folder / CONFIG
     content = assets.read_object(path, otherwise="name the folder of an adapter that PEFT or megabridge saved")
     if problems := config_fields.problems(content):
         raise ConfigError(
-            f"{path} asks for what adapters here don't do; train or save the adapter without it:\n  {listed(problems)}"
+            f"{path} has settings that are not supported; train or save the adapter without them:\n  {listed(problems)}"
         )
     parameters = _names(content.get("target_parameters"), ())
     try:
@@ -83,14 +86,14 @@ def read_config(folder: Path) -> LoRA:
 
 
 def _names(value: Any, otherwise: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of a list; PEFT's other forms (a regular expression, nothing) stand for what the tensors say."""
+    """The names of a list, else `otherwise`: with PEFT's other forms (a regular expression, nothing) the tensors decide."""
     if value == ALL_LINEAR:
         return (ALL_LINEAR,)
     return tuple(value) if isinstance(value, list) and value else otherwise
 
 
 def find_weights(folder: Path) -> dict[str, TensorInfo]:
-    """The tensors of `folder`. Raises CheckpointError where there are no safetensors: pickled ones are never read."""
+    """Reads the header of the tensors in `folder`. Raises CheckpointError without safetensors: pickled files are never read."""
     others = sorted(path.name for path in folder.glob("adapter_model*"))
     if WEIGHTS not in others:
         found = f"it has {', '.join(others)}; save it again with safe_serialization=True" if others else "it has no weights"
@@ -99,7 +102,7 @@ def find_weights(folder: Path) -> dict[str, TensorInfo]:
 
 
 def modules_of(names: Collection[str]) -> list[str]:
-    """The Hugging Face modules that the tensors `names` of a file adapt. Raises CheckpointError for other tensors."""
+    """The Hugging Face modules that a file with the tensors `names` adapts. Raises CheckpointError for other tensors."""
     found: dict[str, None] = {}
     strange = []
     for name in names:
@@ -118,7 +121,7 @@ def modules_of(names: Collection[str]) -> list[str]:
 def check_rank(infos: Mapping[str, TensorInfo], r: int, *, is_stacked: bool) -> None:
     """Raises CheckpointError for tensors whose shapes are not those of adapters of rank `r`.
 
-    With `is_stacked` some are of all experts of a layer, which have `r` rows and columns each.
+    With `is_stacked` some hold all experts of a layer, each with rank `r`.
     """
     wrong = []
     for name, info in infos.items():

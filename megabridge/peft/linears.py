@@ -1,4 +1,4 @@
-"""Linears that can have an adapter, and how each is spread over ranks."""
+"""Linears that can have an adapter, and how each is sharded over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 @dataclass(frozen=True)
 class TensorParallelPlacement:
-    """Which side of the weight is cut over `group`: its rows (column), its columns (row), or none (whole).
+    """The dimension of a weight that is cut over `group`: its rows (column-parallel), its columns (row-parallel) or none (whole).
 
-    `by_dispatcher`: the ranks of the group get the same tokens, and the token dispatcher adds up what they return and the gradients
-    of what they got, so that the linear itself exchanges nothing.
+    `by_dispatcher`: the ranks of the group get the same tokens, and the token dispatcher sums their outputs and the gradients of
+    their inputs, so that the linear itself does not communicate.
     """
 
     side: Literal["column", "row", "whole"]
@@ -29,17 +29,17 @@ class TensorParallelPlacement:
     by_dispatcher: bool = False
 
     def is_cut(self, name: str) -> bool:
-        """Whether ranks of the group have different parts of the adapter's parameter `name`."""
+        """Whether the ranks of the group hold different parts of the adapter's parameter `name`."""
         return self.side == ("row" if name == "lora_A" else "column")
 
     def parameter(self, name: str, value: Tensor) -> Tensor:
-        """The parameter as it is used: the gradient of one held whole is summed here where nothing else does it."""
+        """Returns the parameter for use in the forward pass; sums the gradient of a replicated one where nothing else does."""
         if self.by_dispatcher and self.side != "whole" and not self.is_cut(name):
             return mappings.copy_to_tensor_model_parallel_region(value, group=self.group)  # type: ignore[no-any-return]
         return value
 
-    def between(self, hidden: Tensor) -> Tensor:
-        """What A gives, [.., r], as B takes it: of all tokens for the rows here, or summed over the columns' shares."""
+    def exchange_hidden(self, hidden: Tensor) -> Tensor:
+        """Communicates the output of A, [.., r], for B: gathers tokens (column-parallel), or sums over the ranks (row-parallel)."""
         if self.side == "whole" or self.by_dispatcher:
             return hidden
         if self.side == "column" and self.sequence_parallel:
@@ -52,13 +52,13 @@ class TensorParallelPlacement:
             out = mappings.reduce_from_tensor_model_parallel_region(hidden, group=self.group)
         return out  # type: ignore[no-any-return]
 
-    def gathered(self, output: Tensor) -> Tensor:
-        """All ranks' rows of an output, [.., rows here]."""
+    def gather_output(self, output: Tensor) -> Tensor:
+        """Gathers the rows of all ranks of an output [.., rows of this rank]."""
         return mappings.gather_from_tensor_model_parallel_region(output, group=self.group)  # type: ignore[no-any-return]
 
 
 def placement_of(module: torch.nn.Module) -> TensorParallelPlacement | None:
-    """How the linear `module` is spread; None for what is no linear that can have an adapter. Needs process groups."""
+    """Returns the placement of a linear; None for modules that can't have an adapter. Needs process groups."""
     if isinstance(module, StackedLinear):
         attributes, group = vars(module.weight), parallel_state.get_expert_tensor_parallel_group()
         if not attributes["tensor_model_parallel"]:

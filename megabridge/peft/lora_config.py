@@ -1,4 +1,4 @@
-"""LoRA and DoRA as settings. Names and meanings are those of PEFT's LoraConfig."""
+"""LoRA: settings of LoRA and DoRA adapters, with the names and meanings of PEFT's LoraConfig."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from megabridge.errors import ConfigError, listed
 
 ALL_LINEAR: Final = "all-linear"
 HIGHEST: Final = 65536
-"""Rank of an adapter; that of any use is below its linear's sizes."""
+"""Upper bound of an adapter's rank; a useful rank is smaller than its linear."""
 LARGEST_ALPHA: Final = 1e6
-"""Size of lora_alpha."""
+"""Upper bound of the absolute value of lora_alpha."""
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """A linear W gets the output scaling x B A x beside W x, with A [r, in] and B [out, r]; B begins as zeros.
+    """Settings of adapters: a linear computes W x + scaling x B A x, with A [r, in] and B [out, r]; B is initialised with zeros.
 
     `target_modules` are ends of Hugging Face module names (q_proj, layers.3.mlp.up_proj), with * as wildcard, or all-linear: every
     linear but the output layer; of these, `exclude_modules` get none. `target_parameters` are ends of the names of experts' weights
     that are one 3-D parameter of a layer in transformers' model (experts.gate_up_proj): each expert gets its own A and B. With
-    `use_dora` each row of the sum of weights is scaled to a trained length besides (arXiv 2402.09353). Raises ConfigError with
-    everything that can't be.
+    `use_dora` each row of the sum of weights is scaled to a trained magnitude (arXiv 2402.09353). Raises ConfigError with all
+    problems.
     """
 
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
@@ -62,7 +62,7 @@ class LoRA:
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by."""
+        """Factor of B A."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
@@ -76,7 +76,7 @@ class LoRA:
 
 
 def is_named(module: str, patterns: tuple[str, ...]) -> bool:
-    """Whether one of `patterns` is the module's name, or its end after a dot; * stands for anything."""
+    """Whether one of `patterns` matches the module's name, or its end after a dot; * matches anything."""
     plain, wild = _sorted(patterns)
     if any(end in plain for end in ends(module)):
         return True
@@ -84,13 +84,13 @@ def is_named(module: str, patterns: tuple[str, ...]) -> bool:
 
 
 def ends(module: str) -> list[str]:
-    """The name, and what of it follows each of its dots."""
+    """The name, and its parts after each dot."""
     parts = module.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 @lru_cache(maxsize=64)
 def _sorted(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Patterns without and with a wildcard: an imported adapter may name every expert's linears."""
+    """Splits patterns into those without and with a wildcard, for speed: an imported adapter may name every expert's linears."""
     wild = tuple(pattern for pattern in patterns if "*" in pattern)
     return frozenset(patterns).difference(wild), wild

@@ -1,4 +1,4 @@
-"""Merged weights in the place of a plan's own: an export of an adapted model that needs no adapters."""
+"""Merges adapters into the weights of an export plan, so that the exported model needs no adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megabridge.peft.adapter import Adapter
 
 
 class MergeCache:
-    """The merged weight that was asked for last: a walk asks for the same one several times in a row."""
+    """Keeps the last merged weight, since a conversion reads the same one several times in a row."""
 
     def __init__(self) -> None:
         self._key: Adapter | None = None
@@ -23,23 +23,23 @@ class MergeCache:
 
     def of(self, adapter: Adapter, scale: Tensor | None) -> Tensor:
         if self._key is not adapter or self._weight is None:
-            self._weight = None  # first: two of the largest would be held otherwise
+            self._weight = None  # frees the old one before the new one is made
             self._key, self._weight = adapter, adapter.merged(scale)
         return self._weight
 
 
 @dataclass(frozen=True, eq=False)
 class Merged(LocalParameter):
-    """A weight with its adapter added, made anew whenever it is asked for."""
+    """A weight with its adapter merged, computed when it is read."""
 
     adapter: Adapter
     scale: Tensor | None
-    last: MergeCache
+    cache: MergeCache
 
     @property
     @override
     def data(self) -> Tensor:
-        return self.last.of(self.adapter, self.scale)
+        return self.cache.of(self.adapter, self.scale)
 
 
 def adapters(chunks: Sequence[torch.nn.Module]) -> list[Adapter]:
@@ -48,15 +48,15 @@ def adapters(chunks: Sequence[torch.nn.Module]) -> list[Adapter]:
 
 
 def with_merged(plan: Plan, chunks: Sequence[torch.nn.Module]) -> Plan:
-    """`plan` with the merged weight of every adapted linear; the model isn't changed. Every rank calls it."""
-    last, items = MergeCache(), []
+    """Returns `plan` with the merged weight of every adapted linear; the model isn't changed. Every rank calls it."""
+    cache, items = MergeCache(), []
     owners = {id(adapter.weight): adapter for adapter in adapters([unwrap(chunk) for chunk in chunks])}
     scales = {key: adapter.scale() for key, adapter in owners.items()}
     for item in plan.items:
-        adapter = owners.get(id(item.live.parameter))
+        adapter = owners.get(id(item.local.parameter))
         if adapter is not None:
-            live = item.live
-            merged = Merged(live.record, live.local, live.chunk, live.parameter, adapter, scales[id(live.parameter)], last)
-            item = replace(item, live=merged)
+            own = item.local
+            merged = Merged(own.record, own.local, own.chunk, own.parameter, adapter, scales[id(own.parameter)], cache)
+            item = replace(item, local=merged)
         items.append(item)
     return replace(plan, items=tuple(items))

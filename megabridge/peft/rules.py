@@ -1,7 +1,7 @@
-"""Which adapter tensors feed which native adapter, through which layout: derived from the rule of the weight that is adapted.
+"""Conversion rules of adapters, derived from the rules of the weights that they adapt.
 
-A is [r rows of each Hugging Face linear, one linear below another; in], B and the lengths have the rows of the native weight in its
-order. So B's layout is the weight's, and A's is one block for each linear.
+A is [r rows of each Hugging Face linear, concatenated; in]. B and the magnitudes have the rows of the native weight, in its order.
+So B has the layout of the weight, and A has one block for each linear.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from megabridge.mapping import (
 from megabridge.peft.lora_config import LoRA, is_named
 
 CHILD: Final = ADAPTER.strip(".")
-"""What an adapted module's child is called."""
+"""Name of the adapter among an adapted module's children."""
 PREFIX: Final = "base_model.model."
-"""Of every name in an adapter's file (PEFT's wrapper)."""
+"""Prefix of every name in an adapter's file (PEFT's wrapper)."""
 ENDINGS: Final = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "lora_magnitude_vector": ".lora_magnitude_vector"}
-"""The native parameters of an adapter, and how a Hugging Face module's name goes on in the file."""
+"""Suffix of a Hugging Face module's name in the file, by native parameter of an adapter."""
 _OUTPUT: Final = "output_layer"
 _BOTH: Final = ("linear_fc1", "linear_fc2")  # in the order of transformers' classes
 _PLACEHOLDER: Final = re.compile(r"\{\w+\}")
@@ -46,8 +46,8 @@ _PLACEHOLDER: Final = re.compile(r"\{\w+\}")
 
 @dataclass(frozen=True)
 class AdapterTarget:
-    """What is adapted of a native weight: the linears at `parts` among all `count` that it is made of, or the one 3-D `parameter`
-    of all experts. `tensors` and `layouts` are by native parameter of the adapter; names may have `{row}`, the number of an expert.
+    """The adapted part of a native weight: the linears at `parts` of the `count` that it is made of, or the 3-D `parameter` of all
+    experts. `tensors` and `layouts` are by native parameter of the adapter; names may contain `{row}`, the number of an expert.
     """
 
     parts: tuple[int, ...]
@@ -66,10 +66,10 @@ class AdapterMap(WeightMap):
         self.family = family
         self.base = family.weights
         self.lora = lora
-        self._layouts: dict[tuple[Layout, tuple[int, ...]], dict[str, Layout]] = {}  # plans know a layout by its identity
+        self._layouts: dict[tuple[Layout, tuple[int, ...]], dict[str, Layout]] = {}  # plans compare layouts by identity
 
     def linears(self, native: str, dims: Dims) -> tuple[str, ...]:
-        """The modules of the Hugging Face linears that the native weight `native` is made of; none where it isn't made of such."""
+        """Names of the Hugging Face linears that the native weight `native` is made of; empty if it isn't made of linears."""
         found = self.base.resolve(native, dims)
         if (
             found is None
@@ -81,9 +81,9 @@ class AdapterMap(WeightMap):
         return tuple(name.removesuffix(".weight") for name in found.hf)
 
     def parameter(self, native: str, dims: Dims) -> str | None:
-        """The 3-D parameter of transformers' model that the weight `native` is, of all experts; None where there is no such.
+        """Name of the 3-D parameter of all experts in transformers' model that the weight `native` is converted from; or None.
 
-        Raises ConfigError where `lora` asks for parameters, and the family doesn't say what PEFT needs to know of them.
+        Raises ConfigError where `lora` has target_parameters and the family doesn't describe its parameters for PEFT.
         """
         found = self.base.resolve(native, dims)
         if found is None or not isinstance(found.layout, Stack):
@@ -96,7 +96,7 @@ class AdapterMap(WeightMap):
         return found.hf[0] if self.family.parameters is None else self.family.parameters.name(found.hf[0])
 
     def target(self, native: str, dims: Dims) -> AdapterTarget | None:
-        """What is adapted of the weight `native`; None for nothing. Raises ConfigError for some experts without the others."""
+        """Returns what is adapted of the weight `native`, or None. Raises ConfigError if only some of the experts are targets."""
         found, parameter = self.base.resolve(native, dims), self.parameter(native, dims)
         if parameter is not None:
             return self._stacked(native, parameter, dims) if is_named(parameter, self.lora.target_parameters) else None
@@ -113,10 +113,10 @@ class AdapterMap(WeightMap):
         return AdapterTarget(parts, len(modules), _is_transposed(found.layout), tensors, self._layouts[key])
 
     def _stacked(self, native: str, parameter: str, dims: Dims) -> AdapterTarget:
-        """PEFT has the A of all experts one below another, and in B their columns take turns.
+        """PEFT concatenates the A of all experts by rows, and interleaves the columns of their B.
 
-        Its A is what meets the parameter's last dimension, or the one before where the class says `is_transposed`. Llama 4's says
-        nothing though its weights are [in, out]: there A is what is B here, and the other way round.
+        PEFT's A applies to the parameter's last dimension, or to the one before if the class says `is_transposed`. Llama 4's class
+        doesn't although its weights are [in, out], so that A and B change places.
         """
         found = self.base.resolve(native, dims)
         assert found is not None and isinstance(found.layout, Stack) and self.family.parameters is not None
@@ -137,13 +137,13 @@ class AdapterMap(WeightMap):
         return AdapterTarget((0,), 1, False, tensors, self._layouts[key], parameter)
 
     def _wrapper(self, native: str, parameter: str, dims: Dims) -> str:
-        """Where two parameters of a module have adapters, PEFT's wrapper of the second one has that of the first inside."""
+        """Name of PEFT's wrapper: if two parameters of a module have adapters, the second's wrapper contains the first's."""
         module = parameter.rpartition(".")[0]
         second = self.parameter(native.replace(*_BOTH), dims) if _BOTH[0] in native else None
         return f"{module}.base_layer" if second is not None and is_named(second, self.lora.target_parameters) else module
 
     def is_wrapper(self, module: str) -> bool:
-        """Whether PEFT's wrapper of a 3-D parameter of this family is called `module`."""
+        """Whether `module` is the name of PEFT's wrapper of a 3-D parameter of this family."""
         parameters = self.family.parameters
         names = [
             parameters.name(rule.hf[0])
@@ -172,7 +172,7 @@ class AdapterMap(WeightMap):
 
 
 def _is_of_matrices(layout: Layout) -> bool:
-    """Whether the tensors are matrices, [out, in] or transposed: a linear's."""
+    """Whether the tensors of a layout are matrices of linears, [out, in] or transposed."""
     if isinstance(layout, PerRow | Transpose):
         return _is_of_matrices(layout.inner)
     return isinstance(layout, Same | Fuse | FusedSource | Interleave)
@@ -183,7 +183,7 @@ def _is_transposed(layout: Layout) -> bool:
 
 
 def _layouts(layout: Layout, parts: tuple[int, ...], count: int) -> tuple[Layout, Layout]:
-    """The layouts of A and of B: neither is transposed, whatever the weight is."""
+    """The layouts of A and of B, neither of which is transposed even if the weight is."""
     if isinstance(layout, Transpose):
         return _layouts(layout.inner, parts, count)
     if isinstance(layout, PerRow):

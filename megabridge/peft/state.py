@@ -1,4 +1,4 @@
-"""What a native checkpoint has of an adapted model: the adapters' parameters, by their canonical names, for any layout."""
+"""The sharded state dict of adapters for native checkpoints, by canonical names, readable under any layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EXPERT: Final = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 
 
 def sharded_state(chunk: torch.nn.Module) -> dict[str, Any]:
-    """Sharded tensors by their names in the chunk. Nothing is exchanged."""
+    """Returns the sharded tensors of a chunk's adapters by their names in the chunk. No communication."""
     return {live.local: _sharded(live) for live in collect_parameters([chunk], adapters=True)}
 
 
@@ -56,7 +56,7 @@ def _part(key: str, data: Tensor, replica: ReplicaId, cuts: Sequence[Cut], drops
 
 
 def _replica(live: LocalParameter) -> ReplicaId:
-    """Among the ranks that hold the same elements, (0, 0, 0) is the one that writes them."""
+    """The replica id: among the ranks that hold the same elements, (0, 0, 0) is the one that writes them."""
     record = live.record
     if record.is_expert:
         is_cut, index = len(record.cuts) > 1, parallel_state.get_expert_tensor_parallel_rank()

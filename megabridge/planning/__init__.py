@@ -1,4 +1,4 @@
-"""Plans of a whole job in one process: every rank's boxes, and its memory."""
+"""Planning of a whole job in one process: every rank's transfers, and its expected memory."""
 
 from megabridge.platform import prepare
 

@@ -1,7 +1,7 @@
-"""The plan of a whole job in one process: every rank's transfers, their sums, and the proof that they tile every tensor.
+"""Plan of all ranks in one process: every rank's transfers, their sums, and the check that they tile every tensor.
 
-A layout of 2,048 ranks needs none of them: one meta-device chunk per pipeline stage and virtual stage says what a stage holds, and
-where a rank sits in the stage is arithmetic.
+A layout of 2,048 ranks can be planned without running them: one meta-device chunk per pipeline stage and virtual stage has the
+parameters of a stage, and the share of each rank in the stage is computed from its coordinate.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from megabridge.platform.patches.half_precision import in_half_precision
 
 @dataclass(frozen=True, slots=True)
 class RankCost:
-    """What one rank holds and moves, in bytes of the parameters' dtypes.
+    """Cost of one rank: what it holds, reads and writes, in bytes of the parameters' dtypes.
 
-    `held_bytes` are its parameters, `fed_bytes` what an import copies into them out of files, `written_bytes` what an export copies
-    out of them. The box of a transfer is made of stretches of consecutive bytes in a file: `stretches` is how many reads an import
-    takes at least where nothing is mapped. `staging_bytes` is the largest copy that a walk holds beside the parameters, `files` how
-    many files of an export it writes into.
+    `held_bytes` are its parameters, `fed_bytes` are copied into them from files by an import, `written_bytes` are copied out of
+    them by an export. `contiguous_runs` of bytes in files is the least number of reads of an import without memory mapping.
+    `staging_bytes` is the largest copy that a conversion holds besides the parameters, `files` the number of an export's files that
+    the rank writes to.
     """
 
     parameters: int
@@ -44,16 +44,16 @@ class RankCost:
     fed_bytes: int
     written_bytes: int
     transfers: int
-    stretches: int
+    contiguous_runs: int
     staging_bytes: int
     files: int
 
 
 @dataclass(frozen=True)
 class AllRanksPlan:
-    """All ranks of `topology`. `stages` holds the records of the first rank of every pipeline stage.
+    """Plan of all ranks of `topology`. `stages` has the records of the first rank of every pipeline stage.
 
-    That it exists is the proof: `plan_all_ranks` raises where the boxes of all ranks don't tile every tensor and every parameter.
+    Its boxes tile every tensor and every parameter: otherwise `plan_all_ranks` raises.
     """
 
     topology: Topology
@@ -63,19 +63,19 @@ class AllRanksPlan:
     expansion: Expansion = field(repr=False)
 
     def records(self, rank: int) -> tuple[ParameterRecord, ...]:
-        """The records that `conversion.parameters.collect_parameters` finds on `rank`, in module order."""
+        """Returns the records that `conversion.parameters.collect_parameters` would find on `rank`, in module order."""
         place = self.topology.coordinate(rank)
         return tuple(record_at(record, place, self.topology.ep) for record in self.stages[place.pp])
 
     @cached_property
     def bytes(self) -> int:
-        """Of all tensors, in the parameters' dtypes."""
+        """Bytes of all tensors, in the parameters' dtypes."""
         return sum(prod(spec.shape) * spec.dtype.itemsize for spec in self.tensors.values())
 
-    def shares(self, max_shard_size: str | int | None = None) -> dict[int, RankCost]:
-        """What ranks move, by rank, for those that write; every other rank holds as much as one of these and writes nothing.
+    def costs(self, max_shard_size: str | int | None = None) -> dict[int, RankCost]:
+        """Returns the cost of each rank that writes; every other rank holds as much as one of these and writes nothing.
 
-        `max_shard_size` decides which files an export has.
+        `max_shard_size` determines the files of an export.
         """
         shards = plan_shards(Path(), self.tensors, max_shard_size)
         file_of = {name: number for number, shard in enumerate(shards) for name in shard.tensors}
@@ -85,11 +85,11 @@ class AllRanksPlan:
                 files.setdefault(source.rank, set()).add(file_of[name])
         sums = _Sums(self.expansion)
         with uncollected():
-            return {rank: sums.share(self.records(rank), len(files.get(rank, ()))) for rank in _first_replicas(self.topology)}
+            return {rank: sums.cost(self.records(rank), len(files.get(rank, ()))) for rank in _first_replicas(self.topology)}
 
 
 def plan_all_ranks(family: Family, native: Mapping[str, Any], provider: ModelProvider, topology: Topology) -> AllRanksPlan:
-    """Plans every rank of `topology` for a finalized provider of these sizes, in a process without groups. Builds no weights.
+    """Plans every rank of `topology` for a finalized provider with its sizes, in a process without groups. Builds no weights.
 
     Raises MappingError when a parameter has no rule, shapes contradict each other, or the boxes that ranks write don't tile every
     tensor exactly once, and ConfigError when this process has groups.
@@ -103,10 +103,10 @@ def plan_all_ranks(family: Family, native: Mapping[str, Any], provider: ModelPro
 
 
 def record_at(record: ParameterRecord, place: Coordinate, ep: int) -> ParameterRecord:
-    """What the rank at `place` says of a parameter of which `record` is the first rank's of its stage.
+    """Returns the record of the rank at `place` for the parameter whose `record` is that of the first rank of the stage.
 
-    Ranks of a stage hold the same parameters: tp decides the share of a cut one, ep that of the experts, and of equal copies the
-    first is written.
+    Ranks of a stage hold the same parameters: tp determines the share of a sharded one, ep the experts, and the first of equal
+    copies is written.
     """
     if record.is_expert:
         return _expert_record_at(record, place, ep)
@@ -132,20 +132,20 @@ def _expert_record_at(record: ParameterRecord, place: Coordinate, ep: int) -> Pa
 
 @contextlib.contextmanager
 def fake_stage(provider: ModelProvider, topology: Topology, pp: int) -> Iterator[list[torch.nn.Module]]:
-    """The bare chunks, without memory, of the first rank of a stage, among groups in which this process believes to be that rank.
+    """Yields the bare meta chunks of the first rank of a stage, inside fake process groups in which this process is that rank.
 
     Raises ConfigError when this process has groups.
     """
     widths = range(1, topology.dp + 1)
     dp = next(dp for dp in widths if topology.tp * topology.cp * dp % (topology.expert_tp * topology.ep) == 0)
-    narrow = replace(topology, dp=dp)  # replicas only cost time
+    narrow = replace(topology, dp=dp)  # as few replicas as possible, which only cost time
     with process_groups.fake_groups(narrow, narrow.rank(pp=pp)):
         numbers: list[int | None] = list(range(topology.vpp)) if topology.vpp > 1 else [None]
         yield [provider.provide(vp_stage=number, init="meta") for number in numbers]
 
 
 def _stage(provider: ModelProvider, topology: Topology, pp: int) -> tuple[ParameterRecord, ...]:
-    """The records of the first rank of a stage, from chunks without memory."""
+    """The records of the first rank of a stage, from meta chunks."""
     with fake_stage(provider, topology, pp) as chunks:
         if provider.config.bf16 or provider.config.fp16:
             chunks = [in_half_precision(provider.config, chunk) for chunk in chunks]
@@ -153,13 +153,13 @@ def _stage(provider: ModelProvider, topology: Topology, pp: int) -> tuple[Parame
 
 
 def _first_replicas(topology: Topology) -> list[int]:
-    """The ranks that write anything: the first of equal copies of dense parameters, and of experts."""
+    """The ranks that write: the first of those with equal dense parameters, and of those with equal experts."""
     inside = max(topology.tp, topology.expert_tp * topology.ep)
     return [pp * topology.stage_size + place for pp in range(topology.pp) for place in range(inside)]
 
 
 def _writers(stages: tuple[tuple[ParameterRecord, ...], ...], topology: Topology) -> Iterator[Iterator[ParameterRecord]]:
-    """By rank, what it writes."""
+    """Yields for each rank the records that it writes."""
     first = set(_first_replicas(topology))
     for rank in range(topology.world_size):
         place = topology.coordinate(rank)
@@ -167,7 +167,7 @@ def _writers(stages: tuple[tuple[ParameterRecord, ...], ...], topology: Topology
 
 
 def _unfilled(expansion: Expansion) -> list[str]:
-    """A line for every arrangement whose native boxes overlap or reach out. Elements in no box are vocabulary padding."""
+    """A line for every parameter whose native boxes overlap or reach outside. Elements in no box are vocabulary padding."""
     problems = []
     for entry in expansion.distinct:
         shape = local_shape(entry.record)
@@ -177,7 +177,7 @@ def _unfilled(expansion: Expansion) -> list[str]:
 
 
 def local_shape(record: ParameterRecord) -> tuple[int, ...]:
-    """The shape of the parameter that the record's rank holds."""
+    """The shape of the parameter on the record's rank."""
     shape = list(record.shape)
     for cut in record.cuts:
         shape[cut.dim] //= cut.size
@@ -186,13 +186,13 @@ def local_shape(record: ParameterRecord) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Sums:
-    """Adds up shares. The figures of a parameter's transfers are counted once: layers repeat them."""
+    """Adds up the costs of ranks. The figures of a parameter's transfers are cached, since layers repeat them."""
 
     expansion: Expansion
-    known: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # elements fed, stretches, largest transfer
+    known: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # elements fed, contiguous runs, largest transfer
 
-    def share(self, records: tuple[ParameterRecord, ...], files: int) -> RankCost:
-        held = held_bytes = fed_bytes = written = count = stretches = staging = 0
+    def cost(self, records: tuple[ParameterRecord, ...], files: int) -> RankCost:
+        held = held_bytes = fed_bytes = written = count = runs = staging = 0
         for record in records:
             entry = self.expansion.entry(record)
             size, elements = record.dtype.itemsize, prod(local_shape(record))
@@ -202,12 +202,12 @@ class _Sums:
             fed_bytes += fed * size
             written += fed * size if entry.is_writer else 0
             count += len(entry.transfers)
-            stretches += pieces
+            runs += pieces
             staging = max(staging, min(largest, STAGING) * size)
-        return RankCost(held, held_bytes, fed_bytes, written, count, stretches, staging, files)
+        return RankCost(held, held_bytes, fed_bytes, written, count, runs, staging, files)
 
     def _figures(self, moves: tuple[Transfer, ...]) -> tuple[int, int, int]:
         if id(moves) not in self.known:
             sizes = [move.elements for move in moves]
-            self.known[id(moves)] = sum(sizes), sum(move.stretches for move in moves), max(sizes, default=0)
+            self.known[id(moves)] = sum(sizes), sum(move.contiguous_run_count for move in moves), max(sizes, default=0)
         return self.known[id(moves)]

@@ -1,8 +1,8 @@
-"""How much memory of a device a run is expected to need, before it is started: recipe=plan. No weights, no processes.
+"""Estimates the device memory of a run before it starts (recipe=plan), without weights or processes.
 
 Parameters, gradients and optimizer state are counted. Activations are traced: one micro-batch passes through the layers of a rank
-without memory, and what autograd would keep of it is added up. Attention counts as its kernels on CUDA do, whatever device runs it;
-every expert gets as many tokens. Not counted: what a kernel needs while it runs, the allocator's fragments, NCCL's buffers, and the
+on the meta device, and the tensors that autograd saves are added up. Attention counts as its CUDA kernels do, on any device; every
+expert gets the same number of tokens. Not counted: workspaces of kernels, fragmentation of the allocator, NCCL's buffers, and the
 CUDA context.
 """
 
@@ -45,9 +45,9 @@ class ExpectedMemory:
     gradients: int
     optimizer: int
     activations: int
-    """Kept for the backward passes that are under way at the same time, and with recomputation one layer's in whole."""
+    """Saved for all backward passes that are pending at the same time, plus with recomputation those of one whole layer."""
     output: int
-    """The gradient of the output layer's weight, the largest: made when all activations are still kept."""
+    """The gradient of the output layer's weight, which is computed while all activations are still kept."""
 
     @property
     def total(self) -> int:
@@ -55,9 +55,9 @@ class ExpectedMemory:
 
 
 def expected_memory(config: Config, bridge: AutoBridge, provider: ModelProvider) -> list[ExpectedMemory]:
-    """By pipeline stage, for the finalized provider of `config`, with backend=torch's layers. In a process without groups.
+    """Returns the memory by pipeline stage for the finalized provider of `config`, with layers of backend=torch, without groups.
 
-    Raises ConfigError, as a run would, for names to train or freeze that fit nothing of the model.
+    Raises ConfigError, as a run would, for names to train or freeze that match nothing in the model.
     """
     topology = schema.topology(config.parallel)
     _check_names(config, bridge, provider, topology)
@@ -91,13 +91,13 @@ def _stage(config: Config, bridge: AutoBridge, provider: ModelProvider, topology
         _freeze(config, bridge, chunks)
         trained = [parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad]
         passes = [_trace(config, chunk, topology) for chunk in chunks]
-        activations = _under_way(config, topology, pp, [one.kept for one in passes])
+        activations = _in_flight(config, topology, pp, [one.kept for one in passes])
         head, largest = passes[-1].head, 0
         if provider.config.recompute_granularity == "full":
             for chunk in chunks:
                 chunk.config.recompute_granularity = None
             passes = [_trace(config, chunk, topology) for chunk in chunks]
-            # A layer is computed again, from its input that is kept, when the logits are done with.
+            # A layer is recomputed from its saved input after the logits are freed.
             head, largest = passes[-1].head, max(one.largest_layer for one in passes) - _stream(config, provider, topology)
             activations += max(0, largest - head)
         width = provider.config.params_dtype.itemsize
@@ -115,7 +115,7 @@ def _stage(config: Config, bridge: AutoBridge, provider: ModelProvider, topology
 
 
 def _freeze(config: Config, bridge: AutoBridge, chunks: Sequence[Any]) -> None:
-    """Leaves only that to train which the config trains."""
+    """Freezes all parameters that the config doesn't train."""
     if config.peft.name != "none":
         attach.inject(chunks, bridge.source.family, bridge.source.native, build.lora(config.peft))
     elif config.optimizer.freeze:
@@ -137,20 +137,20 @@ def _state(parameter: Tensor, config: Config, topology: Topology, width: int) ->
     return parameter.numel() * numbers * FP32 // ranks
 
 
-def _under_way(config: Config, topology: Topology, pp: int, kept: Sequence[int]) -> int:
-    """What the micro-batches keep of which a stage has done the forward pass and not yet the backward one (schedules.py)."""
+def _in_flight(config: Config, topology: Topology, pp: int, kept: Sequence[int]) -> int:
+    """Bytes saved by the micro-batches between forward and backward pass on a stage (pipeline_parallel/schedules.py)."""
     micro_batches = config.recipe.global_batch_size // (config.recipe.micro_batch_size * topology.dp)
     if topology.vpp == 1:
         return min(micro_batches, topology.pp - pp) * kept[0]
     passes = (topology.pp - pp - 1) * 2 + (topology.vpp - 1) * topology.pp + 1
     passes = min(passes, micro_batches * topology.vpp)
-    # Chunks take turns, pp micro-batches each.
+    # Chunks alternate, with pp micro-batches each.
     return sum(kept[number // topology.pp % topology.vpp] for number in range(passes))
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """Bytes beside parameters that autograd keeps of a micro-batch in a chunk: of all, after the last layer, and of one layer."""
+    """Bytes that autograd saves for a micro-batch in a chunk, without parameters: in total, after the last layer, in one layer."""
 
     kept: int
     head: int
@@ -188,13 +188,13 @@ def _pass(config: Config, chunk: Any, topology: Topology) -> None:
         dtype = chunk.config.params_dtype
         chunk.set_input_tensor(torch.empty(rows, micro, chunk.config.hidden_size, dtype=dtype, device="meta", requires_grad=True))
     settings: Mapping[str, Any] = {"loss_mask": tokens.float()} if chunk.config.mtp_num_layers else {}
-    # On a CUDA host megatron-core compiles some functions, which meta tensors make no sense of.
+    # On a CUDA host megatron-core compiles some functions, which does not work with meta tensors.
     with MetaKernels(), torch.compiler.set_stance("force_eager"):
         wrapped(tokens, tokens, None, labels=tokens, **settings)
 
 
 class _Saved:
-    """While entered, adds up the storages that autograd keeps, each once, without those of the chunk's parameters."""
+    """Context manager that sums the storages that autograd saves, each once, without those of the chunk's parameters."""
 
     def __init__(self, chunk: torch.nn.Module) -> None:
         self._chunk = chunk
@@ -215,5 +215,5 @@ class _Saved:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self._storages.setdefault(storage._cdata, storage)  # held, so that no other storage takes its number
+        self._storages.setdefault(storage._cdata, storage)  # kept alive, so that no other storage gets its address
         return tensor

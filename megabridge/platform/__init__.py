@@ -1,7 +1,7 @@
-"""The device that this process works on, decided when this module is imported, and `prepare`, which lets megatron-core run on it.
+"""Platform: the device of this process, chosen when this module is imported, and `prepare`, which makes megatron-core run on it.
 
-The environment variable MEGABRIDGE_PLATFORM is `auto` (the default: cuda where torch sees a CUDA device, else cpu), `cpu` or
-`cuda`. Importing this changes nothing.
+The environment variable MEGABRIDGE_PLATFORM is `auto` (the default: cuda if torch sees a CUDA device, else cpu), `cpu` or
+`cuda`. Importing this module changes nothing else.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def is_cpu() -> bool:
 
 
 def device() -> torch.device:
-    """Where parameters and activations of this process live: the CPU, or this rank's current CUDA device."""
+    """Device of this process's parameters and activations: the CPU, or this rank's current CUDA device."""
     return torch.device("cpu") if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
 @cache
 def prepare() -> None:
-    """Makes the changes to this process that megatron-core needs before it is imported, once (patches/ has them).
+    """Applies the patches that megatron-core needs before it is imported (patches/), once per process.
 
-    Warnings that say nothing are silenced; on a CPU the CUDA calls that megatron-core makes are redirected, and it is imported. The
-    program of a rank calls it, `megabridge.AutoBridge` does, and so does the `__init__` of a room that is about megatron-core, or
-    elsewhere the module: whoever imports one of these needs no call. On a CPU it holds for the thread that calls it first
-    (patches/cuda_devices.py). Raises ConfigError for versions of torch or megatron-core that it was not written for.
+    Silences useless warnings; on a CPU it redirects the CUDA calls that megatron-core makes, and imports it. A rank's main function
+    calls it, `megabridge.AutoBridge` does, and so do packages and modules that import megatron-core, so that importing them needs
+    no call. On a CPU it works for the thread that calls it first (patches/cuda_devices.py). Raises ConfigError for versions of
+    torch or megatron-core that the patches were not written for.
     """
     device_connections.install()
     quiet.install()

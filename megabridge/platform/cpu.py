@@ -1,4 +1,4 @@
-"""Lets megatron-core run where there is no CUDA: its CUDA calls end on the CPU. Each patch says in its file what it stands for."""
+"""Makes megatron-core run without CUDA by redirecting its CUDA calls to the CPU. Each patch documents what it replaces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _state: Final = {"installed": False}
 
 
 def is_installed() -> bool:
-    """Whether this process redirects CUDA calls."""
+    """Whether CUDA calls of this process are redirected."""
     return _state["installed"]
 
 

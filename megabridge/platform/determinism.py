@@ -1,4 +1,4 @@
-"""deterministic=true: the same bits from run to run, on the same devices and layout."""
+"""deterministic=true: bitwise equal results from run to run, on the same devices and layout."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def require() -> None:
-    """Makes torch refuse operations whose result may differ from run to run. Call it before anything is computed on a device.
+    """Makes torch refuse non-deterministic operations. Must be called before anything is computed on a device.
 
-    cuBLAS needs a workspace of fixed size, Transformer Engine and NCCL must be told (megatron/training/arguments.py asks for the
-    same); what the environment already says of these stays.
+    Also sets environment variables of cuBLAS, Transformer Engine and NCCL, as megatron/training/arguments.py requires, unless they
+    are set already.
     """
     for name, value in {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",

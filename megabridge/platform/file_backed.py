@@ -1,7 +1,7 @@
-"""Parameters in a file instead of anonymous memory: a process may then hold a model larger than the memory it has.
+"""Allocates parameters in a memory-mapped file, so that a process can hold a model larger than its memory.
 
-The kernel writes pages of the file out and drops them when memory is short, which it can't do with anonymous memory
-where there is no swap. Only for conversion on a CPU: a training step touches every page.
+When memory is short, the kernel writes pages to the file and drops them, which it can't do with anonymous memory without
+swap. Only for conversion on a CPU: a training step touches every page.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import megabridge.platform as platform
 from megabridge.errors import CheckpointError
 
 SMALLEST: Final = 1 << 16
-"""Bytes below which a tensor stays in ordinary memory."""
+"""Bytes below which a tensor is allocated in ordinary memory."""
 _UNDERSTOOD: Final = {"size", "dtype", "device", "requires_grad"}
 
 
 @contextlib.contextmanager
 def file_backed(folder: Path) -> Iterator[None]:
-    """Inside it `torch.empty` makes CPU tensors whose memory is an unlinked file in `folder`; they may outlive the block.
+    """Within the block `torch.empty` allocates CPU tensors in an unlinked file in `folder`; they may outlive the block.
 
-    Space is reserved when a tensor is made. Raises CheckpointError where the file system has no room for it.
+    Space is reserved when a tensor is allocated. Raises CheckpointError if the file system has no room for it.
     """
     try:
         descriptor, name = tempfile.mkstemp(prefix=".parameters-", dir=folder)
@@ -38,7 +38,7 @@ def file_backed(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{folder} can't take a file for the model's parameters: {error.strerror}; free some space there, or write elsewhere."
         ) from error
-    Path(name).unlink()  # gone with the last mapping, however the process ends
+    Path(name).unlink()  # so it is deleted with its last mapping, however the process ends
     try:
         with _Allocating(descriptor, folder):
             yield
@@ -47,7 +47,7 @@ def file_backed(folder: Path) -> Iterator[None]:
 
 
 class _Allocating(TorchFunctionMode):
-    """Answers `torch.empty` out of an open file."""
+    """Allocates the tensors of `torch.empty` in an open file."""
 
     def __init__(self, descriptor: int, folder: Path) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Allocating(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if made is None else made
 
     def _empty(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The tensor that torch.empty(*args, **kwargs) asks for, or None where it is to stay ordinary."""
+        """Allocates the tensor of torch.empty(*args, **kwargs); None if it should be in ordinary memory."""
         size = kwargs.get("size", args)
         shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else tuple(size)
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
@@ -79,7 +79,7 @@ class _Allocating(TorchFunctionMode):
         length = prod(shape) * dtype.itemsize
         reserved = -(-length // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         try:
-            # A page that the file system had no block for would end the process when it is first written.
+            # Without a reserved block the first write to a page could end the process (SIGBUS).
             os.posix_fallocate(self._fd, self._size, reserved)
         except OSError as error:
             raise CheckpointError(

@@ -1,1 +1,1 @@
-"""Files and folders as such: published whole, locked, opened with care. No torch."""
+"""Files and folders: atomic writes, locks, safe opening. No torch."""

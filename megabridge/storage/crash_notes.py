@@ -1,4 +1,4 @@
-"""What a process reads through mappings, noted where its launcher finds it: a process that SIGBUS ends can't say it itself."""
+"""Records the files that a process has memory-mapped, so that its launcher can explain a SIGBUS (a truncated file)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _kept: Final[list[tuple[mmap.mmap, list[tuple[str, int]]]]] = []
 
 
 def new_note(descriptor: int = -1) -> mmap.mmap:
-    """Memory for one process's note: shared with forked children, or the first SIZE bytes of an open file.
+    """Allocates the note of a process: memory shared with forked children, or the first SIZE bytes of an open file.
 
-    Where there is no room for these, memory of this process alone: a note that nobody finds, and no SIGBUS.
+    If the file system has no room for it, private memory, which the launcher can't read.
     """
     if descriptor >= 0:
         try:
-            # A page that the file system had no block for would end the process when it is first written.
+            # Without a reserved block the first write to a page could end the process (SIGBUS).
             os.posix_fallocate(descriptor, 0, SIZE)
         except OSError:
             descriptor = -1
@@ -27,12 +27,12 @@ def new_note(descriptor: int = -1) -> mmap.mmap:
 
 
 def set_note(note: mmap.mmap) -> None:
-    """Makes `note` this process's; `reading` writes there from now on. Without it nothing is noted."""
+    """Sets the note of this process, to which `note_mapping` writes; without one it does nothing."""
     _kept[:] = [(note, [])]
 
 
 def note_mapping(file: Path, size: int) -> None:
-    """Notes that `file`, of `size` bytes, is read through a mapping from now on."""
+    """Records that `file`, of `size` bytes, is read through a mapping from now on."""
     for note, files in _kept:
         files.append((str(file), size))
         text = json.dumps(files[-200:]).encode()[: SIZE - 1]
@@ -40,11 +40,11 @@ def note_mapping(file: Path, size: int) -> None:
 
 
 def truncated_files(note: mmap.mmap) -> str:
-    """The files in a dead process's note that have become smaller, as the end of a sentence about its death; "" for none."""
+    """Names the files in a dead process's note that have become smaller, as the end of a sentence; "" for none."""
     text = note[:].partition(b"\0")[0]
     try:
         files = json.loads(text) if text else []
-    except ValueError:  # it died while writing the note
+    except ValueError:  # the process died while writing the note
         return ""
     now = {name: Path(name).stat().st_size if Path(name).is_file() else 0 for name, _ in files}
     found = [f"{name} had {size} bytes and now has {now[name]}" for name, size in files if now[name] < size]

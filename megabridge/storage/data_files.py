@@ -18,7 +18,7 @@ def local_files(path: str) -> list[Path] | None:
     A folder without them is none: `datasets` may know it. Raises ConfigError for a file of another kind, and
     CheckpointError for what is no regular file.
     """
-    place = regular_files.place(path)
+    place = regular_files.expand(path)
     if place.is_dir():
         found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and regular_files.exists(file))
         return found or None
@@ -36,7 +36,7 @@ def local_files(path: str) -> list[Path] | None:
 
 def indexed_files(prefix: str | Path) -> tuple[Path, Path]:
     """(.bin, .idx) of a prefix of megatron-core's indexed data; one of the two files is taken for it, too."""
-    name = str(regular_files.place(prefix))
+    name = str(regular_files.expand(prefix))
     for suffix in (".bin", ".idx"):
         name = name.removesuffix(suffix)
     return Path(f"{name}.bin"), Path(f"{name}.idx")

@@ -1,4 +1,4 @@
-"""Which file system a file lies on: network file systems are read in other ways than local disks."""
+"""Detects the file system of a file, because network file systems are read in other ways than local disks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _OCTAL: Final = re.compile(r"\\([0-7]{3})")
 
 
 def is_remote(file: Path) -> bool:
-    """Whether `file` lies on a network file system, or on one that a program serves (FUSE)."""
+    """Whether `file` is on a network file system, or on one in user space (FUSE)."""
     kind = kind_of(file.resolve().parent, _mounts())
     return kind in REMOTE or kind.split(".")[0] in ("fuse", "fuseblk")
 
 
 def kind_of(folder: Path, mounts: dict[Path, str]) -> str:
-    """The type of the file system that is mounted nearest above the absolute path `folder`, "" where none is known."""
+    """Type of the file system that contains the absolute path `folder`, from the mount points `mounts`; "" if unknown."""
     return next((mounts[place] for place in (folder, *folder.parents) if place in mounts), "")
 
 
@@ -31,7 +31,7 @@ def _mounts() -> dict[Path, str]:
 
 
 def parse_mounts(text: str) -> dict[Path, str]:
-    """Mount points and file system types of a mountinfo listing (proc(5)); of several at one point, the last is seen."""
+    """Parses mount points and file system types from a mountinfo listing (proc(5)); the last of several at one point counts."""
     found = {}
     for line in text.splitlines():
         before, _, after = line.partition(" - ")

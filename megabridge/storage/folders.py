@@ -1,8 +1,8 @@
-"""Checkpoint folders on disk: <run>/checkpoints/step_N/native, and when one counts as committed.
+"""Checkpoint folders on disk, <run>/checkpoints/step_N/native: atomic commit, locks, and recovery after a kill.
 
 A folder is written under a temporary name beside its final one, every file and folder is fsynced, and one rename
-publishes it. So a folder that bears its final name is complete, and whatever bears a temporary name is left over from a
-killed save. No torch here; where there are many ranks, one of them calls these, but for `join`.
+publishes it. So a folder with its final name is complete, and one with a temporary name is left over from a killed
+save. No torch here; one rank calls these functions, except `join`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where everything of one step lives: checkpoints/step_N."""
+    """Returns the folder of a step: checkpoints/step_N."""
     return checkpoints / f"step_{step}"
 
 
@@ -46,32 +46,32 @@ def is_committed(folder: Path) -> bool:
 
 
 def committed_steps(checkpoints: Path) -> dict[int, Path]:
-    """The native folders of all committed steps below `checkpoints`, by step, lowest first.
+    """Returns the native folders of all committed steps in `checkpoints`, by step, lowest first.
 
-    The step in the folder's name decides, never a time stamp: clocks of two hosts differ.
+    Steps are those in the folders' names; time stamps aren't used, since clocks of hosts differ.
     """
     return {step: entry / NATIVE for step, entry in numbered(checkpoints).items() if is_committed(entry / NATIVE)}
 
 
 def numbered(checkpoints: Path) -> dict[int, Path]:
-    """Everything that bears a step's name, by step, lowest first. Raises CheckpointError where `checkpoints` can't be read."""
+    """Returns all entries with a step's name, by step, lowest first. Raises CheckpointError if `checkpoints` can't be read."""
     found = ((STEP.fullmatch(entry.name), entry) for entry in entries(checkpoints))
     found_steps = [(int(match[1]), entry) for match, entry in found if match]
     return dict(sorted((step, entry) for step, entry in found_steps if entry.name == step_folder(checkpoints, step).name))
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder; nothing where there is none."""
+    """Lists a folder; empty if there is none. Raises CheckpointError if it can't be read."""
     try:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise CheckpointError(f"{folder} can't be read: {error.strerror}; see to its permissions, or name another.") from error
+        raise CheckpointError(f"{folder} can't be read: {error.strerror}; check its permissions, or name another.") from error
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all in it; of a link the link alone. Raises OSError."""
+    """Removes a file, a folder with its contents, or a link (not its target). Raises OSError."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
@@ -79,26 +79,26 @@ def remove(path: Path) -> None:
 
 
 def latest(checkpoints: Path) -> Path | None:
-    """The native folder of the highest committed step, or None."""
+    """Returns the native folder of the highest committed step, or None."""
     return next(reversed(committed_steps(checkpoints).values()), None)
 
 
 def partial_of(folder: Path) -> Path:
-    """The temporary name under which `folder` is written."""
-    return _beside(folder, PARTIAL_SUFFIX)
+    """Returns the temporary name under which `folder` is written."""
+    return _sibling(folder, PARTIAL_SUFFIX)
 
 
 def removed_of(folder: Path) -> Path:
-    """The name under which a replaced `folder` waits for its removal, where it can't be exchanged in one step."""
-    return _beside(folder, REMOVED_SUFFIX)
+    """Returns the name of a replaced `folder` until it is removed, if it can't be exchanged in one step."""
+    return _sibling(folder, REMOVED_SUFFIX)
 
 
 def lock_of(folder: Path) -> Path:
-    """The file that is locked while `folder` is written."""
-    return _beside(folder, LOCK_SUFFIX)
+    """Returns the file that is locked while `folder` is written."""
+    return _sibling(folder, LOCK_SUFFIX)
 
 
-def _beside(folder: Path, suffix: str) -> Path:
+def _sibling(folder: Path, suffix: str) -> Path:
     name = folder.name
     if len(os.fsencode(name)) + len(suffix) + 1 > _NAME_BYTES:
         name = sha256(os.fsencode(name)).hexdigest()
@@ -106,8 +106,8 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 
 def begin(folder: Path) -> Path:
-    """Makes an empty temporary sibling of `folder` and returns it. Raises CheckpointError where `folder` exists."""
-    if regular_files.place(folder).exists():
+    """Creates an empty temporary sibling of `folder` and returns it. Raises CheckpointError if `folder` exists."""
+    if regular_files.expand(folder).exists():
         raise CheckpointError(
             f"{folder} exists already and is not overwritten; start in another run folder, or continue it with "
             "checkpoint.resume=auto."
@@ -123,7 +123,7 @@ def begin(folder: Path) -> Path:
 
 
 def make_parents(folder: Path) -> None:
-    """Makes the folders above `folder`, each of them durable in its own parent. Raises OSError."""
+    """Creates the folders above `folder`, each fsynced in its parent. Raises OSError."""
     missing = [parent for parent in folder.parents if not parent.is_dir()]
     for parent in reversed(missing):
         parent.mkdir(exist_ok=True)
@@ -131,17 +131,17 @@ def make_parents(folder: Path) -> None:
 
 
 def commit(folder: Path, *, replace: bool = False) -> None:
-    """Publishes the temporary sibling of `folder` under its final name, after everything in it is on disk.
+    """Renames the temporary sibling of `folder` to its final name, after everything in it is on disk.
 
-    With `replace`, a folder of that name changes places with the new one in one step, and is removed last. Where the file system
-    can't do that, it is moved aside first: a kill between the two renames leaves it whole under `removed_of`, from where `recover`
-    brings it back. Raises CheckpointError where any of that fails; then what bore the name before bears it again.
+    With `replace`, an existing folder is exchanged with the new one in one step, and removed afterwards. If the file system can't
+    do that, it is moved aside first: a kill between the two renames leaves it complete under `removed_of`, from where `recover`
+    restores it. Raises CheckpointError if any of that fails; then the earlier folder has its name again.
     """
     partial = partial_of(folder)
     try:
         for parent, _, files in os.walk(partial, topdown=False):
             for name in files:
-                if stat.S_ISREG(Path(parent, name).lstat().st_mode):  # an export may take over git's links and sockets
+                if stat.S_ISREG(Path(parent, name).lstat().st_mode):  # an export may contain links and sockets of git
                     fsync(Path(parent, name))
             fsync(Path(parent))
         _rename(partial, folder, replace=replace and folder.exists())
@@ -155,7 +155,7 @@ def commit(folder: Path, *, replace: bool = False) -> None:
 
 
 def _rename(partial: Path, folder: Path, *, replace: bool) -> None:
-    """Gives `partial` its final name, durably, or changes nothing and raises OSError."""
+    """Gives `partial` its final name durably, or changes nothing and raises OSError."""
     is_exchanged = replace and _exchange(partial, folder)
     old = removed_of(folder)
     is_aside = False
@@ -177,14 +177,14 @@ def _rename(partial: Path, folder: Path, *, replace: bool) -> None:
                 old.rename(folder)
         except OSError as error:
             raise CheckpointError(
-                f"{folder} can't be published durably, nor can what was there be brought back: {error.strerror}; one of the two is "
-                f"there, or the old one at {old}; look after the disk and write again."
+                f"{folder} can't be published durably, and the earlier one can't be restored: {error.strerror}; one of the two is "
+                f"there, or the earlier one at {old}; check the disk and write again."
             ) from error
         raise
 
 
 def _exchange(left: Path, right: Path) -> bool:
-    """Lets two paths change places in one step. False where the file system or the C library can't."""
+    """Exchanges two paths in one step. Returns False if the file system or the C library can't."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
@@ -198,22 +198,22 @@ def _exchange(left: Path, right: Path) -> bool:
 
 
 def space(folder: Path, needed: int) -> str:
-    """What an error says of room for `needed` bytes in the place of `folder`."""
+    """Text for errors: `needed` bytes, and the free space at `folder`."""
     try:
         free = f"has {shutil.disk_usage(folder.parent).free} free"
     except OSError:
-        free = "can't be asked for its free space"
+        free = "can't report its free space"
     return f"it needs {needed} bytes, and {folder.parent} {free}"
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises CheckpointError where `needed` bytes don't fit beside `folder`."""
+    """Raises CheckpointError if the file system of `folder` has less than `needed` bytes free."""
     if needed > shutil.disk_usage(folder.parent).free:
         raise CheckpointError(f"No space left on device for {folder}: {space(folder, needed)}; free some or write elsewhere.")
 
 
 def recover(folder: Path) -> None:
-    """Brings back what a kill between the two renames of `commit` left under another name. Call it under the lock."""
+    """Restores a folder after a kill between the two renames of `commit`. Must be called under the lock."""
     old = removed_of(folder)
     if old.is_dir() and not folder.exists():
         old.rename(folder)
@@ -221,9 +221,9 @@ def recover(folder: Path) -> None:
 
 
 def lock(checkpoints: Path) -> IO[str]:
-    """Claims `checkpoints` for this process until the returned file is closed.
+    """Locks `checkpoints` for this process until the returned file is closed.
 
-    Raises CheckpointError where another process has it: two runs that save into one folder destroy each other's steps.
+    Raises CheckpointError if another process has the lock: two runs that save to one folder would destroy each other's steps.
     """
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -247,15 +247,15 @@ def lock(checkpoints: Path) -> IO[str]:
 
 
 def claim(folder: Path) -> tuple[IO[str], str]:
-    """Claims the name `folder` for a save: (lock file, token for `join`). `release` it, or let the process end.
+    """Locks the name `folder` for a save; returns (lock file, token for `join`). `release` ends it, or the end of the process.
 
-    The lock lies beside the folder, which is renamed. It is shared as soon as it is won, so that `join` lets the other ranks of
-    this save hold it too: it is free when all of them are gone. Raises CheckpointError where another process saves there.
+    The lock file is beside the folder, which gets renamed. The lock becomes a shared one once it is taken, so that the other ranks
+    of this save can hold it too with `join`: it ends with the last of them. Raises CheckpointError if another process saves there.
     """
-    path = lock_of(regular_files.place(folder))
+    path = lock_of(regular_files.expand(folder))
     try:
         make_parents(folder)
-        file = _won(path, folder)
+        file = _exclusive(path, folder)
         try:
             token = uuid.uuid4().hex
             file.truncate(0)
@@ -271,17 +271,17 @@ def claim(folder: Path) -> tuple[IO[str], str]:
     return file, token
 
 
-def _won(path: Path, folder: Path) -> IO[str]:
+def _exclusive(path: Path, folder: Path) -> IO[str]:
     while True:
         file = path.open("a+")
         _flock(file, locks.EXCLUSIVE, folder)
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             return file
-        file.close()  # the one before removed it when it was done
+        file.close()  # the previous holder removed the file
 
 
 def join(folder: Path, token: str) -> IO[str]:
-    """Holds the lock that another rank claimed. Raises CheckpointError where this host doesn't see that rank's files."""
+    """Shares the lock that another rank claimed. Raises CheckpointError if this host doesn't see that rank's files."""
     path = lock_of(folder)
     end = time.monotonic() + _VISIBLE
     while True:
@@ -302,8 +302,8 @@ def join(folder: Path, token: str) -> IO[str]:
 
 
 def release(folder: Path, file: IO[str]) -> None:
-    """Gives a claimed name back and removes the lock, once no rank writes any more."""
-    with suppress(OSError):  # a lock file that stays is no harm
+    """Ends a claim and removes the lock file, after all ranks have finished writing."""
+    with suppress(OSError):  # a remaining lock file does no harm
         lock_of(folder).unlink()
     file.close()
 
@@ -322,7 +322,7 @@ def _flock(file: IO[str], kind: int, folder: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Makes a file or a folder durable."""
+    """Calls fsync on a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

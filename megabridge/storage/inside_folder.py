@@ -1,6 +1,6 @@
-"""What lies in a folder that others may have made, and whether a file of it really lies there: links may lead to anything.
+"""Safe listing of untrusted folders: refuses links that lead out of the folder.
 
-Where links lead out, what they lead to would be copied into exports and native checkpoints, and uploaded from there. No torch here.
+Otherwise their targets would be copied into exports and native checkpoints, and uploaded from there. No torch here.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _SHARED_BLOB: Final = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})")
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The real path of the regular file `name` (a path in `folder`), all links followed; these may lead anywhere in the folder.
+    """Returns the real path of the regular file `name`, a path in `folder`; links may lead anywhere in the folder.
 
-    A folder of the hub's cache has links to the blobs of its own repository as well. Raises CheckpointError for anything else.
+    In a folder of the hub's cache they may lead to the blobs of its repository too. Raises CheckpointError for anything else.
     """
     path = folder / name
     try:
         real, home = path.resolve(strict=True), folder.resolve()
         mode = real.stat().st_mode
-    except (OSError, ValueError, RuntimeError) as error:  # missing, too long, not encodable, or a circle of links
+    except (OSError, ValueError, RuntimeError) as error:  # missing, too long, not encodable, or a cycle of links
         raise CheckpointError(f"{str(path)[:1000]!r} must exist ({regular_files.reason(error)}); fetch it again.") from None
     if not real.is_relative_to(home) and not _is_blob(real, home):
         raise CheckpointError(f"{path} must lie inside its folder, but leads to {real}; copy the file there.")
@@ -37,9 +37,10 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _is_blob(real: Path, home: Path) -> bool:
-    """Whether a file is what links in `home` may lead to: <cache>/models--org--name/snapshots/<commit>/x -> ../../blobs/<hash>.
+    """Whether `real` is a blob that links in `home` may lead to: <cache>/models--org--name/snapshots/<commit>/x ->
+    ../../blobs/<hash>.
 
-    The hub may keep a blob for several repositories, as <cache>/blobs/<2 digits>/<64 digits>.
+    The hub may share a blob between repositories, as <cache>/blobs/<2 digits>/<64 digits>.
     """
     for place in (home, *home.parents):
         repository = place.parent.parent
@@ -52,9 +53,9 @@ def _is_blob(real: Path, home: Path) -> bool:
 
 
 def entries(folder: Path, *, apart: Collection[str] = ()) -> Iterator[tuple[str, os.stat_result]]:
-    """(path in the folder, what it is) of everything below `folder` but folders that hold something. No link is followed.
+    """Yields (path in the folder, lstat result) for everything below `folder` except non-empty folders. No link is followed.
 
-    What is in the folders `apart` isn't looked at; these come themselves. Raises CheckpointError for a folder that can't be read.
+    Folders in `apart` are yielded themselves, without their contents. Raises CheckpointError for a folder that can't be read.
     """
     below = [""]
     while below:

@@ -1,4 +1,4 @@
-"""What a run left in its metrics.jsonl. No torch."""
+"""Reads a run's metrics.jsonl. No torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FILE_NAME: Final = "metrics.jsonl"
 
 
 def read(run_dir: Path) -> list[dict[str, float | None]]:
-    """All complete lines of a run's metrics.jsonl, oldest first; a torn line of a killed run is left out.
+    """Reads all complete lines of a run's metrics.jsonl, oldest first; the half-written line of a killed run is left out.
 
-    What is not a finite number counts as not logged: the file may be of others. Raises CheckpointError where it is no file.
+    Values that are not finite numbers become None: the file may be someone else's. Raises CheckpointError if it can't be read.
     """
     rows = []
     with regular_files.opened(run_dir / FILE_NAME) as file:

@@ -19,7 +19,7 @@ _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 def local(path: str | Path) -> Path | None:
     """The local folder that `path` names; None for a hub id. Raises CheckpointError for what is neither."""
-    name, place = str(path), regular_files.place(path)
+    name, place = str(path), regular_files.expand(path)
     if name and place.exists():
         return _checked(place)
     if _is_path(name) or not _HUB_ID.fullmatch(name):

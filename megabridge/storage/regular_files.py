@@ -1,4 +1,4 @@
-"""Files that others may have made: only regular ones are opened, no pipe that waits for ever, no endless device. No torch."""
+"""Safe opening of untrusted files: only regular ones are opened, no pipes, which block, and no devices. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO, Final
 from megabridge.errors import CheckpointError
 
 LARGEST: Final = 1 << 30
-"""Bytes of a file that is read as a whole: config, index, manifest. A sparse file can say that it has more than there is memory."""
+"""Upper bound in bytes of a file that is read whole: config, index, manifest. A sparse file can be larger than memory."""
 _KINDS: Final = {
     stat.S_IFREG: "a file",
     stat.S_IFLNK: "a link",
@@ -23,29 +23,29 @@ _KINDS: Final = {
 }
 
 
-def place(path: str | Path) -> Path:
-    """What a user's path means, ~ expanded; there may be nothing. Raises CheckpointError where that can't even be looked up."""
+def expand(path: str | Path) -> Path:
+    """Expands ~ in a user's path, which need not exist. Raises CheckpointError if it can't be looked up."""
     try:
         found = Path(path).expanduser()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             found.stat()
-    except (OSError, ValueError, RuntimeError) as error:  # no permission, a circle of links, a name too long, a NUL, no such home
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, a cycle of links, a name too long, a NUL, no such home
         raise CheckpointError(f"{str(path)[:500]} can't be looked up ({reason(error)}); name another path.") from error
     return found
 
 
 def kind(mode: int) -> str:
-    """What an entry of a folder is, by its st_mode: "a file", "a link", "a pipe"."""
+    """Describes an entry of a folder by its st_mode: "a file", "a link", "a pipe"."""
     return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 def reason(error: Exception) -> str:
-    """Why a file can't be used, without its name."""
+    """The reason of an error with a file, without the file's name."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a regular file, or a link to one; False also where that can't be known (a name too long, no permission)."""
+    """Whether `path` is a regular file or a link to one; False if that is unknown (a name too long, no permission)."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
@@ -53,7 +53,7 @@ def exists(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder, or a link to one; False also where that can't be known."""
+    """Whether `path` is a folder or a link to one; False if that is unknown."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError):
@@ -61,7 +61,7 @@ def is_folder(path: Path) -> bool:
 
 
 def opened(path: Path) -> BinaryIO:
-    """The file, open for reading. Raises CheckpointError where it is no regular file, or links to none, or can't be opened."""
+    """Opens a file for reading. Raises CheckpointError if it is not a regular file or a link to one, or can't be opened."""
     try:
         # Without O_NONBLOCK a pipe waits for its other end, and some devices for a carrier.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -76,7 +76,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 def read(path: Path, *, largest: int = LARGEST) -> bytes:
-    """All of the file. Raises CheckpointError as `opened` does, and for more than `largest` bytes."""
+    """Reads the whole file. Raises CheckpointError as `opened` does, and for more than `largest` bytes."""
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
@@ -84,11 +84,11 @@ def read(path: Path, *, largest: int = LARGEST) -> bytes:
         try:
             return file.read(largest)
         except OSError as error:
-            raise CheckpointError(f"{path} can't be read: {error.strerror}; look after the disk, or fetch it again.") from error
+            raise CheckpointError(f"{path} can't be read: {error.strerror}; check the disk, or fetch it again.") from error
 
 
 def read_text(path: Path) -> str:
-    """All of the file, which must be UTF-8. Raises CheckpointError."""
+    """Reads the whole file as UTF-8. Raises CheckpointError."""
     try:
         return read(path).decode()
     except UnicodeDecodeError as error:

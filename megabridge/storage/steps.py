@@ -1,4 +1,4 @@
-"""The steps of a run: which of them are none, what killed saves left among them, and which of them stay. No torch; on one rank."""
+"""Saved steps of a run: invalid ones, clean-up after killed saves, and retention (keep_last, keep_best). No torch; on one rank."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def places(run_dir: Path, path: str | None, spare_path: str | None) -> list[Path
     return found
 
 
-def strange(checkpoints: Path) -> dict[int, str]:
-    """What bears a step's name below `checkpoints` and can't be one, by step, lowest first: what is wrong with it.
+def invalid(checkpoints: Path) -> dict[int, str]:
+    """Returns what is wrong with entries of `checkpoints` that have a step's name but are none, by step, lowest first.
 
-    Such is passed over by `committed_steps` and `keep`, and would be in the way of a save.
+    `committed_steps` and `keep` ignore them; a save of that step would collide with them.
     """
     found = {}
     for step, entry in folders.numbered(checkpoints).items():
@@ -56,21 +56,21 @@ def strange(checkpoints: Path) -> dict[int, str]:
 
 
 def remove_orphans(checkpoints: Path) -> list[str]:
-    """Removes what killed saves and removals left below `checkpoints`, under `lock`; returns a line for what can't be."""
+    """Removes leftovers of killed saves and removals in `checkpoints`, under `lock`; returns a line for each failure."""
     problems = []
     for entry in folders.entries(checkpoints):
         try:
             if entry.name.endswith(REMOVED_SUFFIX):
                 folders.remove(entry)
             elif folders.STEP.fullmatch(entry.name) and regular_files.is_folder(entry):
-                _tidy(entry)
+                _clean(entry)
         except OSError as error:
-            problems.append(f"{entry} holds what a killed save left, and can't be tidied ({error.strerror}); remove that by hand")
+            problems.append(f"{entry} holds leftovers of a killed save, which can't be removed ({error.strerror}); remove them")
     return problems
 
 
-def _tidy(step: Path) -> None:
-    """Removes what killed saves left in a step's folder, and the folder where nothing else is in it. Raises OSError."""
+def _clean(step: Path) -> None:
+    """Removes leftovers of killed saves in a step's folder, and the folder if it is empty then. Raises OSError."""
     for left in step.glob(f".*{REMOVED_SUFFIX}"):
         recover(step / left.name[1 : -len(REMOVED_SUFFIX)])
     left_over = [entry for entry in step.iterdir() if entry.name.endswith((PARTIAL_SUFFIX, LOCK_SUFFIX))]
@@ -80,14 +80,14 @@ def _tidy(step: Path) -> None:
         step.rmdir()
 
 
-def note_validation(step: Path, loss: float) -> None:
-    """Leaves the validation loss of a saved step in its folder, for `keep`. Raises OSError."""
+def write_validation_loss(step: Path, loss: float) -> None:
+    """Writes the validation loss of a saved step to its folder, for `keep`. Raises OSError."""
     atomic_files.write(step / VALIDATION, json.dumps({"loss": loss}) + "\n")
     folders.fsync(step)
 
 
-def validation_loss(step: Path) -> float:
-    """The validation loss of a saved step; infinite where it was not validated. Raises CheckpointError where that can't be read."""
+def read_validation_loss(step: Path) -> float:
+    """Reads the validation loss of a saved step; infinite if it was not validated. Raises CheckpointError if it can't be read."""
     file = step / VALIDATION
     if not file.is_file():
         return math.inf
@@ -102,15 +102,15 @@ def validation_loss(step: Path) -> float:
 
 
 def keep(checkpoints: Path, *, last: int, best: int) -> list[str]:
-    """Removes all committed steps, exports included, but the newest `last` and the `best` of lowest validation loss.
+    """Removes all committed steps, with their exports, except the newest `last` and the `best` with lowest validation loss.
 
-    A step whose validation loss can't be read is kept, too, and of a link to a step what it leads to. Returns what is to be said.
+    A step whose validation loss can't be read is kept too, and so is the target of a link. Returns lines to print.
     """
     steps = [native.parent for native in committed_steps(checkpoints).values()]
     losses, problems, kept = dict[Path, float](), list[str](), set(steps[-last:])
     for step in steps:
         try:
-            losses[step] = validation_loss(step)
+            losses[step] = read_validation_loss(step)
         except CheckpointError as error:
             problems.append(f"{step.name} is kept: {error}")
             kept.add(step)
@@ -121,7 +121,7 @@ def keep(checkpoints: Path, *, last: int, best: int) -> list[str]:
         if step.is_symlink():
             problems.append(f"{step.name} is a link, which is removed; what it leads to is kept: {step.resolve()}")
         try:
-            # Renamed first: a removal that is killed half-way leaves no step that looks committed.
+            # Renamed first, so that a removal that is killed half-way leaves no step that looks committed.
             folders.remove(step.rename(step.with_name(step.name + REMOVED_SUFFIX)))
         except OSError as error:
             problems.append(f"{step.name} can't be removed ({error.strerror}); remove it by hand")
@@ -144,7 +144,7 @@ def source(resume: str, last_step: int, places: Sequence[Path]) -> Path | None:
     elif resume == "none":
         found, start = None, 0
     else:
-        found = regular_files.place(resume)
+        found = regular_files.expand(resume)
         if not is_committed(found) and is_committed(found / NATIVE):
             found = found / NATIVE
         if not is_committed(found):
@@ -154,7 +154,7 @@ def source(resume: str, last_step: int, places: Sequence[Path]) -> Path | None:
             )
         here = [step for step, folder in saved.items() if folder.resolve() == found.resolve()]
         start = here[0] if here else 0
-    others = [each for place in places for each in strange(place).items()]
+    others = [each for place in places for each in invalid(place).items()]
     if in_the_way := [line for step, line in others if start < step <= last_step]:
         raise ConfigError(
             f"{checkpoints} must have room for the steps that this run saves after step {start}; remove or rename what is in the "

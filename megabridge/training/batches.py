@@ -1,4 +1,4 @@
-"""How many micro-batches a step has on this rank, and their way to the device."""
+"""Micro-batches of a step: their number on this rank, and their transfer to the device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megabridge.config import layout_rules
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError, listed
 from megabridge.parallel import process_groups
-from megabridge.parallel.collectives import together_where_cheap
+from megabridge.parallel.collectives import raise_together_if_cheap
 from megabridge.training.step import Batch
 
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:
-    """The next `count` micro-batches, on CUDA in pinned memory: a copy out of other memory waits for the device. Collective."""
-    with together_where_cheap("taking a step's batches"):
+    """Takes the next `count` micro-batches; on CUDA in pinned memory, without which a copy waits for the device. Collective."""
+    with raise_together_if_cheap("taking a step's batches"):
         taken = list(islice(batches, count))
     if platform.is_cpu():
         return taken
@@ -24,7 +24,7 @@ def take(batches: Iterator[Batch], count: int) -> list[Batch]:
 
 
 def micro_batches(config: Config) -> int:
-    """Micro-batches of one optimizer step on this data-parallel rank. Raises ConfigError where they don't come out even."""
+    """Number of micro-batches of one optimizer step on this data-parallel rank. Raises ConfigError where it isn't whole."""
     recipe, topology = config.recipe, process_groups.running()
     if problems := layout_rules.step_problems(config, topology):
         raise ConfigError(listed(problems))

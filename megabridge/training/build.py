@@ -1,4 +1,4 @@
-"""From the typed config to the objects that a recipe puts together. Each function makes one of them."""
+"""Builds the objects that a recipe needs from the typed config, one function for each."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from megabridge.training import freezing
 from megabridge.training.hooks import Callback
 
 BYTES: Final = "bytes"
-"""model.tokenizer for the byte-level tokenizer that needs no file."""
+"""Value of model.tokenizer for the byte-level tokenizer, which needs no file."""
 
 
 def bridge(config: Config) -> AutoBridge:
-    """The bridge to model.path, or to a folder made on the spot from model.hf and model.tokenizer. Every rank calls it."""
+    """Builds the bridge to model.path, or to a folder written from model.hf and model.tokenizer. Every rank calls it."""
     model = config.model
     location = model.path
     if location is None:
-        # A folder like any other from here on: its config and tokenizer come back with every export.
+        # A source like any other from here on: every export has its config and tokenizer.
         location = str(on_rank_zero("writing the model's config", lambda: _write_source(config)))
     return AutoBridge.from_hf_pretrained(
         location,
@@ -47,7 +47,7 @@ def bridge(config: Config) -> AutoBridge:
 
 
 def model_config(config: Config) -> dict[str, Any]:
-    """The content of the model's config.json: model.path's, or model.hf. Every rank calls it."""
+    """Returns the content of the model's config.json: model.path's, or model.hf. Every rank calls it."""
     model = config.model
     if model.path is None:
         return dict(model.hf)
@@ -55,9 +55,9 @@ def model_config(config: Config) -> dict[str, Any]:
 
 
 def provider(config: Config, bridge: AutoBridge, *, keeps_dtypes: bool = False) -> ModelProvider:
-    """The finalized provider of the bridge's model in this config's layout; providing it imports the weights, if any.
+    """Builds the finalized provider of the bridge's model in this config's layout; its chunks import the weights, if any.
 
-    With `keeps_dtypes`, for a model that is converted and not run, in the dtypes that the files have.
+    With `keeps_dtypes`, for a model that is converted and not run, parameters have the dtypes of the files.
     """
     parallel = config.parallel
     made = bridge.to_megatron_provider(load_weights=False)
@@ -85,7 +85,7 @@ def provider(config: Config, bridge: AutoBridge, *, keeps_dtypes: bool = False) 
 
 
 def init(config: Config) -> Literal["random", "empty"]:
-    """How parameters begin: empty where an import fills every one of them, random otherwise."""
+    """Initialisation of parameters: empty where an import fills all of them, random otherwise."""
     may_lack = bool(config.conversion.allow_missing) or not config.conversion.strict
     return "empty" if config.model.load_weights and not may_lack else "random"
 
@@ -102,7 +102,7 @@ def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -
         allow_nonfinite=conversion.allow_nonfinite,
         reader=conversion.reader,  # type: ignore[arg-type]  # one of its choices
         dedupe=conversion.dedupe,
-        digest=config.peft.name != "none",  # adapters go on only over the weights that they began with
+        digest=config.peft.name != "none",  # adapters resume only on the weights that they were started on
     )
     if rank() == 0:
         start_lines.say("weights read")
@@ -110,7 +110,7 @@ def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -
 
 
 def lora(peft: PeftConfig) -> LoRA:
-    """The adapters of the group `peft`. Raises ConfigError."""
+    """Builds the settings of adapters from the group `peft`. Raises ConfigError."""
     return LoRA(
         target_modules=tuple(peft.target_modules),
         exclude_modules=tuple(peft.exclude_modules),
@@ -131,11 +131,11 @@ def _adapt(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) ->
 
 
 def data(config: Config, bridge: AutoBridge) -> DataModule:
-    """The data module of the group `data`, set up with the bridge's tokenizer. Every rank calls it."""
+    """Builds the data module of the group `data`, set up with the bridge's tokenizer. Every rank calls it."""
     with raise_together("preparing the data"):
         made = instantiate.build(config.data, DataModule, where="data")
         made.vocab_size = int(bridge.source.native["vocab_size"])
-        assert bridge.source.folder is not None  # `bridge` above makes one from a folder
+        assert bridge.source.folder is not None  # `bridge` above opens one
         made.setup(
             bridge.source.folder,
             seq_length=config.recipe.seq_length,
@@ -147,19 +147,19 @@ def data(config: Config, bridge: AutoBridge) -> DataModule:
 
 
 def callbacks(config: Config) -> list[Callback]:
-    """The callbacks of the group `callbacks`, in their order; one set to null is left out."""
+    """Builds the callbacks of the group `callbacks`, in their order, without those set to null."""
     nodes = {name: node for name, node in config.callbacks.items() if node is not None}
     return [instantiate.build(node, Callback, where=f"callbacks.{name}") for name, node in nodes.items()]
 
 
 def loggers(config: Config) -> list[Logger]:
-    """The loggers of the group `logger`; one set to null is left out."""
+    """Builds the loggers of the group `logger`, without those set to null."""
     nodes = {name: node for name, node in config.logger.items() if node is not None}
     return [instantiate.build(node, Logger, where=f"logger.{name}") for name, node in nodes.items()]
 
 
 def _write_source(config: Config) -> Path:
-    """Each file appears whole: what a full disk cuts off leaves those of the run before. Raises CheckpointError."""
+    """Writes the source folder, each file atomically: on a full disk the files of an earlier run remain. Raises CheckpointError."""
     folder = Path(config.run_dir) / "source"
     files = {}
     if config.model.tokenizer not in (BYTES, None):

@@ -1,4 +1,4 @@
-"""A flag that all ranks share at every step, without waiting for the device."""
+"""SharedFlag: a flag that any rank raises and all ranks read at every step, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 import megabridge.platform as platform
 
 LAG: Final = 2
-"""On CUDA: steps after which a flag is read. The device has long passed the sum by then, so reading it waits for nothing."""
+"""On CUDA: number of steps after which a flag is read. The device has finished the all-reduce by then, so reading does not wait."""
 
 
 class SharedFlag:
@@ -27,7 +27,7 @@ class SharedFlag:
         return bool(flag)
 
     def soon(self, raised: bool) -> bool:
-        """Whether any rank raised it, now on a CPU, `LAG` calls ago on CUDA."""
+        """Whether any rank raised it: now on a CPU, `LAG` calls ago on CUDA."""
         if platform.is_cpu():
             return self.now(raised)
         flag = torch.tensor(int(raised)).pin_memory().to(platform.device(), non_blocking=True)

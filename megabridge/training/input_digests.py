@@ -1,4 +1,4 @@
-"""What a run depends on beside its settings, as digests: the weights beneath adapters, the tokenizer, the rows it learns from."""
+"""Digests of a run's inputs, compared on resume: the weights under adapters, the model config, the tokenizer, the data's rows."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WEIGHTS, MODEL, TOKENIZER, ROWS = (PREFIX + name for name in ("weights", "config
 
 
 def found(config: Config, bridge: AutoBridge | None, data: DataModule) -> dict[str, Any]:
-    """By name; what the run doesn't depend on is left out. Collective.
+    """Returns the digests by name, without inputs that the run doesn't have. Collective.
 
-    A full training's weights are its own, of which a native checkpoint has all: only adapters depend on those that they began with.
-    Where they are random, they follow from the seed and the layout.
+    A native checkpoint of full training has all weights; only adapters depend on the weights that they were started on. Random ones
+    follow from the seed and the layout.
     """
     out: dict[str, Any] = {}
     if config.peft.name != "none":
@@ -43,7 +43,7 @@ def found(config: Config, bridge: AutoBridge | None, data: DataModule) -> dict[s
 
 
 def _tokenizer(bridge: AutoBridge | None) -> str | None:
-    """Of the tokenizer's files and templates; None where there are none. On rank 0, which keeps them."""
+    """Digest of the tokenizer's files and templates; None where there are none. For rank 0, which keeps them."""
     files = {} if bridge is None or bridge.source.opened is None else bridge.source.opened.files or {}
     own = {name: content for name, content in files.items() if name != assets.GENERATION and not name.endswith(".py")}
     digest = xxhash.xxh3_128()

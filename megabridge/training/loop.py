@@ -1,4 +1,4 @@
-"""The trainer: steps, validation, saves, resume, and the hooks around them."""
+"""Trainer: the training loop with validation, saves, resume and callbacks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Trainer:
     """Trains `chunks` for `config.recipe.steps` optimizer steps. Every rank makes one and calls `fit`.
 
     `chunks` are DDP-wrapped and their config has calculate_per_token_loss; `optimizer` and `scheduler` come from
-    `build_optimizer`; `data` has been set up. `bridge` is what the callbacks export with. Loggers are called on rank 0.
+    `build_optimizer`; `data` has been set up. Callbacks export with `bridge`. Loggers are called on rank 0.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class Trainer:
         self.step = 0
         self.consumed_samples = 0
         self.summary: list[str] = []
-        """Lines that the console shows when the run ends; callbacks add to it."""
+        """Lines that the console shows when the run ends; callbacks add to them."""
         self.exports: list[Path] = []
         """Hugging Face folders that callbacks published in this process, oldest first."""
         self.validation_losses: list[tuple[int, float]] = []
         """(step, loss) of every validation in this process."""
         self.guard = Guard(config.policy)
-        """Judges losses and gradients before a step is taken."""
+        """Checks losses and gradients before a step is taken."""
         self.settings: Mapping[str, Any] = {}
-        """What saves keep of all that the run depends on (megabridge.training.resume), once `fit` has begun."""
+        """Settings and inputs that saves record for a resume (megabridge.training.resume); set when `fit` begins."""
         self.skipped_steps = 0
-        """Steps of this process that changed nothing: passed over by policy, or FP16 gradients that overflowed."""
+        """Number of steps in this process that changed nothing: skipped by policy, or with FP16 gradients that overflowed."""
         self._saved_step: int | None = None
         self._good: Path | None = None
         self._lock: IO[str] | None = None
@@ -89,33 +89,33 @@ class Trainer:
         self._clock = Clock(config, self.chunks)
         self._stop_flag = SharedFlag()
         self.stop = StopSignal()
-        """Whether a signal has asked this rank to stop, while `fit` runs: long work beside the loop looks at it."""
-        self._routers = MoEMetrics(self.chunks)
+        """Whether a signal has asked this rank to stop, while `fit` runs; long work in callbacks checks it."""
+        self._moe_metrics = MoEMetrics(self.chunks)
         prepare(self.chunks, optimizer)
-        self._gathering = ParameterGather(self.chunks)
+        self._parameter_gather = ParameterGather(self.chunks)
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank logs and writes what only one rank writes."""
+        """Whether this is the one rank that logs and writes shared files."""
         return dist.get_rank() == 0
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Gives `metrics` to every logger, at the current step."""
+        """Passes `metrics` to every logger, at the current step."""
         self.report.log(self.step, metrics)
 
     def table(self, name: str, rows: Sequence[Mapping[str, str]]) -> None:
-        """Gives rows of texts to every logger, at the current step."""
+        """Passes rows of texts to every logger, at the current step."""
         self.report.table(self.step, name, rows)
 
     def say(self, line: str) -> None:
-        """Gives a line for people to every logger."""
+        """Passes a line of text to every logger."""
         self.report.say(line)
 
     def fit(self) -> float | None:
         """Trains, and returns the last validation loss (None without validation data).
 
-        Raises TrainingError for a loss or gradient that is not a number, which is never saved (`config.policy` may have such steps
-        passed over), and Stopped (exit code 75) after the save that a signal asked for.
+        Raises TrainingError for a loss or gradient that is not finite, which is never saved (`config.policy` can skip such steps),
+        and Stopped (exit code 75) after the save that a signal asked for.
         """
         try:
             with self.stop as stop:
@@ -136,7 +136,7 @@ class Trainer:
         saving.check_room(self)
         stop_page.own().is_training = True
         stopped = self._train(validation, stop)
-        self._gathering.pause()
+        self._parameter_gather.pause()
         if line := self.data.left_out():
             self.say(line)
         if self.step != self._last_validated() and not stopped:
@@ -169,10 +169,10 @@ class Trainer:
             self._clock.measure(self.bridge.plan(self.chunks))
 
     def _claim(self) -> list[str]:
-        """Takes the checkpoints for this run, on rank 0; returns what is to be said of what lies there."""
+        """Locks the checkpoint folder for this run, on rank 0; returns lines about its contents."""
         self._lock = folders.lock(self.checkpoints)
         problems = steps.remove_orphans(self.checkpoints)
-        return problems + [f"{line}; it is passed over" for line in steps.strange(self.checkpoints).values()]
+        return problems + [f"{line}; it is ignored" for line in steps.invalid(self.checkpoints).values()]
 
     def _source(self) -> Path | None:
         return steps.source(self.config.checkpoint.resume, self.config.recipe.steps, self.places)
@@ -205,7 +205,7 @@ class Trainer:
             saving.prune(self, source.parent)
 
     def _train(self, validation: list[Batch], stop: StopSignal) -> bool:
-        """The steps that are left; returns whether a signal ended them early."""
+        """Runs the remaining steps; returns whether a signal ended them early."""
         recipe = self.config.recipe
         data = self.data.train_batches(
             self.consumed_samples,
@@ -218,14 +218,14 @@ class Trainer:
             metrics = self._one_step(data)
             self._call("after_step", metrics)
             is_stopping = self._stop_flag.now if self._reads(self.step) else self._stop_flag.soon
-            # Validation and saves take long: a signal that came before or in them is obeyed before the next step.
+            # Validation and saves take long: a signal that came before or during them is obeyed before the next step.
             if is_stopping(stop.received) or (self._pause(validation) and self._stop_flag.now(stop.received)):
                 self._call("on_stop")
                 return True
         return False
 
     def _pause(self, validation: list[Batch]) -> bool:
-        """Validates and saves where it is time to, and returns whether it was."""
+        """Validates and saves if one is due, and returns whether it was."""
         recipe, settings = self.config.recipe, self.config.checkpoint
         saves = bool(settings.save_every) and self.step % (settings.save_every or 1) == 0
         saves = saves and self.step != self._saved_step and (self.step != recipe.steps or settings.save_at_end)
@@ -238,13 +238,13 @@ class Trainer:
         return validates or saves
 
     def _one_step(self, data: Iterator[Batch]) -> dict[str, float]:
-        """One optimizer step; returns its metrics where it is logged, else nothing."""
-        self._gathering.go_on()
+        """Runs one optimizer step; returns its metrics if it is logged, else an empty dict."""
+        self._parameter_gather.resume()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reads = self._reads(self.step + 1)
-        self._routers.begin(is_logged=reads)
+        self._moe_metrics.begin(is_logged=reads)
         totals = forward_backward(self.chunks, batches.take(data, self._micro_batches), forward_only=False)
         scale = optimizer_step.loss_scale(self.optimizer)
         norm = optimizer_step.gradient_norm(self.optimizer)
@@ -272,7 +272,7 @@ class Trainer:
             "train/loss_tokens": count,
             "train/consumed_samples": float(self.consumed_samples),
             **self._clock.rates(self.step),
-            **self._routers.metrics(self._micro_batches),
+            **self._moe_metrics.metrics(self._micro_batches),
         }
         if norm is not None:
             metrics["train/grad_norm"] = float(norm)
@@ -284,28 +284,28 @@ class Trainer:
         return metrics
 
     def _reads(self, step: int) -> bool:
-        """Whether results of `step` are read on the host. Elsewhere nothing waits for the device."""
+        """Whether results of `step` are read on the host; other steps don't wait for the device."""
         recipe, settings = self.config.recipe, self.config.checkpoint
         return step == recipe.steps or any(
             every and step % every == 0 for every in (recipe.log_every, recipe.eval_every, settings.save_every)
         )
 
     def _judged(self, totals: torch.Tensor, norm: torch.Tensor | None, scale: torch.Tensor) -> Action:
-        """What the policy makes of the step in hand; says so where it isn't taken."""
+        """Returns the policy's decision on the current step; logs a line if it isn't taken."""
         total, count = totals.tolist()
-        size = optimizer_step.size_of(norm, scale, least_scale=self.config.optimizer.min_loss_scale)
+        size = optimizer_step.norm_for_policy(norm, scale, least_scale=self.config.optimizer.min_loss_scale)
         action, fault = self.guard.judge(self.step + 1, total / max(count, 1.0), size)
         if action != "go":
             self.say(f"{fault}: " + ("the step is skipped" if action == "skip" else "back to the last saved step"))
         return action
 
     def _roll_back(self) -> None:
-        """Goes on from the last save, with the batches after the bad one. Raises TrainingError where there is none."""
+        """Continues from the last save, with the batches after the bad one. Raises TrainingError where there is none."""
         if self._good is None:
             raise TrainingError(
                 "policy.nonfinite or policy.spike is rollback, but no step was saved yet; set checkpoint.save_every, or skip."
             )
-        self._gathering.pause(sync=False)
+        self._parameter_gather.pause(sync=False)
         progress = checkpoint.load(self._good, self.chunks, optimizer=self.optimizer, scheduler=self.scheduler)
         self.guard.resume(progress.recent_losses)
         self.step = progress.step
@@ -323,7 +323,7 @@ class Trainer:
     def _validate(self, batches: list[Batch]) -> None:
         if not any(all_gather(bool(batches))):
             return
-        self._gathering.pause()
+        self._parameter_gather.pause()
         self._call("before_validation")
         recipe = self.config.recipe
         started = time.perf_counter()
@@ -345,7 +345,7 @@ class Trainer:
 
     def _save(self, *, is_last: bool = False) -> None:
         started = time.perf_counter()
-        self._gathering.pause()
+        self._parameter_gather.pause()
         self._call("before_save", self.step)
         folder = saving.write(self, is_last=is_last or self.step == self.config.recipe.steps)
         if folder is not None:

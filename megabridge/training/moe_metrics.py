@@ -1,8 +1,8 @@
-"""What a run says of its mixtures of experts: auxiliary losses, how evenly routers spread tokens, and their correction biases.
+"""MoE metrics: auxiliary losses, how evenly routers spread tokens over experts, and correction biases.
 
-Counts stay on the device, in one tensor, from the first forward pass of a logged step until its metrics are asked for; other steps
-count nothing. One all-reduce over all ranks adds up everything: each token is counted by one tensor, context and data parallel rank
-of the stage that holds the layer, because sequence parallelism cuts the tokens that reach a router.
+Counts stay on the device, in one tensor, from the first forward pass of a logged step until its metrics are read; other steps are
+not counted. One all-reduce over all ranks sums everything: each token is counted by one tensor-, context- and data-parallel rank of
+the stage that holds the layer, because sequence parallelism splits the tokens that reach a router.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _LOSSES: Final = {
 
 
 class MoEMetrics:
-    """Watches the routers of `chunks`. Every rank makes one, calls `begin` before each step's forward passes, and `metrics` after
-    a logged step, whether it holds experts or not. For a model without experts both do nothing.
+    """Counts the routing of `chunks`. Every rank makes one, calls `begin` before each step's forward passes, and `metrics` after a
+    logged step, whether it holds experts or not. For a model without experts both do nothing.
     """
 
     def __init__(self, chunks: Sequence[Any]) -> None:
@@ -55,14 +55,14 @@ class MoEMetrics:
         self._routers.append((row, router))
 
         def count(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-            # Without gradients a pass is validation, or will be repeated by activation recomputation.
+            # A pass without gradients is validation, or will be repeated by activation recomputation.
             if self._counts_now and torch.is_grad_enabled():
                 self._tokens[row] += outputs[1].detach().sum(0)
 
         router.register_forward_hook(count)
 
     def begin(self, *, is_logged: bool) -> None:
-        """Forgets the step before; counts the next one only if it `is_logged`."""
+        """Resets the counts; the next step is counted only if it `is_logged`."""
         if self.config.num_moe_experts is None:
             return
         self._counts_now = is_logged
@@ -70,18 +70,18 @@ class MoEMetrics:
         get_moe_metrics_tracker().clear()
 
     def metrics(self, micro_batches: int) -> dict[str, float]:
-        """The step's numbers, the same on every rank; `micro_batches` is how many of them a data-parallel rank ran.
+        """Returns the step's metrics, the same on every rank; `micro_batches` is the number that each data-parallel rank ran.
 
-        `router/aux_loss` and so on: each loss without its coefficient, the mean over layers. `imbalance`: tokens of the busiest
-        expert over the mean of all, 1 where all get as many, num_moe_experts / moe_router_topk at worst; `entropy`: of shares of
-        tokens, over its maximum, so that 1 is even; `idle_experts`: how many got no token. `bias_min` and `bias_max`: of correction
-        biases. With `layer_N`, which counts from 0 as names of parameters do, of one layer; otherwise over layers the mean, the
-        worst (`imbalance_max`) or the sum (`idle_experts`).
+        `router/aux_loss` and so on: each loss without its coefficient, the mean over layers. `imbalance`: the tokens of the busiest
+        expert over the mean of all experts, between 1 (all equal) and num_moe_experts / moe_router_topk; `entropy`: that of the
+        experts' shares of tokens, over its maximum, so that 1 is even; `idle_experts`: the number of experts without a token.
+        `bias_min` and `bias_max`: the range of correction biases. With `layer_N`, counted from 0 as in parameters' names, for one
+        layer; otherwise the mean over layers, the largest (`imbalance_max`) or the sum (`idle_experts`).
         """
         if self.config.num_moe_experts is None:
             return {}
         names = self._names()
-        values = torch.cat([self._tokens, self._losses(names), self._marks()], dim=1)
+        values = torch.cat([self._tokens, self._losses(names), self._router_flags()], dim=1)
         dist.all_reduce(values)
         rows = values.tolist()
         experts = self.config.num_moe_experts
@@ -91,7 +91,7 @@ class MoEMetrics:
         for place, name in enumerate(names):
             total = sum(row[experts + place] for _, row in found) / len(found)
             out[f"router/{name}"] = total / micro_batches / _repeats(name, stage)
-        out |= _spread([(number, row[:experts]) for number, row in found])
+        out |= _balance([(number, row[:experts]) for number, row in found])
         if biased := [row for _, row in found if row[-3]]:
             out["router/bias_min"] = min(row[-2] for row in biased) / stage
             out["router/bias_max"] = max(row[-1] for row in biased) / stage
@@ -105,7 +105,7 @@ class MoEMetrics:
         return names if self.config.moe_z_loss_coeff is None else [*names, "z_loss"]
 
     def _losses(self, names: Sequence[str]) -> torch.Tensor:
-        """[layers, names]: what this rank's routers recorded."""
+        """The losses that this rank's routers recorded, [layers, names]."""
         entries = get_moe_metrics_tracker().metrics
         out = torch.zeros(len(self._tokens), len(names), dtype=torch.float64, device=self._tokens.device)
         for column, name in enumerate(names):
@@ -113,8 +113,8 @@ class MoEMetrics:
                 out[:, column] = entry.values
         return out
 
-    def _marks(self) -> torch.Tensor:
-        """[layers, 4]: 1 where this rank has a router, 1 where it has a correction bias, whose least and largest value follow."""
+    def _router_flags(self) -> torch.Tensor:
+        """[layers, 4]: 1 if this rank has the router, 1 if it has a correction bias, and the bias's smallest and largest value."""
         out = torch.zeros(len(self._tokens), 4, dtype=torch.float64, device=self._tokens.device)
         for row, router in self._routers:
             out[row, 0] = 1
@@ -125,16 +125,16 @@ class MoEMetrics:
 
 
 def _repeats(name: str, stage: int) -> int:
-    """How many times over the sum over a stage's `stage` ranks holds a loss."""
+    """Number of times that the sum over the `stage` ranks of a pipeline stage counts a loss."""
     if name == "global_aux_loss":
         return 1  # ranks' shares of one number
     if name == "z_loss":
         return stage  # each rank's own mean
-    return int(parallel_state.get_data_parallel_world_size())  # shares over tp and cp; of its own batch over dp
+    return int(parallel_state.get_data_parallel_world_size())  # shares over tp and cp; over dp each rank's own batch
 
 
-def _spread(layers: Sequence[tuple[int, Sequence[float]]]) -> dict[str, float]:
-    """How evenly tokens went to experts, from (layer, tokens by expert)."""
+def _balance(layers: Sequence[tuple[int, Sequence[float]]]) -> dict[str, float]:
+    """Metrics of how evenly tokens were spread over experts, from (layer, tokens by expert)."""
     imbalance, entropy, idle = [], [], 0
     out = {}
     for number, tokens in layers:

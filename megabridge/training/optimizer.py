@@ -1,4 +1,4 @@
-"""megatron-core's optimizer and learning-rate schedule from the typed config; with and without Transformer Engine."""
+"""Builds megatron-core's optimizer from the typed config, with and without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from typing import Any
 import torch
 
 import megabridge.platform as platform
-from megabridge.config import validation
 from megabridge.config.schema import OptimizerConfig, SchedulerConfig
 from megabridge.errors import ConfigError, listed
 from megabridge.native import optimizer_state
 from megabridge.platform.patches import sgd_momentum
+from megabridge.training.scheduler import build_scheduler
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.utils import get_model_config
 
 
 def build_optimizer(
     chunks: Sequence[Any], optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, steps: int
 ) -> tuple[Any, Any]:
-    """megatron-core's optimizer over the DDP-wrapped `chunks` and its OptimizerParamScheduler; one scheduler step is one
-    optimizer step. Every rank calls it. Parameters of one dimension are not decayed, as in megatron-core, nor those that
-    `optimizer.no_decay` names.
+    """Builds megatron-core's optimizer of the DDP-wrapped `chunks` and its OptimizerParamScheduler. Every rank calls it.
 
-    Raises ConfigError where a setting can't work.
+    One scheduler step is one optimizer step. Weight decay leaves out parameters of one dimension, as in megatron-core, and those
+    that `optimizer.no_decay` names. Raises ConfigError where a setting can't work.
     """
     _check(chunks, optimizer)
     model = get_model_config(chunks[0])
@@ -66,11 +65,11 @@ def build_optimizer(
                 group.update(fused=True, foreach=False)
         if isinstance(part.optimizer, torch.optim.SGD):
             sgd_momentum.install(part)
-    return built, _schedule(built, optimizer, scheduler, steps)
+    return built, build_scheduler(built, optimizer, scheduler, steps=steps)
 
 
 def ddp_settings(optimizer: OptimizerConfig) -> dict[str, object]:
-    """The `ddp_config` of provide_distributed_model that goes with this optimizer."""
+    """Returns the `ddp_config` for provide_distributed_model that matches this optimizer."""
     return {
         "use_distributed_optimizer": optimizer.distributed,
         "overlap_grad_reduce": optimizer.overlap_grad_reduce,
@@ -79,14 +78,14 @@ def ddp_settings(optimizer: OptimizerConfig) -> dict[str, object]:
 
 
 def _not_decayed(patterns: Sequence[str]) -> ParamKey:
-    """What megatron-core asks of each parameter to find its group; names begin with `module.` of each wrapper."""
+    """The key of the parameter group without weight decay; names begin with a `module.` for each wrapper."""
 
-    def is_kept(parameter: torch.Tensor, name: str) -> bool:
+    def is_not_decayed(parameter: torch.Tensor, name: str) -> bool:
         while name.startswith("module."):
             name = name.removeprefix("module.")
         return parameter.dim() == 1 or any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    return ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_decay", fn=is_kept))
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_decay", fn=is_not_decayed))
 
 
 def _check(chunks: Sequence[Any], optimizer: OptimizerConfig) -> None:
@@ -110,28 +109,3 @@ def _check(chunks: Sequence[Any], optimizer: OptimizerConfig) -> None:
     ]
     if problems:
         raise ConfigError(listed(problems))
-
-
-def _schedule(built: Any, optimizer: OptimizerConfig, scheduler: SchedulerConfig, steps: int) -> Any:
-    if problems := validation.schedule_problems(optimizer, scheduler, steps):
-        raise ConfigError(listed(problems))
-    wsd_steps = validation.wsd_steps(scheduler, steps) if scheduler.name == "wsd" else None
-    decay_steps = validation.decay_steps(scheduler, steps)
-    return OptimizerParamScheduler(
-        built,
-        # The first step of a warm-up is one part of the peak, not 0: a step at 0 would be lost.
-        init_lr=optimizer.lr / (scheduler.warmup_steps + 1) if scheduler.warmup_steps else optimizer.lr,
-        max_lr=optimizer.lr,
-        min_lr=scheduler.min_lr,
-        lr_warmup_steps=scheduler.warmup_steps,
-        lr_decay_steps=decay_steps,
-        lr_decay_style="WSD" if scheduler.name == "wsd" else scheduler.name,
-        start_wd=optimizer.weight_decay,
-        end_wd=optimizer.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-        wsd_decay_steps=wsd_steps,
-        lr_wsd_decay_style=scheduler.wsd_decay if wsd_steps is not None else None,
-    )

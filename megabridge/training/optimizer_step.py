@@ -1,8 +1,8 @@
 """Gradient norm, clipping and the optimizer's step, without waiting for the device.
 
-megatron-core's own `optimizer.step()` reads the norm on the host where Transformer Engine is not installed
-(optimizer/clip_grads.py), at every step, and leaves no place to look at it before the parameters change. Here the norm stays
-a tensor. Only FP16 waits, for whether its gradients overflowed.
+megatron-core's own `optimizer.step()` reads the norm on the host at every step where Transformer Engine is not installed
+(optimizer/clip_grads.py), and gives no chance to check it before the parameters change. Here the norm stays a tensor. Only FP16
+waits, to find out whether gradients overflowed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from megatron.core.optimizer import ChainedOptimizer
 
 @torch.no_grad()
 def gradient_norm(optimizer: Any) -> torch.Tensor | None:
-    """The norm of all gradients of all ranks, a float32 scalar on the device; gradients are unscaled and ready after it.
+    """Computes the norm of all gradients of all ranks, a float32 scalar on the device; unscales the gradients.
 
-    None where FP16 gradients overflowed: the loss scale has been adapted, and the step is not to be taken. Every rank calls it.
+    None where FP16 gradients overflowed: the loss scale has been adapted, and the step must be skipped. Every rank calls it.
     """
     if optimizer.prepare_grads():
         return None
@@ -39,7 +39,7 @@ def gradient_norm(optimizer: Any) -> torch.Tensor | None:
 
 @torch.no_grad()
 def optimizer_step(optimizer: Any, norm: torch.Tensor, *, clip: float) -> bool:
-    """Clips the gradients to `clip` (0: not at all) by their `norm`, and updates the parameters. Every rank calls it."""
+    """Clips the gradients of norm `norm` to `clip` (0: no clipping), and updates the parameters. Every rank calls it."""
     if clip > 0:
         coefficient = (clip / (norm + 1e-6)).clamp(max=1.0)
         for part in _chain(optimizer):
@@ -49,19 +49,19 @@ def optimizer_step(optimizer: Any, norm: torch.Tensor, *, clip: float) -> bool:
     return bool(optimizer.step_with_ready_grads())
 
 
-def size_of(norm: torch.Tensor | None, scale: torch.Tensor, *, least_scale: float) -> float:
-    """The norm as the policy sees it. Where FP16 gradients overflowed: infinite if the scale was the least, else 0."""
+def norm_for_policy(norm: torch.Tensor | None, scale: torch.Tensor, *, least_scale: float) -> float:
+    """The norm for the policy. If FP16 gradients overflowed (None): infinite at the smallest loss scale, else 0."""
     if norm is not None:
         return float(norm)
     return math.inf if float(scale) <= least_scale else 0.0
 
 
 def loss_scale(optimizer: Any) -> torch.Tensor:
-    """What the next step's loss is multiplied by, on the device: 1 but for FP16."""
+    """The loss scale of the next step, on the device; 1 except in FP16."""
     scale: torch.Tensor = optimizer.get_loss_scale()
     return scale
 
 
 def _chain(optimizer: Any) -> list[Any]:
-    """The optimizers of a chain (dense parameters, experts), those without parameters here included: all take part in sums."""
+    """The optimizers of a chain (dense parameters, experts), with those that have no local parameters: all take part in sums."""
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]

@@ -1,7 +1,7 @@
-"""optimizer.overlap_param_gather: parameters are whole only where something else than a training step reads them.
+"""Switches the parameter gather of optimizer.overlap_param_gather on for training steps, and off for everything else.
 
-With it, DDP's hooks gather updated parameters during the next forward pass. Validation, saves and callbacks need them whole
-before, so the hooks are on during training steps only, as in megatron/training/training.py.
+DDP's hooks gather updated parameters during the next forward pass. Validation, saves and callbacks need them complete before, so
+the hooks are on during training steps only, as in megatron/training/training.py.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from typing import Any
 
 
 class ParameterGather:
-    """The hooks of all chunks. Every rank calls `pause` and `go_on` at the same steps; both may be called twice."""
+    """The hooks of all chunks. Every rank calls `pause` and `resume` at the same steps; repeated calls do nothing."""
 
     def __init__(self, chunks: Sequence[Any]) -> None:
         self._chunks = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
         self._is_on = bool(self._chunks)
-        self.pause(sync=False)  # the first parameters are whole everywhere
+        self.pause(sync=False)  # the initial parameters are complete on every rank
 
     def pause(self, *, sync: bool = True) -> None:
-        """Makes parameters whole (unless not `sync`: where they are overwritten next) and leaves them so."""
+        """Gathers the parameters (not with sync=False, where they are overwritten next) and turns the hooks off."""
         if self._is_on:
             for chunk in self._chunks:
                 chunk.disable_forward_pre_hook(param_sync=sync)
             self._is_on = False
 
-    def go_on(self) -> None:
-        """Gathers during forward passes from here on."""
+    def resume(self) -> None:
+        """Turns the hooks on: forward passes gather the parameters."""
         if self._chunks and not self._is_on:
             for chunk in self._chunks:
                 chunk.enable_forward_pre_hook()

@@ -1,4 +1,4 @@
-"""What follows a step whose loss or gradient is not finite, or whose loss is far above the last ones."""
+"""Policy for bad steps: non-finite losses or gradients, and loss spikes, stop the run, are skipped or rolled back."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Action = Literal["go", "skip", "rollback"]
 
 
 class TrainingError(MegabridgeError):
-    """Training can't go on: a loss or a gradient that is not a number, or a spike."""
+    """Training can't continue: a loss or gradient that is not finite, or a spike."""
 
 
 class Guard:
-    """Judges steps by the config's `policy`. Every rank has one and gives it the same numbers, so that all act alike.
+    """Checks steps against the config's `policy`. Every rank has one and passes the same numbers, so that all act alike.
 
-    `recent` are the losses that a spike is measured by, `faults` counts the bad steps that were survived.
+    `recent` are the losses that spikes are measured against, `faults` is the number of bad steps so far.
     """
 
     def __init__(self, policy: PolicyConfig) -> None:
@@ -34,15 +34,15 @@ class Guard:
 
     @property
     def reads_every_step(self) -> bool:
-        """Whether the host must see every step's loss and norm before the parameters change."""
+        """Whether the host must read every step's loss and norm before the parameters change."""
         return self.policy.nonfinite != "stop" or self.policy.spike != "ignore"
 
     def resume(self, recent: Iterable[float]) -> None:
-        """Continues with the losses that a checkpoint kept."""
+        """Continues with the losses of a checkpoint."""
         self.recent = deque(recent, maxlen=self.policy.spike_window)
 
     def judge(self, step: int, loss: float, norm: float) -> tuple[Action, str]:
-        """What becomes of optimizer step number `step`, before it is taken, and why, for people; "" where all is well.
+        """Returns the action for optimizer step number `step`, before it is taken, and the reason as text ("" for a good step).
 
         Raises TrainingError where the policy is to stop, or its limit is reached.
         """
@@ -54,11 +54,11 @@ class Guard:
         if action == "stop":
             raise TrainingError(
                 f"{fault}; nothing of it is saved. Lower optimizer.lr, lengthen scheduler.warmup_steps, or look at the batch, and "
-                "continue with checkpoint.resume=auto; policy.nonfinite and policy.spike can pass over such steps."
+                "continue with checkpoint.resume=auto; policy.nonfinite and policy.spike can skip such steps."
             )
         if self.faults > self.policy.limit:
             raise TrainingError(
-                f"{fault}; it is bad step number {self.faults}, and policy.limit={self.policy.limit} are survived. Lower "
+                f"{fault}; it is bad step number {self.faults}, and policy.limit={self.policy.limit} allows no more. Lower "
                 "optimizer.lr, or raise the limit, and continue with checkpoint.resume=auto."
             )
         return action, fault
@@ -78,7 +78,7 @@ class Guard:
 
 
 def refuse_nonfinite(step: int, what: str, value: float) -> None:
-    """Raises TrainingError where a number that is not a step's own (the validation loss) is not finite."""
+    """Raises TrainingError for a non-finite number outside of training steps (the validation loss)."""
     if not math.isfinite(value):
         raise TrainingError(
             f"the {what} of step {step} is {value}; nothing of it is saved. Lower optimizer.lr or lengthen "
@@ -88,7 +88,7 @@ def refuse_nonfinite(step: int, what: str, value: float) -> None:
 
 @torch.no_grad()
 def refuse_nonfinite_parameters(step: int, chunks: Sequence[Any]) -> None:
-    """Raises TrainingError on every rank where a parameter of any rank is not finite: that is never saved. Every rank calls it."""
+    """Raises TrainingError on every rank if a parameter of any rank is not finite. Every rank calls it."""
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters() if parameter.is_floating_point()]
     flag = torch.ones((), dtype=torch.int32, device=platform.device())
     if parameters:

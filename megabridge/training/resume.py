@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from, and whether it may."""
+"""Resume: finds the checkpoint that a run continues from, and compares its settings and inputs with the run's."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from megabridge.bridge.auto_bridge import AutoBridge
     from megabridge.data import DataModule
 
-# With another value of these, "consumed samples" no longer says where in the data a run is, or what was learned was learned beside
-# other weights. A name stands for all below it.
+# With another value of these, the number of consumed samples no longer gives the position in the data, or adapters were trained on
+# other weights. A name stands for all names below it.
 _FIXED: Final = (
     "seed",
     "recipe.global_batch_size",
@@ -38,15 +38,15 @@ _FIXED: Final = (
     input_digests.ROWS,
 )
 _NOT_COMPARED: Final = ("checkpoint.resume", "checkpoint.accept_changes", "config_format")
-"""Settings that say how a run is resumed or written down, and nothing about the run: the only ones that are not compared."""
+"""The only settings that are not compared: they say how a run is resumed or recorded, and nothing about the run."""
 _PARTS: Final = 8  # parts of a setting that are shown
 _LONGEST: Final = 200  # characters of a value in a message
 
 
 def settings(config: Config, bridge: AutoBridge | None, data: DataModule) -> dict[str, Any]:
-    """All that the course of a run depends on, flat, as a native checkpoint keeps it: every setting, and its inputs. Collective.
+    """Returns all settings and the digests of inputs by dotted name, for a native checkpoint. Collective.
 
-    A secret is never in it, and of what came from the environment a short digest.
+    Secrets are left out; values from the environment are replaced by a short digest.
     """
     values = on_rank_zero("collecting the settings", lambda: _open(config))
     values["parallel"] = str(process_groups.running())
@@ -54,10 +54,10 @@ def settings(config: Config, bridge: AutoBridge | None, data: DataModule) -> dic
 
 
 def changes(saved: Mapping[str, Any], current: Mapping[str, Any], *, accepted: Sequence[str] = ()) -> list[str]:
-    """A line for each setting that differs and may; raises ConfigError for those that may not, but for the `accepted`.
+    """Returns a line for each setting that has changed; raises ConfigError for changes that are not allowed or `accepted`.
 
-    Where a setting that the data's order depends on is accepted, the run goes on after as many samples as it has seen. Nothing
-    `saved` is a model that was converted, and never trained.
+    If a setting that determines the order of the data is accepted, the run continues after the number of samples that it has seen.
+    An empty `saved` is that of a model that was converted and never trained.
     """
     if unknown := [name for name in accepted if name not in _FIXED]:
         raise ConfigError(f"checkpoint.accept_changes={unknown} must be of {', '.join(_FIXED)}; others need not be accepted.")
@@ -70,13 +70,13 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any], *, accepted: S
             "a run can't continue with other data, another tokenizer, another model or other adapters; put these back, or name "
             f"them in checkpoint.accept_changes ({', '.join(_FIXED)}):\n  "
             + "\n  ".join(forbidden)
-            + ("\nThese have changed, too, and may:\n  " + "\n  ".join(others) if others else "")
+            + ("\nThese have changed as well, which is allowed:\n  " + "\n  ".join(others) if others else "")
         )
     return list(lines.values())
 
 
 def _fixed(name: str) -> str | None:
-    """The name in _FIXED that stands for a setting."""
+    """The name in _FIXED that includes the setting `name`, or None."""
     return next((fixed for fixed in _FIXED if name == fixed or name.startswith(f"{fixed}.")), None)
 
 
@@ -102,7 +102,7 @@ def _text(values: Mapping[str, Any], name: str) -> str:
 
 
 def _open(config: Config) -> dict[str, Any]:
-    """The settings of a run without its secrets, plain and flat. config.yaml in its directory knows what is of the environment."""
+    """The settings of a run without secrets, by dotted name; config.yaml in run_dir shows which come from the environment."""
     values = dataclasses.asdict(config)
     own, written = _flat(redaction.redacted(values, values)), _flat(redaction.written(Path(config.run_dir)))
     out = {}
@@ -111,7 +111,7 @@ def _open(config: Config) -> dict[str, Any]:
         if own[name] != value:
             out[name] = own[name]
         elif redaction.REDACTED in text or "${oc.env" in text:
-            # 16 bits of it: enough to notice a change, and too few to find it out.
+            # 16 bits of its digest: enough to notice a change, and too few to guess the value.
             out[name] = f"{redaction.REDACTED} {sha256(_text({name: value}, name).encode()).hexdigest()[:4]}"
         else:
             out[name] = json.loads(_text({name: value}, name))
@@ -119,7 +119,7 @@ def _open(config: Config) -> dict[str, Any]:
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names; a list or an empty group is a value."""
+    """Flattens nested settings to dotted names; a list or an empty group is a value."""
     out: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:

@@ -151,7 +151,7 @@ def _write_native(trainer: Trainer, folder: Path) -> None:
 
 
 def prune(trainer: Trainer, folder: Path) -> None:
-    """Notes the validation loss of the step that was just saved in `folder`, and removes what keep_last and keep_best leave out.
+    """Records the validation loss of the step just saved in `folder`, and removes steps that keep_last and keep_best don't keep.
 
     Every rank calls it.
     """
@@ -162,9 +162,9 @@ def prune(trainer: Trainer, folder: Path) -> None:
         said = []
         if loss is not None and saving.native:
             try:
-                steps.note_validation(folder, loss)
+                steps.write_validation_loss(folder, loss)
             except OSError as error:
-                said.append(f"the validation loss of {folder} can't be noted there ({error.strerror}): keep_best passes it over")
+                said.append(f"the validation loss of {folder} can't be recorded ({error.strerror}): keep_best ignores that step")
         if saving.keep_last or saving.keep_best:
             said += steps.keep(trainer.checkpoints, last=saving.keep_last or 1, best=saving.keep_best or 0)
         return said

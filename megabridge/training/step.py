@@ -1,8 +1,8 @@
-"""One training step and one validation pass on megatron-core's schedules.
+"""Forward and backward passes of a training step, and validation, on megatron-core's schedules.
 
-The loss is the sum of the unmasked tokens' losses over their number in the whole global batch, whatever the number of
-data-parallel ranks and micro-batches: megatron-core's `calculate_per_token_loss`. Each micro-batch gives its sum and its
-count; `finalize_model_grads` adds the counts of all ranks and divides the gradients by them, once.
+The loss is the sum of the unmasked tokens' losses divided by their number in the whole global batch, whatever the number of
+data-parallel ranks and micro-batches: megatron-core's `calculate_per_token_loss`. Each micro-batch returns its sum and its
+count; `finalize_model_grads` adds the counts of all ranks and divides the gradients by the total, once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megabridge.data.vocabulary import check_batch
 from megabridge.errors import ConfigError
 from megabridge.models.layers.packed import Packed, packed
 from megabridge.native import fp8_scales
-from megabridge.parallel.collectives import together_where_cheap
+from megabridge.parallel.collectives import raise_together_if_cheap
 
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
@@ -31,9 +31,9 @@ Batch = dict[str, torch.Tensor]
 
 
 def prepare(chunks: Sequence[Any], optimizer: Any) -> None:
-    """Connects the chunks' config to gradient finalization and loss scaling; once, before the first step.
+    """Sets the functions for gradient finalization and loss scaling in the chunks' config; once, before the first step.
 
-    Raises ConfigError where the model was wrapped in a way that this loop would train wrongly.
+    Raises ConfigError for a model without calculate_per_token_loss, which this loop would train wrongly.
     """
     for chunk in chunks:
         config = get_model_config(chunk)
@@ -54,10 +54,10 @@ def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward
 
     Returns [sum of the unmasked tokens' losses, their number] over all data-parallel ranks, float64, on this rank's device;
     the same on every rank. With `forward_only=False` gradients are left in the buffers, finalized. Every rank calls it.
-    Raises ConfigError for tokens or labels that are none of the model's.
+    Raises ConfigError for tokens or labels outside the vocabulary.
     """
     size = int(get_attr_wrapped_model(chunks[0], "unpadded_vocab_size"))
-    with together_where_cheap("looking at a step's tokens"):
+    with raise_together_if_cheap("looking at a step's tokens"):
         for number, batch in enumerate(batches):
             check_batch(batch, size, f"micro-batch {number} of this rank")
     on_device = [_placed(batch) for batch in batches]
@@ -66,7 +66,7 @@ def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward
         _scale_router_losses(chunks, [placed.tensors for placed in on_device])
     outputs = get_forward_backward_func()(
         forward_step_func=_forward,
-        # Every chunk of an interleaved pipeline walks through the same micro-batches.
+        # Every chunk of an interleaved pipeline gets the same micro-batches.
         data_iterator=[iter(on_device) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(on_device),
@@ -78,13 +78,13 @@ def forward_backward(chunks: Sequence[Any], batches: Sequence[Batch], *, forward
 
 
 def _scale_router_losses(chunks: Sequence[Any], batches: Sequence[Batch]) -> None:
-    """Weighs routers' auxiliary losses as the mean over micro-batches, whatever share of the tokens has a loss.
+    """Scales routers' auxiliary losses to the mean over micro-batches, whatever share of the tokens is unmasked.
 
     megatron-core multiplies them by the number of tokens that a router saw, and the gradients are divided by the number of unmasked
-    ones (transformer/moe/router.py): where one token in ten has a loss, a router's would count ten times.
+    ones (transformer/moe/router.py): if one token in ten is unmasked, the auxiliary loss would count ten times.
     """
     mask = torch.stack([batch["loss_mask"] for batch in batches])
-    share = mask.float().mean().reshape(1)  # data-parallel ranks have as many tokens each
+    share = mask.float().mean().reshape(1)  # all data-parallel ranks have the same number of tokens
     dist.all_reduce(share, group=parallel_state.get_data_parallel_group())
     share /= parallel_state.get_data_parallel_world_size()
     for chunk in chunks:
@@ -95,14 +95,14 @@ def _scale_router_losses(chunks: Sequence[Any], batches: Sequence[Batch]) -> Non
 
 @dataclass(frozen=True)
 class _Placed:
-    """A micro-batch on the device, as the model takes it."""
+    """A micro-batch on the device, in the form that the model takes."""
 
     tensors: Batch
     packed: Packed | None
 
 
 def _placed(batch: Batch) -> _Placed:
-    """On every pipeline stage: with `documents`, rows lie one after the other in a micro-batch of one."""
+    """Moves a micro-batch to the device, on every pipeline stage; with `documents` its rows are joined into one."""
     tensors = {name: tensor.to(platform.device(), non_blocking=True) for name, tensor in batch.items() if name != "documents"}
     if "documents" not in batch:
         return _Placed(tensors, None)
@@ -125,14 +125,14 @@ def _forward(batches: Iterator[_Placed], model: Any) -> tuple[torch.Tensor, Any]
 
 
 def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sum to differentiate, number of tokens, what is logged), from `losses` and `mask`, both [micro, sequence]."""
+    """Returns (sum to differentiate, number of tokens, both for the log), from `losses` and `mask`, both [micro, sequence]."""
     total = (losses.float() * mask).sum()
     count = mask.sum()
     return total, count.to(torch.int), torch.stack([total.detach().double(), count.double()])
 
 
 def _over_ranks(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Adds over micro-batches and data-parallel ranks on the last stage, then tells the other stages."""
+    """Sums over micro-batches and data-parallel ranks on the last stage, then broadcasts to the other stages."""
     zeros = torch.zeros(2, dtype=torch.float64, device=platform.device())
     totals = torch.stack(list(outputs)).sum(0) if outputs else zeros
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -143,12 +143,12 @@ def _over_ranks(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def validate(chunks: Sequence[Any], batches: Sequence[Batch], *, micro_batch_size: int, seq_length: int) -> tuple[float, int]:
-    """(mean loss over all unmasked tokens, their number) of this rank's and the other data-parallel ranks' `batches`.
+    """Returns (mean loss over all unmasked tokens, their number) for the `batches` of all data-parallel ranks.
 
-    Every rank calls it, with as many batches as it has: the number is filled up with batches that are masked throughout.
-    Raises ConfigError where no token is unmasked.
+    Every rank calls it with its own batches; ranks with fewer are filled up with fully masked ones. Raises ConfigError where no
+    token is unmasked.
     """
-    # A filler has the shape of the others: the stages of a pipeline tell each other no shapes.
+    # A filler has the shape of the others, because pipeline stages don't exchange shapes.
     like = batches[0] if batches else _blank(micro_batch_size, seq_length)
     filler = {**like, "loss_mask": torch.zeros_like(like["loss_mask"])}
     filled = [*batches, *[filler] * (_batches_on_every_rank(len(batches)) - len(batches))]
@@ -166,11 +166,11 @@ def validate(chunks: Sequence[Any], batches: Sequence[Batch], *, micro_batch_siz
 
 
 def _batches_on_every_rank(count: int) -> int:
-    """The largest number of batches of any rank, as a multiple of what the schedule takes."""
+    """The largest number of batches of any rank, rounded up to a multiple that the schedule takes."""
     most = torch.tensor(count, device=platform.device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
-    # The interleaved schedule runs whole groups of pp micro-batches (schedules.py, microbatch_group_size_per_vp_stage).
+    # The interleaved schedule runs whole groups of pp micro-batches (pipeline_parallel/schedules.py).
     group = parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1
     return max(1, -(-int(most) // group)) * group
 

@@ -1,4 +1,4 @@
-"""A stop that is asked for by signal: the step ends, one save is written, and the exit code says so."""
+"""Graceful stop on SIGTERM or SIGUSR1: the step ends, the run is saved, and the exit code is 75."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Stopped(SystemExit):
 
 
 class StopSignal:
-    """While entered, the first SIGTERM or SIGUSR1 sets `received`; a second one has its ordinary effect at once.
+    """Context manager: the first SIGTERM or SIGUSR1 sets `received`, a second one has its default effect at once.
 
     So does whoever started this process, on the page that they share (megabridge.storage.stop_page): the first signal after that
     is the second.
 
-    An ordinary effect in the middle of a save harms nothing: a checkpoint that is not committed is not seen. In a process that
-    was started with these signals blocked they are let through only here, so that none comes too early, and a second one has
-    no effect: whoever started it so stays beside it, and ends it when it has to end.
+    Dying in the middle of a save does no harm: a checkpoint that is not committed is ignored. In a process that was started with
+    these signals blocked they are unblocked only here, so that none comes too early, and a second one has no effect: the process
+    that started it supervises it, and ends it when necessary.
     """
 
     SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
@@ -35,19 +35,19 @@ class StopSignal:
     def __init__(self) -> None:
         self._is_signalled = False
         self._before: dict[signal.Signals, Any] = {}
-        self._held: set[int] = set()
+        self._blocked: set[int] = set()
 
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only, and refuses handlers elsewhere.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-            self._held = signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(self.SIGNALS)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # one that waited arrives in here
+            self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(self.SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # a pending one arrives here
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._before:
-            signal.pthread_sigmask(signal.SIG_BLOCK, self._held)
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
         self._restore()
 
     @property
@@ -58,7 +58,7 @@ class StopSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_second = stop_page.own().is_asked
         self._is_signalled = True
-        if not self._held:
+        if not self._blocked:
             self._restore()
             if is_second:
                 signal.raise_signal(number)

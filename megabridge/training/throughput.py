@@ -1,8 +1,8 @@
-"""How fast a run is: tokens/s, model TFLOP/s per device, MFU, memory. docs/training.md states the formulas.
+"""Throughput metrics: tokens/s, model TFLOP/s per device, MFU, memory. docs/training.md states the formulas.
 
-A token's floating-point operations are counted from the whole model's Hugging Face shapes, so that they are the same under every
-layout: 2 per weight of a matrix for the forward pass, 2 for the gradient of its input, 2 for its own gradient where it is
-trained. Recomputation is not counted, embeddings are looked up for free, of experts those count that a token passes through.
+The FLOPs of a token are counted from the whole model's Hugging Face shapes, so that they are the same under every layout: 2 per
+weight of a matrix for the forward pass, 2 for the gradient of its input, 2 for its own gradient if it is trained. Recomputation and
+the lookup of embeddings are not counted; of the experts those that a token is routed to are.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ PEAKS: Final[tuple[tuple[str, float], ...]] = (
     ("A10", 125e12),
     ("V100", 125e12),
 )
-"""(part of a device's name, its dense BF16 or FP16 matrix FLOP/s), from the makers' data sheets. The first that fits counts."""
+"""(part of a device's name, its dense BF16 or FP16 matrix FLOP/s), from the vendors' data sheets. The first match is taken."""
 
 
 def peak(device: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s that a device of this name can reach with 16-bit matrices; None where it isn't in the table or computes in FP32."""
+    """Peak FLOP/s of a device of this name with 16-bit matrices; None for a device that isn't in the table, and for FP32."""
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     return next((flops for name, flops in PEAKS if name in device), None)
@@ -76,7 +76,7 @@ def flops_per_token(plan: Plan, config: Any, *, seq_length: int, frozen: Contain
 
 
 def _attention(config: Any, seq_length: int) -> float:
-    """Forward operations per token of scores and their product with the values: causal, so over half of the sequence on average."""
+    """Forward FLOPs per token of the scores and their product with the values; causal, so over half of the sequence on average."""
     if config.multi_latent_attention:
         widths = config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim
     else:
@@ -92,7 +92,7 @@ def _attention(config: Any, seq_length: int) -> float:
 
 
 class Clock:
-    """Rates between two logged steps, without what validation and saves took in between."""
+    """Rates between two logged steps, without the time of validation and saves."""
 
     def __init__(self, config: Config, chunks: Sequence[Any]) -> None:
         self._tokens = config.recipe.global_batch_size * config.recipe.seq_length
@@ -104,19 +104,19 @@ class Clock:
         self.start(0)
 
     def measure(self, plan: Plan) -> None:
-        """Learns what a token costs; without it TFLOP/s and MFU are left out. Every rank calls it."""
+        """Counts the FLOPs of a token, without which TFLOP/s and MFU are left out. Every rank calls it."""
         self._flops = flops_per_token(plan, self._model, seq_length=self._seq_length, frozen=frozen_names(plan.items))
 
     def start(self, step: int) -> None:
-        """Begins to measure, at `step`."""
+        """Starts measuring, at `step`."""
         self._step, self._since = step, time.perf_counter()
 
     def skip(self, seconds: float) -> None:
-        """Leaves `seconds` out."""
+        """Excludes `seconds` from the measured time."""
         self._since += seconds
 
     def rates(self, step: int) -> dict[str, float]:
-        """The metrics of the steps since the last call, per step; of the rank with most memory. Every rank calls it."""
+        """Metrics of the steps since the last call, with the memory of the rank that uses most. Every rank calls it."""
         seconds = (time.perf_counter() - self._since) / max(step - self._step, 1)
         self.start(step)
         rates = {"train/step_seconds": seconds, "train/tokens_per_second": self._tokens / seconds}
@@ -130,7 +130,7 @@ class Clock:
 
 
 def _most_memory() -> int:
-    """The largest memory of a rank in bytes: on CUDA the peak of allocated memory since the last call, else of the process."""
+    """Largest memory of any rank in bytes: on CUDA the peak of allocated memory since the last call, else that of the process."""
     if platform.is_cpu():
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     else:

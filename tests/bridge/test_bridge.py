@@ -20,7 +20,7 @@ EXPECTED = {
     "two dtypes": "are two names for one thing",
     "no MLA": "LlamaForCausalLM has no multi-latent attention; use transformer_config",
     "no use": "has no meaning with load_weights=False",
-    "source dtype": "ConfigError: weight_dtype='source' needs an import",
+    "source dtype": "ConfigError: weight_dtype='source' needs an earlier import",
     "shard size": "ConfigError: max_shard_size='5 potatoes'",
     "more processes": "torchrun --nproc-per-node=16",
 }

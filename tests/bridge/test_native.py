@@ -59,7 +59,7 @@ def test_there_and_back_in_one_process_with_the_source_gone(ranks: RankServer, m
 REFUSALS = {
     "taken": "CheckpointError: ",
     "nothing there": "must be a complete native checkpoint",
-    "no config": "carries no config; give hf_model_id",
+    "no config": "has no config; give hf_model_id",
     "other config": "layernorm_epsilon=1e-05, here 0.001",
     "other source": "layernorm_epsilon=1e-05, here 0.001",
     "other hf_path": "layernorm_epsilon=1e-05, here 0.001",
@@ -83,7 +83,7 @@ def test_an_import_that_was_not_strict_is_told_at_the_export(ranks: RankServer, 
 def test_one_call_in_many_processes(ranks: RankServer, source: Path, tmp_path: Path) -> None:
     first, second = run(ranks, "in_ranks", source, tmp_path / "out", world_size=2)
     assert payload(tmp_path / "out" / "pp2") == payload(source) and files(tmp_path / "out" / "pp2") == files(source)
-    assert "must not exist or be an empty folder" in first[0] and "must not exist or be an empty folder" in second[0]
+    assert "must not exist, or be an empty folder" in first[0] and "must not exist, or be an empty folder" in second[0]
 
 
 @pytest.mark.parametrize("topology", [Topology(tp=2, pp=2), Topology(pp=2, vpp=2)], ids=str)
@@ -99,7 +99,7 @@ def test_a_hub_as_source_and_target(ranks: RankServer, source: Path, tmp_path: P
         kwargs = {"source": str(source), "endpoint": address, "cache": str(tmp_path / "cache")}
         (said,) = ranks.run(f"{CASES}:uploaded", world_size=1, kwargs=kwargs)
     assert "needs a model to export" in said["no model"]
-    assert "the hub didn't take me/model" in said["refused"] and "HF_TOKEN" in said["refused"]
+    assert "the hub refused me/model" in said["refused"] and "HF_TOKEN" in said["refused"]
     assert said["url"] == f"{address}/me/model/commit/{COMMIT}"
     assert said["folder url"] == f"{address}/me/folder/commit/{COMMIT}"
     assert "config.json" in said["no folder"] and said["config"]

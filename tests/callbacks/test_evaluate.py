@@ -154,7 +154,7 @@ def test_what_cannot_work_is_refused_on_every_rank_before_the_first_step(
         "callbacks.evaluate.on_error='explode' is not one of warn, fail",
         "callbacks.evaluate.every=0 must be at least 1",
         "device='tpu' must be auto",
-        "with peft=lora a save publishes adapters alone; set peft.merge=true",
+        "with peft=lora a save has only the adapters; set peft.merge=true",
         "would evaluate no save of this run",
     ):
         assert part in text, part
@@ -231,5 +231,5 @@ def test_the_harness_runs_beside_the_training(ranks: RankServer, tmp_path: Path,
     (row,) = [row for row in read(tmp_path / "run") if "evaluation/own/own/acc" in row]
     assert row["evaluation/own/own/acc"] == row["evaluation/quiz/acc"]
     given = config(tmp_path / "other", tiny_source, Topology(dp=2), {"own": {**own, "tasks": ["own", "not_there"]}})
-    with pytest.raises(RankError, match="lm-evaluation-harness knows no 'not_there'"):
+    with pytest.raises(RankError, match="lm-evaluation-harness has no 'not_there'"):
         train(ranks, Topology(dp=2), given)

@@ -57,7 +57,7 @@ def test_numbers_in_open_nodes_too(node: str) -> None:
         if value == float("inf") and node in ("model.hf", "recipe.options"):
             bounds.check_numbers(config)
             continue
-        with pytest.raises(ConfigError, match=rf"^{node}\.a\.b\[1\]\.c={value} must be a finite number; set one, or take"):
+        with pytest.raises(ConfigError, match=rf"^{node}\.a\.b\[1\]\.c={value} must be a finite number; set one, or remove"):
             bounds.check_numbers(config)
 
 

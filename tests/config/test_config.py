@@ -334,8 +334,8 @@ def test_suggested_commands_work() -> None:
     """Each composes, passes the checks, and has the layout that was asked for, or one of its kind that fits."""
     cases = {
         ("model=llama32_3b", "parallel=tp8pp2"): (5, 4, 16),
-        ("experiment=llama31_8b_sft",): (2, 2, 8),
-        ("experiment=qwen3_30b_a3b_sft",): (4, 4, 16),
+        ("experiment=llama31_8b_sft", "data.path=x"): (2, 2, 8),
+        ("experiment=qwen3_30b_a3b_sft", "data.path=x"): (4, 4, 16),
         ("model=llama32_1b", "parallel.tp=2", "parallel.dp=4"): (0, 0, 8),
         ("model=llama32_1b", "parallel=tp2pp2vpp2", "recipe.global_batch_size=4"): (1, 1, 4),
         ("model=llama32_1b", "parallel.tp=2", "parallel.cp=2", "platform=cuda"): (0, 0, None),

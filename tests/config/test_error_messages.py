@@ -22,7 +22,7 @@ COMPOSED = {
     "optimizer={lr: 1, lrr: 2}": "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
     "parallel.qqqqqqqq=3": "unknown key 'parallel.qqqqqqqq'; in parallel there are cp, dp, ep, etp, layout, pp, sequence_parallel, tp, vpp.",
     "zzzzzzz=3": "unknown key 'zzzzzzz'; at the top there are model, parallel,",
-    "model.hf=[1]": "model.hf: Cannot merge DictConfig with ListConfig; give it a value of the kind that it has.",
+    "model.hf=[1]": "model.hf: Cannot merge DictConfig with ListConfig; give it a value of its type.",
     "~optimizer.lr": "optimizer.lr: OptimizerConfig (DictConfig) does not support deletion; give it a value",
     "optimizer.lr={a: 1}": "optimizer.lr: \"{'a': 1}\" must be a number.",
 }
@@ -65,7 +65,7 @@ RESOLVED = {
     "seed=${oc.env:NOT_SET_AT_ALL}": 'seed: KeyError raised while resolving interpolation: "Environment variable',
     "model.name=???": "model.name has no value; set it with model.name=...",
     "run_dir=???": "run_dir has no value; set it with run_dir=...",
-    "optimizer.lr=nan": "optimizer.lr=nan must be a finite number; set one, or take the setting away",
+    "optimizer.lr=nan": "optimizer.lr=nan must be a finite number; set one, or remove the setting",
     "+callbacks.x={_target_: a.B, y: [inf]}": "callbacks.x.y[0]=inf must be a finite number",
     "model.path='a\0b'": "model.path=a\0b can't be looked up (embedded null byte); name another path.",
 }

@@ -81,7 +81,7 @@ def test_arguments_of_other_types_are_all_named() -> None:
     with pytest.raises(ConfigError) as raised:
         instantiate.build(node, DataModule, where="data")
     said = str(raised.value)
-    assert len(said.splitlines()) == 4 and "data.shuffle_buffer='many' must be int, and is str" in said
+    assert len(said.splitlines()) == 4 and "data.shuffle_buffer='many' must be int, not str" in said
     assert all(name in said for name in ("data.path=7", "data.separate_documents=1", "data.validation_documents=True"))
     for changes, message in (
         ({"weights": [1, "2"]}, r"data.weights=\[1, '2'\] must be Sequence\[float\] \| None"),

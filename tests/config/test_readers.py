@@ -66,7 +66,7 @@ def test_what_nothing_reads_is_refused(given: str) -> None:
     overrides = [given] if "{" in given else given.split()
     with pytest.raises(ConfigError) as caught:
         run(overrides)
-    assert str(caught.value).startswith(REFUSED[given]) and "take it away" in str(caught.value), caught.value
+    assert str(caught.value).startswith(REFUSED[given]) and "remove it" in str(caught.value), caught.value
 
 
 def test_what_is_read_or_was_not_given_is_taken() -> None:

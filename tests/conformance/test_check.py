@@ -1,4 +1,4 @@
-"""The battery as a program: one run over every layout of its ranks, everything that fails listed, and the real model's own files."""
+"""The checks as a program: one run over every layout of its ranks, everything that fails listed, and the real model's own files."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def source(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.grid
 def test_every_layout_of_four_ranks_and_the_models_own_files(ranks: RankServer, source: Path, tmp_path: Path) -> None:
     check(ranks, tmp_path, Topology(tp=2, pp=2), None, path=str(source))
     found = findings(tmp_path)

@@ -13,7 +13,7 @@ from megabridge.errors import ConfigError
 from megabridge.families import all_families
 from megabridge.parallel.topology import Topology
 from recipes import compare
-from tests.support.covering import cover
+from tests.support.covering import cover, further
 from tests.support.families import MIXTURES
 from tests.support.rank_server import RankServer
 
@@ -36,8 +36,8 @@ BROKEN: list[tuple[str, dict[str, Any], str, str]] = [
 
 @pytest.fixture(scope="module")
 def root(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("trials")
-    ranks.run(f"{CASES}:trials", kwargs={"root": str(folder), "architectures": ARCHITECTURES}, timeout=300)
+    folder = tmp_path_factory.mktemp("tiny")
+    ranks.run(f"{CASES}:make", kwargs={"root": str(folder), "architectures": ARCHITECTURES}, timeout=300)
     return folder
 
 
@@ -45,6 +45,7 @@ RIGHT = {"tp2": (Topology(tp=2), True), "tp4": (Topology(tp=4), False), "pp2vpp2
 COVER = cover(ARCHITECTURES, list(RIGHT))
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("layout", RIGHT)
 def test_nothing_differs_where_all_is_right(ranks: RankServer, root: Path, tmp_path: Path, layout: str) -> None:
     topology, sp = RIGHT[layout]
@@ -60,7 +61,9 @@ def test_nothing_differs_where_all_is_right(ranks: RankServer, root: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("topology", "sp"), [(Topology(), False), (Topology(tp=2), True), (Topology(pp=2), False)], ids=lambda value: str(value)
+    ("topology", "sp"),
+    [(Topology(tp=2), True), *further((Topology(), False), (Topology(pp=2), False))],
+    ids=lambda value: str(value),
 )
 def test_a_fault_is_traced_to_its_module(ranks: RankServer, root: Path, tmp_path: Path, topology: Topology, sp: bool) -> None:
     cases = [(name, settings) for name, settings, _, _ in BROKEN]

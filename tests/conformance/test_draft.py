@@ -1,4 +1,4 @@
-"""Drafts: of models whose parts are known they pass the battery as they are; of others they can be imported and say what is missing."""
+"""Drafts: of models whose parts are known they pass all checks as they are; of others they can be imported and say what is missing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""The workbench on a family with experts: the battery over its layouts, and a comparison that names a broken router."""
+"""The conformance checks on a family with experts, over its layouts, and a comparison that names a broken router."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import pytest
 
 from megabridge.parallel.topology import Topology
 from tests.support.checked import check, findings
@@ -11,6 +13,7 @@ from tests.support.rank_server import RankServer
 MIXTRAL = "megabridge.families.mixtral:FAMILY"
 
 
+@pytest.mark.grid
 def test_every_layout_with_experts_passes(ranks: RankServer, tmp_path: Path) -> None:
     check(ranks, tmp_path, Topology(tp=2), MIXTRAL)
     found = findings(tmp_path)

@@ -115,7 +115,7 @@ def test_stretches_are_maximal_and_complete(cut: Cut | None) -> None:
         ours = [start + n for start in found.native.tolist() for n in range(found.length)]
         theirs = [start + n for start in found.hf.tolist() for n in range(found.length)]
         assert ours == native_box(target, move).flatten().tolist() and theirs == view(whole, move.hf_view()).flatten().tolist()
-        joined = [(start + n * found.length, native) for start, natives in found.gathered() for n, native in enumerate(natives)]
+        joined = [(start + n * found.length, native) for start, natives in found.adjacent() for n, native in enumerate(natives)]
         assert joined == list(zip(found.hf.tolist(), found.native.tolist(), strict=True))
     assert contiguous_runs(transfers(Same(), (32, 8), DIMS, ())[0], (8, 1)).length == 256
 

@@ -201,7 +201,7 @@ def test_fault_12_headers_that_lie(seen: Seen) -> None:
     refused(seen, "12 integer dtype", "CheckpointError", f"{UP} is torch.int32")
     refused(seen, "12 dtype of its size", "CheckpointError", f"{UP} is torch.bfloat16, others are torch.float16")
     refused(seen, "12 overlap", "CheckpointError", "must begin at byte")
-    refused(seen, "12 duplicate", "CheckpointError", "stands twice")
+    refused(seen, "12 duplicate", "CheckpointError", "appears twice")
     refused(seen, "12 no size", "CheckpointError", "0 bytes for F32 [0, 64]")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -194,15 +192,14 @@ def test_a_folder_against_its_source(ranks: RankServer, out: Path, source: Path,
     assert len(seen[5]) > 20, "float32 weights aren't bfloat16 ones cast back"
 
 
-def test_the_command_prints_every_mismatch_and_fails(out: Path, source: Path, tmp_path: Path) -> None:
+def test_the_command_prints_every_mismatch_and_fails(ranks: RankServer, out: Path, source: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(out, tmp_path / "folder")
     names = [name for name in find_tensors(folder) if "layers" in name]
     for name in names:
         flip(folder, name, 1)
     edit(folder, lambda content: content["files"].update({"\x1b[2J": content["files"]["config.json"]}))
-    command = [sys.executable, "-m", "megabridge.run", "recipe=convert", "conversion.mode=verify", f"conversion.folder={folder}"]
-    command += [f"conversion.source={source}", f"run_dir={tmp_path / 'run'}", "model=tiny_llama", "logger=local"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    command = ["recipe=convert", "conversion.mode=verify", f"conversion.folder={folder}", f"conversion.source={source}"]
+    done = ranks.program([*command, f"run_dir={tmp_path / 'run'}", "model=tiny_llama", "logger=local"], cwd=tmp_path)
     assert done.returncode != 0
     for name in names:
         assert f": {name} has other bytes than were written\n" in done.stdout

@@ -10,6 +10,7 @@ import pytest
 
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.parallel.topology import Topology
+from tests.support.covering import further
 from tests.support.models import mixtral_config
 from tests.support.payload import payload
 from tests.support.rank_server import RankServer
@@ -30,7 +31,7 @@ def models(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("layout", [Topology(ep=2, dp=2), Topology(tp=2, ep=2, dp=2)], ids=["ep2", "etp2ep2"])
+@pytest.mark.parametrize("layout", [Topology(tp=2, ep=2, dp=2), *further(Topology(ep=2, dp=2))], ids=["etp2ep2", "ep2"])
 def test_every_way_out_gives_the_tensors_of_the_files(ranks: RankServer, models: Path, layout: Topology) -> None:
     sources = [*map(str, SEEDS), "GraniteMoeForCausalLM"]
     results = ranks.run(
@@ -75,7 +76,10 @@ def layouts(seed: int, count: int) -> list[Topology]:
     return found
 
 
-@pytest.mark.parametrize("layout", layouts(5, 6), ids=str)
+DRAWN = layouts(5, 6)
+
+
+@pytest.mark.parametrize("layout", [*DRAWN[:2], *further(*DRAWN[2:])], ids=str)
 def test_random_mixtures_come_back_byte_for_byte(ranks: RankServer, tmp_path: Path, layout: Topology) -> None:
     seeds = [100 + sum(map(ord, str(layout))) * 10 + number for number in range(6)]
     configs = {str(seed): mixtral_config(seed) for seed in seeds}

@@ -11,6 +11,7 @@ import torch
 
 from megabridge.families.gpt_oss import FAMILY as GPT_OSS
 from megabridge.parallel.topology import Topology
+from tests.support.covering import further
 from tests.support.models import changed_model
 from tests.support.payload import payload
 from tests.support.quantised_models import CASES, DEEPSEEK, MIXTURE, SHAPE
@@ -48,7 +49,7 @@ def check_import(ranks: RankServer, root: Path, layout: Topology, out: Path, sla
     assert json.loads((out / "config.json").read_text()) == config, "nothing but quantization_config is gone"
 
 
-@pytest.mark.parametrize("layout", [Topology(), Topology(tp=3), Topology(tp=2, pp=2), Topology(tp=2, dp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Topology(tp=2, pp=2), *further(Topology(), Topology(tp=3), Topology(tp=2, dp=2))], ids=str)
 def test_block_fp8_is_imported_as_what_it_stands_for(ranks: RankServer, dense: Path, layout: Topology, tmp_path: Path) -> None:
     check_import(ranks, dense, layout, tmp_path / "out", slack=1.01)
 
@@ -73,7 +74,7 @@ def test_gpt_oss_in_mxfp4(ranks: RankServer, tmp_path: Path) -> None:
         check_import(ranks, tmp_path, layout, tmp_path / f"out{number}", slack=1.07)
 
 
-@pytest.mark.parametrize("layout", [Topology(), Topology(pp=2, ep=2, dp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Topology(pp=2, ep=2, dp=2), *further(Topology())], ids=str)
 def test_deepseek_with_layers_that_are_carried(ranks: RankServer, tmp_path: Path, layout: Topology) -> None:
     """Those of multi-token prediction are quantised too: decoded for an export, and for a native checkpoint."""
     ranks.run("tests.support.mtp:make", kwargs={"folder": str(tmp_path / "source"), "architecture": DEEPSEEK})

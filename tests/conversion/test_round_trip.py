@@ -22,6 +22,7 @@ COUNT = 54 if GRID else 9
 """Random shapes."""
 
 
+@pytest.mark.cover
 @given(seeds=st.lists(st.integers(0, 2**32 - 1), min_size=COUNT, max_size=COUNT, unique=True))
 @settings(max_examples=1, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 def test_random_configs_under_every_layout(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory, seeds: list[int]) -> None:

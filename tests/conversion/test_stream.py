@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megabridge.hf.tensor_files import find_tensors
 from megabridge.mapping import natural
 from megabridge.parallel.topology import Topology
+from tests.support.covering import further
 from tests.support.models import TINY, llama_config
 from tests.support.payload import identical, payload
 from tests.support.rank_server import RankServer
@@ -37,7 +38,9 @@ def models(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.mark.parametrize(
-    "layout", [Topology(), Topology(tp=4), Topology(tp=2, pp=2), Topology(pp=2, vpp=2), Topology(tp=2, dp=2)], ids=str
+    "layout",
+    [Topology(tp=2, pp=2), *further(Topology(), Topology(tp=4), Topology(pp=2, vpp=2), Topology(tp=2, dp=2))],
+    ids=str,
 )
 def test_the_tensors_of_the_files(ranks: RankServer, models: list[Path], layout: Topology) -> None:
     results = ranks.run("tests.support.stream:streams", topology=layout, kwargs={"sources": [str(model) for model in models]})
@@ -158,7 +161,7 @@ def test_tasks_of_another_checkpoint(ranks: RankServer, models: list[Path], tmp_
         assert seen["tasks"] == names and "lm_head.weight" in tensors
         assert [entry[:2] for entry in seen["streamed"]] == names
         assert "nothing" in seen["refusal"] and "(3,) is not a tensor of this model" in seen["refusal"]
-        assert "stands twice" in seen["refusal"] and seen["refusal"].startswith("ConfigError: conversion_tasks must be")
+        assert "is given twice" in seen["refusal"] and seen["refusal"].startswith("ConfigError: conversion_tasks must be")
         assert seen["dtype"].startswith("ConfigError: dtype='int3'") and seen["none"] == []
 
 

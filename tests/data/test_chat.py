@@ -73,7 +73,7 @@ def test_prefix_rendering_agrees_with_transformers_mask_of_a_template_with_the_t
 
 def test_white_space_that_merges_with_the_prompt_is_an_error(smollm2: Path) -> None:
     # The break after "assistant" and the first space of the answer are one token, which generation never meets.
-    with pytest.raises(ConfigError, match=r"a token reaches over the boundary 'assistant\\n' \| '  indented"):
+    with pytest.raises(ConfigError, match=r"a token crosses the boundary 'assistant\\n' \| '  indented"):
         ChatEncoder(smollm2).encode([TURNS[3], {"role": "assistant", "content": "  indented"}])
 
 
@@ -99,7 +99,7 @@ def test_without_an_assistant_nothing_is_learned(tmp_path: Path) -> None:
         (REWORDING, "changes the text of assistant message 2"),
         (FOOTER, "changes when more follows"),
         (ALTERNATING, "refuses the roles system, user, assistant, user, assistant: begin with the user"),
-        (MISPLACED_TAG, "no token of this conversation lies within it"),
+        (MISPLACED_TAG, "no token of this conversation is within it"),
         (None, "must have a chat template"),
     ],
 )
@@ -116,7 +116,7 @@ def test_text_after_the_end_of_turn_is_an_error(tmp_path: Path) -> None:
 def test_a_token_over_the_boundary_is_an_error(smollm2: Path, tmp_path: Path) -> None:
     # "assistant: " and "e acute" share the token " e".
     encoder = ChatEncoder(with_template(smollm2, tmp_path, SAME_LINE))
-    with pytest.raises(ConfigError, match=r"a token reaches over the boundary 'ssistant: ' \| 'e acute"):
+    with pytest.raises(ConfigError, match=r"a token crosses the boundary 'ssistant: ' \| 'e acute"):
         encoder.encode([TURNS[3], TURNS[2]])
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from megabridge.data.finetuning import Finetuning
 from megabridge.data.module import Batch
-from megabridge.data.show import stretches
+from megabridge.data.show import spans
 from megabridge.data.text import load_tokenizer
 from megabridge.errors import ConfigError
 from megabridge.hf import byte_tokenizer
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(batches: list[Batch], tokenizer: Path) -> list[list[str]]:
     """What is learned in each row, stretch by stretch."""
     loaded = load_tokenizer(tokenizer)
-    return [[part.text for part in stretches(batch, loaded) if part.is_learned] for batch in batches]
+    return [[part.text for part in spans(batch, loaded) if part.is_learned] for batch in batches]
 
 
 def epoch(data: Finetuning, tokenizer: Path) -> list[list[str]]:
@@ -78,7 +78,7 @@ def test_prompts_with_completions_and_plain_text(tmp_path: Path, tokenizer: Path
     assert sorted(epoch(pairs, tokenizer)) == [[f"{number}<|im_end|>"] for number in range(1, 6)]
     as_chat = made(path, tokenizer, validation_share=0, prompt_as_chat=True)
     first = next(iter(as_chat.train_batches(0, dp_rank=0, dp_size=1)))
-    parts = stretches(first, load_tokenizer(tokenizer))
+    parts = spans(first, load_tokenizer(tokenizer))
     assert parts[0].text.startswith("<|im_start|>user\n") and parts[1].text.endswith("<|im_end|>")
     renamed = jsonl(tmp_path / "renamed.jsonl", [{"q": row["prompt"], "a": row["completion"], "text": "no"} for row in rows])
     columns = {"prompt": "q", "completion": "a"}
@@ -212,7 +212,7 @@ def test_parts_of_text_and_calls_of_tools(tmp_path: Path, tokenizer: Path) -> No
     expected = [[text, "Two.<|im_end|>"] for text in (f"I add. {written}", written, written)]
     data = made(path, folder, validation_share=0)
     assert sorted(epoch(data, folder)) == sorted(expected)
-    first = stretches(next(iter(data.train_batches(0, dp_rank=0, dp_size=1))), load_tokenizer(folder))
+    first = spans(next(iter(data.train_batches(0, dp_rank=0, dp_size=1))), load_tokenizer(folder))
     assert first[0].text == "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
     # A template that takes no such message leaves it out, and is no end.
     plain = made(

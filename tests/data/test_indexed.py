@@ -63,13 +63,13 @@ def test_files_that_are_damaged_are_refused(tmp_path: Path) -> None:
     index = Path(f"{corpus(tmp_path, 'good', 10)}.idx")
     good, content = index.read_bytes(), (tmp_path / "good.bin").read_bytes()
     cases = {
-        r"is no index": b"GARBAGE" * 9,
+        r"is not a megatron-core index": b"GARBAGE" * 9,
         r"cut off, make it again": good[:-9],
         r"version 7": good[:9] + (7).to_bytes(8, "little") + good[17:],
         r"dtype code 6": good[:17] + b"\6" + good[18:],
         r"negative": good[:34] + (-1).to_bytes(4, "little", signed=True) + good[38:],
         r"points past the end": good[:34] + (1 << 20).to_bytes(4, "little") + good[38:],
-        r"are not its sequences": good[:-8] + (9).to_bytes(8, "little"),
+        r"don't cover its sequences": good[:-8] + (9).to_bytes(8, "little"),
         r"should have": good[:18] + (1 << 60).to_bytes(8, "little") + good[26:],
     }
     for message, damaged in cases.items():

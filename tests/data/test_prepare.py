@@ -88,7 +88,7 @@ def test_bad_rows_are_counted_and_stop_past_the_share(tmp_path: Path, tokenizer:
     place = len(b"\n".join(good[:10])) + 1
     with pytest.raises(ConfigError, match=r"6 of 26 rows can't be used, which is more than prepare\.max_bad_share=0\.2") as raised:
         run([file], tmp_path / "again", tokenizer, share=0.2, column="body")
-    assert f"{file}, byte {place}: no JSON" in str(raised.value)
+    assert f"{file}, byte {place}: not JSON" in str(raised.value)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mixed.bin", "mixed.idx", "mixed.jsonl"]
 
 

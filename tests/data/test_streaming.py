@@ -96,7 +96,7 @@ def test_bad_rows_are_counted_and_stop_past_the_share(tmp_path: Path, corpus: tu
 
 
 def test_what_can_not_be_streamed_is_refused(tmp_path: Path, corpus: tuple[Path, Path]) -> None:
-    with pytest.raises(ConfigError, match="no document beside those held out"):
+    with pytest.raises(ConfigError, match="no document besides those held out"):
         next(made(corpus, validation_documents=40).train_batches(0, dp_rank=0, dp_size=1))
     (tmp_path / "broken.jsonl").write_text('{"body": "a"}\n{"body": \n')
     with pytest.raises(ConfigError, match=r"broken\.jsonl can't be read"):

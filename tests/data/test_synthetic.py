@@ -31,5 +31,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def test_more_tokens_than_a_host_holds(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.samples=1000000000000 and .* and 268435456 may be held in memory; use fewer"):
+    with pytest.raises(
+        ConfigError, match=r"data\.samples=1000000000000 and .* but at most 268435456 may be held in memory; use fewer"
+    ):
         RandomTokens(vocab_size=9, samples=10**12).setup(tmp_path, seq_length=8, micro_batch_size=1, global_batch_size=1, seed=0)

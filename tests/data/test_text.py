@@ -38,7 +38,7 @@ def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path) -> None:
             load_tokenizer(tmp_path)
         said = str(caught.value)
         assert said.startswith(f"the tokenizer in {tmp_path} must be one that transformers loads, but: ") and "\n" not in said
-        assert said.endswith("; fetch its files again, or put another's in their place.")
+        assert said.endswith("; fetch its files again, or replace them by another's.")
     file.write_text(good[0])
     for text in ("", "null", '{"tokenizer_class": 3}'):
         settings.write_text(text)

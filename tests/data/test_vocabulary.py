@@ -68,7 +68,7 @@ def test_every_module_refuses_what_the_model_has_no_row_for(tokenizer: Path, tmp
             taken(make(), tokenizer, size)
         assert message in str(raised.value) and f"vocab_size={size}" in str(raised.value)
     taken(Finetuning(path=str(file), validation_share=0.0, overlong="truncate"), tokenizer, 260)
-    with pytest.raises(ConfigError, match=r"rows.jsonl, byte 18: token id 19\d is none"):
+    with pytest.raises(ConfigError, match=r"rows.jsonl, byte 18: token id 19\d must be below"):
         rules = prepare.Rules(tokenizer, vocab_size=ASCII)
         prepare.prepare([str(file)], tmp_path / "out", rules, workers=1, max_bad_share=0.0, advance=lambda done, total: None)
 
@@ -84,7 +84,7 @@ def test_ids() -> None:
     check_ids([0, 3], 4, "x")
     check_ids([10**12, -1], None, "x")
     for ids, first in (([0, 4, 5], 4), ([1, -1], -1), ([-100], -100)):
-        with pytest.raises(ConfigError, match=f"x: token id {first} is none of the model's, which has vocab_size=4"):
+        with pytest.raises(ConfigError, match=f"x: token id {first} must be below the model's vocab_size=4, and not negative"):
             check_ids(ids, 4, "x")
 
 

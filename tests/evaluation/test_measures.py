@@ -175,7 +175,7 @@ def test_names_that_the_harness_does_not_know_are_refused(tmp_path: Path) -> Non
 
     tasks = {"mine": Harness(tasks=["hellaswag", "no_such_task"], include_path=str(tmp_path))}
     (problem,) = harness.problems(tasks)
-    assert problem.startswith("mine.tasks: lm-evaluation-harness knows no 'no_such_task'")
+    assert problem.startswith("mine.tasks: lm-evaluation-harness has no 'no_such_task'")
 
 
 def test_the_longest_sequence_is_the_model_s(folder: Path, smollm2: Path) -> None:

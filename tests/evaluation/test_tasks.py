@@ -97,7 +97,7 @@ def test_all_faults_of_all_tasks_are_named_at_once(tmp_path: Path, monkeypatch: 
         "tasks.j: include_path=",
         "kind lm_eval needs the package lm_eval, which is not installed; pip install 'megabridge[eval]'",
         "tasks.k=5 must be a task with a kind",
-        "tasks.l/m: the name must be of letters",
+        "tasks.l/m: the name must consist of letters",
     ):
         assert part in found, part
 

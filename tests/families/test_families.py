@@ -41,6 +41,7 @@ def test_every_mechanism_is_met_under_every_layout_and_every_family_somewhere() 
     assert GRID or max(map(len, COVER.values())) < len(ARCHITECTURES) / 2
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
     names = COVER[layout]
@@ -49,10 +50,8 @@ def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServe
     wrong = sorted({line for problems in results for line in problems})
     wrong += [f"{name}: the export differs" for name in names if payload(tmp_path / name) != payload(sources / name)]
     assert not wrong, "\n".join(wrong)
-    if layout == "tp2pp2":
-        folders = [str(root / name) for root in (sources, tmp_path) for name in names]
-        tokens = ranks.run("tests.support.families:generations", kwargs={"folders": folders}, timeout=300)
-        assert len(tokens) == 1 and tokens[0][: len(names)] == tokens[0][len(names) :]
+    for name in names:  # with the same bytes, all that transformers could read otherwise
+        assert json.loads((tmp_path / name / "config.json").read_text()) == json.loads((sources / name / "config.json").read_text())
 
 
 def test_steps_lower_the_loss(sources: Path, ranks: RankServer) -> None:

@@ -35,6 +35,7 @@ def sources(ranks: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
     return root
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
     names = [name for name in COVER[layout] if is_legal(layout, name)]

@@ -184,7 +184,7 @@ def test_packed_attention_beside_attention_of_each_document(
     config = TransformerConfig(
         num_layers=1, hidden_size=512, num_attention_heads=8, num_query_groups=2, attention_dropout=0.0, **settings
     )
-    made = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attention_type": "self", "style": LayerOptions(**style)}
+    made = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attention_type": "self", "options": LayerOptions(**style)}
     attention = TorchAttention(config, **made).cuda().to(dtype)
     documents = torch.tensor([[0] * 100 + [1] * 7 + [2] * 93, [0] + [1] * 150 + [2] * 49])
     places = torch.cat([torch.arange(size) for size in (100, 7, 93, 1, 150, 49)]).reshape(2, -1)

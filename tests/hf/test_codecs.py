@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from megabridge.errors import CheckpointError
 from megabridge.families.core.quantization import Quantization
 from megabridge.hf import tensor_files
-from megabridge.hf.quantised_weights import present
+from megabridge.hf.quantised_weights import pair_scales
 from megabridge.hf.safetensors_format import TensorInfo
 from megabridge.hf.tensor_files import PIECE, Reader, Way, find_tensors, native_box, stored_bytes, view
 from megabridge.mapping import Cut, Dims, Fuse, FusedSource, Interleave, Same, Stack, Transfer, Transpose, transfers, whole
@@ -28,7 +28,7 @@ DIMS = Dims(num_layers=1, hidden_size=1, num_attention_heads=6, num_query_groups
 
 def opened(folder: Path, tensors: dict[str, torch.Tensor], quantization: Quantization) -> dict[str, TensorInfo]:
     save_file(tensors, folder / "model.safetensors")
-    return present(find_tensors(folder), quantization, folder)
+    return pair_scales(find_tensors(folder), quantization, folder)
 
 
 def read(reader: Reader, info: TensorInfo, transfer: Transfer, target: torch.Tensor) -> int:

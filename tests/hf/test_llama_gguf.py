@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megabridge.errors import CheckpointError
 from megabridge.hf import llama_gguf
-from megabridge.hf.byte_tokenizer import _stand_in
+from megabridge.hf.byte_tokenizer import _printable
 from megabridge.hf.random_models import write_random_model
 
 CONFIG: dict[str, Any] = {
@@ -49,7 +49,7 @@ def write_gguf(file: Path, weights: dict[str, torch.Tensor], **changed: int) -> 
     writer.add_uint32("tokenizer.ggml.unknown_token_id", 0)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<|im_start|>", "<|im_end|>", *map(_stand_in, range(256)), "ab"])
+    writer.add_token_list(["<|im_start|>", "<|im_end|>", *map(_printable, range(256)), "ab"])
     writer.add_token_types([3, 3, *[1] * 257])
     writer.add_token_merges(["a b"])
     writer.add_chat_template("{{ messages[0]['content'] }}")

@@ -56,7 +56,7 @@ def test_the_reference_library_reads_our_files(tmp_path: Path) -> None:
     [
         (b"{" * 200_000, b"", "valid JSON"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b"", "nested too deeply"),
-        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234", "'a' stands twice"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234", "'a' appears twice"),
         ([], b"", "must be a JSON object"),
         ({"a": 3}, b"", "exactly dtype, shape and data_offsets"),
         ({"a": entry(0, 4, [1], "F31")}, b"1234", "'F31'"),
@@ -113,7 +113,7 @@ def test_a_sharded_folder(tmp_path: Path) -> None:
     ("weight_map", "message"),
     [
         (b"{", "valid JSON"),
-        (b'{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "stands twice"),
+        (b'{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "appears twice"),
         ({}, "must have a weight_map"),
         ({"a": 3}, "must have a weight_map"),
         ({"a": "one.safetensors", "b": "three.safetensors"}, "must exist"),

@@ -9,34 +9,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megabridge.launchers import local
 from megabridge.launchers.processes.outcome import WorkerFailure
 from tests.support.command import ROOT, environ
+from tests.support.rank_server import RankServer
 
 RECIPES = "tests.support.launched"
 
 
-def start(recipe: str, run_dir: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "megabridge.run",
-            "model=tiny_llama",
-            f"recipe.target={RECIPES}:{recipe}",
-            *arguments,
-            f"run_dir={run_dir}",
-        ],
-        cwd=ROOT,
-        env=environ(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def run(ranks: RankServer, recipe: str, run_dir: Path, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    given = ["model=tiny_llama", f"recipe.target={RECIPES}:{recipe}", *arguments, f"run_dir={run_dir}"]
+    return ranks.program(given, cwd=run_dir.parent, **more)
 
 
 def is_running(pid: int) -> bool:
@@ -47,34 +34,42 @@ def is_running(pid: int) -> bool:
 
 
 def test_the_first_error_is_shown_once_and_the_rank_named(tmp_path: Path) -> None:
-    run = start("fail_on_rank_one", tmp_path / "a run with spaces", "parallel=tp2")
-    out, err = run.communicate(timeout=180)
-    assert run.returncode == 1
-    assert err.strip() == "megabridge: rank 1: the answer must be 42; use 42."
-    assert [line.partition(" s] ")[2] for line in out.splitlines()][:2] == ["starting 2 ranks on this host's CPU", "imports done"]
-    assert err.strip() in (tmp_path / "a run with spaces" / "console.log").read_text()
+    """Started as a user starts it."""
+    command = [
+        sys.executable,
+        "-m",
+        "megabridge.run",
+        "model=tiny_llama",
+        f"recipe.target={RECIPES}:fail_on_rank_one",
+        "parallel=tp2",
+    ]
+    command += [f"run_dir={tmp_path / 'a run with spaces'}"]
+    done = subprocess.run(command, cwd=ROOT, env=environ(), capture_output=True, text=True, timeout=180, start_new_session=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "megabridge: rank 1: the answer must be 42; use 42."
+    said = [line.partition(" s] ")[2] for line in done.stdout.splitlines()]
+    assert said[:2] == ["starting 2 ranks on this host's CPU", "imports done"]
+    assert done.stderr.strip() in (tmp_path / "a run with spaces" / "console.log").read_text()
 
 
-def test_a_killed_rank_is_the_cause_not_those_that_lost_it(tmp_path: Path) -> None:
-    run = start("crash_on_rank_one", tmp_path, "parallel=tp2")
-    _, err = run.communicate(timeout=180)
-    assert run.returncode == 128 + signal.SIGKILL
-    assert err.startswith("megabridge: rank 1: ") and "SIGKILL" in err and err.count("rank") == 1
+def test_a_killed_rank_is_the_cause_not_those_that_lost_it(ranks: RankServer, tmp_path: Path) -> None:
+    done = run(ranks, "crash_on_rank_one", tmp_path / "run", "parallel=tp2")
+    assert done.returncode == 128 + signal.SIGKILL
+    assert done.stderr.startswith("megabridge: rank 1: ") and "SIGKILL" in done.stderr and done.stderr.count("rank") == 1
 
 
 @pytest.mark.parametrize(
     ("recipe", "layout", "said"),
     [
-        ("vanish", "tp2", r"megabridge: rank 1: ended with exit status 0 and without a report, before it was done;"),
+        ("vanish", "tp2", r"megabridge: rank 1: ended with exit status 0 and without a report before it was done;"),
         ("end_aloof", "tp2", r"rank 1: Aloof: extra\\ud800\.weight \\x1b\[2J\\x01.*characters left out"),
     ],
 )
-def test_no_end_of_a_rank_counts_as_success(tmp_path: Path, recipe: str, layout: str, said: str) -> None:
+def test_no_end_of_a_rank_counts_as_success(ranks: RankServer, tmp_path: Path, recipe: str, layout: str, said: str) -> None:
     """A rank that ends without a word; one whose error no file takes, and that is longer than a pipe holds."""
-    run = start(recipe, tmp_path, f"parallel={layout}")
-    _, err = run.communicate(timeout=240)
-    assert run.returncode == 1 and re.search(said, err, re.DOTALL), err
-    assert {letter for letter in err if not letter.isprintable()} <= {"\n"}
+    done = run(ranks, recipe, tmp_path / "run", f"parallel={layout}")
+    assert done.returncode == 1 and re.search(said, done.stderr, re.DOTALL), done.stderr
+    assert {letter for letter in done.stderr if not letter.isprintable()} <= {"\n"}
 
 
 PROGRAMS = {
@@ -103,17 +98,12 @@ def test_ranks_of_their_own_programs_are_judged_as_forked_ones_are(text: str, mo
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_interruptions_end_all_workers(tmp_path: Path, number: signal.Signals, status: int) -> None:
-    run = start("wait", tmp_path, "parallel=dp2")
-    until = time.monotonic() + 180
-    while len(list(tmp_path.glob("waits*"))) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-    pids = [[int(pid) for pid in file.read_text().split()] for file in tmp_path.glob("waits*")]
-    assert len(pids) == 2
-    os.kill(run.pid, number)
+def test_interruptions_end_all_workers(ranks: RankServer, tmp_path: Path, number: signal.Signals, status: int) -> None:
+    done = run(ranks, "wait", tmp_path / "run", "parallel=dp2", signalled=(number, "run/waits*", 2))
     began = time.monotonic()
-    _, err = run.communicate(timeout=10)
-    assert run.returncode == status and not err.strip()
+    assert done.returncode == status and not done.stderr.strip()
+    pids = [[int(pid) for pid in file.read_text().split()] for file in tmp_path.glob("run/waits*")]
+    assert len(pids) == 2
     # SIGKILL leaves the launcher no time to find a rank's own child that left the session; the ranks die by themselves.
     gone = [pid for rank, child in pids for pid in ([rank] if number == signal.SIGKILL else [rank, child])]
     while any(map(is_running, gone)) and time.monotonic() < began + 10:

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import csv
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-from tests.support.command import command, environ
+from tests.support.command import command
+from tests.support.rank_server import RankServer
 
 SWEEP = ("-m", "hydra/launcher=local", "model=tiny_llama", "platform=cpu", "hydra.sweep.dir=sweep")
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """A sweep in a process group of its own, as a shell starts it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "megabridge.run", *SWEEP, *arguments],
-        cwd=cwd,
-        env=environ(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
-
-
-def test_points_at_once_of_which_one_fails_and_one_is_refused(tmp_path: Path) -> None:
-    run = start(
-        "parallel=single,tp2,tp3", "recipe.target=tests.support.launched:fail_under_tp", "hydra.launcher.at_once=2", cwd=tmp_path
-    )
-    out, err = run.communicate(timeout=300)
-    assert run.returncode == 1, out + err
+def test_points_at_once_of_which_one_fails_and_one_is_refused(ranks: RankServer, tmp_path: Path) -> None:
+    points = ("parallel=single,tp2,tp3", "recipe.target=tests.support.launched:fail_under_tp", "hydra.launcher.at_once=2")
+    done = ranks.program([*SWEEP, *points], cwd=tmp_path)
+    err = done.stderr
+    assert done.returncode == 1, done.stdout + err
     assert "point 1 (parallel=tp2) failed: rank 1: the answer must be 42" in err
     assert "point 2 (parallel=tp3) is refused: parallel.tp=3 must divide" in err and "Traceback" not in err
     rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
@@ -45,17 +28,11 @@ def test_points_at_once_of_which_one_fails_and_one_is_refused(tmp_path: Path) ->
     assert (tmp_path / "sweep" / "0" / "output.log").is_file() and not (tmp_path / "sweep" / "2").exists()
 
 
-def test_a_signal_ends_the_points_that_run(tmp_path: Path) -> None:
-    run = start("seed=1,2,3", "recipe.target=tests.support.launched:wait", "hydra.launcher.at_once=2", cwd=tmp_path)
-    until = time.monotonic() + 240
-    waits = [tmp_path / "sweep" / number / "waits0" for number in ("0", "1")]
-    while not all(file.exists() for file in waits):
-        assert time.monotonic() < until and run.poll() is None
-        time.sleep(0.1)
-    pids = [int(pid) for file in waits for pid in file.read_text().split()]
-    os.killpg(run.pid, signal.SIGINT)
-    run.communicate(timeout=60)
-    assert run.returncode == 130 and not (tmp_path / "sweep" / "2" / "waits0").exists()
+def test_a_signal_ends_the_points_that_run(ranks: RankServer, tmp_path: Path) -> None:
+    points = ("seed=1,2,3", "recipe.target=tests.support.launched:wait", "hydra.launcher.at_once=2")
+    done = ranks.program([*SWEEP, *points], cwd=tmp_path, signalled=(signal.SIGINT, "sweep/[01]/waits0", 2))
+    pids = [int(pid) for number in "01" for pid in (tmp_path / "sweep" / number / "waits0").read_text().split()]
+    assert done.returncode == 130 and not (tmp_path / "sweep" / "2" / "waits0").exists()
     assert not [
         pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
     ]

@@ -20,7 +20,7 @@ from megabridge.launchers import local, rank_task
 from megabridge.launchers.rank_environment import RankEnvironment
 local.WORKER = "tests.support.worker_program"
 values = {"text": sys.argv[1], "deterministic": False, "platform": "cpu"}
-sys.exit(rank_task.beside(values, RankEnvironment(3, 4, 1, 2, "127.0.0.1", 29500), digest="0"))
+sys.exit(rank_task.supervise(values, RankEnvironment(3, 4, 1, 2, "127.0.0.1", 29500), digest="0"))
 """
 # What a training loop does with the signals that it lets through (megabridge.training.stopping), then without saving at all.
 TRAINS = """

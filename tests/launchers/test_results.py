@@ -12,7 +12,7 @@ import pytest
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError, MegabridgeError, plain
 from megabridge.launchers import job_files, results, sweep
-from megabridge.launchers.html_report import page
+from megabridge.launchers.html_report import render
 from megabridge.launchers.prepare import write_config
 from megabridge.launchers.processes.outcome import Failure, first
 from megabridge.launchers.sweep import DONE, FAILED, REFUSED, SweepFailure, SweepRun
@@ -70,7 +70,7 @@ def test_rows_are_ranked_and_measured(tmp_path: Path) -> None:
 
 
 def test_the_page_is_whole_and_escapes(tmp_path: Path) -> None:
-    text = page("Sweep <1>", results.rows(points(tmp_path)))
+    text = render("Sweep <1>", results.rows(points(tmp_path)))
     seen: list[str] = []
 
     class Reader(HTMLParser):
@@ -113,7 +113,7 @@ class Strict(HTMLParser):
 def test_the_page_of_a_foreign_sweep_is_nothing_but_text(tmp_path: Path, text: str) -> None:
     """Every text of sweep.json, of any letters; and numbers of any size in metrics.jsonl."""
     plain_page = Strict()
-    plain_page.feed(page("t", results.rows(points(tmp_path))))
+    plain_page.feed(render("t", results.rows(points(tmp_path))))
     hostile = [
         SweepRun(number, [f"{text}={text}{number}", text], text, text, DONE, loss, text, 1, text)
         for number, loss in enumerate((float("nan"), float("inf"), 1e308, -1e308, None))
@@ -131,7 +131,7 @@ def test_the_page_of_a_foreign_sweep_is_nothing_but_text(tmp_path: Path, text: s
     hostile[4].run_dir = str(tmp_path / "4")
     found = results.rows(hostile)
     assert [row.losses for row in found if row.losses] == [[(0, 1), (1, 1e308), (2, -1e308)]]
-    seen, html = Strict(), page(text, found)
+    seen, html = Strict(), render(text, found)
     seen.feed(html)
     seen.close()
     assert seen.tags <= plain_page.tags | {"li"} and seen.names <= plain_page.names

@@ -15,7 +15,7 @@ from megabridge.errors import ConfigError, MegabridgeError
 from megabridge.launchers import job_files, slurm
 from megabridge.launchers.processes.outcome import Done, Failure
 from megabridge.launchers.settings import SlurmSettings
-from megabridge.launchers.slurm_script import HELD, JobShape, hidden_environment, ranges, script
+from megabridge.launchers.slurm_script import RANK_TASK, JobShape, hidden_environment, ranges, script
 from megabridge.launchers.sweep import SweepRun
 
 
@@ -94,7 +94,7 @@ def test_every_setting_is_in_the_script_and_no_secret(tmp_path: Path) -> None:
         "export HF_HUB_OFFLINE=1",
         "ulimit -l unlimited",
         "srun --ntasks=16 --ntasks-per-node=8 --kill-on-bad-exit=1 --cpus-per-task=12 '--container-image=/images/one two.sqsh' "
-        "--container-mounts=/data:/data,/home --mpi=none /opt/python -ISc " + shlex.quote(HELD) + ' "$point" || status=$?',
+        "--container-mounts=/data:/data,/home --mpi=none /opt/python -ISc " + shlex.quote(RANK_TASK) + ' "$point" || status=$?',
     ):
         assert line in text.splitlines()
     assert "hunter2" not in text and hidden_environment(settings) == {"HF_TOKEN": "hunter2"}

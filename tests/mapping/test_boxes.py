@@ -75,8 +75,8 @@ def filled(layout: Layout, parts: list[np.ndarray], whole: np.ndarray, sizes: Di
         target = place(out.reshape(-1)[offset:], shape, [s * out.itemsize for s in strides])
         shape, strides, offset = move.hf_view()
         target[...] = place(parts[move.part].reshape(-1)[offset:], shape, [s * out.itemsize for s in strides])
-        length, starts = move.rows()
-        assert move.stretches == len(starts)
+        length, starts = move.contiguous_runs()
+        assert move.contiguous_run_count == len(starts)
         flat = parts[move.part].reshape(-1)
         assert [x for s in starts for x in flat[s : s + length]] == target.reshape(-1).tolist()
     return out
@@ -128,11 +128,11 @@ def test_column_cut_and_split_keep_every_element() -> None:
     for index in range(4):
         cut = Cut(1, 1, 4, index)
         (move,) = transfers(Same(), whole.shape, dims(1, 1), (cut,))
-        assert move.rows() == (2, [r * 8 + index * 2 for r in range(6)])
+        assert move.contiguous_runs() == (2, [r * 8 + index * 2 for r in range(6)])
         pieces = list(move.split(4))
         assert sum(piece.elements for piece in pieces) == 12
         assert all(piece.elements <= 4 for piece in pieces)
-        starts = [start + i for piece in pieces for start in piece.rows()[1] for i in range(piece.rows()[0])]
+        starts = [start + i for piece in pieces for start in piece.contiguous_runs()[1] for i in range(piece.contiguous_runs()[0])]
         assert sorted(starts) == sorted(held(whole, cut).reshape(-1).tolist())
 
 
@@ -148,12 +148,12 @@ def test_heads_that_contradict_the_shape_are_refused() -> None:
 def test_gate_and_up_by_column_are_one_box_of_whole_rows() -> None:
     layout, sizes = Stack(4, Transpose(Interleave())), Dims(1, 8, 2, 2, 8, tied=False)
     moves = transfers(layout, (4, 12, 8), sizes, (Cut(0, 1, 2, 1),))
-    assert [move.stretches for move in moves] == [2 * 8 * 6] * 2
+    assert [move.contiguous_run_count for move in moves] == [2 * 8 * 6] * 2
     (group,) = coalescible(moves)
     assert sorted(group, key=moves.index) == list(moves)
-    assert coalesced(group).rows() == (2 * 8 * 12, [2 * 8 * 12])
+    assert coalesced(group).contiguous_runs() == (2 * 8 * 12, [2 * 8 * 12])
     halves = [coalesced(parts) for parts in zip(*(move.split(6) for move in group), strict=True)]
-    assert [part.rows() for part in halves] == [(12, [12 * row]) for row in range(16, 32)]
+    assert [part.contiguous_runs() for part in halves] == [(12, [12 * row]) for row in range(16, 32)]
     assert [len(one) for one in coalescible(moves[:1])] == [1]  # a gap
     assert all(len(one) == 1 for one in coalescible(transfers(layout, (4, 12, 8), sizes, (Cut(1, 1, 2, 0),))))
 
@@ -188,6 +188,6 @@ def test_columns_of_a_ranks_experts_are_one_box(size: int, stretch: int) -> None
     groups = coalescible(moves)
     assert sorted(map(len, groups)) == [EXPERTS // size] * 2, "even and odd rows"
     boxes = [coalesced(group) for group in groups]
-    assert {box.rows()[0] for box in boxes} == {stretch}
-    alone = [start for move in moves for start in move.rows()[1]]
-    assert sorted(start + i for box in boxes for start in box.rows()[1] for i in range(stretch)) == sorted(alone)
+    assert {box.contiguous_runs()[0] for box in boxes} == {stretch}
+    alone = [start for move in moves for start in move.contiguous_runs()[1]]
+    assert sorted(start + i for box in boxes for start in box.contiguous_runs()[1] for i in range(stretch)) == sorted(alone)

@@ -286,7 +286,7 @@ def test_a_hook_that_forgets_to_return(single: None) -> None:
 def test_ddp_config_is_checked(single: None) -> None:
     with pytest.raises(ConfigError, match="overlap_grad_reduction"):
         provider().provide_distributed_model(ddp_config={"overlap_grad_reduction": True})
-    with pytest.raises(ConfigError, match="no meaning with wrap_with_ddp=False"):
+    with pytest.raises(ConfigError, match="no effect with wrap_with_ddp=False"):
         provider().provide_distributed_model(wrap_with_ddp=False, ddp_config={"bucket_size": 1})
 
 

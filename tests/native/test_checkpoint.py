@@ -207,7 +207,7 @@ def test_what_bears_a_steps_name_and_is_none_is_passed_over(tmp_path: Path) -> N
     assert steps.remove_orphans(checkpoints) == []
     assert list(folders.committed_steps(checkpoints)) == [1, 2, 3]
     assert not (checkpoints / "step_8.removed").is_symlink() and not (tmp_path / "elsewhere/.native.partial").is_symlink()
-    said = steps.strange(checkpoints)
+    said = steps.invalid(checkpoints)
     assert list(said)[:4] == [4, 5, 6, 7] and len(said) == 5
     assert said[4] == "step_4 is a link that can't be read as a folder (No such file or directory)"
     assert said[5] == "step_5 is an entry that can't be read as a folder (Not a directory)"
@@ -222,7 +222,7 @@ def test_what_bears_a_steps_name_and_is_none_is_passed_over(tmp_path: Path) -> N
 def test_folders_without_permission_are_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/step_4/native").mkdir(parents=True)
     (tmp_path / "checkpoints/step_4").chmod(0)
-    assert "Permission denied" in steps.strange(tmp_path / "checkpoints")[4]
+    assert "Permission denied" in steps.invalid(tmp_path / "checkpoints")[4]
     assert steps.remove_orphans(tmp_path / "checkpoints")[0].startswith(str(tmp_path / "checkpoints/step_4"))
     (tmp_path / "checkpoints").chmod(0)
     with pytest.raises(CheckpointError, match="checkpoints can't be read: Permission denied"):

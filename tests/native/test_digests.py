@@ -25,15 +25,15 @@ FOUND = {
     "moment": "distcp: optimizer.state.exp_avg_sq.",
     "common": "__0_0.distcp: common_state",
     "another step's file": "__0_0.distcp: ",
-    "another step's metadata": "must be of the save that megabridge_digests.json beside it is of",
-    "another step's digests": "must be of the save that megabridge_digests.json beside it is of",
+    "another step's metadata": "must belong to the same save as megabridge_digests.json beside it",
+    "another step's digests": "must belong to the same save as megabridge_digests.json beside it",
     "another step's metadata and digests": "have other bytes than were saved",
     "no digests": "was saved with digests of what is in it, but megabridge_digests.json is missing",
     "a changed digest": "its own digest is another",
     "no JSON": "megabridge_digests.json must be valid JSON",
     "of no save": "megabridge_digests.json is of save other, not ",
     "a box without": "boxes, but lacks 1; use another step",
-    "a bit of the metadata": "must be of the save that megabridge_digests.json beside it is of",
+    "a bit of the metadata": "must belong to the same save as megabridge_digests.json beside it",
     "the marker": "metadata.json has other bytes than were written",
 }
 UNREAD = ("master", "moment", "common")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from megabridge.parallel.topology import Topology
 from megabridge.peft import LoRA
 from megabridge.peft.rules import AdapterMap
 from tests.support import models, tiny
+from tests.support.covering import cover, further
 from tests.support.families import MIXTURES
 from tests.support.rank_server import RankServer
 
-DENSE = sorted(all_families().keys() - set(MIXTURES))
 # One of each arrangement of linears: one tensor for several, transposed or not, one for each, in groups or not, gated or not.
 KINDS = ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "Phi3ForCausalLM", "GlmForCausalLM", "Gemma2ForCausalLM", "NemotronForCausalLM"]
 # Experts that are one 3-D parameter of a layer: in turn and biased, which PEFT takes the other way round, of another name in files.
@@ -35,6 +36,7 @@ STACKED = ["GptOssForCausalLM", "Llama4ForCausalLM", "GraniteMoeForCausalLM"]
 IN_PEFT = STACKED if Version(version("transformers")) >= Version("5.13") else STACKED[:2]
 # One of each arrangement of experts: gated, shared beside routed with latent attention, and those.
 SOME = ["DeepseekV2ForCausalLM", "MixtralForCausalLM", *STACKED]
+DENSE = sorted({*KINDS, *cover(sorted(all_families().keys() - set(MIXTURES)), ["alone"])["alone"]})
 BIASED = "GptOssForCausalLM"  # megatron-core has no expert tensor parallelism for experts with biases
 CASES: dict[str, tuple[Topology, list[str], bool]] = {
     "dense-tp2": (Topology(tp=2), KINDS, False),
@@ -73,6 +75,7 @@ def seen(ranks: RankServer, sources: Path, topology: Topology, names: list[str],
     return found
 
 
+@pytest.mark.cover
 def test_alone(alone: dict[bool, dict[str, Any]]) -> None:
     names = {end.split(".lora_")[0].rpartition(".")[2] for each in alone[False].values() for end in each["tensors"]}
     assert names >= {
@@ -93,7 +96,9 @@ def test_alone(alone: dict[bool, dict[str, Any]]) -> None:
     assert len(experts) == check_family.LAYERS * 3 * 2, "three linears of each layer, A and B"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["dense-tp2", "tp2ep2", *further(*(case for case in CASES if case not in ("dense-tp2", "tp2ep2")))]
+)
 def test_layouts_agree(case: str, sources: Path, alone: dict[bool, dict[str, Any]], ranks: RankServer) -> None:
     topology, names, use_dora = CASES[case]
     found = seen(ranks, sources, topology, names, use_dora)
@@ -134,8 +139,13 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("name", IN_PEFT)
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        *zip(IN_PEFT, TARGETS, strict=False),
+        *further(*(pair for pair in product(IN_PEFT, TARGETS) if pair not in zip(IN_PEFT, TARGETS, strict=False))),
+    ],
+)
 def test_adapters_of_stacked_experts_come_from_peft(
     name: str, targets: str, sources: Path, ranks: RankServer, tmp_path: Path
 ) -> None:
@@ -178,7 +188,7 @@ def test_what_is_refused_of_stacked_experts(sources: Path, ranks: RankServer, tm
         AdapterMap(silent, LoRA(target_parameters=both)).target("decoder.layers.0.mlp.experts.linear_fc2.weight", dims)
 
 
-@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Llama4ForCausalLM"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", *further("Llama4ForCausalLM")])
 def test_experts_are_saved_and_resumed(name: str, sources: Path, ranks: RankServer, tmp_path: Path) -> None:
     """Bit for bit under expert parallelism, and under another layout."""
     source, peft = str(sources / name), {"name": "lora", "target_parameters": ["experts.*"] if name in STACKED else []}

@@ -70,14 +70,14 @@ def test_expected_memory_is_held(ranks: RankServer, tmp_path: Path, case: str) -
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "linears": ({"peft": {"name": "lora", "target_modules": ["q_prj", "up_proj"]}}, "'q_prj' is the end of no linear's name"),
-    "excluded": ({"peft": {"name": "lora", "exclude_modules": ["embed"]}}, "'embed' is the end of no linear's name"),
+    "linears": ({"peft": {"name": "lora", "target_modules": ["q_prj", "up_proj"]}}, "'q_prj' matches the end of no linear's name"),
+    "excluded": ({"peft": {"name": "lora", "exclude_modules": ["embed"]}}, "'embed' matches the end of no linear's name"),
     "parameters": (
         {"peft": {"name": "lora", "target_parameters": ["experts.down_proj", "up_proj"]}},
-        "this model has none):\n  'experts.down_proj' is the end of no parameter's name\n  "
-        "'up_proj' is the end of no parameter's name; name it in target_modules",
+        "this model has none):\n  'experts.down_proj' matches the end of no parameter's name\n  "
+        "'up_proj' matches the end of no parameter's name; name it in target_modules",
     ),
-    "frozen": ({"optimizer": {"freeze": ["*norm*", "*.attn.*"]}}, "'*.attn.*' fits no Hugging Face and no native name"),
+    "frozen": ({"optimizer": {"freeze": ["*norm*", "*.attn.*"]}}, "'*.attn.*' matches no Hugging Face and no native name"),
     "fused": ({"optimizer": {"freeze": ["*gate_proj*"]}}, "linear_fc1.weight is one parameter of"),
     "all": ({"optimizer": {"freeze": ["*"]}}, "nothing is left to train"),
 }

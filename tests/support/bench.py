@@ -31,7 +31,7 @@ def whole_tensors(source: str, out: str) -> dict[str, Any]:
     own = bench_peers.Groups(topology)
     with torch.no_grad():
         for item in plan.items:
-            item.live.data.fill_(3)
+            item.local.data.fill_(3)
     with counted() as imported:
         read = bench_peers.import_whole(plan, infos, own)
     found = compare(plan, infos, to_native)

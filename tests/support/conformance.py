@@ -1,9 +1,9 @@
-"""What ranks do in the tests of the workbench: batteries and comparisons of many trial models in one run."""
+"""What ranks do in the conformance tests: checks and comparisons of many tiny models in one run."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +32,19 @@ SWAPPED = replace(
 )
 
 
-def trials(root: str, architectures: list[str]) -> None:
+def make(root: str, architectures: list[str]) -> None:
     for name in architectures:
         family = all_families()[name]
-        tiny_model.write_trial(Path(root) / name, tiny_model.tiny_config(family, check_family.LAYERS), family, ranks=4)
+        tiny_model.write_tiny_model(Path(root) / name, tiny_model.tiny_config(family, check_family.LAYERS), family, ranks=4)
 
 
 def config_of(folder: Path, run_dir: Path, **groups_of: Any) -> tuple[Config, ParallelLayout]:
-    """The config of the trial in `folder` in the layout that runs; sequence parallel where `sp` says so."""
+    """The config of the tiny model in `folder` in the layout that runs; sequence parallel where `sp` says so."""
     topology = process_groups.current()
     assert topology is not None
     layout = ParallelLayout(topology, groups_of.pop("sp", False) and topology.tp > 1)
     values = {"model": {"name": folder.name, "path": None, **groups_of.pop("model", {})}, "run_dir": str(run_dir), **groups_of}
     return layout.config(check_family.tiny_model_config(schema.typed(values), folder)), layout
-
-
-def batteries(root: str, out: str, architectures: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """The findings of each trial under the running layout; every other one with sequence parallelism."""
-    seen = {}
-    for number, name in enumerate(architectures):
-        folder = Path(root) / name
-        config, layout = config_of(folder, Path(out), sp=number % 2 == 1)
-        seen[name] = [asdict(finding) for finding in check_family.check_tiny_model(config, layout, folder, Path(out) / name)]
-    return seen
 
 
 def comparisons(root: str, out: str, cases: list[tuple[str, dict[str, Any]]], sp: bool = False) -> list[dict[str, Any]]:
@@ -113,7 +103,7 @@ SMALL = {
 
 
 def drafts(root: str, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Of each model, an architecture of ours or a model_type: what its draft says is to do, and what fails of its battery."""
+    """Of each model, an architecture of ours or a model_type: what its draft says is to do, and what fails of its checks."""
     return {name: _draft(Path(root) / name, name) for name in names}
 
 
@@ -140,7 +130,7 @@ def _draft(folder: Path, name: str) -> dict[str, Any]:
     register(family)
     try:
         found = [check_config.check_config(family, {**family.tiny, "model_type": family.model_type}, "tiny")]
-        source = tiny_model.write_trial(folder / "trial", tiny_model.tiny_config(family, check_family.LAYERS), family)
+        source = tiny_model.write_tiny_model(folder / "tiny", tiny_model.tiny_config(family, check_family.LAYERS), family)
         config_of_trial, layout = config_of(source, folder)
         found += check_family.check_tiny_model(config_of_trial, layout, source, folder / "export")
         problems = problems_of(found)

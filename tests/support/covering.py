@@ -11,10 +11,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import cycle
-from typing import Final
+from typing import Any, Final
+
+import pytest
 
 from megabridge.families import all_families
 from tests.support.families import tiny_config
+
+
+def further(*cases: Any) -> list[Any]:
+    """Parameters of cases that `make test-grid` alone runs: others show the same claim in `make test`."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.grid) for case in cases]
+
 
 GRID: Final = bool(os.environ.get("MEGABRIDGE_GRID"))
 """Whether everything is tried with everything."""

@@ -139,7 +139,7 @@ def mixed_parameters(root: str, out: str) -> None:
     from megabridge.families import glm4_moe
 
     config = {**tiny_model.tiny_config(glm4_moe.FAMILY, check_family.LAYERS), "dtype": "float32"}
-    tiny_model.write_trial(Path(root) / "glm", config, glm4_moe.FAMILY, ranks=4)
+    tiny_model.write_tiny_model(Path(root) / "glm", config, glm4_moe.FAMILY, ranks=4)
     bridge = AutoBridge.from_hf_pretrained(Path(root) / "glm", dtype="bfloat16")
     bridge.save_hf_pretrained(bridge.to_megatron_model(), Path(out) / "glm", False)
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
-from transformers import LlamaForCausalLM  # noqa: F401  # once, before ranks and evaluations are forked
-
 from megabridge.callbacks import Callback
 from megabridge.evaluation import __main__ as evaluating
 from megabridge.evaluation import process

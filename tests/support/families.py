@@ -17,7 +17,6 @@ from megabridge.families import all_families
 from megabridge.parallel import process_groups
 from tests.support import steady
 from tests.support.convert import provide
-from tests.support.models import prompt
 from tests.support.train import _forward_backward, batches
 
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -92,14 +91,14 @@ MIXTURES = sorted(name for name in {*all_families(), *VARIANTS} if _has_experts(
 
 
 def tiny_config(architecture: str) -> dict[str, Any]:
-    """The config.json of a family's trial model, or of one of VARIANTS."""
+    """The config.json of a family's tiny model, or of one of VARIANTS."""
     family = all_families()[architecture.partition(":")[0]]
     changed = replace(family, tiny={**family.tiny, **VARIANTS.get(architecture, {})})
     return tiny_model.tiny_config(changed, check_family.LAYERS)
 
 
 def make(root: str, architectures: list[str]) -> dict[str, int]:
-    """Trials of tiny models: random weights, and what transformers computes with them. The seed of each.
+    """Tiny models: random weights, and what transformers computes with them. The seed of each.
 
     Mixtures have the first seed with which their routing is steady.
     """
@@ -107,7 +106,7 @@ def make(root: str, architectures: list[str]) -> dict[str, int]:
 
 
 def _is_made(folder: Path, name: str, seed: int) -> bool:
-    tiny_model.write_trial(folder, tiny_config(name), all_families()[name.partition(":")[0]], ranks=4, seed=seed)
+    tiny_model.write_tiny_model(folder, tiny_config(name), all_families()[name.partition(":")[0]], ranks=4, seed=seed)
     if name not in MIXTURES or not platform.is_cpu():  # on a GPU one process is compared with transformers, not with other layouts
         return True
     reference = tiny_model.read_reference(folder)
@@ -115,13 +114,13 @@ def _is_made(folder: Path, name: str, seed: int) -> bool:
 
 
 def checks(root: str, out: str, architectures: list[str]) -> list[str]:
-    """What fails of each model's battery under the running layout, every other one with sequence parallelism. Exports stay in `out`."""
+    """What fails of each model's checks under the running layout, every other one with sequence parallelism. Exports stay in `out`."""
     topology = process_groups.current()
     assert topology is not None
     problems = []
     for number, name in enumerate(architectures):
         layout = ParallelLayout(topology, sequence_parallel=topology.tp > 1 and (number % 2 == 1 or name in MIXTURES))
-        values = schema.typed({"model": {"name": "trial"}, "run_dir": out})
+        values = schema.typed({"model": {"name": "tiny"}, "run_dir": out})
         config = layout.config(check_family.tiny_model_config(values, Path(root) / name))
         with steady.watched() as routed:
             found = check_family.check_tiny_model(config, layout, Path(root) / name, Path(out) / name)
@@ -148,18 +147,6 @@ def _losses(source: Path, steps: int) -> list[float]:
             chunk.zero_grad_buffer()
         out.append(_forward_backward(model, batches(0, bridge.source.config["vocab_size"]), micro=4))
         optimizer.step()
-    return out
-
-
-def generations(folders: list[str]) -> list[list[int]]:
-    """32 tokens that transformers generates greedily from each folder."""
-    from transformers import AutoModelForCausalLM
-
-    out = []
-    for folder in folders:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokens = model.generate(prompt(131, batch=1, length=8), max_new_tokens=32, min_new_tokens=32, do_sample=False)
-        out.append(tokens[0, 8:].tolist())
     return out
 
 

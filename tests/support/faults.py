@@ -96,16 +96,20 @@ class Exports:
 
 
 def killed_exports(
-    source: str, root: str, *, last: int | None = None, fresh: bool = False, exchange: bool = True
+    source: str, root: str, *, last: int | None = None, share: int = 1, fresh: bool = False, exchange: bool = True
 ) -> list[dict[str, Any]]:
-    """Kills an export over an earlier one at each call (or the `last` ones), and exports again; what was seen each time."""
+    """Kills an export over an earlier one at each call (or the `last` ones), and exports again; what was seen each time.
+
+    Of the calls before the last fifteen it takes one in `share`.
+    """
     exports = Exports(source, root)
     exports.reset(fresh=fresh)
     log = exports.root / "log"
     _, whole = forked(lambda: exports.armed(exchange=exchange, log=log))
     kinds = [call.kind for call in disk.calls(log)]
     seen = []
-    for number in range(1 if last is None else len(kinds) - last + 1, len(kinds) + 1):
+    first = 1 if last is None else len(kinds) - last + 1
+    for number in [*range(first, len(kinds) - 14, share), *range(max(first, len(kinds) - 14), len(kinds) + 1)]:
         exports.reset(fresh=fresh)
         code, _ = forked(lambda number=number: exports.armed(kill=number, exchange=exchange))
         killed = {"kind": kinds[number - 1], "code": code, "state": exports.state(), "hidden": exports.hidden()}
@@ -260,11 +264,11 @@ def not_finite(source: str, root: str) -> dict[str, Any]:
     with torch.no_grad():
         for item in plan.items:
             if item.record.name == "decoder.layers.3.mlp.linear_fc2.weight":
-                item.live.data[-1, -1] = float("nan")
+                item.local.data[-1, -1] = float("nan")
             if item.record.name == "decoder.layers.0.self_attention.linear_proj.weight":
-                item.live.data[0, 0] = float("-inf")
+                item.local.data[0, 0] = float("-inf")
             if item.record.name == "decoder.final_layernorm.weight":
-                item.live.data[3] = 1e9
+                item.local.data[3] = 1e9
 
     def save(name: str, **how: Any) -> str:
         raised = refusal(lambda: bridge.save_hf_pretrained(model, Path(root) / name, show_progress=False, **how))

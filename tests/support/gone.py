@@ -113,7 +113,7 @@ class Loses(Callback):
             shutil.rmtree(trainer.config.model.path)
 
 
-def carried(source: str, out: str) -> dict[str, str]:
+def passthrough(source: str, out: str) -> dict[str, str]:
     """Exports of a model with tensors that no parameter holds, whose files are gone; and whose files were written over."""
     said = {}
     for name, lose in (("deleted", shutil.rmtree), ("replaced", _replaced)):
@@ -135,7 +135,7 @@ def carried(source: str, out: str) -> dict[str, str]:
     model = again.load_megatron_model(damaged)
     dist.barrier()
     if collectives.rank() == 0:
-        (file,) = (damaged / "assets/carried").glob("*.safetensors")
+        (file,) = (damaged / "assets/passthrough").glob("*.safetensors")
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         stamp = file.stat()

@@ -44,7 +44,7 @@ def loaded(folder: str, options: dict[str, Any] | None = None) -> dict[str, Any]
 
 
 def make(root: str, configs: dict[str, dict[str, Any]], names: list[str]) -> None:
-    """Random models of `configs` whose routing is steady, and trials of the families `names`."""
+    """Random models of `configs` whose routing is steady, and tiny models of the families `names`."""
     for number, (name, config) in enumerate(configs.items()):
         tokens, folder = prompt(config["vocab_size"]), Path(root) / name
         for seed in range(number, number + 100 * 20, 100):

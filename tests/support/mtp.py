@@ -21,10 +21,10 @@ from tests.support.convert import provide
 
 
 def make(folder: str, architecture: str) -> None:
-    """A trial whose model has a multi-token-prediction layer: its tensors are in the file, and in the loss and its gradients."""
+    """A tiny model that has a multi-token-prediction layer: its tensors are in the file, and in the loss and its gradients."""
     family, root = all_families()[architecture], Path(folder)
     config = tiny_model.tiny_config(family, check_family.LAYERS)
-    tiny_model.write_trial(root, config, family, ranks=4)
+    tiny_model.write_tiny_model(root, config, family, ranks=4)
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import MtpModel
 
@@ -64,9 +64,9 @@ def make(folder: str, architecture: str) -> None:
 
 
 def make_with(folder: str, architecture: str, key: str, tensor: str) -> None:
-    """A trial whose config's `key` says that there is such a layer, and whose file has `tensor` of it."""
+    """A tiny model whose config's `key` says that there is such a layer, and whose file has `tensor` of it."""
     family, root = all_families()[architecture], Path(folder)
-    tiny_model.write_trial(root, {**tiny_model.tiny_config(family, check_family.LAYERS), key: 1}, family)
+    tiny_model.write_tiny_model(root, {**tiny_model.tiny_config(family, check_family.LAYERS), key: 1}, family)
     file = load_file(root / "model.safetensors")
     save_file({**file, tensor: torch.arange(6.0).view(2, 3)}, root / "model.safetensors", {"format": "pt"})
 
@@ -93,7 +93,7 @@ def built(source: str, out: str) -> list[str]:
     topology = process_groups.current()
     assert topology is not None
     layout = ParallelLayout(topology, sequence_parallel=topology.tp > 1)
-    values = schema.typed({"model": {"name": "trial", "provider": {"mtp_num_layers": 1}}, "run_dir": str(Path(out).parent)})
+    values = schema.typed({"model": {"name": "tiny", "provider": {"mtp_num_layers": 1}}, "run_dir": str(Path(out).parent)})
     config = layout.config(check_family.tiny_model_config(values, Path(source)))
     found = check_family.check_tiny_model(config, layout, Path(source), Path(out))
     return problems_of(found) or ([] if len(found) == 4 else ["checks are missing"])

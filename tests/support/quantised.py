@@ -13,7 +13,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from megabridge import AutoBridge
 from megabridge.bridge import weights
 from megabridge.conversion import exporter, read_loop, verify
-from megabridge.hf.tensor_files import stored_as
+from megabridge.hf.tensor_files import stored_tensors
 from tests.support.convert import bridge_tp, provide
 from tests.support.imports import caught, digest, small_window
 from tests.support.memory import watched
@@ -91,7 +91,7 @@ def imports(fp8: str, plain: str, out: str) -> list[dict[str, Any]]:
             {
                 "equal": digest(model) == expected,
                 "copied": report.copied_by_rank,
-                "stored": sum(elements * stored_as(infos[name])[0].nbytes // infos[name].elements for name, elements in pairs),
+                "stored": sum(elements * stored_tensors(infos[name])[0].nbytes // infos[name].elements for name, elements in pairs),
                 "quantised": sum(info.encoding is not None for info in infos.values()),
                 "report": (report.bytes, report.is_verified, report.mismatched),
             }

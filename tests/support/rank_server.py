@@ -38,6 +38,26 @@ from typing import Any, Final, NoReturn, Self
 
 from megabridge.parallel.topology import Topology
 
+WARMED: Final = (
+    "accelerate",
+    "datasets",
+    "megabridge.callbacks.answer",
+    "megabridge.callbacks.hf_export",
+    "megabridge.callbacks.parity",
+    "megabridge.callbacks.progress",
+    "megabridge.data.finetuning",
+    "megabridge.loggers.console",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "numpy.ctypeslib",
+    "recipes.convert",
+    "recipes.finetune",
+    "rich._emoji_codes",
+    "tests.support.loggers",
+    "torch.utils.serialization.config",
+    "transformers.generation.continuous_batching",
+    "transformers.models.llama.modeling_llama",
+)
+"""What ranks of many tests import, beside what megabridge's worker imports for its own: seconds for each of thousands of ranks."""
 START_TIMEOUT: Final = 180.0  # seconds to import the stack on a busy machine
 
 
@@ -110,9 +130,18 @@ class RankServer:
         return [pickle.loads((folder / f"result_{rank}.pickle").read_bytes()) for rank in range(request["world_size"])]
 
     def program(
-        self, arguments: str | Sequence[str], *, cwd: Path, environ: Mapping[str, str] | None = None, timeout: float = 240.0
+        self,
+        arguments: str | Sequence[str],
+        *,
+        cwd: Path,
+        environ: Mapping[str, str] | None = None,
+        timeout: float = 240.0,
+        signalled: tuple[int, str, int] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """`python -m megabridge.run` with `arguments`, in `cwd`; `environ` is beside this process's environment."""
+        """`python -m megabridge.run` with `arguments`, in `cwd`; `environ` is beside this process's environment.
+
+        With `signalled` (number, glob, count) it gets that signal as soon as `count` files below `cwd` fit the pattern.
+        """
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         given = shlex.split(arguments) if isinstance(arguments, str) else list(arguments)
         request = {
@@ -121,6 +150,7 @@ class RankServer:
             "environ": {**os.environ, "MEGABRIDGE_PLATFORM": "cpu", **(environ or {})},
             "folder": str(folder),
             "timeout": timeout,
+            "signalled": signalled,
         }
         answer = self._ask(request, timeout + 30)
         assert answer is not None
@@ -143,6 +173,7 @@ class RankServer:
             "MEGABRIDGE_PLATFORM": "cpu",
             "OMP_NUM_THREADS": "1",  # no thread pool in the host; each rank sets its own number
             "TOKENIZERS_PARALLELISM": "false",
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's allocator starts a thread, which no fork has
         }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
@@ -170,10 +201,13 @@ class RankServer:
 
 def serve() -> None:
     """The host's loop: a request per line of stdin, an answer per line of stdout (null, or the first failure)."""
+    from megabridge import worker
     from megabridge.launchers.processes.forked import fork_ranks
     from megabridge.launchers.processes.outcome import Failure
     from megabridge.parallel import process_groups
 
+    for name in (*worker._IMPORTED_LATE, *WARMED):
+        importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imported modules print is not an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to pytest, which closes stdin
@@ -204,13 +238,11 @@ def serve() -> None:
 def _program(request: dict[str, Any]) -> int:
     """The exit status of the command, as a shell gives it."""
     import recipes
-    from megabridge import run, worker
+    from megabridge import run
     from megabridge.config import installed
     from megabridge.families.core import registry
     from megabridge.launchers.processes import children
 
-    for module in worker._IMPORTED_LATE:
-        importlib.import_module(module)
     for file in Path(recipes.__path__[0]).glob("*.py"):
         importlib.import_module(f"recipes.{file.stem}")
 
@@ -229,7 +261,11 @@ def _program(request: dict[str, Any]) -> int:
     if pid == 0:
         _become(live, request["environ"], parent, cwd=request["cwd"])
     until = time.monotonic() + request["timeout"]
+    number, pattern, count = request["signalled"] or (0, "", 0)
     while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if number and len(list(Path(request["cwd"]).glob(pattern))) >= count:
+            os.kill(pid, number)
+            number = 0
         if time.monotonic() > until:
             os.killpg(pid, signal.SIGKILL)
         time.sleep(0.01)

@@ -272,7 +272,7 @@ def endings(source: str) -> dict[str, tuple[str, int, float]]:
         "packing the first": lambda: fail("_pack", 1, consumers=[0]),
         "joining": lambda: fail("_join", 2),
         "joining the last": lambda: fail("_join", len(sizes)),
-        "landing the last": lambda: fail("_land", len(sizes)),
+        "landing the last": lambda: fail("_copy_to_host", len(sizes)),
         "dtypes differ": lambda: consume(weight_dtype=torch.bfloat16 if rank == 2 else None),
         "bucket size": lambda: consume(bucket_bytes=0) if rank == 3 else consume(),
         "consumers": lambda: consume(consumers=[4]),

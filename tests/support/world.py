@@ -58,7 +58,7 @@ def seen_by_ranks(config: dict[str, Any], dtype: str, **settings: Any) -> dict[s
 def seen_by_one(config: dict[str, Any], dtype: str, layout: Topology, **settings: Any) -> dict[str, Any]:
     """The same for every rank of `layout`, in a process without groups."""
     world = planned(config, dtype, layout, **settings)
-    shares = {rank: asdict(share) for rank, share in world.shares().items()}
+    shares = {rank: asdict(share) for rank, share in world.costs().items()}
     assert not torch.distributed.is_initialized() and process_groups.current() is None
     return {
         "records": [[plain(record) for record in world.records(rank)] for rank in range(layout.world_size)],
@@ -101,7 +101,7 @@ def published(model: str, parallel: list[str]) -> dict[str, Any]:
     bridge = AutoBridge.from_hf_config(run.model.hf, dtype=run.model.dtype)
     begin = time.process_time()
     world = plan_all_ranks(bridge.source.family, bridge.source.native, build.provider(run, bridge), schema.topology(run.parallel))
-    shares = world.shares()
+    shares = world.costs()
     return {
         "seconds": time.process_time() - begin,
         "ranks": world.topology.world_size,
@@ -118,7 +118,7 @@ def published(model: str, parallel: list[str]) -> dict[str, Any]:
 def large(config: dict[str, Any], layout: Topology) -> dict[str, Any]:
     """A layout of thousands of ranks: how many hold, and write, what."""
     world = planned(config, "bfloat16", layout)
-    shares = world.shares(max_shard_size="64KB")
+    shares = world.costs(max_shard_size="64KB")
     return {
         "written": sum(share.written_bytes for share in shares.values()),
         "bytes": world.bytes,

@@ -96,7 +96,7 @@ def test_a_run_with_frozen_layers_goes_on_under_another_layout(ranks: RankServer
             ["*q_proj*"],
             r"decoder.layers.0.self_attention.linear_qkv.weight is one parameter of .*q_proj.weight and .*k_proj.weight",
         ),
-        (["*.attn.*", "*norm*"], r"'\*.attn.\*' fits no Hugging Face and no native name"),
+        (["*.attn.*", "*norm*"], r"'\*.attn.\*' matches no Hugging Face and no native name"),
         (["*"], "nothing is left to train"),
     ],
 )

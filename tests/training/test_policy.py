@@ -62,7 +62,7 @@ def test_a_spike_is_what_the_policy_makes_of_it(runs: dict[str, dict[str, Any]])
 
 
 def test_the_limit_stops_a_run_that_only_skips(runs: dict[str, dict[str, Any]]) -> None:
-    assert "bad step number 1, and policy.limit=0 are survived" in runs["limit"]["error"]
+    assert "bad step number 1, and policy.limit=0 allows no more" in runs["limit"]["error"]
 
 
 def test_judgements(ranks: RankServer) -> None:

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from megabridge.parallel.topology import Topology
+from tests.support.covering import further
 from tests.support.rank_server import RankError, RankServer
 from tests.support.resumed import assert_equal, trained, whole_tensors, without_padding
 
-LAYOUTS = [Topology(), Topology(dp=2), Topology(tp=2), Topology(pp=2)]
 
-
-@pytest.mark.parametrize("topology", LAYOUTS, ids=str)
+@pytest.mark.parametrize("topology", [Topology(dp=2), Topology(pp=2), *further(Topology(), Topology(tp=2))], ids=str)
 def test_fault_27_two_halves_equal_the_whole(ranks: RankServer, tmp_path: Path, topology: Topology) -> None:
     whole = trained(ranks, topology, tmp_path / "whole", steps=6, deterministic=True)
     first = trained(ranks, topology, tmp_path / "halves", steps=6, stop_after=3, deterministic=True)
@@ -43,7 +42,7 @@ def test_dropout_continues_with_the_same_random_numbers(ranks: RankServer, tmp_p
 
 
 @pytest.mark.parametrize(
-    "other", [Topology(pp=2), Topology(pp=2, vpp=2), Topology(dp=2), Topology(), Topology(tp=2, pp=2)], ids=str
+    "other", [Topology(pp=2, vpp=2), Topology(dp=2), *further(Topology(), Topology(pp=2), Topology(tp=2, pp=2))], ids=str
 )
 def test_another_layout_reads_the_same_bits_and_goes_on(ranks: RankServer, tmp_path: Path, other: Topology) -> None:
     written = trained(ranks, Topology(tp=2), tmp_path / "run", steps=6, stop_after=3)

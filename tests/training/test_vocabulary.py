@@ -34,7 +34,7 @@ def test_ids_beyond_the_vocabulary(ranks: RankServer, tmp_path: Path, topology: 
     last = len(said) - 1 if topology.dp > 1 else 0
     for number, call in enumerate(CALLS[:-1]):
         where = "micro-batch 0" if call["is_validation"] and topology.dp > 1 else f"micro-batch {2 if call['is_validation'] else 1}"
-        rule = f"{where} of this rank: {call['part']}[1, 0]: token id {call['number']} is none of the model's, which has"
+        rule = f"{where} of this rank: {call['part']}[1, 0]: token id {call['number']} must be below the model's"
         rule = f"{rule} vocab_size=61" if call["part"] != "nothing" else f"file {call['number']} can't be read."
         for rank, texts in enumerate(said):
             assert texts[number].startswith("ConfigError: ") and rule in texts[number], (call, texts[number])
@@ -42,4 +42,4 @@ def test_ids_beyond_the_vocabulary(ranks: RankServer, tmp_path: Path, topology: 
                 assert f"rank {last} failed while" in texts[number]
     for texts in said:
         assert texts[-2] == "", "an ignored label is none of the model's tokens"
-        assert texts[-1].startswith("tokens[0, 2]: token id 61 is none of the model's")
+        assert texts[-1].startswith("tokens[0, 2]: token id 61 must be below the model's")

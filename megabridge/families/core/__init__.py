@@ -1,1 +1,1 @@
-"""The vocabulary that family files are written in."""
+"""Building blocks of family files: config fields and weight rules."""

@@ -1,7 +1,7 @@
-"""Config fields: pairs of native and Hugging Face settings, each read in both directions.
+"""Config fields: pairs of native and Hugging Face settings, converted in both directions.
 
-The Hugging Face side is the content of a config.json as it was published, old keys and new ones; the native side uses
-TransformerConfig's names.
+The Hugging Face side is the content of a published config.json, with old or new keys; the native side uses TransformerConfig's
+names.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ REQUIRED: Final = object()
 
 
 class FieldLike(Protocol):
-    """One fact of a config, readable from either side."""
+    """One setting of a config, convertible in both directions."""
 
     def keys(self) -> Mapping[str, Kind]:
-        """The Hugging Face keys that it accounts for, and what they may hold."""
+        """Returns the Hugging Face keys of this field, and their allowed values."""
         ...
 
     def read(self, hf: Json) -> dict[str, Any]:
-        """Native settings from a config.json, whose values are of the kinds that all fields say. Raises ConfigError."""
+        """Returns native settings from a config.json, whose values have been checked against `keys`. Raises ConfigError."""
         ...
 
     def write(self, native: Json) -> dict[str, Any]:
-        """Hugging Face settings from native ones."""
+        """Returns Hugging Face settings from native ones. Raises ConfigError for values that config.json can't express."""
         ...
 
 
 @dataclass(frozen=True)
 class Field:
-    """`native` equals `hf`. Where the key is absent or null, `default` is a value or a function of the config.
+    """`native` equals `hf`. If the key is absent or null, the value is `default`, a value or a function of the config.
 
-    What it may hold follows from the native setting, unless `kind` says it.
+    Allowed values are those of the native setting, unless `kind` is given.
     """
 
     native: str
@@ -61,19 +61,19 @@ class Field:
 
 
 def given(hf: Json, key: str, default: Any) -> Any:
-    """What a key says, or `default` where it is absent or null."""
+    """Returns the value of a key, or `default` if it is absent or null."""
     value = hf.get(key)
     return default if value is None else value
 
 
 def unless_null(key: str, default: Any) -> Callable[[Json], Any]:
-    """A default for an absent key; an explicit null means None."""
+    """Returns a default for an absent key; an explicit null means None."""
     return lambda hf: None if key in hf else default
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """`native` always has this value for the architecture; Hugging Face has no key for it."""
+    """`native` always has this value in the architecture; Hugging Face has no key for it."""
 
     native: str
     value: Any
@@ -95,7 +95,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Choice:
-    """`native` and `hf` are names for the same thing; `pairs` maps Hugging Face's to ours (the first pair is the default)."""
+    """`native` and `hf` are the same setting with other values; `pairs` are (Hugging Face's, native), the default first."""
 
     native: str
     hf: str
@@ -117,7 +117,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Derived:
-    """`native` follows from other keys of config.json, which have fields of their own; it is never written."""
+    """`native` follows from other keys of config.json, which have their own fields; it is never written."""
 
     native: str
     value: Callable[[Json], Any]
@@ -134,9 +134,9 @@ class Derived:
 
 @dataclass(frozen=True)
 class Converted:
-    """`native` is `forth(hf)`, and `hf` is `back(native)`. Where the key is absent or null, `default` is Hugging Face's value.
+    """`native` is `forth(hf)`, and `hf` is `back(native)`. If the key is absent or null, Hugging Face's value is `default`.
 
-    `kind` is what the key may hold: whatever `forth` takes.
+    `kind` are the allowed values of the key, those that `forth` takes.
     """
 
     native: str
@@ -159,7 +159,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Alias:
-    """`field`, which some files give under the name `other`; it is written under its own."""
+    """`field`, whose key some files call `other`; it is written under its own."""
 
     field: Field
     other: str
@@ -182,7 +182,7 @@ class Alias:
 
 @dataclass(frozen=True)
 class PerLayer:
-    """`field`, whose value may be a list with an entry per layer; all layers must have the same."""
+    """`field`, whose value may be a list with an entry per layer, which must all be equal."""
 
     field: Field
 
@@ -194,7 +194,7 @@ class PerLayer:
         if isinstance(value, list | tuple):
             if len(set(value)) != 1 or len(value) != hf.get("num_hidden_layers"):
                 raise ConfigError(
-                    f"{self.field.hf}={shown(value)} can't be represented: all layers must have the same, and an entry each."
+                    f"{self.field.hf}={shown(value)} can't be represented: there must be an equal entry for each layer."
                 )
             return self.field.read({self.field.hf: value[0]})
         return self.field.read(hf)
@@ -205,7 +205,7 @@ class PerLayer:
 
 @dataclass(frozen=True)
 class RequiredValue:
-    """A key that may only have these values: with any other the model would compute something else."""
+    """A key that must have one of these values: with any other the model would compute something else."""
 
     hf: str
     values: tuple[Any, ...]
@@ -222,9 +222,9 @@ class RequiredValue:
 
 @dataclass(frozen=True)
 class Repeats:
-    """A key of published files that says once more what is so anyway: always, or as a function of the config has it from others.
+    """A redundant key of published files: its value must be one of `values`, constants or functions of the config.
 
-    It may say nothing else, and is never written.
+    It is never written.
     """
 
     hf: str
@@ -242,7 +242,7 @@ class Repeats:
         expected = [each(hf) if isinstance(each, Callable) else each for each in self.values]  # type: ignore[arg-type]
         if value is not None and not any(same(value, each) for each in expected):
             said = " or ".join(map(shown, expected))
-            raise ConfigError(f"{self.hf}={shown(value)} can't be represented: it must be {said}, as it is anyway; remove it.")
+            raise ConfigError(f"{self.hf}={shown(value)} can't be represented: it must be {said}, which is always so; remove it.")
         return {}
 
     def write(self, native: Json) -> dict[str, Any]:
@@ -250,7 +250,7 @@ class Repeats:
 
 
 class Unread:
-    """Keys that published files have and that change nothing: neither transformers' model nor megabridge's reads them."""
+    """Keys of published files that have no effect: neither transformers' model nor megabridge's reads them."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -266,5 +266,5 @@ class Unread:
 
 
 def listing(settings: Mapping[str, Any]) -> str:
-    """Settings in a message: a=1 and b=2."""
+    """Formats settings for a message: a=1 and b=2."""
     return " and ".join(f"{key}={shown(value)}" for key, value in settings.items())

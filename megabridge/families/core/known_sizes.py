@@ -1,4 +1,4 @@
-"""The native settings of a run's model as far as they can be known without a download, a rank or torch."""
+"""Native settings of a run's model, as far as they are known without a download, ranks or torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megabridge.storage import regular_files
 
 
 def known_sizes(model: ModelConfig) -> Mapping[str, Any]:
-    """What `model.hf`, or the config.json of a local `model.path`, means to its family, one of ours. Empty where nothing is known.
+    """Returns the native settings of `model.hf`, or of the config.json in a local `model.path`; empty if they aren't known.
 
-    That is a hub id without a YAML of its own, another package's family, and a config that the family refuses: the ranks say why.
-    Raises ConfigError when `model.path` is a local folder whose config.json can't be read.
+    They aren't for a hub id without a YAML of its own, a family of another package, and a config that the family refuses, which the
+    ranks report. Raises ConfigError if `model.path` is a local folder whose config.json can't be read.
     """
     hf = model.hf or _of_folder(model.path)
     try:

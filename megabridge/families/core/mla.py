@@ -1,4 +1,4 @@
-"""Multi-latent attention: what families share of configs and weights."""
+"""Config fields and weight rules of multi-latent attention (MLA) that families share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def mla_sizes(
     *, q_rank: int | None, kv_rank: int, nope: int, rope: int, value: int, positions: int, heads: int | None = None,
     eps: float = 1e-6,
 ) -> tuple[FieldLike, ...]:
-    """Sizes and norms of a decoder with multi-latent attention; the arguments are what the config class takes for absent keys."""
+    """Sizes and norms of a decoder with multi-latent attention; the arguments are the config class's defaults."""
 
     def width(hf: Json) -> int:
         return int(given(hf, "qk_nope_head_dim", nope) + given(hf, "qk_rope_head_dim", rope))
@@ -32,12 +32,12 @@ def mla_sizes(
         Derived("qk_norm_epsilon",                 lambda hf: None if given(hf, "rms_norm_eps", eps) == 1e-6 else 1e-6),
         RequiredValue("attention_bias",                     (False,)),
         Repeats("qk_head_dim",                     width),
-        Repeats("head_dim",                        lambda hf: given(hf, "qk_rope_head_dim", rope)),  # what rotates
+        Repeats("head_dim",                        lambda hf: given(hf, "qk_rope_head_dim", rope)),  # the rotated part
     )
 
 
 def mla_attention(prefix: str = "self_attn") -> Rules:
-    """Queries with or without a low rank; Transformer Engine puts a norm into the up-projection that follows it."""
+    """Rules for queries with or without a low rank; Transformer Engine puts a norm into the up-projection that follows it."""
     a, p = "self_attention", prefix
     return (
         weight(f"{a}.linear_q_proj.weight",        f"{p}.q_proj.weight"),

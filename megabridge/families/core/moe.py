@@ -1,7 +1,7 @@
-"""Mixtures of experts: what families share of configs and weights.
+"""Config fields and weight rules of mixtures of experts (MoE) that families share.
 
-All experts of a layer are one native parameter, [experts, out, in], whatever the backend; files have a tensor for each expert, or
-one for all.
+All experts of a layer are one native parameter, [experts, out, in], with every backend; files have a tensor for each expert, or one
+for all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXPERTS: Final = "num_moe_experts"
 
 @dataclass(frozen=True)
 class DenseFirst:
-    """The first layers, as many as `hf` says, have a dense MLP. Native: TransformerConfig's moe_layer_freq, 1 for a mixture."""
+    """The number `hf` of first layers with a dense MLP. Native: TransformerConfig's moe_layer_freq, 1 for a layer with experts."""
 
     hf: str = "first_k_dense_replace"
     default: int = 0
@@ -45,8 +45,8 @@ class DenseFirst:
 
 @dataclass(frozen=True)
 class LayerTypes:
-    """`hf` says for each layer whether it is sparse or dense; without it the first `dense_first` are dense, or as many as the key
-    `count` says. Native as above."""
+    """`hf` lists for each layer whether it is sparse or dense; without it the first `dense_first` layers are dense, or their number
+    is in the key `count`. Native: moe_layer_freq."""
 
     hf: str = "mlp_layer_types"
     dense_first: int = 0
@@ -72,7 +72,7 @@ class LayerTypes:
 
 @dataclass(frozen=True)
 class SharedExperts:
-    """`hf` experts, each as wide as a routed one, that every token goes to; native is their width together."""
+    """`hf` is the number of shared experts, each as wide as a routed one; native is their total width."""
 
     hf: str = "n_shared_experts"
     default: int = 1
@@ -92,10 +92,10 @@ class SharedExperts:
 
 @dataclass(frozen=True)
 class Groups:
-    """A token's experts come from the best `topk_group` of `n_group` groups, where there are any.
+    """Group-limited routing: a token's experts are chosen from the best `topk_group` of `n_group` groups, if there are any.
 
-    With `method`, the key that says whether groups count at all. `score` is what groups are compared by. Native:
-    moe_router_num_groups, moe_router_group_topk, and router_group_score where megatron-core compares them by something else.
+    `method` is a key that turns groups on. `score` is the score of a group. Native: moe_router_num_groups, moe_router_group_topk,
+    and router_group_score if megatron-core's is another.
     """
 
     defaults: tuple[int | None, int | None] = (None, None)
@@ -129,7 +129,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class MtpLayers:
-    """How many multi-token-prediction layers the published model has; whether they are built is the user's choice."""
+    """Number of multi-token-prediction layers in the published model; whether they are built is the user's choice."""
 
     hf: str = "num_nextn_predict_layers"
     default: int = 0
@@ -146,7 +146,7 @@ class MtpLayers:
 
 @dataclass(frozen=True)
 class SparseStep:
-    """Each n-th layer is a mixture, but those that mlp_only_layers names. Native as above."""
+    """Every n-th layer has experts, except those in mlp_only_layers. Native: moe_layer_freq."""
 
     def keys(self) -> Mapping[str, Kind]:
         return {"decoder_sparse_step": STEP, "mlp_only_layers": list_of(COUNT).or_null()}
@@ -165,7 +165,7 @@ class SparseStep:
 
 
 def layers_named(hf: Json, key: str) -> list[int] | None:
-    """The layers that a key of config.json lists, from 0; None where it doesn't. Raises ConfigError for one that there isn't."""
+    """Returns the layers, from 0, that a key of config.json lists; None if it is absent. Raises ConfigError for unknown layers."""
     named, layers = hf.get(key), hf.get("num_hidden_layers", 0)
     if any(layer >= layers for layer in named or ()):
         raise ConfigError(f"{key}={shown(named)} must list layers from 0 to {layers - 1}; correct it.")
@@ -173,7 +173,7 @@ def layers_named(hf: Json, key: str) -> list[int] | None:
 
 
 # fmt: off
-# A softmax over all experts, or over a token's own, which is the same as normalising their share of it.
+# A softmax over all experts, or over a token's own, which equals normalising their probabilities.
 SOFTMAX: Final[tuple[FieldLike, ...]] = (
     Fixed("moe_router_score_function",             "softmax"),
     Choice("moe_router_pre_softmax",               "norm_topk_prob", ((False, True), (True, False))),
@@ -181,7 +181,7 @@ SOFTMAX: Final[tuple[FieldLike, ...]] = (
 
 
 def mtp_layers(layer: Rules, hf: str = "model.layers.{after}") -> Rules:
-    """A multi-token-prediction layer, whose transformer layer has the rules `layer`."""
+    """Rules of a multi-token-prediction layer; `layer` are those of its transformer layer."""
     return (
         *block("mtp.layers.{mtp}", hf,
             weight("enorm.weight",                 "enorm.weight"),
@@ -204,10 +204,10 @@ def mixture(
     *, experts: str = "num_experts", topk: str = "num_experts_per_tok", width: str = "moe_intermediate_size",
     aux: float | None = 0.001, defaults: tuple[object, object, object] = (REQUIRED, REQUIRED, REQUIRED),
 ) -> tuple[FieldLike, ...]:
-    """Sizes of a mixture, by the keys that hold them; `defaults` are what the architecture's config class takes for absent ones.
+    """Sizes of a mixture of experts, by their keys; `defaults` are those of the architecture's config class.
 
-    `aux` is its default weight of the load-balancing loss, which transformers adds where output_router_logits asks for it; None
-    where it has none.
+    `aux` is the default coefficient of the load-balancing loss, which transformers adds if output_router_logits is true; None if
+    the architecture has none.
     """
     loss = () if aux is None else (
         Field("moe_aux_loss_coeff",                "router_aux_loss_coef", aux),
@@ -224,7 +224,7 @@ def mixture(
 def sigmoid_router(
     *, groups: tuple[int, int] = (1, 1), topk: int | None = None, normalize: bool = True, scale: float = 1.0
 ) -> tuple[FieldLike, ...]:
-    """Sigmoid scores, chosen with a correction bias, within groups, as DeepSeek-V3 began it; the arguments are for absent keys."""
+    """Router of DeepSeek-V3: sigmoid scores with a correction bias and groups; the arguments are for absent keys."""
     pairs = ((True, None), (False, False))
     return (
         Fixed("moe_router_score_function",         "sigmoid"),
@@ -236,7 +236,7 @@ def sigmoid_router(
 
 
 def routing_notes(score: str, *methods: str) -> tuple[FieldLike, ...]:
-    """What files of DeepSeek's kind say of their routing, and transformers takes for granted."""
+    """Redundant keys about routing in DeepSeek-like files: transformers assumes their values."""
     return (
         Repeats("moe_layer_freq", 1),
         Repeats("scoring_func", score, *methods),
@@ -245,7 +245,7 @@ def routing_notes(score: str, *methods: str) -> tuple[FieldLike, ...]:
 
 
 def router(gate: str = "mlp.gate", bias: str | None = None) -> Rules:
-    """The gate's weight, and where there is one, the correction bias that chooses experts."""
+    """Rules of the gate's weight and, if there is one, the correction bias."""
     return (
         weight("mlp.router.weight",                f"{gate}.weight"),
         *(() if bias is None else (weight("mlp.router.expert_bias", bias),)),
@@ -257,7 +257,7 @@ def experts(
     up: str = "mlp.experts.{expert}.up_proj",
     down: str = "mlp.experts.{expert}.down_proj",
 ) -> Rules:
-    """Gated experts with tensors of their own."""
+    """Rules of gated experts with one set of tensors per expert."""
     return (
         weight("mlp.experts.linear_fc1.weight",    f"{gate}.weight", f"{up}.weight", layout=PerRow(EXPERTS, GATE_UP)),
         weight("mlp.experts.linear_fc2.weight",    f"{down}.weight",                 layout=PerRow(EXPERTS)),
@@ -265,7 +265,7 @@ def experts(
 
 
 def stacked_experts(gate_up: Layout, down: Layout, prefix: str = "mlp.experts") -> Rules:
-    """Gated experts of which one tensor holds all; the layouts are one expert's."""
+    """Rules of gated experts with one tensor for all experts; the layouts are those of one expert."""
     return (
         weight("mlp.experts.linear_fc1.weight",    f"{prefix}.gate_up_proj", layout=Stack(EXPERTS, gate_up)),
         weight("mlp.experts.linear_fc2.weight",    f"{prefix}.down_proj",    layout=Stack(EXPERTS, down)),
@@ -273,7 +273,7 @@ def stacked_experts(gate_up: Layout, down: Layout, prefix: str = "mlp.experts") 
 
 
 def shared_expert(prefix: str = "mlp.shared_expert", gate: str | None = None) -> Rules:
-    """The expert that every token goes to; `gate` is what its output is weighed by."""
+    """Rules of the shared expert; `gate` is the gate of its output."""
     return (
         weight("mlp.shared_experts.linear_fc1.weight", f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight", layout=GATE_UP),
         weight("mlp.shared_experts.linear_fc2.weight", f"{prefix}.down_proj.weight"),

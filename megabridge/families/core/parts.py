@@ -1,7 +1,7 @@
-"""Parts that families share. The only place that knows what different backends call the same parameter.
+"""Config fields and weight rules that families share. The only place with the parameter names of different backends.
 
-Native names are megatron-core's (gpt_model.py, transformer_layer.py); alternatives are Transformer Engine's, which puts a norm into
-the linear that follows it.
+Native names are megatron-core's (models/gpt/gpt_model.py, transformer/transformer_layer.py); alternatives are Transformer Engine's,
+which puts a norm into the linear that follows it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ TIED: Final = Field("share_embeddings_and_output_weights", "tie_word_embeddings"
 
 
 def head_dim(hf: Json) -> int | None:
-    """Width of one attention head where config.json doesn't say it."""
+    """Default width of an attention head: hidden_size / num_attention_heads."""
     hidden, heads = hf.get("hidden_size"), hf.get("num_attention_heads")
     return hidden // heads if hidden and heads else None
 
 
 def body_sizes(*, kv: int | None = None, positions: int = 2048, std: float = 0.02) -> tuple[FieldLike, ...]:
-    """The sizes of a decoder but those of a head. The arguments are what the architecture's config class takes where config.json
-    lacks a key: key and value heads (None: as many as heads), positions, initial deviation."""
+    """Sizes of a decoder without the width of a head. The arguments are the architecture's defaults for absent keys: key and value
+    heads (None: as many as query heads), positions, initial standard deviation."""
 
     def kv_heads(hf: Json) -> int | None:
         return hf.get("num_attention_heads") if kv is None or "num_key_value_heads" in hf else kv
@@ -54,7 +54,7 @@ def body_sizes(*, kv: int | None = None, positions: int = 2048, std: float = 0.0
 
 
 def sizes(*, kv: int | None = None, head: int | None = None, positions: int = 2048, std: float = 0.02) -> tuple[FieldLike, ...]:
-    """The sizes of a decoder: `body_sizes`, and the width of a head (None: hidden size / heads)."""
+    """Sizes of a decoder: `body_sizes`, and the width of a head (None: hidden size / heads)."""
 
     def width(hf: Json) -> int | None:
         return head_dim(hf) if head is None or "head_dim" in hf else head
@@ -63,12 +63,12 @@ def sizes(*, kv: int | None = None, head: int | None = None, positions: int = 20
 
 
 def rms(eps: float = 1e-6) -> tuple[FieldLike, ...]:
-    """RMSNorm; `eps` is the architecture's where config.json doesn't say it."""
+    """RMSNorm; `eps` is the architecture's default."""
     return (Fixed("normalization", "RMSNorm"), Field("layernorm_epsilon", "rms_norm_eps", eps))
 
 
 def biases(qkv: str, proj: str | None, mlp: str | None = None, *, default: bool = False) -> tuple[FieldLike, ...]:
-    """Which keys say that the linears have biases; None where they never have."""
+    """Biases of linears, by the keys that turn them on; None if they never have one."""
     return (
         Field("add_qkv_bias", qkv, default),
         Fixed("add_attn_proj_bias", False) if proj is None else Field("add_attn_proj_bias", proj, default),
@@ -87,7 +87,7 @@ def embeddings(embed: str = "model.embed_tokens", norm: str = "model.norm", head
 
 
 def pre_norms(attention: str = "input_layernorm", mlp: str = "post_attention_layernorm") -> Rules:
-    """Norms of what attention and MLP read."""
+    """Norms of the inputs of attention and MLP."""
     return (
         *(weight((f"input_layernorm.{p}", f"self_attention.linear_qkv.layer_norm_{p}"), f"{attention}.{p}") for p in WEIGHT_BIAS),
         *(weight((f"pre_mlp_layernorm.{p}", f"mlp.linear_fc1.layer_norm_{p}"), f"{mlp}.{p}") for p in WEIGHT_BIAS),
@@ -95,7 +95,7 @@ def pre_norms(attention: str = "input_layernorm", mlp: str = "post_attention_lay
 
 
 def post_norms(attention: str = "post_attention_layernorm", mlp: str = "post_feedforward_layernorm") -> Rules:
-    """Norms of what attention and MLP add."""
+    """Norms of the outputs of attention and MLP."""
     return (
         weight("self_attn_bda.norm.weight",         f"{attention}.weight"),
         weight("mlp_bda.norm.weight",               f"{mlp}.weight"),
@@ -133,7 +133,7 @@ def gated_mlp(gate: str = "mlp.gate_proj", up: str = "mlp.up_proj", down: str = 
 
 
 def plain_mlp(up: str = "mlp.up_proj", down: str = "mlp.down_proj") -> Rules:
-    """An MLP whose first tensor is the native one: without a gate, or with gate and up in one tensor, one below the other."""
+    """An MLP whose first tensor is the native one: without a gate, or with gate and up concatenated in one tensor."""
     return (
         *(weight(f"mlp.linear_fc1.{p}",             f"{up}.{p}") for p in WEIGHT_BIAS),
         *(weight(f"mlp.linear_fc2.{p}",             f"{down}.{p}") for p in WEIGHT_BIAS),

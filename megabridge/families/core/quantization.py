@@ -1,4 +1,4 @@
-"""Quantised weights: what config.json's `quantization_config` says of the files, beside the model that it describes. Data only."""
+"""Quantization of a checkpoint's weights, from config.json's `quantization_config`. Data only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megabridge.errors import ConfigError, listed
 
 KEY: Final = "quantization_config"
 BLOCK: Final = (128, 128)
-# ".*" stands for any name: more of it than published files have could be matched for hours.
+# ".*" matches any name: patterns with many of them could take hours to match.
 _NAME: Final = re.compile(r"(?:[\w-]|\.\*?){1,256}")
 _NAMES: Final = list_of(
     Kind("a module's name", lambda name: isinstance(name, str) and bool(_NAME.fullmatch(name)) and name.count("*") < 4)
@@ -20,7 +20,7 @@ _NAMES: Final = list_of(
 _SIZES: Final = Kind(
     "two sizes (one scale for a whole tensor is not supported)", lambda block: list_of(SIZE).allows(block) and len(block) == 2
 )
-# What may be said. Other keys, and other values, could change what the stored numbers mean.
+# Supported keys and values. Others could change the meaning of the stored numbers.
 _SHARED: Final[Mapping[str, Kind]] = {
     "quant_method": text(),
     "modules_to_not_convert": _NAMES.or_null(),
@@ -31,7 +31,7 @@ _FP8: Final[Mapping[str, Kind]] = {
     "fmt": one_of(None, "e4m3", "float8_e4m3fn"),
     "scale_fmt": one_of(None, "float", "ue8m0"),
     "expert_dtype": one_of(None, "fp8"),
-    "activation_scheme": one_of(None, "dynamic"),  # of activations; "static" brings tensors of their scales
+    "activation_scheme": one_of(None, "dynamic"),  # of activations; with "static" files have tensors of their scales
     "weight_block_size": _SIZES,
     "ignored_layers": _NAMES.or_null(),  # MiniMax's name for it
     "modules_to_convert": one_of(None, []),
@@ -41,10 +41,10 @@ _KNOWN: Final[Mapping[str, Mapping[str, Kind]]] = {"fp8": _FP8, "mxfp4": _SHARED
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint's weights are stored: `method` is "fp8" or "mxfp4".
+    """The storage format of a checkpoint's weights: `method` is "fp8" or "mxfp4".
 
-    Of fp8, each `block` (rows, columns) has a scale, which is a power of two with `ue8m0`. `excluded` are the modules that aren't
-    quantised, as config.json names them.
+    In fp8 each `block` (rows, columns) has a scale, which is a power of two with `ue8m0`. `excluded` are patterns of modules that
+    aren't quantised, from config.json.
     """
 
     method: str
@@ -53,13 +53,13 @@ class Quantization:
     excluded: tuple[str, ...] = ()
 
     def excludes(self, module: str) -> bool:
-        """Whether `module` stays as it is: a name matches its beginning, up to a dot, as a pattern, or its end (transformers
-        quantizers/quantizers_utils.py:should_convert_module)."""
+        """Whether `module` is not quantised: an entry of `excluded` matches its beginning, up to a dot, as a pattern, or its end
+        (transformers quantizers/quantizers_utils.py:should_convert_module)."""
         return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(key) for key in self.excluded)
 
 
 def quantization_of(hf: Mapping[str, Any]) -> Quantization | None:
-    """What a config.json says; None where weights are stored as they are. Raises ConfigError for what can't be read."""
+    """Reads a config.json; None if weights aren't quantised. Raises ConfigError for formats that aren't supported."""
     said = hf.get(KEY)
     if said is None:
         return None

@@ -1,6 +1,6 @@
-"""What each native setting may be, whichever key of config.json it comes from: types and ranges, said once.
+"""Types and ranges of native settings, for all keys of config.json that they are read from.
 
-Bounds are far from anything published, and near enough that nothing runs for hours or out of numbers.
+Bounds are far from anything published, but small enough that nothing runs for hours or overflows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 from megabridge.config.value_types import FLAG, LAYERS, SCALAR, SIZE, Kind, number, whole
 
 COUNT: Final = whole(0, 16384)
-"""Of layers, groups or experts that there may be none of."""
+"""Number of layers, groups or experts, which may be 0."""
 STEP: Final = whole(1, 16384)
 POSITIONS: Final = whole(1, 2**31 - 1)
 EPSILON: Final = number(0, 1)
@@ -45,5 +45,5 @@ RANGES: Final[Mapping[str, Kind]] = {
 
 
 def range_of(native: str) -> Kind:
-    """What the setting `native` may be; any single value for one that isn't listed."""
+    """Returns the allowed values of the setting `native`; any scalar for one that isn't listed."""
     return RANGES.get(native, SCALAR)

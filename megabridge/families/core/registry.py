@@ -1,4 +1,4 @@
-"""Which family converts which architecture: ours, and those of installed packages (entry points `megabridge.families`)."""
+"""Registry of families by architecture: ours, and those of installed packages (entry points `megabridge.families`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _registered: dict[str, Family] = {}
 
 @cache
 def own_families() -> dict[str, Family]:
-    """Ours alone, by Hugging Face class name: no other package is imported."""
+    """Returns our families by Hugging Face class name, without importing other packages."""
     found: dict[str, Family] = {}
     for name in _OURS:
         names = vars(import_module(f"megabridge.families.{name}"))
@@ -54,7 +54,7 @@ def register(family: Family) -> None:
 
 
 def register_named(target: str) -> Family:
-    """Registers the family that `target`, module:NAME, names, and returns it. Raises ConfigError when there is none."""
+    """Registers the family at `target`, module:NAME, and returns it. Raises ConfigError if there is none."""
     family = instantiate.named(target, where="family")
     if not isinstance(family, Family):
         raise ConfigError(f"family={target!r} must name a megabridge.families.Family, not {type(family).__name__}.")
@@ -63,14 +63,14 @@ def register_named(target: str) -> Family:
 
 
 def all_families() -> dict[str, Family]:
-    """Every known family by Hugging Face class name."""
+    """Returns all known families by Hugging Face class name."""
     return {**_installed(), **_registered}
 
 
 def architecture_of(hf: Json, *, among: Mapping[str, Family] | None = None) -> str:
-    """The class name in a config.json, as transformers has it, or the one that its model_type implies, of all families or `among`.
+    """Returns transformers' class name for a config.json, or the one that its model_type implies, of all families or `among`.
 
-    Raises ConfigError when there is neither.
+    Raises ConfigError if there is neither.
     """
     if problems := [problem for key in ("architectures", "model_type") if (problem := COMMON[key].problem(hf, key)) is not None]:
         raise ConfigError(listed(problems))
@@ -89,7 +89,7 @@ def architecture_of(hf: Json, *, among: Mapping[str, Family] | None = None) -> s
 
 
 def family_for(hf: Json, *, among: Mapping[str, Family] | None = None) -> Family:
-    """The family of a config.json, of all or `among`. Raises ConfigError with near matches when there is none."""
+    """Returns the family of a config.json, of all or `among`. Raises ConfigError with near matches if there is none."""
     known = all_families() if among is None else among
     architecture, kind = architecture_of(hf, among=known), hf.get("model_type")
     others = [name for name, family in known.items() if family.model_type == kind and name != architecture]

@@ -1,4 +1,4 @@
-"""Config fields of positions: rotary embeddings, attention windows, and layers without either."""
+"""Config fields of rotary embeddings (RoPE), attention windows, and layers without either."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megabridge.families.core.rope_types import SHARE, THETA, rope_problems, val
 SLIDING: Final = "sliding_attention"
 FULL: Final = "full_attention"
 _OLD: Final = {"su": "longrope"}
-# What may stand beside the settings of a rotary embedding.
+# Top-level keys of config.json that also belong to a rotary embedding.
 _FLAT: Final = ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "original_max_position_embeddings")
 
 PERIOD: Final = COUNT.or_null()
-"""n, where each n-th layer is another: null or 0 where none is."""
+"""n if every n-th layer is different; null or 0 if none is."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,9 @@ class Rope:
     """Rotary embedding settings: transformers 5's `rope_parameters`, or the older `rope_theta` with `rope_scaling`.
 
     The native side is one dict `rope` in the newer form: rope_type, rope_theta and the type's own settings. With `partial`, the
-    share of a head that is rotated unless config.json says another, there is a native `rotary_percent` too. `default` are the
-    settings of a config.json that has none; `channels` is a key that may hold the number of rotated channels, of heads that are
-    `head` wide by default, instead of that share. `others` are the architecture's own names of rope_theta and
-    partial_rotary_factor.
+    default share of a head that is rotated, there is a native `rotary_percent` too. `default` are the settings of a config.json
+    that has none; `channels` is a key with the number of rotated channels instead of that share, of heads whose default width is
+    `head`. `others` are the architecture's own names of rope_theta and partial_rotary_factor.
     """
 
     theta: float = 10000.0
@@ -54,10 +53,10 @@ class Rope:
     def read(self, hf: Json) -> dict[str, Any]:
         flat = {key: hf.get(key) for key in (*_FLAT, "head_dim", *((self.channels,) if self.channels else ()))}
         flat |= {name: agreed(hf, name, other) for name, other in self.others.items()}
-        return self.understood(given_rope(hf, self.default), flat)
+        return self.parse(given_rope(hf, self.default), flat)
 
-    def understood(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
-        """The native settings of a rope_parameters dict, old or new, that config.json or a subclass has."""
+    def parse(self, given: Mapping[str, Any], hf: Json) -> dict[str, Any]:
+        """Returns the native settings of a rope_parameters dict, with `hf` as the flat keys. Subclasses override it."""
         rope = read_rope(given, hf, self.theta)
         share = self.partial
         nested, flat = rope.get("partial_rotary_factor"), hf.get("partial_rotary_factor")
@@ -88,7 +87,7 @@ class Rope:
 
 
 def agreed(hf: Json, *keys: str) -> Any:
-    """What the first of `keys` that config.json has says. Raises ConfigError where they contradict each other."""
+    """Returns the value of the first of `keys` in config.json. Raises ConfigError if they contradict each other."""
     given = {key: hf.get(key) for key in keys if hf.get(key) is not None}
     if any(not same(value, next(iter(given.values()))) for value in given.values()):
         raise ConfigError(f"{listing(given)} contradict each other; remove one.")
@@ -96,15 +95,15 @@ def agreed(hf: Json, *keys: str) -> Any:
 
 
 def check_agrees(key: str, flat: Any, nested: Any) -> None:
-    """Raises ConfigError where a key and the setting of rope_parameters that means the same contradict each other."""
+    """Raises ConfigError if a flat key and the same setting in rope_parameters contradict each other."""
     if flat is not None and nested is not None and not same(flat, nested):
         raise ConfigError(f"{key} says {shown(flat)}, but rope_parameters {shown(nested)}; remove one.")
 
 
 def given_rope(hf: Json, default: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings that config.json has under either name, or else `default`, with rope_type under that name.
+    """Returns the rotary settings in config.json under either name, else `default`, with the type as rope_type.
 
-    Raises ConfigError for values that are unfit, and where both names are given and say different things.
+    Raises ConfigError for invalid values, and if both names are given and contradict each other.
     """
     new, old = (_typed(hf.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
     if new and old and not same(new, old):
@@ -123,7 +122,7 @@ def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_rope(given: Mapping[str, Any], hf: Json, theta: float) -> dict[str, Any]:
-    """`given_rope` with what stands elsewhere in config.json filled in. Raises ConfigError for contradictions."""
+    """Returns `given` with missing settings filled in from flat keys of config.json. Raises ConfigError for contradictions."""
     check_agrees("rope_theta", hf.get("rope_theta"), given.get("rope_theta"))
     rope = {"rope_type": "default", "rope_theta": hf.get("rope_theta") or theta, **given}
     length, original = hf.get("max_position_embeddings"), hf.get("original_max_position_embeddings")
@@ -131,7 +130,7 @@ def read_rope(given: Mapping[str, Any], hf: Json, theta: float) -> dict[str, Any
         check_agrees("original_max_position_embeddings", original, rope.get("original_max_position_embeddings"))
     if rope["rope_type"] == "yarn" and rope.get("original_max_position_embeddings") is None:
         if original not in (None, length):
-            raise ConfigError(f"original_max_position_embeddings={original} must stand in rope_parameters for yarn; move it there.")
+            raise ConfigError(f"original_max_position_embeddings={original} must be in rope_parameters for yarn; move it there.")
         rope["original_max_position_embeddings"] = length
     if rope["rope_type"] == "dynamic":
         rope["max_position_embeddings"] = length
@@ -143,7 +142,7 @@ def read_rope(given: Mapping[str, Any], hf: Json, theta: float) -> dict[str, Any
 
 
 def checked(rope: dict[str, Any]) -> dict[str, Any]:
-    """`rope`; raises ConfigError with all that can't be represented."""
+    """Returns `rope`. Raises ConfigError with everything that can't be represented."""
     if problems := rope_problems(rope):
         raise ConfigError(listed(problems))
     return rope
@@ -151,9 +150,9 @@ def checked(rope: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LayerRopes:
-    """Rotary settings of their own for layers with a window: `rope_parameters` by layer type, or the older flat keys.
+    """Separate rotary settings for layers with a window: `rope_parameters` by layer type, or the older flat keys.
 
-    `theta` are the bases of (full, sliding) layers where config.json has none. Flat `rope_scaling` is for full layers only.
+    `theta` are the default bases of (full, sliding) layers. Flat `rope_scaling` is for full layers only.
     """
 
     theta: tuple[float, float]
@@ -189,12 +188,12 @@ class LayerRopes:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """Attention windows: `sliding_window` keys, the query's own included, in the layers that `layer_types` says.
+    """Attention windows of `sliding_window` keys, including the query's own, in the layers that `layer_types` lists.
 
-    `is_windowed(config, layer index)` says it where config.json has no layer_types; None: all layers, and the architecture has no
-    such key. `switch` is a key that turns windows on. With `nope_elsewhere`, layers without a window have no rotary embedding,
-    where config.json has a window, or, if it is "always", whether it has one or not. `key` and `kind` are what config.json calls
-    the size and such layers; `pattern_keys` are those that `is_windowed` reads, which hold a `pattern`. Native: TransformerConfig's
+    `is_windowed(config, layer index)` decides if config.json has no layer_types; None: all layers, and the architecture has no such
+    key. `switch` is a key that turns windows on. With `nope_elsewhere`, layers without a window have no rotary embedding: if
+    config.json has a window, or with "always" in any case. `key` and `kind` are config.json's names of the size and of such layers;
+    `pattern_keys` are the keys that `is_windowed` reads, whose allowed values are `pattern`. Native: TransformerConfig's
     window_size, window_attn_skip_freq (1: window) and no_rope_freq.
     """
 
@@ -247,7 +246,7 @@ class SlidingWindow:
         flags = native["window_attn_skip_freq"] or [int(size is not None)] * layers
         out: dict[str, Any] = {self.key: None if size is None else size[0] + 1}
         if size is None and self.nope_elsewhere == "with windows" and native["no_rope_freq"] is not None:
-            out[self.key] = self.default  # of no layer, but without it all would have a rotary embedding
+            out[self.key] = self.default  # no layer uses it, but without it all would have a rotary embedding
         if self.is_windowed is not None:
             out["layer_types"] = [self.kind if flag else FULL for flag in flags]
         elif size is not None and not all(flags):
@@ -258,7 +257,7 @@ class SlidingWindow:
 
 
 def every(period: str | int, default: int | None = None) -> Callable[[Json, int], bool]:
-    """All layers have a window but each n-th; `period` is n, or the key that says it, `default` where it doesn't."""
+    """Returns a rule by which all layers but every n-th have a window; `period` is n, or its key with `default`."""
 
     def is_windowed(hf: Json, layer: int) -> bool:
         count = period if isinstance(period, int) else hf.get(period, default)

@@ -1,6 +1,6 @@
-"""The rotary embedding types that can be computed, and what each needs in a Hugging Face `rope_parameters` dict.
+"""Supported rope types, and the settings of each in a Hugging Face `rope_parameters` dict.
 
-From transformers/modeling_rope_utils.py. No torch: configs are checked before it is imported.
+From transformers/modeling_rope_utils.py. No torch, because configs are checked before it is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ THETA: Final = number(1.0001, 1e15)
 SHARE: Final = number(1e-3, 1)
 _FACTOR: Final = number(1e-9, 1e9)
 _SCALE: Final = number(0, 1e9)
-# What each setting may be, in every type that has it.
+# Allowed values of each setting, in all types that have it.
 _KINDS: Final[Mapping[str, Kind]] = {
     "rope_type": text(),
     "type": text(),
@@ -59,13 +59,13 @@ ROPE_TYPES: Final = tuple(_KEYS)
 
 
 def value_problems(rope: Mapping[str, Any]) -> list[str]:
-    """Every setting, of whatever type of rotary embedding, whose value is unfit; null is as good as absent."""
+    """Returns a sentence for every setting of any rope type whose value is invalid; null counts as absent."""
     given = [name for name, value in rope.items() if value is not None and name in _KINDS]
     return [f"rope_parameters.{problem}" for name in given if (problem := _KINDS[name].problem(rope, name)) is not None]
 
 
 def rope_problems(rope: Mapping[str, Any]) -> list[str]:
-    """Everything in a Hugging Face `rope_parameters` dict that can't be represented, one sentence each."""
+    """Returns a sentence for everything in a Hugging Face `rope_parameters` dict that can't be represented."""
     if problems := value_problems(rope):
         return problems
     kind = rope.get("rope_type", "default")
@@ -86,7 +86,7 @@ def rope_problems(rope: Mapping[str, Any]) -> list[str]:
 
 
 def width_problems(rope: Mapping[str, Any], width: int) -> list[str]:
-    """What is wrong with a dict without `rope_problems` where `width` channels of a head rotate."""
+    """Returns the problems of a dict, which has no `rope_problems`, with `width` rotated channels per head."""
     kind, least = rope.get("rope_type", "default"), 4 if rope.get("rope_type") in ("dynamic", "alpha") else 2
     problems = []
     if width < least or width % 2:

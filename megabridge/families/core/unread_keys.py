@@ -1,8 +1,7 @@
-"""Keys of config.json that no field of a family reads: which ones say nothing about the model, and what becomes of the others.
+"""Keys of config.json that no field of a family reads: harmless ones are ignored, others are refused.
 
-No list can name all keys that change a computation. So a key counts as harmless because it is known to be, or because its value
-says nothing (null, false, 0, empty) or what transformers takes for granted; every other one is refused, until the user says that
-the model computes the same without it.
+No list can name all keys that change a computation. So a key counts as harmless if it is known to be, or if its value turns
+nothing on (null, false, 0, empty) or is transformers' default; every other one is refused, until the user names it in ignore_keys.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ Json = Mapping[str, Any]
 
 TOKEN: Final = whole(-1, 2**31 - 1).or_null()
 TOKENS: Final = TOKEN.or_a(list_of(whole(0, 2**31 - 1)))
-# What any config.json may have: read by no family, but by others. `is_causal` and those after it are read by code of transformers
-# that all models share.
+# Keys that any config.json may have and that no family reads, but other code does. `is_causal` and those after it are read by code
+# of transformers that all models share.
 COMMON: Final[Mapping[str, Kind]] = {
     "architectures": list_of(text()).or_null(),
     "model_type": text().or_null(),
@@ -38,7 +37,7 @@ _HARMLESS: Final = frozenset(
     # what transformers writes about itself and the file
     "_name_or_path name_or_path _commit_hash auto_map custom_pipelines dtype torch_dtype torchscript use_bfloat16 return_dict "
     "output_hidden_states output_attentions _output_attentions chunk_size_feed_forward use_cache _from_model_config "
-    # which of several implementations of the same computation runs
+    # choice between implementations of the same computation
     "attn_implementation _attn_implementation _attn_implementation_internal _attn_implementation_autoset experts_implementation "
     "_experts_implementation _experts_implementation_internal _flash_attn_2_enabled use_flash_attn use_flash_attention "
     "use_flash_attention_2 pretraining_tp ep_size "
@@ -60,23 +59,23 @@ _HARMLESS: Final = frozenset(
     "unsloth_fixed is_llama_config transformers.js_config model_name license".split()
 )
 _SHOWN: Final = 20
-"""Unknown keys in a message."""
+"""Number of unknown keys in a message."""
 _HARMLESS_PATTERNS: Final = ("*_version", "*_token_id", "*_token_ids", "*_token_index", "*dropout", "*dropout_prob", "*_pdrop")
 
 
 def is_harmless(key: str) -> bool:
-    """Whether a key, whatever it holds, is known to say nothing about what a model computes, or is read apart from the fields."""
+    """Whether a key, with any value, is known not to affect what a model computes, or is read by other code than fields."""
     return key in COMMON or key in _HARMLESS or any(fnmatchcase(key, pattern) for pattern in _HARMLESS_PATTERNS)
 
 
 def unread(hf: Json, known: Collection[str]) -> list[str]:
-    """The keys that are neither `known`, which fields read, nor harmless by name."""
+    """Returns the keys that are neither `known`, which fields read, nor harmless by name."""
     return sorted(key for key in hf if key not in known and not is_harmless(key))
 
 
 def refused(hf: Json, keys: Collection[str], model_type: str) -> list[str]:
-    """Of unread `keys`, what is wrong with each that may change what is computed, a sentence for all that transformers doesn't
-    read either and one for each that it does."""
+    """Returns the problems of unread `keys` that may change what is computed: one sentence for all that transformers doesn't read
+    either, and one for each that it does."""
     if not keys:
         return []
     theirs = class_defaults(model_type, hf)
@@ -97,13 +96,13 @@ def refused(hf: Json, keys: Collection[str], model_type: str) -> list[str]:
 
 
 def says_something(value: object) -> bool:
-    """Whether a value, under a name that isn't known, may turn something on."""
+    """Whether the value of an unknown key may turn something on."""
     return not (value is None or value is False or (isinstance(value, int | float | str | list | tuple | dict) and not value))
 
 
 def class_defaults(model_type: str, hf: Json) -> dict[str, Any]:
-    """What transformers' config class of a model type takes for each key that a config.json lacks; for another name of a key,
-    what `hf` has under that. Nothing where transformers has no such class. Imports transformers."""
+    """Returns the defaults of transformers' config class for a model type; for aliases of a key, the value that `hf` has under that
+    key. Empty if transformers has no such class. Imports transformers."""
     defaults, aliases = _declared(model_type)
     return {**defaults, **{key: hf.get(target, defaults.get(target)) for key, target in aliases.items()}}
 

@@ -1,5 +1,5 @@
-"""The one supervisor of everything that we start: forked ranks, ranks that are programs of their own, the points of a sweep.
+"""Process supervision: starts, watches and ends child processes (forked ranks, ranks as programs, the points of a sweep).
 
-A process ends well when it exits with status 0 after a report that says so (outcome.py). Anything else is a failure: what it
-reported, or what its end says where it could not report (children.py). No process outlives whoever started it (ending.py).
+A process succeeds if it exits with status 0 after reporting success (outcome.py). Anything else is a failure: the one that it
+reported, or one inferred from its exit status (children.py). No process outlives the one that started it (ending.py).
 """

@@ -1,7 +1,7 @@
-"""Processes that this one starts, forked or as programs: what they leave, how they ended, and how they are ended. No torch.
+"""Supervises child processes, forked or started as programs: reports, exit status, causes of failure, termination. No torch.
 
-Each leads a process group of its own, so that a Ctrl-C reaches only whoever started it, and so that everything it started in that
-group can be ended with it. It stays unreaped until `end`: meanwhile nothing else can get its number, nor its group's.
+Each leads a process group of its own, so that Ctrl-C reaches only its parent, and so that everything it started in that group can
+be ended with it. It is not reaped before `end`: until then its process id and group id can't be reused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megabridge.launchers.processes.ending import die_with_parent, send
 from megabridge.launchers.processes.outcome import Done, Failure, Outcome, Terminated, WorkerFailure
 from megabridge.storage import crash_notes
 
-_SETTLE: Final = 0.1  # seconds in which a rank that was killed is gone, after its connections
+_SETTLE: Final = 0.1  # seconds between the end of a killed rank's connections and its own
 
 
 @dataclass
@@ -32,34 +32,34 @@ class Child:
     """A process that this one started."""
 
     rank: int
-    """Its rank, or -1 for one that stands for all ranks."""
+    """Its rank, or -1 for a process that stands for all ranks."""
     pid: int
     pidfd: int
     report: int
-    """The descriptor of the unnamed file that takes its report."""
+    """Descriptor of the unnamed file for its report."""
     note: mmap.mmap
-    """What it reads, for when it can't say so itself (crash_notes)."""
+    """The files that it reads, in case it is killed while reading (crash_notes)."""
     popen: subprocess.Popen[bytes] | None = None
-    """Of a program; None for a fork."""
+    """The program; None for a fork."""
     _outcome: Outcome | None = field(default=None, init=False)
 
     def has_ended(self) -> bool:
         return _exit_code(self.pid) is not None
 
     def outcome(self) -> Outcome | None:
-        """How it ended; None while it runs. Done only where it said so, and then left in peace."""
+        """How it ended; None while it runs. Done only if it reported so and exited with 0."""
         if self._outcome is None and (exit_code := _exit_code(self.pid)) is not None:
             self._outcome = _judged(self.rank, exit_code, outcome.read(self.report), self.note)
         return self._outcome
 
     def ended_with(self) -> Outcome:
-        """How it ended, after it has."""
+        """How it ended. It must have ended."""
         found = self.outcome()
         assert found is not None
         return found
 
     def failure(self) -> Failure | None:
-        """Why it failed, as soon as that is known: a rank reports before its end can be seen."""
+        """Why it failed, as soon as that is known: a rank reports before it has ended."""
         found = self.outcome() or outcome.read(self.report)
         return found if isinstance(found, Failure) else None
 
@@ -71,40 +71,39 @@ def spawn(
     rank: int,
     environ: Mapping[str, str],
     config: int,
-    held: Set[signal.Signals] = frozenset(),
-    kept: Sequence[int] = (),
+    blocked: Set[signal.Signals] = frozenset(),
+    pass_fds: Sequence[int] = (),
 ) -> Child:
-    """Starts `python -m module`, which finds its files in --config, --outcome and --note.
+    """Starts `python -m module`, and passes it the descriptors of its files in --config, --outcome and --note.
 
-    Signals in `held` wait for it, and it keeps the descriptors in `kept` open.
-
-    Raises WorkerFailure where the system has no room for it.
+    It starts with the signals in `blocked` blocked, and inherits the descriptors `pass_fds`. Raises WorkerFailure where the system
+    can't start another process.
     """
     parent = os.getpid()
 
     def prepare() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         die_with_parent(parent)
 
     with _room(rank):
         report, note = unnamed(), unnamed()
         try:
-            page = crash_notes.new_note(note)
+            shared = crash_notes.new_note(note)
             popen = subprocess.Popen(
                 [sys.executable, "-m", module, f"--config={config}", f"--outcome={report}", f"--note={note}", *arguments],
                 env=environ,
                 stdin=subprocess.DEVNULL,
-                pass_fds=(config, report, note, *kept),
+                pass_fds=(config, report, note, *pass_fds),
                 process_group=0,
                 preexec_fn=prepare,
             )
-            return Child(rank, popen.pid, _pidfd(popen.pid), report, page, popen)
+            return Child(rank, popen.pid, _pidfd(popen.pid), report, shared, popen)
         finally:
             os.close(note)
 
 
 def fork(rank: int, work: Callable[[], float | None]) -> Child:
-    """Forks a process that does `work` and reports how that ended. Raises WorkerFailure where the system has no room for it."""
+    """Forks a process that does `work` and reports the outcome. Raises WorkerFailure where the system can't start another."""
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
@@ -112,14 +111,14 @@ def fork(rank: int, work: Callable[[], float | None]) -> Child:
         report, note = unnamed(), crash_notes.new_note()
         pid = os.fork()
         if pid == 0:
-            _live(rank, work, report, note, parent)
+            _child_main(rank, work, report, note, parent)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.setpgid(pid, pid)  # it does so too: whoever is first
+            os.setpgid(pid, pid)  # the child does so too, since either may be first
         return Child(rank, pid, _pidfd(pid), report, note)
 
 
-def _live(rank: int, work: Callable[[], float | None], report: int, note: mmap.mmap, parent: int) -> NoReturn:
-    """A forked process's whole life. What its parent was in the middle of, and its exit hooks, are not its business."""
+def _child_main(rank: int, work: Callable[[], float | None], report: int, note: mmap.mmap, parent: int) -> NoReturn:
+    """The main function of a forked process. It never returns into its parent's code, and runs none of its exit hooks."""
     status = 1
     try:
         with contextlib.suppress(PermissionError):
@@ -131,7 +130,7 @@ def _live(rank: int, work: Callable[[], float | None], report: int, note: mmap.m
         found = outcome.of(work, rank)
         outcome.write(report, found)
         status = found.status if isinstance(found, Failure) else 0
-    except BaseException:  # it can't report, but perhaps print
+    except BaseException:  # it can't report, but may be able to print
         traceback.print_exc()
     finally:
         try:
@@ -142,7 +141,7 @@ def _live(rank: int, work: Callable[[], float | None], report: int, note: mmap.m
 
 
 def ended(children: Sequence[Child], seconds: float | None) -> list[Child]:
-    """Those of the running `children` that end within `seconds`, as soon as one does; [] when none does. None: however long."""
+    """Waits up to `seconds` (None: forever) until one of the running `children` ends; returns those that have, possibly none."""
     poll = select.poll()
     by_descriptor = {child.pidfd: child for child in children}
     for descriptor in by_descriptor:
@@ -151,19 +150,19 @@ def ended(children: Sequence[Child], seconds: float | None) -> list[Child]:
 
 
 def wait(children: Sequence[Child], *, until: float | None = None, settle: float = _SETTLE) -> Outcome:
-    """Waits until all have ended well, and returns the first one's report; or until one fails, and returns the cause.
+    """Waits until all have succeeded, and returns the first one's report; or until one fails, and returns the cause.
 
     One that was stopped after a save (`Failure.is_stop`) lets the others end, too, and is then what is returned.
 
-    `until` is a moment of time.monotonic() at which the failure is that the time was up. `settle` is how many seconds pass between
-    the end of a killed process's connections, which others may report, and its own.
+    `until` is the time.monotonic() of a timeout, which is a failure. `settle` is the longest time in seconds between the end of a
+    killed process's connections, which others may report, and its own.
     """
     running = list(children)
     while running:
         left = None if until is None else until - time.monotonic()
         if left is not None and left <= 0:
             names = [child.rank for child in running]
-            return Failure(-1, -signal.SIGKILL, f"the time was up; ranks {names} still ran.", is_silent=True)
+            return Failure(-1, -signal.SIGKILL, f"timed out while ranks {names} were still running.", is_silent=True)
         gone = ended(running, left)
         if any(failure is not None and not failure.is_stop for failure in map(Child.failure, gone)):
             return _cause(children, settle)
@@ -172,7 +171,7 @@ def wait(children: Sequence[Child], *, until: float | None = None, settle: float
 
 
 def _cause(children: Sequence[Child], settle: float) -> Failure:
-    """The first failure. A killed process's connections close before its end can be seen, so another's report may come first."""
+    """The failure that caused the others. A killed process's connections close before it ends, so another may report first."""
     until = time.monotonic() + settle
     while True:
         cause = outcome.first(failure for child in children if (failure := child.failure()) is not None)
@@ -184,9 +183,9 @@ def _cause(children: Sequence[Child], settle: float) -> Failure:
 
 
 def end(children: Iterable[Child], grace: float) -> None:
-    """Ends those that still run, and, unless all are done, what any of them started in its group. Leaves no zombie.
+    """Ends those that still run and, unless all have succeeded, everything in their process groups. Leaves no zombies.
 
-    SIGTERM comes first, SIGKILL after `grace` seconds, or at a second Ctrl-C or SIGTERM of this process.
+    Sends SIGTERM, and SIGKILL after `grace` seconds, or at a second Ctrl-C or SIGTERM of this process.
     """
     children = list(children)
     if not all(isinstance(child.outcome(), Done) for child in children):
@@ -204,14 +203,14 @@ def end(children: Iterable[Child], grace: float) -> None:
             child.outcome()
             os.waitpid(child.pid, 0)
         if child.popen is not None:
-            child.popen.wait()  # so that it knows, too
+            child.popen.wait()  # so that Popen knows too
         os.close(child.pidfd)
         os.close(child.report)
         child.note.close()
 
 
 def unnamed() -> int:
-    """The descriptor of a new file in memory: it has no name, and no disk that is full."""
+    """Returns the descriptor of a new file in memory, which has no name and can't meet a full disk."""
     return os.memfd_create("megabridge")
 
 
@@ -219,13 +218,13 @@ def _judged(rank: int, exit_code: int, report: Outcome | None, note: mmap.mmap) 
     if isinstance(report, Failure) or (report is not None and exit_code == 0):
         return report
     if exit_code == 0:
-        rule = "ended with exit status 0 and without a report, before it was done; something in it called os._exit."
+        rule = "ended with exit status 0 and without a report before it was done; something in it called os._exit."
         return Failure(rank, 1, rule, is_silent=True)
     return Failure(rank, exit_code, _cause_of_death(exit_code, note, was_done=report is not None), is_silent=True)
 
 
 def _cause_of_death(exit_code: int, note: mmap.mmap, *, was_done: bool) -> str:
-    """What to say of a process that did not say it."""
+    """Describes the end of a process that left no report of its failure."""
     if exit_code > 0:
         when = "after it was done" if was_done else "and without a report"
         return f"ended with exit code {exit_code} {when}; its own output may say why."
@@ -237,15 +236,15 @@ def _cause_of_death(exit_code: int, note: mmap.mmap, *, was_done: bool) -> str:
 
 
 def _pidfd(pid: int) -> int:
-    """A descriptor that can be read from when the child has ended."""
+    """Returns a descriptor that becomes readable when the child has ended."""
     try:
         return os.pidfd_open(pid)
-    except ProcessLookupError:  # it has, and nobody had to reap it (see _exit_code)
+    except ProcessLookupError:  # it has ended and was reaped already (see _exit_code)
         return os.open(os.devnull, os.O_RDONLY)
 
 
 def _exit_code(pid: int) -> int | None:
-    """Of a child that has ended, as in subprocess; None for one that runs. It stays to be reaped."""
+    """Exit code of a child as in subprocess; None while it runs. Does not reap it."""
     try:
         found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # this process ignores SIGCHLD, or something else in it waits for children: the report decides

@@ -1,4 +1,4 @@
-"""Child processes never outlive their parent, whatever ends it. No torch."""
+"""Ends child processes with their parent: parent-death signal, subreaper, signals to process groups. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POLL: Final = 0.02
 
 
 def die_with_parent(parent: int) -> None:
-    """Asks Linux to kill this process when `parent` ends, however it does. For a child, right after its fork."""
+    """Has Linux kill this process when `parent` ends in any way. For a child, right after its fork."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -27,10 +27,10 @@ def die_with_parent(parent: int) -> None:
 
 @contextlib.contextmanager
 def no_orphans(grace: float) -> Iterator[None]:
-    """Whatever is started inside, however deep, has ended at the end.
+    """Waits at the end of the block until all descendants that were started inside have ended.
 
-    Descendants whose own parent ended become children of this process. They are killed: at once when the block raises,
-    else after `grace` seconds, in which they may finish (an upload).
+    Descendants whose own parent ended become children of this process. They are killed: at once if the block raises,
+    else after `grace` seconds, in which they can finish (an upload).
     """
     if sys.platform != "linux":
         yield
@@ -54,7 +54,7 @@ def no_orphans(grace: float) -> Iterator[None]:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """Signals a process, or with a negative pid a process group, that may have ended already."""
+    """Signals a process, or with a negative pid a process group, which may have ended already."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if pid < 0:
             os.killpg(-pid, number)
@@ -63,7 +63,7 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def _children() -> set[int]:
-    """Children of this process, of all its threads."""
+    """Process ids of the children of all threads of this process."""
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

@@ -1,7 +1,7 @@
-"""Ranks forked from one process that has imported the stack. No torch here.
+"""Forks ranks from one process that has imported the stack. No torch here.
 
 Sixteen ranks that import torch, transformers and megatron-core themselves take a minute and 8 GB; forked they take seconds and
-share the pages. A fork copies only the calling thread, so whoever forks does so before torch has made threads: it imports, and
+share memory. A fork copies only the calling thread, so the parent must fork before torch has started threads: it imports and
 computes nothing.
 """
 
@@ -23,11 +23,11 @@ _GRACE: Final = 2.0  # seconds between SIGTERM and SIGKILL
 
 
 def fork_ranks(world_size: int, target: Callable[[int, socket.socket], float | None], *, timeout: float | None = None) -> Outcome:
-    """Runs `target(rank, listener)` in `world_size` forked processes and waits for them: rank 0's report, or the first failure.
+    """Runs `target(rank, listener)` in `world_size` forked processes; returns rank 0's report, or the first failure.
 
     The ranks find RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in their environment. `listener` is
     bound to that port before the fork, so that no other process can take it; it is for rank 0's store. On the first failure (or
-    after `timeout` seconds) the other ranks are ended, with whatever they started, within seconds. If this process dies, its ranks
+    after `timeout` seconds) the other ranks and everything they started are ended within seconds. If this process dies, its ranks
     die with it; on KeyboardInterrupt they are ended and it is raised again.
 
     Raises ConfigError when this process runs Python threads: a fork would not copy them.
@@ -61,5 +61,5 @@ def _environ(rank: int, world_size: int, listener: socket.socket) -> dict[str, s
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",  # a host's own name may resolve to an address that no one answers on
+        "GLOO_SOCKET_IFNAME": "lo",  # the host's name may resolve to an address that doesn't answer
     }

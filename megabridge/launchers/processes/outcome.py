@@ -1,4 +1,4 @@
-"""How a process ended: what it reports to whoever started it, and which of several failures is the cause. No torch."""
+"""Outcomes of processes: success or failure, its report to the parent, and which of several failures is the cause. No torch."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ CONFIG_ERROR: Final = 2
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived."""
+    """Raised when SIGTERM arrives."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """A process did all that it had to."""
+    """A process has succeeded."""
 
     objective: float | None = None
-    """What the recipe returned."""
+    """The value that the recipe returned."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process ended early."""
+    """A process has failed."""
 
     rank: int
-    """-1 for a process that stands for all ranks, or when the time was up."""
+    """-1 for a process that stands for all ranks, and for a timeout."""
     exit_code: int
-    """As in subprocess: negative for the signal that ended it."""
+    """As in subprocess: the negative number of the signal that ended it."""
     error: str
-    """The message of an error that megabridge raised on purpose, else type and message; "" where another rank says it."""
+    """Message of an error that megabridge raised on purpose, else type and message; "" where another rank reports it."""
     traceback: str = ""
-    """"" where nothing was raised."""
+    """"" if nothing was raised."""
     is_expected: bool = False
-    """Whether megabridge raised the error on purpose: then `error` says it all."""
+    """Whether megabridge raised the error on purpose: then no traceback is shown."""
     is_silent: bool = False
-    """Whether the process left no report: it was killed, it crashed, or it left without a word."""
+    """Whether the process left no report: it was killed, crashed, or exited without one."""
     time: float = field(default_factory=time.monotonic)
-    """When, in seconds of this host's monotonic clock."""
+    """Time of the failure in seconds of this host's monotonic clock."""
 
     @classmethod
     def of(cls, error: BaseException, rank: int) -> Failure:
-        """What `rank` reports of an error that ended it. Raises nothing: whatever is wrong with the error, it is one."""
+        """Makes the report of an error that ended `rank`. Never raises, whatever the error is like."""
         if isinstance(error, WorkerFailure):
             return error.failure
         if isinstance(error, SystemExit):
@@ -61,14 +61,14 @@ class Failure:
         return cls(rank, codes.get(type(error), 1), error_text, _trace(error), is_expected)
 
     def text(self) -> str:
-        """What a user should see of it, once."""
+        """The text to show to the user, once."""
         who = "" if self.rank < 0 else f"rank {self.rank}: "
         trace = "" if self.is_expected or not self.traceback else f"{self.traceback.rstrip()}\n"
         return f"{trace}{who}{self.error}" if self.error else ""
 
     @property
     def is_cause(self) -> bool:
-        """Whether it can't follow from another's: no report was left, and an abort may be for want of other ranks."""
+        """Whether it can't follow from another failure: no report was left, and it wasn't SIGABRT, which lost ranks can cause."""
         return self.is_silent and self.exit_code != -signal.SIGABRT
 
     @property
@@ -78,7 +78,7 @@ class Failure:
 
     @property
     def status(self) -> int:
-        """The exit status of a command that failed so: a shell's 128 + signal, or the rank's own code. Never 0."""
+        """The exit status of a command with this failure: 128 + signal as in a shell, or the rank's own code. Never 0."""
         return (128 - self.exit_code if self.exit_code < 0 else self.exit_code) % 256 or 1
 
 
@@ -94,7 +94,7 @@ class WorkerFailure(MegabridgeError):
 
 
 def of(work: Callable[[], float | None], rank: int) -> Outcome:
-    """Does all of a process's work; returns what the process is to report, whatever happens in it."""
+    """Runs `work`; returns the report of its success or of any exception."""
     try:
         return Done(work())
     except BaseException as error:
@@ -102,7 +102,7 @@ def of(work: Callable[[], float | None], rank: int) -> Outcome:
 
 
 def write(descriptor: int, outcome: Outcome) -> None:
-    """Leaves the report in the file `descriptor`, whole or not at all as `read` sees it. A file: no reader has to wait for it."""
+    """Writes the report to the file `descriptor`; `read` takes an incomplete one as none. A file, since a pipe needs a reader."""
     content = encoded(outcome).encode()
     os.ftruncate(descriptor, 0)
     written = 0
@@ -111,17 +111,17 @@ def write(descriptor: int, outcome: Outcome) -> None:
 
 
 def read(descriptor: int) -> Outcome | None:
-    """What `write` left; None where there is no whole report."""
+    """Reads what `write` wrote; None where there is no complete report."""
     return decoded(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
 
 
 def encoded(outcome: Outcome) -> str:
-    """The report as JSON in ASCII: any text can be in it."""
+    """The report as JSON in ASCII, which can hold any text."""
     return json.dumps({"failure": asdict(outcome)} if isinstance(outcome, Failure) else {"done": outcome.objective})
 
 
 def decoded(text: str | bytes) -> Outcome | None:
-    """The report that `encoded` wrote; None for anything else: whoever wrote it was killed in the middle, or wrote elsewhere."""
+    """Decodes a report of `encoded`; None for anything else, such as the half-written report of a killed process."""
     try:
         content = json.loads(text)
         if content.keys() == {"done"}:
@@ -132,7 +132,7 @@ def decoded(text: str | bytes) -> Outcome | None:
 
 
 def first(failures: Iterable[Failure]) -> Failure:
-    """The cause among failures of one run: one that can't follow from others, else the earliest that was reported.
+    """The cause among failures of one run: one that can't follow from others, else the earliest reported one.
 
     A rank reports before its connections close and others fail.
     """
@@ -140,7 +140,7 @@ def first(failures: Iterable[Failure]) -> Failure:
 
 
 def _left(error: SystemExit) -> tuple[int, str]:
-    """(exit code, message) of a process that sys.exit ended: no recipe has done its work that did not return."""
+    """(exit code, message) of a process that sys.exit ended, which is a failure: the recipe has not returned."""
     if type(error.code) is int:
         return error.code % 256 or 1, f"it was ended by sys.exit({error.code}) before the recipe returned."
     if error.code is None:
@@ -150,13 +150,15 @@ def _left(error: SystemExit) -> tuple[int, str]:
 
 def _trace(error: BaseException) -> str:
     try:
-        return plain("".join(traceback.format_exception(error)), LONGEST // 2)  # both are shown as one text
+        return plain(
+            "".join(traceback.format_exception(error)), LONGEST // 2
+        )  # shown together with the message, which has the other half
     except BaseException as problem:
         return f"(no traceback: {said(problem)})"
 
 
 def _checked(values: dict[str, Any]) -> Failure:
-    """Raises TypeError for values that are not a Failure's."""
+    """Makes a Failure from decoded values. Raises TypeError for values of other types."""
     failure = Failure(**values)
     kinds = {"rank": int, "exit_code": int, "error": str, "traceback": str, "is_expected": bool, "is_silent": bool, "time": float}
     for name, kind in kinds.items():

@@ -1,4 +1,4 @@
-"""Standard input, output and error of a program of ours: they are there, and no run ends because nobody reads them. No torch."""
+"""Makes stdin, stdout and stderr safe: closed descriptors are opened, and a run survives a broken pipe or a full disk. No torch."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from megabridge.errors import MegabridgeError
 class _State:
     is_quiet: bool = False
     lost: OSError | None = None
-    """Why standard output can't be written, other than that its reader left."""
+    """Why standard output can't be written, other than a reader that has closed it."""
 
 
 _state: Final = _State()
 
 
 def settle(*, quiet: bool = False) -> None:
-    """Makes this process's standard streams safe to use. For a program, before it does anything else.
+    """Makes this process's standard streams safe to use. Programs call it before anything else.
 
-    A descriptor that is closed becomes /dev/null: else the next file that is opened gets its number, and takes what is printed.
-    What can't be written is left out, and standard error says so once (not with `quiet`, where only a reader left). What can't be
-    encoded is written as an escape. SIGCHLD has its ordinary effect, whatever this process was started with: it waits for children.
+    A closed descriptor becomes /dev/null: otherwise the next file that is opened would get its number and receive the output.
+    Output that can't be written is dropped, and standard error says so once (with `quiet` not for a reader that has closed it).
+    Text that can't be encoded is escaped. SIGCHLD is reset to its default, because this process waits for children.
     """
     _state.is_quiet = quiet
     for descriptor in (0, 1, 2):
@@ -44,17 +44,17 @@ def settle(*, quiet: bool = False) -> None:
 
 
 def check() -> None:
-    """Raises MegabridgeError where standard output could not be written for another reason than that its reader left."""
+    """Raises MegabridgeError if standard output could not be written for another reason than a reader that has closed it."""
     sys.stdout.flush()
     if _state.lost is not None:
         raise MegabridgeError(
-            f"standard output could not be written ({_state.lost.strerror}); all was done, but what was printed is not whole; make "
-            "room for it, or send it to /dev/null."
+            f"standard output could not be written ({_state.lost.strerror}); everything was done, but the output is incomplete; "
+            "free space for it, or redirect it to /dev/null."
         )
 
 
-class _Lasting(io.FileIO):
-    """A standard stream that takes all it is given, and is connected to /dev/null once nothing takes it any more."""
+class _ResilientStream(io.FileIO):
+    """A standard stream whose writes always succeed: after an error it is redirected to /dev/null."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "wb", closefd=False)
@@ -67,9 +67,9 @@ class _Lasting(io.FileIO):
             try:
                 written = super().write(rest)
             except OSError as error:
-                _lose(self.fileno(), error)
+                _redirect_to_null(self.fileno(), error)
                 break
-            if written is None:  # the other end is slow, and was set not to block
+            if written is None:  # the other end is slow, and the descriptor is non-blocking
                 poll = select.poll()
                 poll.register(self.fileno(), select.POLLOUT)
                 poll.poll()
@@ -78,8 +78,8 @@ class _Lasting(io.FileIO):
 
 
 def _text(stream: IO[str] | None, descriptor: int) -> io.TextIOWrapper:
-    """What stands in the place of `stream`, which Python leaves out where its descriptor was closed."""
-    raw = _Lasting(descriptor)
+    """Returns the replacement of `stream`, which is None where its descriptor was closed."""
+    raw = _ResilientStream(descriptor)
     if not isinstance(stream, io.TextIOWrapper):
         return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=descriptor == 2)
     stream.flush()
@@ -88,7 +88,7 @@ def _text(stream: IO[str] | None, descriptor: int) -> io.TextIOWrapper:
     return io.TextIOWrapper(buffered, stream.encoding, "backslashreplace", **options)  # type: ignore[arg-type]
 
 
-def _lose(descriptor: int, error: OSError) -> None:
+def _redirect_to_null(descriptor: int, error: OSError) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
@@ -98,5 +98,5 @@ def _lose(descriptor: int, error: OSError) -> None:
     if not is_left:
         _state.lost = error
     if not (is_left and _state.is_quiet):
-        text = f"megabridge: standard output can't be written any more ({error.strerror}); what follows is left out, nothing else."
+        text = f"megabridge: standard output can't be written any more ({error.strerror}); further output is dropped, nothing else."
         print(text, file=sys.stderr, flush=True)

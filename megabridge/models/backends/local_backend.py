@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, override
 
-from megabridge.models.backends.backend import Backend, Get, beyond_plain, turned_on
+from megabridge.models.backends.backend import Backend, Get, torch_only, turned_on
 from megabridge.models.layer_options import LayerOptions
 
 from megatron.core.models.backends import LocalSpecProvider
@@ -20,20 +20,20 @@ _UNKNOWN: Final[Mapping[str, object]] = {
 
 
 class LocalBackend(Backend):
-    """Attention that keeps all scores, torch's norms, experts one after the other."""
+    """Unfused attention, which keeps all scores; torch's norms; experts one after another."""
 
     name: ClassVar[str] = "local"
 
     @override
     def lacks(self, get: Get) -> Mapping[str, str]:
-        return {**beyond_plain(get), **turned_on(get, _UNKNOWN)}
+        return {**torch_only(get), **turned_on(get, _UNKNOWN)}
 
     @override
-    def modules(self, style: LayerOptions) -> LocalSpecProvider:
+    def modules(self, options: LayerOptions) -> LocalSpecProvider:
         return LocalSpecProvider()
 
     @override
-    def transformer_layer(self, config: Any, style: LayerOptions, experts: int | None) -> ModuleSpec:
+    def transformer_layer(self, config: Any, options: LayerOptions, experts: int | None) -> ModuleSpec:
         return get_gpt_layer_local_spec(
             num_experts=experts,
             moe_grouped_gemm=False,

@@ -1,4 +1,4 @@
-"""Which backend `backend=` names, what `auto` means, and which settings a backend is refused for."""
+"""Registry of backends: looks one up by name, resolves `auto`, and lists why a backend can't build a model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megabridge.models.backends.torch_backend import TorchBackend
 
 OURS: Final[Mapping[str, Backend]] = {one.name: one for one in (TorchBackend(), TransformerEngineBackend(), LocalBackend())}
 _BEST_FIRST: Final = ("te", "torch")
-"""Whom `auto` asks. The last one is taken when none can, and says why it can't."""
+"""The order in which `auto` tries backends. If none suits, the last is taken, and its problems are reported."""
 
 
 def backend(name: str) -> Backend:
-    """The backend called `name`, ours or an installed package's. Raises ConfigError, with the nearest name, when there is none."""
+    """Returns the backend `name`, ours or an installed package's. Raises ConfigError, with the nearest name, when there is none."""
     if name in OURS:
         return OURS[name]
     points = installed.backends()
@@ -36,7 +36,7 @@ def backend(name: str) -> Backend:
 
 
 def chosen(get: Get) -> Backend:
-    """The backend that a provider's settings name, or the best that has what they need. Raises ConfigError for an unknown name."""
+    """Returns the backend that a provider's settings select; auto: the first that suits. Raises ConfigError for an unknown name."""
     if get("backend") != "auto":
         return backend(get("backend"))
     able = (OURS[name] for name in _BEST_FIRST if _suits(OURS[name], get))
@@ -44,28 +44,28 @@ def chosen(get: Get) -> Backend:
 
 
 def problems(one: Backend, get: Get) -> list[str]:
-    """Why a model with these settings can't be built of the backend's layers, a sentence each."""
+    """Reasons why a model with these settings can't be built from the backend's layers, a sentence each."""
     found = []
     if (missing := one.missing()) is not None:
         found.append(f"backend={one.name} {missing}; use backend={_BEST_FIRST[-1]}.")
     if get("adapted") and not one.has_adapters:
-        found.append(f"adapters need backend={adapting()}, not {one.name}; set it so.")
+        found.append(f"adapters need backend={adapter_backends()}, not {one.name}; set it so.")
     for name, instead in one.lacks(get).items():
         others = " or ".join(other.name for other in OURS.values() if name not in other.lacks(get))
         rule = (
             f"needs backend={others}, not {one.name}; set it so"
             if others
-            else f"is nothing that backend={one.name} has; use another"
+            else f"is not supported by backend={one.name}; use another backend"
         )
         found.append(f"{name}={get(name)!r} {rule}{instead and f', or {instead}'}.")
     return found
 
 
-def adapting() -> str:
-    """The backends that have adapters, as a list in words."""
+def adapter_backends() -> str:
+    """The names of the backends that support adapters, joined by "or"."""
     return " or ".join(name for name, one in OURS.items() if one.has_adapters)
 
 
 def _suits(one: Backend, get: Get) -> bool:
-    is_off_device = get("use_cpu_initialization") and not one.on_cpu  # a model that is converted beside the device
+    is_off_device = get("use_cpu_initialization") and not one.on_cpu  # a model that is converted in CPU memory
     return not is_off_device and not problems(one, get)

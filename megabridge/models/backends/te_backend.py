@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, override
 
-from megabridge.models.backends.backend import Backend, Get, beyond_plain
+from megabridge.models.backends.backend import Backend, Get, torch_only
 from megabridge.models.backends.torch_backend import TorchBackend
 from megabridge.models.layer_options import LayerOptions
 
@@ -27,7 +27,7 @@ class TransformerEngineBackend(Backend):
 
     @override
     def lacks(self, get: Get) -> Mapping[str, str]:
-        return beyond_plain(get)
+        return torch_only(get)
 
     @override
     def adjusted(self, settings: Mapping[str, Any], get: Get) -> dict[str, Any]:
@@ -43,19 +43,19 @@ class TransformerEngineBackend(Backend):
         return TorchBackend()  # its own layers need a device
 
     @override
-    def modules(self, style: LayerOptions) -> Any:
+    def modules(self, options: LayerOptions) -> Any:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider()
 
     @override
-    def norm(self, config: Any, style: LayerOptions) -> Any:
+    def norm(self, config: Any, options: LayerOptions) -> Any:
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
 
     @override
-    def transformer_layer(self, config: Any, style: LayerOptions, experts: int | None) -> ModuleSpec:
+    def transformer_layer(self, config: Any, options: LayerOptions, experts: int | None) -> ModuleSpec:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts,
             moe_grouped_gemm=True,
@@ -65,5 +65,5 @@ class TransformerEngineBackend(Backend):
         )
 
     @override
-    def mtp(self, config: Any, style: LayerOptions, layer: ModuleSpec, vp_stage: int | None) -> Any:
+    def mtp(self, config: Any, options: LayerOptions, layer: ModuleSpec, vp_stage: int | None) -> Any:
         return get_gpt_mtp_block_spec(config, layer, use_transformer_engine=True, vp_stage=vp_stage)

@@ -1,4 +1,4 @@
-"""backend=torch: layers of our own on torch's attention, for any device."""
+"""backend=torch: megabridge's own layers on torch's attention, for any device."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _UNKNOWN: Final[Mapping[str, object]] = {
     "tp_comm_overlap": False,
     "apply_rope_fusion": False,
 }
-"""Settings that its layers don't know, and the value that leaves them off."""
+"""Settings that its layers don't support, and the value that turns each off."""
 
 
 class TorchModules(BackendSpecProvider):  # type: ignore[misc]
-    """The parts of backend=torch, as megatron-core's spec builders ask for them (megatron/core/models/backends.py)."""
+    """The modules of backend=torch, in the form that megatron-core's spec builders take (megatron/core/models/backends.py)."""
 
-    def __init__(self, style: LayerOptions) -> None:
-        self.style = style
+    def __init__(self, options: LayerOptions) -> None:
+        self.options = options
 
     def column_parallel_linear(self) -> type:
         return ColumnParallelLinear  # type: ignore[no-any-return]
@@ -63,12 +63,12 @@ class TorchModules(BackendSpecProvider):  # type: ignore[misc]
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
         if rms_norm:
             return RMSNorm
-        return functools.partial(LayerNorm, bias=self.style.qk_norm_bias if for_qk else self.style.norm_bias)
+        return functools.partial(LayerNorm, bias=self.options.qk_norm_bias if for_qk else self.options.norm_bias)
 
     def core_attention(self) -> Any:
-        own = self.style.core_attention
+        own = self.options.core_attention
         chosen = TorchAttention if own is None else instantiate.named(own, where="core_attention")
-        return functools.partial(chosen, style=self.style)
+        return functools.partial(chosen, options=self.options)
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
         return GroupedExperts
@@ -88,30 +88,30 @@ class TorchBackend(Backend):
         return {**turned_on(get, _UNKNOWN), **off_by_one}
 
     @override
-    def modules(self, style: LayerOptions) -> TorchModules:
-        return TorchModules(style)
+    def modules(self, options: LayerOptions) -> TorchModules:
+        return TorchModules(options)
 
     @override
-    def transformer_layer(self, config: Any, style: LayerOptions, experts: int | None) -> ModuleSpec:
-        modules = self.modules(style)
-        norm = modules.layer_norm(rms_norm=config.normalization == "RMSNorm", has_residual=True) if style.pre_norm else IdentityOp
+    def transformer_layer(self, config: Any, options: LayerOptions, experts: int | None) -> ModuleSpec:
+        modules = self.modules(options)
+        norm = modules.layer_norm(rms_norm=config.normalization == "RMSNorm", has_residual=True) if options.pre_norm else IdentityOp
         submodules = TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=self.attention(modules, config),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp if style.parallel_residual == "shared" else norm,
+            pre_mlp_layernorm=IdentityOp if options.parallel_residual == "shared" else norm,
             mlp=self.mlp(modules, config) if experts is None else self.moe(modules, config, experts),
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine holds the norms inside the linears; checkpoints carry its names.
+            # Transformer Engine has the norms inside the linears; checkpoints use its names.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
             },
         )
-        return ModuleSpec(module=ParallelLayer if style.parallel_residual else TransformerLayer, submodules=submodules)
+        return ModuleSpec(module=ParallelLayer if options.parallel_residual else TransformerLayer, submodules=submodules)
 
     def attention(self, modules: TorchModules, config: Any) -> Any:
-        """The spec of self-attention."""
+        """Returns the spec of self-attention."""
         if config.multi_latent_attention:
             return mla_spec(modules, config)
         return ModuleSpec(
@@ -127,26 +127,26 @@ class TorchBackend(Backend):
         )
 
     def mlp(self, modules: TorchModules, config: Any) -> Any:
-        """The spec of a dense MLP."""
+        """Returns the spec of a dense MLP."""
         return get_mlp_module_spec_for_backend(backend=modules)
 
     def moe(self, modules: TorchModules, config: Any, experts: int) -> Any:
-        """The spec of megatron-core's mixture of experts with our router."""
+        """Returns the spec of megatron-core's mixture of experts with our router."""
         mixture = get_moe_module_spec_for_backend(backend=modules, num_experts=experts, moe_grouped_gemm=True)
-        style = modules.style
-        router = Router if style.router is None else instantiate.named(style.router, where="router")
-        parts = dataclasses.replace(mixture.keywords["submodules"], router=functools.partial(router, style=style))
+        options = modules.options
+        router = Router if options.router is None else instantiate.named(options.router, where="router")
+        parts = dataclasses.replace(mixture.keywords["submodules"], router=functools.partial(router, options=options))
         return functools.partial(mixture.func, submodules=parts)
 
 
 def _qk_norm(modules: TorchModules, config: Any, heads: int) -> Any:
-    """The builder of the norm of queries or keys, of which the model has `heads`."""
+    """Returns the builder of the norm of queries or keys; `heads` is their number over all ranks."""
     if config.qk_l2_norm:
         return L2Norm
     if not config.qk_layernorm:
         return IdentityOp
-    kind = modules.style.qk_norm
-    if kind in ("rotated", "l2"):  # the core attention's, after the rotary embedding
+    kind = modules.options.qk_norm
+    if kind in ("rotated", "l2"):  # applied by the core attention, after the rotary embedding
         return lambda **_: None
     if kind in ("heads", "whole"):
         return functools.partial(HeadsNorm, heads=heads, whole=kind == "whole")

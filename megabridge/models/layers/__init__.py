@@ -1,1 +1,1 @@
-"""The `torch` backend: megatron-core layers that need neither Transformer Engine nor Apex, nor a GPU."""
+"""Layers of the `torch` backend: megatron-core's interfaces, without Transformer Engine, Apex or a GPU."""

@@ -1,4 +1,4 @@
-"""Experts of one rank as stacked weights: torch's grouped_mm on CUDA, one product after another elsewhere."""
+"""The experts of one rank as stacked weights: torch's grouped_mm on CUDA, one matrix product after another elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 
 
 class StackedLinear(torch.nn.Module):
-    """The weights [experts, out, in] and biases [experts, out] of one linear of all experts here, cut along `cut` over etp."""
+    """Stacked weights [experts, out, in] and biases [experts, out] of one linear of all local experts, cut along `cut` over etp."""
 
     bias: torch.nn.Parameter | None
 
@@ -48,15 +48,15 @@ class StackedLinear(torch.nn.Module):
 
     @override
     def forward(self, tokens: Tensor, counts: list[int]) -> Tensor:
-        """tokens [n, in], `counts` of them for each expert in turn, to [n, out], without the bias."""
+        """Multiplies tokens [n, in], of which `counts[i]` go to expert i, into [n, out], without the bias."""
         return products(self.weight, tokens, counts)
 
 
 class GroupedExperts(MegatronModule):  # type: ignore[misc]
-    """The experts of a MoELayer. Builds with the arguments of megatron-core's ExpertsBuilder.
+    """The experts of a MoELayer. Takes the arguments of megatron-core's ExpertsBuilder.
 
-    Under expert tensor parallelism a rank has a share of every expert's hidden width; the token dispatcher gathers its tokens and
-    adds up what the ranks return.
+    Under expert tensor parallelism a rank has a share of every expert's hidden width; the token dispatcher gathers the tokens and
+    sums the ranks' outputs.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
 
     @override
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """tokens [n, hidden_size], ordered by expert, with the router's probability of each, [n], to [n, hidden_size]."""
+        """Applies the experts to tokens [n, hidden_size], sorted by expert, with router probabilities [n]; keeps the shape."""
         if self.config.moe_apply_probs_on_input:
             tokens = (tokens * probs[:, None]).to(tokens.dtype)
             probs = torch.ones_like(probs)
@@ -111,12 +111,12 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
         return config.activation_func(gate) * (up + config.glu_linear_offset)  # type: ignore[no-any-return]
 
     def backward_dw(self) -> None:
-        """Weight gradients are computed with the others here; megatron-core asks for them where they are delayed."""
+        """Does nothing: the backward pass computes weight gradients too. megatron-core calls it to compute delayed ones."""
 
     # ------------------------------------------------------------------ native checkpoints
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None) -> dict[str, Any]:
-        """The same keys and global shapes, [experts, out, in], as SequentialMLP's and TEGroupedMLP's: each reads the others'."""
+        """Keys and global shapes [experts, out, in] as in SequentialMLP and TEGroupedMLP, so that each reads the others'."""
         out: dict[str, Any] = {}
         for name, parameter in self.named_parameters():
             key = f"{prefix}experts.{name}"
@@ -151,21 +151,21 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]
 
 
 def products(weight: Tensor, tokens: Tensor, counts: list[int]) -> Tensor:
-    """tokens [n, in], `counts` of them for each row of weight [experts, out, in], to [n, out]."""
+    """Multiplies tokens [n, in], of which `counts[i]` go to expert i of weight [experts, out, in], into [n, out]."""
     if _can_group(tokens, weight):
         ends = torch.tensor(counts, device=tokens.device).cumsum(0, dtype=torch.int32)
         return F.grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
-    # unbind: indexing would make a gradient of all experts for each of them
+    # unbind: the backward pass of indexing would make a gradient of all experts for each expert
     parts = zip(weight.unbind(), torch.split(tokens, counts), strict=True)
     return torch.cat([F.linear(part, expert) for expert, part in parts])
 
 
 def by_token(bias: Tensor, counts: list[int]) -> Tensor:
-    """[n, width]: each token's expert's bias."""
+    """The bias of each token's expert, [n, width]."""
     return torch.cat([row.expand(count, -1) for row, count in zip(bias.unbind(), counts, strict=True)])
 
 
 def _can_group(tokens: Tensor, weight: Tensor) -> bool:
-    """Whether grouped_mm takes these: bf16 on CUDA, with rows of whole 16-byte units."""
+    """Whether grouped_mm takes these: bf16 on CUDA, with rows of a multiple of 16 bytes."""
     fits = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     return tokens.is_cuda and tokens.dtype is torch.bfloat16 is weight.dtype and fits and tokens.shape[0] > 0

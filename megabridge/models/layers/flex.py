@@ -1,4 +1,4 @@
-"""Windows, capped scores and sinks on CUDA, by torch's flex attention: no scores in memory, blocks outside a window are skipped."""
+"""Windows, capped scores and sinks on CUDA with torch's flex attention: no stored scores, blocks outside a window are skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 
 def can_take(query: Tensor, *, dropout: float) -> bool:
-    """Whether the kernel takes queries [b, heads, s, d] like these: on CUDA, at least 128, heads as wide as a power of two.
+    """Whether the kernel takes these queries [b, heads, s, d]: on CUDA, no dropout, s at least 128, d a power of two from 16.
 
     For fewer queries torch (2.11) chooses its decoding kernel, which not all shapes compile for.
     """
@@ -29,9 +29,9 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of [b, heads, s, d] with keys and values [b, kv_heads, s, d]; `mask` says which keys a query sees.
+    """Attention of queries [b, heads, s, d] with keys and values [b, kv_heads, s, d]; `mask` says which keys a query sees.
 
-    `sinks` [heads] are scores that take their share of the softmax and give nothing.
+    `sinks` [heads] are extra scores in the softmax, with no value.
     """
     settings: dict[str, Any] = {
         "score_mod": None if softcap is None else _capped(softcap),
@@ -43,7 +43,7 @@ def attend(
         out: Tensor = _kernel()(query, key, value, **settings)
         return out
     out, aux = _kernel()(query, key, value, return_aux=AuxRequest(lse=True), **settings)
-    share = torch.sigmoid(aux.lse - sinks.float()[:, None])  # of the softmax that the sink leaves to the keys
+    share = torch.sigmoid(aux.lse - sinks.float()[:, None])  # of the softmax without the sink's part
     return out * share[..., None].to(out.dtype)
 
 
@@ -54,8 +54,8 @@ def _kernel() -> Any:
 
 @functools.lru_cache(maxsize=8)
 def causal_mask(length: int, window: int | None, device: torch.device, *, chunks: bool = False) -> BlockMask:
-    """A query sees the keys that are not after it: with a window its last `window` ones, or with `chunks` those in its own stretch
-    of `window` positions."""
+    """The mask of the keys not after a query: with a window its last `window` ones, or with `chunks` those in its own chunk of
+    `window` positions."""
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if chunks and window is not None:
@@ -66,7 +66,7 @@ def causal_mask(length: int, window: int | None, device: torch.device, *, chunks
 
 
 def document_mask(documents: Tensor, positions: Tensor, window: int | None, *, chunks: bool) -> BlockMask:
-    """The same within a document: `documents` [t] has each token's number, `positions` [t] its place there."""
+    """causal_mask within documents: `documents` [t] has the number of each token's document, `positions` [t] its place there."""
     length = documents.shape[0]
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def document_mask(documents: Tensor, positions: Tensor, window: int | None, *, c
 
 @functools.lru_cache(maxsize=8)
 def _capped(softcap: float) -> Any:
-    """One function per value: the kernel is compiled for it."""
+    """Returns the same function for the same value, since the kernel is compiled for it."""
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)

@@ -1,7 +1,7 @@
-"""Element-wise work that is one kernel on CUDA, where torch compiles it; elsewhere the same functions run as they stand.
+"""Element-wise functions that torch compiles into one kernel on CUDA; elsewhere they run uncompiled.
 
-Casts round where they are written, as uncompiled: values in bf16 don't depend on what is compiled. The passes backward are written
-out, so that what is kept for them is the same everywhere.
+Casts round where they are written, as in uncompiled code: bf16 values don't depend on compilation. Backward passes are written out,
+so that the same tensors are saved for them everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _compiled[**P, T](function: Callable[P, T]) -> Callable[P, T]:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, zero_centred: bool = False) -> Tensor:
     """x / rms(x) * weight over the last dimension: statistics in fp32, rounded to x's dtype before the weight is applied.
 
-    With `zero_centred` the factor is 1 + weight, in fp32, and the result is rounded last. Keeps x and a factor per row.
+    With `zero_centred` the factor is 1 + weight, in fp32, and the result is rounded last. Saves x and one factor per row.
     """
     out: Tensor = _RMSNorm.apply(x, weight, epsilon, zero_centred)
     return out
@@ -73,9 +73,9 @@ def _norm_of_weight(gradient: Tensor, x: Tensor, weight: Tensor, factor: Tensor,
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, interleaved: bool) -> Tensor:
-    """Turns the first channels of every head, [s, b, heads, d], by the angles of `cosine` and `sine`, [s, 1, 1, rotated part of d].
+    """Rotates the first channels of every head of x, [s, b, heads, d], by `cosine` and `sine`, [s, 1, 1, rotated part of d].
 
-    A pair is a channel and the one half of the rotated part after it, with `interleaved` the next one; both have the same angle.
+    Channel i is paired with channel i + half the rotated part, or with `interleaved` with the next one.
     """
     out: Tensor = _Rotation.apply(x, cosine, sine, interleaved)
     return out
@@ -107,7 +107,7 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tenso
 
 @_compiled
 def row_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of [n, columns]: its largest value, and the sum of the exponentials of what the others are below it; fp32."""
+    """The largest value of each row of [n, columns], and the sum of exp(value - largest) over the row; both [n], fp32."""
     values = logits.float()
     largest = values.amax(-1)
     return largest, torch.exp(values - largest[:, None]).sum(-1)
@@ -115,5 +115,5 @@ def row_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 @_compiled
 def exponentiate_(logits: Tensor, largest: Tensor, factor: Tensor) -> None:
-    """Replaces [n, columns] by factor * exp(logits - largest), computed in fp32; `largest` and `factor` are [n]."""
+    """Replaces logits [n, columns] by factor * exp(logits - largest), computed in fp32; `largest` and `factor` are [n]."""
     logits.copy_(torch.exp(logits.float() - largest[:, None]) * factor[:, None])

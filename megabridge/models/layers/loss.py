@@ -1,7 +1,7 @@
-"""Cross-entropy of logits whose columns, the vocabulary, are cut over the tensor-parallel ranks.
+"""Vocabulary-parallel cross-entropy: the columns of the logits are sharded over the tensor-parallel ranks.
 
-Nothing of the logits' size is made beside them: sums are taken in fp32 as they are read, and the backward pass writes their
-gradient over them.
+No second tensor of the logits' size is allocated: sums are taken in fp32 as logits are read, and the backward pass overwrites them
+with their gradient.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from megabridge.models.layers import fused
 
 _PIECE: Final = 2**20
-"""Logits of a piece where no kernel is compiled: what is made of them stays in a cache."""
+"""Logits per piece on the CPU, where nothing is compiled: intermediate values stay in the cache."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, group: Any) -> Tensor:
-    """The loss of each token, fp32 [..]: `logits` [.., columns of this rank of `group`], `labels` [..], the same on its ranks.
+    """The loss of each token, fp32 [..], of `logits` [.., this rank's columns] and `labels` [..], the same on all ranks of `group`.
 
-    A label that is none of the columns counts as a logit equal to the largest. The backward pass can be taken once, and logits are
-    their gradient after it. Every rank of the group calls it.
+    A label outside the vocabulary counts as a logit equal to the largest. The backward pass can run once; after it `logits` holds
+    the gradient. Every rank of the group calls it.
     """
     columns = labels.reshape(-1) - group.rank() * logits.shape[-1]
     losses: Tensor = _CrossEntropy.apply(logits, columns.where((columns >= 0) & (columns < logits.shape[-1]), -1), group)
@@ -33,7 +33,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, group: Any) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, columns: Tensor, group: Any) -> Tensor:
-        """logits [.., V], columns [n] with -1 for a label of another rank, to losses [n]."""
+        """Losses [n] of logits [.., V] and columns [n], which are -1 for a label of another rank."""
         rows = logits.reshape(-1, logits.shape[-1])
         sums = [fused.row_sums(piece) for (piece,) in _pieces(rows)]
         largest, total = (torch.cat(parts) for parts in zip(*sums, strict=True))
@@ -51,7 +51,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Of a logit: (its share of the softmax, less 1 for the label) times the gradient of the row's loss."""
+        """The gradient of a logit: (its probability, minus 1 for the label) times the gradient of the row's loss."""
         logits, columns, largest, total = ctx.saved_tensors
         rows = logits.reshape(-1, logits.shape[-1])
         factor = gradient.float() / total
@@ -63,11 +63,11 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _of_columns(rows: Tensor, columns: Tensor) -> Tensor:
-    """The value of each row of [n, V] in its column, fp32 [n]; of the first one for -1."""
+    """The value of each row of [n, V] in its column, fp32 [n]; in the first column for -1."""
     return rows.gather(1, columns.clamp(min=0)[:, None])[:, 0].float()
 
 
 def _pieces(rows: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """`rows` [n, V] and what goes with each, [n], in pieces of whole rows; on CUDA at once."""
+    """Splits `rows` [n, V] and further tensors [n] into pieces of whole rows; on CUDA one piece."""
     count = max(1, rows.shape[0] if rows.is_cuda else _PIECE // rows.shape[1])
     return zip(*(torch.split(tensor, count) for tensor in (rows, *more)), strict=True)

@@ -1,4 +1,4 @@
-"""Layers on meta tensors: shapes, and what is kept for the backward pass, without computing. For estimates of memory."""
+"""Layers on meta tensors: shapes and saved activations without computation, for estimates of memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class MetaKernels(TorchFunctionMode):
-    """Lets tensors that megatron-core makes on the device for a pass be meta tensors, as those they meet are."""
+    """Creates tensors on the meta device where megatron-core names a device during a pass; replaces F.rms_norm by `norm`."""
 
     @override
     def __torch_function__(
@@ -27,7 +27,7 @@ class MetaKernels(TorchFunctionMode):
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps what an RMSNorm in one kernel keeps: its input, and a factor per row."""
+    """Saves what a one-kernel RMSNorm saves: its input, and a factor per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -36,13 +36,13 @@ class _Norm(torch.autograd.Function):
 
 
 def norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """[.., width] to the same."""
+    """RMSNorm of [.., width] to the same shape."""
     out: Tensor = _Norm.apply(x, weight)
     return out
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what flash and flex attention keep: queries, keys, values, the result, and a logarithm per query in fp32."""
+    """Saves what flash and flex attention save: queries, keys, values, the result, and an fp32 log-sum-exp per query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -53,31 +53,31 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """query [b, heads, s, d], key and value [b, kv_heads, s, d or wider], to [s, b, heads * width of a value]."""
+    """Attention of query [b, heads, s, d], key and value [b, kv_heads, s, d or wider] to [s, b, heads * width of a value]."""
     out: Tensor = _Attention.apply(query, key, value)
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
 class EvenDispatcher:
-    """Stands for a MoELayer's token dispatcher: every expert gets as many tokens. Takes the steps of megatron-core's
-    MoETokenDispatcher; under expert tensor parallelism a rank has the tokens of its `etp` ranks."""
+    """A token dispatcher for MoELayer that gives every expert the same number of tokens, with the methods of megatron-core's
+    MoETokenDispatcher. Under expert tensor parallelism a rank gets the tokens of its `etp` ranks."""
 
     def __init__(self, config: Any, *, experts: int, etp: int) -> None:
         self.config, self.experts, self.etp = config, experts, etp
 
     def dispatch_preprocess(self, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [.., h] and probs [tokens, all experts] to a row for each choice of a token."""
+        """Copies hidden [.., h] and probs [tokens, all experts] into one row for each expert that a token goes to."""
         self._shape = hidden.shape
         tokens = hidden.reshape(-1, hidden.shape[-1])
         self._places = torch.empty(tokens.shape[0] * self.config.moe_router_topk, dtype=torch.long, device=hidden.device)
         return tokens.index_select(0, self._places), probs.reshape(-1).index_select(0, self._places)
 
     def token_dispatch(self, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """What the rank's own experts get; as many as it sends."""
+        """Rows for this rank's experts: as many as it sends, times `etp`."""
         return rows.repeat(self.etp, 1), probs.repeat(self.etp)
 
     def dispatch_postprocess(self, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, how many each expert has, and their probabilities."""
+        """Returns rows, the number of rows of each expert, and their probabilities."""
         each, more = divmod(rows.shape[0], self.experts)
         counts = torch.tensor([each + (number < more) for number in range(self.experts)])
         return rows, counts, probs
@@ -92,6 +92,6 @@ class EvenDispatcher:
         return rows[: self._places.shape[0]]
 
     def combine_postprocess(self, rows: Tensor) -> Tensor:
-        """Adds the choices of each token up again."""
+        """Sums the rows of each token."""
         tokens = rows.new_zeros(self._shape).reshape(-1, rows.shape[-1])
         return tokens.index_add(0, self._places, rows).reshape(self._shape)

@@ -1,4 +1,4 @@
-"""Multi-latent attention: megatron-core's, with our norms and core attention and Hugging Face's rotary settings."""
+"""Multi-latent attention (MLA) of megatron-core, with our norms and core attention and Hugging Face's rotary settings."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 class MultiLatentAttention(MLASelfAttention):  # type: ignore[misc]
-    """Every rank's heads read the one rotary key, so that its gradient is the sum over the tp ranks; megatron-core takes a rank's
-    own where the down-projection is cut over them."""
+    """MLA with the gradient of the rotary key summed over the tp ranks, since every rank's heads read that one key. megatron-core
+    takes a rank's own part where the down-projection is sharded."""
 
     @override
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
@@ -35,26 +35,26 @@ class MultiLatentAttention(MLASelfAttention):  # type: ignore[misc]
 
     @override
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """(queries [.., q_lora_rank] or hidden states, latent and rotary key [.., kv_lora_rank + qk_pos_emb_head_dim])."""
+        """Returns (queries [.., q_lora_rank] or hidden states, latent and rotary key [.., kv_lora_rank + qk_pos_emb_head_dim])."""
         queries, latent = super()._qkv_down_projection(hidden_states)
         config = self.config
         if latent.shape[-1] == config.kv_lora_rank + config.qk_pos_emb_head_dim:
             return queries, latent
         latent = gather_from_tensor_model_parallel_region(latent)
-        if config.sequence_parallel:  # megatron-core gathers the rotary key of all tokens again, and adds up its gradients
+        if config.sequence_parallel:  # megatron-core gathers the rotary key of all tokens again, and sums its gradients
             return queries, scatter_to_sequence_parallel_region(latent)
         latent, key = latent.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
         return queries, torch.cat([latent, copy_to_tensor_model_parallel_region(key)], dim=-1)
 
 
 def mla_spec(backend: Any, config: Any) -> Any:
-    """The spec of multi-latent attention of the `torch` backend, a TorchSpecProvider.
+    """Returns the spec of multi-latent attention for the `torch` backend, from its TorchModules.
 
-    megatron-core tells the down-projections by their class, so that they are its own ColumnParallelLinear: cut over tp by rows and
-    gathered after.
+    megatron-core recognises the down-projections by their class, so they are its own ColumnParallelLinear: sharded over tp by rows,
+    with gathered outputs.
     """
     norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=True)
-    norm = functools.partial(_with_epsilon, norm, backend.style.qk_norm_epsilon) if config.qk_layernorm else IdentityOp
+    norm = functools.partial(_with_epsilon, norm, backend.options.qk_norm_epsilon) if config.qk_layernorm else IdentityOp
     core = backend.core_attention()
     return ModuleSpec(
         module=MultiLatentAttention,
@@ -78,23 +78,23 @@ def _with_epsilon(norm: Any, epsilon: float | None, *, eps: float, **settings: A
 
 
 def rotary_scale(rope: Mapping[str, Any]) -> tuple[float, float]:
-    """(rotary_scaling_factor, mscale_all_dim) of TransformerConfig, by which megatron-core sharpens the softmax."""
+    """Returns (rotary_scaling_factor, mscale_all_dim) of TransformerConfig, from which megatron-core computes the softmax scale."""
     if rope.get("rope_type", "default") == "default" or not rope.get("mscale_all_dim"):
         return 1.0, 0.0
     return float(rope["factor"]), float(rope["mscale_all_dim"])
 
 
 class MLARotaryEmbedding(HFRotaryEmbedding):
-    """What multi-latent attention asks for under rope_type yarn: the angles, and what cosine and sine are multiplied by."""
+    """HFRotaryEmbedding in the form that MLA takes under rope_type=yarn: it returns the attention factor with the angles."""
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:  # type: ignore[override]
-        """(angles [max_seq_len, 1, 1, qk_pos_emb_head_dim], attention factor)."""
+        """Returns (angles [max_seq_len, 1, 1, qk_pos_emb_head_dim], attention factor)."""
         return super().forward(*args, **kwargs), self.attention_factor
 
 
 def set_rope(attention: Any, rope: Mapping[str, Any]) -> None:
-    """Gives one layer's attention the rotary settings of a Hugging Face `rope_parameters` dict."""
+    """Sets the rotary embedding of one layer's attention from a Hugging Face `rope_parameters` dict."""
     config = attention.config
     embedding = MLARotaryEmbedding(
         rope, kv_channels=config.qk_pos_emb_head_dim, rotary_percent=1.0, interleaved=False, cp_group=attention.pg_collection.cp

@@ -1,7 +1,7 @@
-"""Norms that allow sequence parallelism: RMSNorm and LayerNorm, zero-centred or not, and those of queries and keys.
+"""Norms that support sequence parallelism: RMSNorm and LayerNorm, zero-centred or not, and those of queries and keys.
 
-RMSNorm takes its statistics in fp32 and casts the result back before the weight is applied, as transformers' LlamaRMSNorm does;
-a zero-centred one multiplies by 1 + weight in fp32 and casts last, as GemmaRMSNorm does. On a CPU the values are equal bit for bit.
+RMSNorm computes statistics in fp32 and casts back before the weight is applied, as transformers' LlamaRMSNorm does; a zero-centred
+one multiplies by 1 + weight in fp32 and casts last, as GemmaRMSNorm does. On a CPU the values are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 
 
 def _parameter(config: Any, size: int | tuple[int, ...], *, is_weight: bool) -> torch.nn.Parameter:
-    """A replicated parameter; under sequence parallelism megatron-core sums its gradient over the tp ranks.
+    """Makes a replicated parameter; under sequence parallelism megatron-core sums its gradient over the tp ranks.
 
     The attribute `sequence_parallel` is what megatron/core/distributed/finalize_model_grads.py looks for.
     """
@@ -31,7 +31,7 @@ def _parameter(config: Any, size: int | tuple[int, ...], *, is_weight: bool) -> 
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dimension. Builds with the arguments of megatron-core's LayerNormBuilder."""
+    """x / rms(x) * weight over the last dimension. Takes the arguments of megatron-core's LayerNormBuilder."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class LayerNorm(torch.nn.Module):
-    """(x - mean) / std * weight + bias over the last dimension; the arguments are RMSNorm's, and `bias`."""
+    """(x - mean) / std * weight + bias over the last dimension. Takes RMSNorm's arguments, and `bias`."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, *, bias: bool = True, **_: object) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class LayerNorm(torch.nn.Module):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the tensor-parallel ranks, and of its gradients too: every rank's output depends on the sum."""
+    """All-reduce over the tensor-parallel ranks, forward and backward: every rank's output depends on the sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -79,11 +79,11 @@ class _Sum(torch.autograd.Function):
 
 
 class HeadsNorm(torch.nn.Module):
-    """A norm of queries or keys with a weight per head: over each head's width, or, with `whole`, over all heads at once.
+    """Norm of queries or keys with a weight per head: over each head's width, or with `whole` over all heads at once.
 
-    The weight of all heads stands on every rank, [heads * width] with `whole`, else [heads, width]; a rank uses its heads' rows.
-    Its gradient is zero elsewhere, and megatron-core sums what is named q_layernorm or k_layernorm over the ranks. Where there
-    are fewer key heads than ranks, several ranks hold the same head.
+    Every rank holds the weight of all heads, [heads * width] with `whole`, else [heads, width], and uses the rows of its heads. The
+    gradient of the other rows is zero, and megatron-core sums the gradients of q_layernorm and k_layernorm over the ranks. With
+    fewer key heads than ranks, several ranks hold the same head.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float, *, heads: int, whole: bool) -> None:
@@ -91,10 +91,10 @@ class HeadsNorm(torch.nn.Module):
         self.eps, self.heads, self.whole = eps, heads, whole
         self.rms_norm = config.normalization == "RMSNorm"
         self.weight = _parameter(config, heads * hidden_size if whole else (heads, hidden_size), is_weight=True)
-        self.weight.sequence_parallel = False  # type: ignore[attr-defined]  # summed by name, whatever the mode
+        self.weight.sequence_parallel = False  # type: ignore[attr-defined]  # summed because of its name in any case
 
     def forward(self, x: Tensor) -> Tensor:
-        """[s, b, heads of this rank, width] to the same."""
+        """[s, b, heads of this rank, width] to the same shape."""
         size = parallel_state.get_tensor_model_parallel_world_size()
         local, rank = x.shape[-2], parallel_state.get_tensor_model_parallel_rank()
         copies = local * size // self.heads  # ranks that hold the same head

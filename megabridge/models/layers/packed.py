@@ -1,7 +1,7 @@
-"""Packed rows: several documents one after the other, none of which sees another.
+"""Packed sequences: several documents in one row, which don't attend to each other.
 
-megatron-core knows them as one long sequence of a micro-batch of one (`thd`), with the bounds of the documents. The bounds stay on
-the host: what reads them there (rotary embedding, attention by document) never waits for the device.
+megatron-core takes them as one long sequence with a micro-batch size of 1 (`thd`) and the bounds of the documents. The bounds stay
+on the host: code that reads them there (rotary embedding, attention by document) never waits for the device.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 @dataclass
 class Packed(PackedSeqParams):  # type: ignore[misc]
-    """megatron-core's PackedSeqParams over the tokens 0 to bounds[-1], with what the `torch` backend needs beside it."""
+    """megatron-core's PackedSeqParams for the tokens 0 to bounds[-1], with the fields that the `torch` backend needs."""
 
     bounds: tuple[int, ...] = ()
-    """Where documents begin, and where the last one ends."""
+    """Indices at which documents begin, and the end of the last one."""
     positions: Tensor | None = None
-    """[t] int64 on the device: each token's place in its document."""
+    """[t] int64 on the device: each token's position in its document."""
     masks: dict[tuple[int | None, bool], BlockMask] = field(default_factory=dict)
-    """By window and chunks: made once for all layers."""
+    """Masks by (window, chunks), made once for all layers."""
 
     def mask(self, window: int | None, *, chunks: bool) -> BlockMask:
-        """Which tokens see which, for flex attention: those of the same document, not after them, within `window`."""
+        """The mask for flex attention: a token sees those of its document that are not after it, within `window`."""
         if (window, chunks) not in self.masks:
             assert self.positions is not None
             documents = _numbers(self.bounds, self.positions.device)
@@ -43,7 +43,7 @@ class Packed(PackedSeqParams):  # type: ignore[misc]
         return self.masks[window, chunks]
 
     def on_device(self) -> PackedSeqParams:
-        """The same for attention that reads the bounds on the device (Transformer Engine)."""
+        """Returns the same with the bounds on the device, for Transformer Engine's attention."""
         places = self.cu_seqlens_q.to(platform.device())
         return PackedSeqParams(
             qkv_format="thd",
@@ -55,7 +55,7 @@ class Packed(PackedSeqParams):  # type: ignore[misc]
 
 
 def packed(documents: Tensor, positions: Tensor) -> Packed:
-    """From the micro-batch's `documents` [b, s] on the CPU, and its positions [b, s] on the device; rows one after the other."""
+    """Builds a Packed from a micro-batch's `documents` [b, s] on the CPU and `positions` [b, s] on the device; rows are joined."""
     bounds = document_bounds(documents)
     longest = max(end - begin for begin, end in itertools.pairwise(bounds))
     places = torch.tensor(bounds, dtype=torch.int32)
@@ -71,14 +71,17 @@ def packed(documents: Tensor, positions: Tensor) -> Packed:
 
 
 def document_bounds(documents: Tensor) -> tuple[int, ...]:
-    """Where documents begin in the rows of [b, s] put one after the other, and b * s. A row always begins one."""
+    """Indices at which documents begin in the concatenated rows of [b, s], and b * s. Every row begins a document."""
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return (*begins.flatten().nonzero().flatten().tolist(), documents.numel())
 
 
 def for_attention(params: Packed, cores: Sequence[Any], own: type) -> PackedSeqParams:
-    """`params` as the core attentions of a chunk take it; those of class `own` are ours. Raises ConfigError for one that can't."""
+    """Returns `params` in the form that a chunk's core attentions take, unchanged where all are of class `own`.
+
+    Raises ConfigError for megatron-core's DotProductAttention, which has no packed sequences.
+    """
     if all(isinstance(core, own) for core in cores):
         return params
     if any(isinstance(core, DotProductAttention) for core in cores):
@@ -87,7 +90,7 @@ def for_attention(params: Packed, cores: Sequence[Any], own: type) -> PackedSeqP
 
 
 def _numbers(bounds: Sequence[int], device: torch.device) -> Tensor:
-    """[t] int32: the number of each token's document."""
+    """The number of each token's document, [t] int32."""
     numbers = torch.zeros(bounds[-1], dtype=torch.int32)
     numbers[list(bounds[1:-1])] = 1
     return numbers.cumsum(0, dtype=torch.int32).to(device)

@@ -1,4 +1,4 @@
-"""Where the parameters of our layers are made."""
+"""Allocates the parameters of our layers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import megabridge.platform as platform
 
 
 def empty(config: Any, *shape: int) -> torch.nn.Parameter:
-    """A parameter in config.params_dtype, uninitialised, on this rank's device.
+    """Returns an uninitialised parameter in config.params_dtype on this rank's device.
 
-    With `use_cpu_initialization`, for a model that is converted or planned only, a surrounding torch.device() holds.
+    With `use_cpu_initialization` (a model that is only converted or planned) the device is that of a surrounding torch.device().
     """
     device = None if config.use_cpu_initialization else platform.device()
     return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))

@@ -1,4 +1,4 @@
-"""How a sub-layer's output joins the residual stream: norms and factors on the way, and attention beside the MLP."""
+"""Residual connections with norms and factors, and layers with attention and MLP in parallel."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
 class Residual(torch.nn.Module):
-    """Stands where megatron-core has its bias-dropout-add: residual + dropout(multiplier * norm(x + bias)).
+    """Replaces megatron-core's bias-dropout-add: residual + dropout(multiplier * norm(x + bias)).
 
-    `norm` builds the norm (None: there is none); its parameters are called `norm.weight` below the slot's name.
+    `norm` builds the norm (None: no norm), whose parameters are named `norm.weight` and `norm.bias` in this module.
     """
 
     def __init__(self, config: Any, norm: Any, multiplier: float) -> None:
@@ -28,7 +28,7 @@ class Residual(torch.nn.Module):
 
     @override
     def forward(self, training: bool, fused: bool) -> Add:
-        """The function that adds; `fused` is for megatron-core's own kernel and means nothing here."""
+        """Returns the function that adds; `fused` is for megatron-core's own kernel and ignored here."""
 
         def add(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
             x, bias = output
@@ -44,7 +44,7 @@ class Residual(torch.nn.Module):
 
 
 class ParallelLayer(TransformerLayer):  # type: ignore[misc]
-    """A layer whose MLP reads the layer's input, as the attention does, and not the attention's output.
+    """A layer whose MLP reads the layer's input, as the attention does, instead of the attention's output.
 
     Without a `pre_mlp_layernorm` in the spec (IdentityOp) both read through `input_layernorm`.
     """

@@ -1,8 +1,8 @@
 """Rotary embeddings of Hugging Face models: the frequencies of each `rope_type`, as transformers computes them.
 
 The formulas are those of transformers/modeling_rope_utils.py (5.23), in the same order and precision, so that the
-frequencies are equal bit for bit. megatron-core's own scaling fixes some factors, and knows no attention factor but
-yarn's default.
+frequencies are equal bit for bit. megatron-core's own scaling has some factors fixed, and only yarn's default attention
+factor.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 
 def inverse_frequencies(rope: Mapping[str, Any], dim: int, length: int = 0) -> tuple[Tensor, float]:
-    """The fp32 frequencies [dim / 2] on the CPU, and the factor that cosine and sine are multiplied by.
+    """Returns the fp32 frequencies [dim / 2] on the CPU, and the factor of cosine and sine.
 
-    `dim` is the rotated part of a head, `length` the sequence's, which some types depend on. Raises ConfigError for a dict with
-    `rope_problems`.
+    `dim` is the width of the rotated part of a head, `length` that of the sequence, on which some types depend. Raises ConfigError
+    where `rope_problems` finds any.
     """
     if problems := rope_problems(rope):
         raise ConfigError(listed(problems))
@@ -37,7 +37,7 @@ def inverse_frequencies(rope: Mapping[str, Any], dim: int, length: int = 0) -> t
     base = rope["rope_theta"]
     if kind == "dynamic":
         positions = rope["max_position_embeddings"]
-        longest = torch.tensor(length, device="cpu") if length > positions else positions  # a tensor there too: fp32
+        longest = torch.tensor(length, device="cpu") if length > positions else positions  # a tensor in transformers too, so fp32
         base = base * ((rope["factor"] * longest / positions) - (rope["factor"] - 1)) ** (dim / (dim - 2))
     if kind == "alpha":
         base = base * rope["alpha"] ** (dim / (dim - 2))
@@ -108,7 +108,7 @@ def _yarn_attention_factor(rope: Mapping[str, Any]) -> float:
 class HFRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
     """megatron-core's RotaryEmbedding with the frequencies of a Hugging Face `rope_parameters` dict.
 
-    `attention_factor` is what cosine and sine are multiplied by; megatron-core's Attention does so (model.py).
+    `attention_factor` is the factor of cosine and sine, which CausalLM sets on megatron-core's Attention.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class HFRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
 
 
 class LocalAndGlobal(torch.nn.Module):
-    """Two rotary embeddings of one model: row 0 of what it gives is for layers without a window, row 1 for those with one."""
+    """Two rotary embeddings of one model: row 0 of the result is for layers without a window, row 1 for those with one."""
 
     def __init__(self, everywhere: HFRotaryEmbedding, windowed: HFRotaryEmbedding) -> None:
         super().__init__()

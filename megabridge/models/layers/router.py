@@ -1,4 +1,4 @@
-"""Routers: which experts a token goes to and how much each counts, as Hugging Face's mixtures of experts have it."""
+"""Routers choose each token's experts and their weights, as Hugging Face's mixtures of experts do."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ _PLAIN: Final = LayerOptions()
 
 
 class Router(TopKRouter):  # type: ignore[misc]
-    """megatron-core's router with the choices of `LayerOptions`: scores of groups, normalisation, a correction bias with softmax.
+    """megatron-core's router with those of `LayerOptions`: scores of groups, normalisation, a correction bias with softmax.
 
-    A subclass overrides `select`. Auxiliary losses, token statistics and the bias's update stay megatron-core's.
+    A subclass overrides `select`. Auxiliary losses, token statistics and the bias's update are megatron-core's.
     """
 
-    def __init__(self, config: Any, pg_collection: Any = None, is_mtp_layer: bool = False, *, style: LayerOptions = _PLAIN) -> None:
+    def __init__(
+        self, config: Any, pg_collection: Any = None, is_mtp_layer: bool = False, *, options: LayerOptions = _PLAIN
+    ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.style = style
-        if style.router_bias and self.expert_bias is None:
-            del self.expert_bias  # an attribute so far
+        self.options = options
+        if options.router_bias and self.expert_bias is None:
+            del self.expert_bias  # a plain attribute until now
             self.register_buffer("expert_bias", torch.zeros(config.num_moe_experts, dtype=torch.float32, device=platform.device()))
 
     @override
@@ -41,8 +43,8 @@ class Router(TopKRouter):  # type: ignore[misc]
         return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights, experts), both [tokens, moe_router_topk], of `logits` [tokens, num_moe_experts]; computed in fp32."""
-        config, style = self.config, self.style
+        """Returns (weights, experts), both [tokens, moe_router_topk], for `logits` [tokens, num_moe_experts]; computed in fp32."""
+        config, options = self.config, self.options
         scores = logits.float()
         if config.moe_router_score_function == "sigmoid":
             scores = scores.sigmoid()
@@ -55,26 +57,26 @@ class Router(TopKRouter):  # type: ignore[misc]
         weights = scores.gather(1, experts)
         if config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax:
             weights = weights.softmax(-1)
-        if style.router_normalize or (
-            style.router_normalize is None and config.moe_router_score_function == "sigmoid" and self.topk > 1
+        if options.router_normalize or (
+            options.router_normalize is None and config.moe_router_score_function == "sigmoid" and self.topk > 1
         ):
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=style.router_epsilon)
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=options.router_epsilon)
         if config.moe_router_topk_scaling_factor:
             weights = weights * config.moe_router_topk_scaling_factor
         return weights, experts
 
     def _within_groups(self, choice: Tensor) -> Tensor:
-        """`choice`, lower than anything where an expert's group is not among the best moe_router_group_topk."""
+        """Returns `choice` with -inf for experts whose group is not among the best moe_router_group_topk."""
         groups = choice.view(choice.shape[0], self.config.moe_router_num_groups, -1)
-        taken = self.topk // self.config.moe_router_group_topk  # of a token's experts, by each of its groups
-        best = {"top2": 2, "max": 1, None: taken}[self.style.router_group_score]
+        taken = self.topk // self.config.moe_router_group_topk  # experts that a token takes from each of its groups
+        best = {"top2": 2, "max": 1, None: taken}[self.options.router_group_score]
         chosen = groups.topk(best, dim=-1).values.sum(-1).topk(self.config.moe_router_group_topk, dim=-1, sorted=False).indices
         allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, chosen, True)
         return groups.masked_fill(~allowed[..., None], float("-inf")).view_as(choice)
 
     @override
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(weights, whether a token goes there), both [tokens, num_moe_experts], of `logits` [s, b, num_moe_experts]."""
+        """Returns (weights, whether the token goes there), both [tokens, num_moe_experts], for `logits` [s, b, num_moe_experts]."""
         length, batch = logits.shape[:2]
         logits = logits.view(-1, self.config.num_moe_experts)
         padding = None if padding_mask is None else padding_mask.reshape(-1)
@@ -93,29 +95,19 @@ class Router(TopKRouter):  # type: ignore[misc]
 
 
 class SparseMixer(Router):
-    """Phi-3.5-MoE's: one expert after another, each weighed by a softmax over what is near the best of those left.
+    """Router of Phi-3.5-MoE: takes one expert after another, each weighted by a softmax over the remaining scores near the best.
 
-    arXiv 2409.12136, as transformers' phimoe has it for inference; training chooses alike, without its random draws.
+    arXiv 2409.12136, as transformers' phimoe does in inference; training chooses the same way, without random sampling.
     """
 
     @override
-    @override
-    def gating(self, input: Tensor) -> Tensor:
-        """The logits [s, b, num_moe_experts] of hidden states, in moe_router_dtype.
-
-        megatron-core's own product goes through Transformer Engine where that is installed, which computes fp32 in TF32.
-        """
-        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(input.to(dtype), self.weight.to(dtype), bias)
-
     def select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         scores = left = logits.float()
         weights, experts = [], []
         for _ in range(self.topk):
             best, expert = left.max(-1, keepdim=True)
             with torch.no_grad():
-                is_far = (best - scores) / torch.maximum(scores.abs(), best) > 2 * self.style.router_jitter
+                is_far = (best - scores) / torch.maximum(scores.abs(), best) > 2 * self.options.router_jitter
             weights.append(left.masked_fill(is_far, float("-inf")).softmax(-1).gather(-1, expert))
             experts.append(expert)
             left = left.scatter(-1, expert, float("-inf"))

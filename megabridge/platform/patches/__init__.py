@@ -1,7 +1,7 @@
-"""Every change that megabridge makes to torch and megatron-core, one file each: what it stands for upstream, in which versions.
+"""All patches of torch and megatron-core, one file each, which says what it replaces and in which versions.
 
-None is made by an import. Those that a process needs before megatron-core is imported are made by `megabridge.platform.prepare`;
-the others by what needs them, when it does.
+Importing them changes nothing. `megabridge.platform.prepare` installs those that are needed before megatron-core is imported; the
+others are installed by the code that needs them.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.torch_version import TorchVersion
 from megabridge.errors import ConfigError
 
 MEGATRON: Final = ("0.19.2", "0.20")
-"""The first version of megatron-core whose private names the patches know, and the first that they don't."""
+"""The first version of megatron-core that the patches, which use private names, support, and the first that they don't."""
 TORCH: Final = ("2.11.0a0", "2.15")
-"""The same for torch, of which only public names are replaced: a later version is warned of, not refused."""
+"""The same for torch, of which only public names are replaced: a later version gives a warning, not an error."""
 
 
 def check_megatron(patch: str) -> None:
-    """Raises ConfigError where the installed megatron-core is not one that `patch`, the name of its module, was written for."""
+    """Raises ConfigError if `patch`, the name of its module, does not support the installed version of megatron-core."""
     import megatron.core
 
     first, beyond = MEGATRON
-    if not first <= TorchVersion(megatron.core.__version__) < beyond:  # which compares versions
+    if not first <= TorchVersion(megatron.core.__version__) < beyond:  # a TorchVersion compares as a version
         raise ConfigError(
             f"{patch} replaces a part of megatron-core {first} or later, before {beyond}, but {megatron.core.__version__} "
             f"is installed; pip install 'megatron-core>={first},<{beyond}'."
@@ -34,7 +34,7 @@ def check_megatron(patch: str) -> None:
 
 
 def check_torch(patch: str) -> None:
-    """Raises ConfigError where torch is older than `patch`, the name of its module, was written for; warns where it is newer."""
+    """Raises ConfigError if torch is older than `patch`, the name of its module, supports; warns if it is newer."""
     first, beyond = TORCH
     if TorchVersion(torch.__version__) < first:
         raise ConfigError(
@@ -47,7 +47,7 @@ def check_torch(patch: str) -> None:
 
 @cache
 def _warn(version: str) -> None:
-    """Once for all patches."""
+    """Warns once for all patches."""
     warnings.warn(
         f"patches of torch were tested before {TORCH[1]}, not with {version}; pip install 'torch<{TORCH[1]}'", stacklevel=4
     )

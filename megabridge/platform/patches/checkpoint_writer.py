@@ -1,4 +1,4 @@
-"""megatron-core's writer of torch_dist files, in this process, with its errors kept and what it writes noted.
+"""Runs megatron-core's writer of torch_dist files in this process, and reports its errors and what it writes.
 
 Stands for parts of megatron/core/dist_checkpointing/strategies/filesystem_async.py: `_results_queue` (:49; it would start a process
 that serves a queue between processes), `_process_memory` (:658; it measures memory for a debug line, and raises where psutil is
@@ -20,7 +20,7 @@ from megabridge.platform import patches
 
 
 class _Errors(logging.Filter):
-    """Keeps what the writer logs as an error instead of raising it."""
+    """Collects errors that the writer logs instead of raising them."""
 
     def __init__(self, kept: list[str]) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ class _Held:
 
 @contextmanager
 def installed(note: Callable[[str, int, Any], None], errors: list[str]) -> Iterator[None]:
-    """While entered, `note(file, offset, data)` hears of each item that was written, and `errors` takes what went wrong."""
+    """Within the block `note(file, offset, data)` is called for each written item, and error messages are added to `errors`."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     patches.check_megatron(__name__)
     before = {name: getattr(filesystem_async, name) for name in ("_write_item", "_results_queue", "_process_memory")}
     write, filtering = filesystem_async._write_item, _Errors(errors)
 
-    @wraps(write)  # its signature is asked for
+    @wraps(write)  # the caller inspects its signature
     def noting(*args: Any, **kwargs: Any) -> Any:
         transforms, stream, data, item, file = args
         held = _Held(stream)

@@ -1,6 +1,6 @@
 """Counts calls of torch.distributed, for measurements.
 
-Stands for functions of torch/distributed/distributed_c10d.py while entered, and hands every call on. Names of torch 2.11 and later.
+Replaces functions of torch/distributed/distributed_c10d.py within the block, and forwards every call. torch 2.11 and later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TENSORS: Final = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadca
 
 @dataclass
 class Collectives:
-    """Calls of torch.distributed inside `counted`: those that carry Python objects, and those that carry tensors."""
+    """Number of calls of torch.distributed inside `counted`: those that send Python objects, and those that send tensors."""
 
     objects: int = 0
     tensors: int = 0
@@ -34,7 +34,7 @@ class Collectives:
 
 @contextmanager
 def counted() -> Iterator[Collectives]:
-    """Counts collectives that this rank calls inside. Each costs a function call more; don't time what is inside."""
+    """Counts the collectives that this rank calls in the block. Each costs an additional function call: don't time the block."""
     patches.check_torch(__name__)
     found = Collectives()
     originals = {name: getattr(dist, name) for name in (*OBJECTS, *TENSORS)}

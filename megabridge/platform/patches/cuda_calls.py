@@ -1,9 +1,9 @@
-"""The functions of torch.cuda that megatron-core calls, on a CPU.
+"""Replaces the functions of torch.cuda that megatron-core calls, for a CPU.
 
-Stands for functions of torch/cuda/__init__.py, memory.py, random.py and streams.py, and torch.Tensor.record_stream: megatron-core
-asks for the current device, waits on streams and saves the CUDA generator's state. On a CPU everything is already ordered, so
-streams and events do nothing, and the CPU's generator stands for the CUDA one. Measured with megatron-core 0.19.2 and torch 2.14; a
-call that is not covered fails loudly, because torch has no CUDA device to run it on.
+Replaces functions of torch/cuda/__init__.py, memory.py, random.py and streams.py, and torch.Tensor.record_stream: megatron-core
+reads the current device, waits on streams and saves the CUDA generator's state. On a CPU everything is already ordered, so
+streams and events do nothing, and the CPU's generator replaces the CUDA one. Measured with megatron-core 0.19.2 and torch 2.14; a
+call that is not covered fails, because torch has no CUDA device to run it on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CPU: Final = torch.device("cpu")
 
 
 class NoStream:
-    """Stands for a CUDA stream or event: on a CPU everything is already ordered."""
+    """Replaces a CUDA stream or event: on a CPU everything is already ordered."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -86,7 +86,7 @@ def _replacements() -> dict[str, object]:
 
 
 def install() -> None:
-    """Raises ConfigError where torch is older than what this was written for, or has no such functions."""
+    """Installs the replacements. Raises ConfigError if torch is too old or lacks one of the functions."""
     patches.check_torch(__name__)
     replacements = _replacements()
     if gone := sorted(name for name in replacements if name not in vars(torch.cuda)):

@@ -1,9 +1,9 @@
-"""CUDA devices that mean the CPU: in factories, `.cuda()`, `.to("cuda")`, pinned memory, and a tensor's type name.
+"""Replaces CUDA devices by the CPU in factories, `.cuda()`, `.to("cuda")`, pinned memory, and a tensor's type name.
 
-Stands for what torch does with device="cuda" (megatron-core says it in factories,
-megatron/core/distributed/param_and_grad_buffer.py for instance), and for the type names that
-megatron/core/optimizer/optimizer.py:1009 asks for. A TorchFunctionMode, and so of the thread that installs it and of the processes
-forked from it: another thread that runs megatron-core enters `CudaMeansCpu` itself. torch 2.11 and later.
+Changes what torch does with device="cuda" (which megatron-core uses in factories, for example in
+megatron/core/distributed/param_and_grad_buffer.py), and the type names that megatron/core/optimizer/optimizer.py:1009 compares.
+A TorchFunctionMode, so it applies to the thread that installs it and to processes forked from it: another thread that runs
+megatron-core enters `CudaMeansCpu` itself. torch 2.11 and later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megabridge.platform.patches.cuda_calls import CPU
 
 
 class TypeName(str):
-    """A CPU tensor's type name, equal to the CUDA name too: megatron-core's optimizer takes only CUDA parameters."""
+    """A CPU tensor's type name, equal to the CUDA name too, because megatron-core's optimizer takes only CUDA parameters."""
 
     __slots__ = ()
 
@@ -41,7 +41,7 @@ def _is_cuda(device: object) -> bool:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Rewrites CUDA devices in tensor functions to the CPU, for the thread that enters it."""
+    """Replaces CUDA devices in tensor functions by the CPU, for the thread that enters it."""
 
     @override
     def __torch_function__(
@@ -64,6 +64,6 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 def install() -> None:
-    """For this thread, for good."""
+    """Installs it for this thread, permanently."""
     patches.check_torch(__name__)
     CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""Tensors that a checkpoint is read into in place are not copied once more when their parts are put together.
+"""Avoids a copy when the parts of a tensor that a checkpoint was read into in place are merged.
 
-Stands for the `merge_fn` of entries that megatron-core's modules describe by parts
+Replaces the `merge_fn` of entries that megatron-core's modules split into parts
 (megatron/core/dist_checkpointing/mapping.py:456-520; megatron/core/transformer/mlp.py: the gate and the linear half of linear_fc1),
-which concatenates. Where the parts are views of the whole, that is filled already. megatron-core 0.19.
+which concatenates. If the parts are views of the whole tensor, it is filled already. megatron-core 0.19.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megabridge.platform import patches
 
 
 def merge_in_place(factories: Any, wholes: Any) -> None:
-    """Lets the entries of `factories`, a nested dict or list, copy nothing where the parts are views of the tensors in `wholes`."""
+    """Replaces the merge functions in the nested dict `factories`, so that views of the tensors in `wholes` aren't copied."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     patches.check_megatron(__name__)
@@ -39,5 +39,5 @@ def _merging_in_place(factory: Any, whole: Any) -> Any:
 
 
 def _is_inside(piece: Any, whole: torch.Tensor) -> bool:
-    """Whether `piece` is a tensor over `whole`'s memory."""
+    """Whether `piece` is a view of `whole`."""
     return isinstance(piece, torch.Tensor) and piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()

@@ -1,8 +1,8 @@
-"""Float16Module that leaves the routers' buffers in fp32.
+"""Float16Module that keeps the routers' buffers in fp32.
 
-Stands for the cast of megatron/core/transformer/module.py:436-470, which takes every buffer. Correction biases differ by less than
-bf16 tells apart (DeepSeek-R1's are all near 8), and token counts stop to grow at a few hundred in it. megatron-core makes fp32 of a
-bias again at its first use, of what is left of it. megatron-core 0.19.
+Replaces the cast of megatron/core/transformer/module.py:436-470, which casts every buffer. Correction biases differ by less than
+the resolution of bf16 (DeepSeek-R1's are all near 8), and token counts stop growing at a few hundred in it. megatron-core casts a
+bias back to fp32 at its first use, after the precision is lost. megatron-core 0.19.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megabridge.platform import patches
 
 
 def in_half_precision(config: Any, chunk: torch.nn.Module) -> torch.nn.Module:
-    """The chunk in Float16Module, but for its routers' buffers."""
+    """Wraps the chunk in Float16Module, without casting its routers' buffers."""
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.moe.router import TopKRouter
 

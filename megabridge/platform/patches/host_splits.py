@@ -1,7 +1,7 @@
-"""All-to-all splits of experts' tokens as host integers, on a CPU.
+"""Converts the all-to-all splits of experts' tokens to host integers, on a CPU.
 
-Stands for `maybe_move_tensor_to_cpu` of megatron/core/transformer/moe/moe_utils.py:1169 where token_dispatcher.py:927 calls it: it
-converts splits only when they lie on a CUDA device. megatron-core 0.19.
+Replaces `maybe_move_tensor_to_cpu` of megatron/core/transformer/moe/moe_utils.py:1169 where token_dispatcher.py:927 calls it: it
+converts splits only from a CUDA device. megatron-core 0.19.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Chunks of meta parameters that a micro-batch can pass through: nothing in them is left on a device, and experts get equal shares.
+"""Makes meta-device chunks runnable: moves all their tensors to the meta device, and replaces the token dispatcher.
 
-Stands for what megatron-core's modules make outside `torch.device("meta")`: `inv_freq` of rotary embeddings
-(megatron/core/models/common/embeddings/rotary_pos_embedding.py), buffers, and the dispatcher of tokens
-(megatron/core/transformer/moe/moe_layer.py:300-314), which looks at values. For chunks that are traced and thrown away.
+Replaces what megatron-core's modules create outside `torch.device("meta")`: `inv_freq` of rotary embeddings
+(megatron/core/models/common/embeddings/rotary_pos_embedding.py), buffers, and the token dispatcher
+(megatron/core/transformer/moe/moe_layer.py:300-314), which reads values. For chunks that are traced and discarded.
 megatron-core 0.19.
 """
 
@@ -17,7 +17,7 @@ from megabridge.platform import patches
 
 
 def install(chunk: nn.Module, dispatcher: Callable[[Any], Any]) -> None:
-    """`dispatcher(layer)` makes what stands for the token dispatcher of one MoELayer."""
+    """Patches `chunk`; `dispatcher(layer)` makes the replacement of the token dispatcher of one MoELayer."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     patches.check_megatron(__name__)

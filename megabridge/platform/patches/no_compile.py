@@ -1,7 +1,7 @@
-"""torch.compile that gives back what it is given, while megatron-core is imported.
+"""Turns torch.compile off while megatron-core is imported.
 
-Stands for the decorator of megatron/core/jit.py:18-30, which is torch.compile: fused functions are compiled when they are first
-called, which on a CPU takes seconds of inductor, and a C++ compiler. What imports the decorator later gets the one that was made
+Replaces the decorator of megatron/core/jit.py:18-30, which is torch.compile: fused functions are compiled when they are first
+called, which on a CPU takes seconds of inductor, and needs a C++ compiler. Later imports of the decorator get the one that was made
 here. torch 2.11 and later, megatron-core 0.19.
 """
 
@@ -17,13 +17,13 @@ from megabridge.platform import patches
 
 
 def _uncompiled(model: Any = None, **kwargs: object) -> Any:
-    """As a call, and as a decorator with arguments."""
+    """torch.compile, called directly or as a decorator with arguments, without compiling."""
     return model if model is not None else (lambda function: function)
 
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """While entered; torch has its own again afterwards."""
+    """Installs it within the block, and restores torch's own afterwards."""
     patches.check_torch(__name__)
     real = torch.compile
     torch.compile = _uncompiled

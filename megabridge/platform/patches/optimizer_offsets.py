@@ -1,8 +1,9 @@
-"""Offsets of parameters in a buffer without the padding between its buckets, while the optimizer's state is taken out of it.
+"""Corrects the offsets of parameters in a buffer while the optimizer's state is saved: without the padding between buckets.
 
-Stands for `param_index_map` of megatron/core/distributed/param_and_grad_buffer.py as distrib_optimizer.py:1690-1828 reads it: a
-`fully_reshardable` save takes the state out of a buffer without the padding, but by offsets that count it. Where a bucket ends off
-a multiple of 128 x dp elements and is not the last, all that follows is shifted: wrong state, no error. megatron-core 0.19.
+Replaces `param_index_map` of megatron/core/distributed/param_and_grad_buffer.py as optimizer/distrib_optimizer.py:1690-1828 reads
+it: a `fully_reshardable` save takes the state out of a buffer without padding, but by offsets that include it. If a bucket other
+than the last does not end at a multiple of 128 x dp elements, everything after it is shifted: wrong state, no error.
+megatron-core 0.19.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megabridge.platform import patches
 
 @contextlib.contextmanager
 def installed(buffers: Sequence[Any]) -> Iterator[None]:
-    """While entered, the buffers' `param_index_map` says where a parameter lies once the padding after each bucket is gone."""
+    """Within the block the buffers' `param_index_map` has the offsets of parameters without the padding after each bucket."""
     patches.check_megatron(__name__)
     before = [buffer.param_index_map for buffer in buffers]
     try:

@@ -1,8 +1,8 @@
-"""megatron-core's CUDA generator, on a CPU.
+"""Replaces megatron-core's CUDA generator by the CPU's.
 
-Stands for `_get_cuda_rng_state` and `_set_cuda_rng_state` of megatron/core/tensor_parallel/random.py:104-160, which reach for
-torch.cuda.default_generators, empty without a device. A warning of that module comes up on every fork of the generator then,
-because the CPU's generator is the tracked one: it is dropped. megatron-core 0.19.
+Replaces `_get_cuda_rng_state` and `_set_cuda_rng_state` of megatron/core/tensor_parallel/random.py:104-160, which use
+torch.cuda.default_generators, empty without a device. That module then warns at every fork of the generator, because the CPU's
+generator is the tracked one: the warning is dropped. megatron-core 0.19.
 """
 
 from __future__ import annotations

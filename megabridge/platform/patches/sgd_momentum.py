@@ -1,6 +1,6 @@
-"""The state that torch's SGD has before its first step, for a load before it.
+"""Creates the state of torch's SGD before its first step, so that a checkpoint can be loaded.
 
-Stands for the `init_state_fn` that megatron/core/optimizer/__init__.py:618-624 leaves at None for SGD, and calls before a
+Replaces the `init_state_fn` that megatron/core/optimizer/__init__.py:618-624 leaves at None for SGD, and calls before a
 checkpoint is read. megatron-core 0.19.
 """
 
@@ -14,7 +14,7 @@ from megabridge.platform import patches
 
 
 def install(part: Any) -> None:
-    """For one of megatron-core's optimizers around torch.optim.SGD."""
+    """Patches one of megatron-core's optimizers around torch.optim.SGD."""
     patches.check_megatron(__name__)
     part.init_state_fn = _zero_momentum
 

@@ -1,7 +1,7 @@
-"""Weight gradients that the matrix product itself adds to the buffer of gradients: neither made in 16 bits, nor added after.
+"""Fused weight gradients (wgrad): the matrix product adds to the gradient buffer itself, without a 16-bit gradient in between.
 
-Stands for Apex's extension fused_weight_gradient_mlp_cuda where megatron/core/tensor_parallel/layers.py:49-53 did not find it and
-:680-690 calls it, and for the switches of its linears and of Transformer Engine's, which megatron-core sets from a config before
+Replaces Apex's extension fused_weight_gradient_mlp_cuda where megatron/core/tensor_parallel/layers.py:49-53 did not find it and
+:680-690 calls it, and the switches of its linears and of Transformer Engine's, which megatron-core sets from a config before
 there is a buffer. megatron-core 0.19.
 """
 
@@ -17,7 +17,7 @@ from megabridge.platform import patches
 
 
 class _Products:
-    """Stands for the extension of that name of Apex, for which megatron-core's linears call (tensor_parallel/layers.py)."""
+    """Replaces Apex's extension fused_weight_gradient_mlp_cuda, which megatron-core's linears call (tensor_parallel/layers.py)."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: Tensor, gradients: Tensor, total: Tensor) -> None:
@@ -28,11 +28,11 @@ class _Products:
             total.addmm_(gradients.t().to(total.dtype), inputs.to(total.dtype))
 
     wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
-    """The same for a buffer of 16 bits, which is then of the inputs' type."""
+    """The same for a buffer of 16 bits, which then has the inputs' dtype."""
 
 
 def fuse_wgrad(chunks: Iterable[Any]) -> None:
-    """Lets the linears of chunks that are wrapped in DistributedDataParallel, also Transformer Engine's, add in place."""
+    """Turns the fusion on for the linears, also Transformer Engine's, of chunks that are wrapped in DistributedDataParallel."""
     from megatron.core.tensor_parallel import layers
 
     patches.check_megatron(__name__)

@@ -243,7 +243,7 @@ def test_the_time_is_up_and_what_was_started_ends_too() -> None:
     started = [children.fork(0, lambda: time.sleep(600))]  # type: ignore[func-returns-value]
     found = children.wait(started, until=time.monotonic() + 0.1)
     children.end(started, 5.0)
-    assert isinstance(found, Failure) and found.error == "the time was up; ranks [0] still ran." and found.status == 137
+    assert isinstance(found, Failure) and found.error == "timed out while ranks [0] were still running." and found.status == 137
 
 
 def test_a_parent_that_hears_of_no_children_goes_by_reports() -> None:

@@ -63,7 +63,7 @@ def test_the_first_failure_ends_all(ranks: RankServer, tmp_path: Path, how: str,
 
 
 def test_time_is_up(ranks: RankServer, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"the time was up; ranks \[0, 1\] still ran"):
+    with pytest.raises(RankError, match=r"timed out while ranks \[0, 1\] were still running"):
         ranks.run(
             "tests.support.ranks:fail",
             topology=Topology(tp=2),

@@ -97,10 +97,10 @@ def test_what_it_does_not_know_is_refused() -> None:
         attention()(query, key, value, None, attention_bias=torch.zeros(1))
 
 
-def styled(style: LayerOptions, **settings: Any) -> TorchAttention:
+def styled(options: LayerOptions, **settings: Any) -> TorchAttention:
     config = TransformerConfig(num_layers=2, hidden_size=HEADS * D, num_attention_heads=HEADS, cuda_graph_modules=[], **settings)
     kind = AttnMaskType.causal
-    return TorchAttention(config, layer_number=1, attn_mask_type=kind, attention_type="self", style=style).eval()
+    return TorchAttention(config, layer_number=1, attn_mask_type=kind, attention_type="self", options=options).eval()
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

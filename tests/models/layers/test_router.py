@@ -14,7 +14,7 @@ from megabridge.models.layers.router import SparseMixer
 def test_the_sparse_mixer_weighs_and_chooses_as_transformers_does(jitter: float) -> None:
     router = SparseMixer.__new__(SparseMixer)  # only `select` is asked for, which needs no parameters
     torch.nn.Module.__init__(router)
-    router.topk, router.style = 2, LayerOptions(router_jitter=jitter)
+    router.topk, router.options = 2, LayerOptions(router_jitter=jitter)
     ours = torch.randn(500, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     weights, experts = router.select(ours)

@@ -1,4 +1,4 @@
-"""What Hydra finds as `hydra/launcher=local` and `hydra/launcher=slurm`.
+"""Hydra plugins `hydra/launcher=local` and `hydra/launcher=slurm`.
 
 Hydra takes plugins only from modules below the namespace `hydra_plugins`, which it imports by that name: launchers/run.py puts
 the folder above this one on sys.path. Hydra imports this at every start, so the launchers themselves are imported when used.
@@ -16,14 +16,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 
-class _Sweeping(Launcher):
-    """Hydra builds it from its settings, and gives it every batch of points that its sweeper thinks of."""
+class _SweepLauncher(Launcher):
+    """Base of the launchers: Hydra builds one from its settings, and passes it every batch of points of its sweeper."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Claims the sweep's directory for this process, before its sweeper writes there."""
+        """Locks the sweep's directory for this process, before the sweeper writes there."""
         from megabridge.launchers import run_lock
 
         run_lock.take(Path(str(config.hydra.sweep.dir)).absolute(), "hydra.sweep.dir")
@@ -31,8 +31,8 @@ class _Sweeping(Launcher):
         self.config = config
 
 
-class LocalLauncher(_Sweeping):
-    """Points on this host, one after another or several at once."""
+class LocalLauncher(_SweepLauncher):
+    """Runs points on this host, one after another or several at once."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from megabridge.launchers import local_sweep, sweep
@@ -42,8 +42,8 @@ class LocalLauncher(_Sweeping):
         return sweep.run(self.hydra_context, self.config, job_overrides, initial_job_idx, local_sweep.runner(settings))
 
 
-class SlurmLauncher(_Sweeping):
-    """Points as a job array of SLURM."""
+class SlurmLauncher(_SweepLauncher):
+    """Runs points as job arrays of SLURM."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from megabridge.launchers import slurm, sweep
