@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megabridge.errors import ConfigError
 from megabridge.launchers import run_lock
 from tests.support.command import command
 from tests.support.rank_server import RankServer
@@ -20,7 +21,7 @@ TINY = "model=tiny_llama data=random_tokens"
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("model=auto model.path=./nowhere", "'./nowhere' must be an existing folder, or a hub id such as org/name."),
+        ("model=auto model.path=./nowhere", "'./nowhere' must be an existing folder, or a hub id such as org/name"),
         ("model=auto model.path=there", "there must hold a config.json to be a Hugging Face model; it holds text.txt."),
         ("recipe=convert model=auto model.path=/not/at/all", "'/not/at/all' must be an existing folder, or a hub id"),
         ("model=tiny_llama data=chat data.path=chats.jsonl", "data.path: chats.jsonl names no file; check the path."),
@@ -60,9 +61,11 @@ def test_a_directory_in_use_is_told_at_once_and_those_that_were_there_stay(tmp_p
     empty.mkdir()
     with run_lock.claimed(run):
         began = time.monotonic()
+        with pytest.raises(ConfigError, match=r"is in use by another run \(process "):
+            run_lock.check(run)
+        assert time.monotonic() - began < run_lock._LEAVING, "it doesn't wait for a process that lives"
         answer = command(*TINY.split(), f"run_dir={run}", cwd=tmp_path)
         assert answer.returncode == 2 and "is in use by another run (process " in answer.stderr
-        assert time.monotonic() - began < run_lock._LEAVING, "it doesn't wait for a process that lives"
     answer = command(*TINY.split(), f"run_dir={empty}", "checkpoint.resume=nothing", cwd=tmp_path)
     assert answer.returncode == 2 and empty.is_dir() and not list(empty.iterdir())
 
