@@ -1,7 +1,7 @@
 """Digests (xxh3_128) of a native checkpoint: of every box in its files, of the metadata with their positions, of its assets.
 
 A box's digest covers its content: dtype, shape and elements, or an object's bytes. It is computed from the memory that is written,
-and again from the memory that was read, before anything is copied from there: it takes no extra reads, and finds disk errors.
+and again from the memory that was read (reader.py), before anything is copied: no extra reads, and disk errors are seen.
 The digest of `.metadata` binds a record to one save; a file of another checkpoint with equal sizes has other digests.
 """
 

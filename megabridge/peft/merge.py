@@ -1,4 +1,4 @@
-"""Merges adapters into the weights of an export plan, so that the exported model needs no adapters."""
+"""Merges adapters into the weights of an export plan (each by adapter.py), so that the exported model needs no adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graceful stop on SIGTERM or SIGUSR1: the step ends, the run is saved, and the exit code is 75."""
+"""Graceful stop on SIGTERM or SIGUSR1: catches the signal; the loop (loop.py) then ends the step, saves and exits with code 75."""
 
 from __future__ import annotations
 

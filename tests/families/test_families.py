@@ -54,8 +54,9 @@ def test_bytes_logits_and_gradients(layout: str, sources: Path, ranks: RankServe
         assert json.loads((tmp_path / name / "config.json").read_text()) == json.loads((sources / name / "config.json").read_text())
 
 
+@pytest.mark.cover
 def test_steps_lower_the_loss(sources: Path, ranks: RankServer) -> None:
-    kwargs = {"root": str(sources), "architectures": ARCHITECTURES, "steps": 4}
+    kwargs = {"root": str(sources), "architectures": COVER["tp2"], "steps": 4}
     (losses, _) = ranks.run("tests.support.families:losses", topology=Topology(tp=2), kwargs=kwargs, timeout=600)
     assert not {name: values for name, values in losses.items() if values[-1] > values[0] - 0.1}
 

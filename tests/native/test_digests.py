@@ -24,7 +24,7 @@ FOUND = {
     "master": "distcp: optimizer.state.param.",
     "moment": "distcp: optimizer.state.exp_avg_sq.",
     "common": "__0_0.distcp: common_state",
-    "another step's file": "__0_0.distcp: ",
+    "another step's file": "__0_0.distcp",  # its size may be another, too
     "another step's metadata": "must belong to the same save as megabridge_digests.json beside it",
     "another step's digests": "must belong to the same save as megabridge_digests.json beside it",
     "another step's metadata and digests": "have other bytes than were saved",

@@ -280,10 +280,10 @@ def _forked_worker(
     from megabridge.storage import crash_notes
 
     report, note, parent = children.unnamed(), children.unnamed(), os.getpid()
-    held = more.get("held", frozenset())
+    blocked = more.get("blocked", frozenset())
 
     def live() -> int:
-        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         main: Callable[[list[str]], int] = importlib.import_module(module).main
         return main([f"--config={config}", f"--outcome={report}", f"--note={note}", *arguments])
 

@@ -49,7 +49,7 @@ class Child:
     def outcome(self) -> Outcome | None:
         """How it ended; None while it runs. Done only if it reported so and exited with 0."""
         if self._outcome is None and (exit_code := _exit_code(self.pid)) is not None:
-            self._outcome = _judged(self.rank, exit_code, outcome.read(self.report), self.note)
+            self._outcome = outcome.of_exit(self.rank, exit_code, outcome.read(self.report), self.note)
         return self._outcome
 
     def ended_with(self) -> Outcome:
@@ -212,27 +212,6 @@ def end(children: Iterable[Child], grace: float) -> None:
 def unnamed() -> int:
     """Returns the descriptor of a new file in memory, which has no name and can't meet a full disk."""
     return os.memfd_create("megabridge")
-
-
-def _judged(rank: int, exit_code: int, report: Outcome | None, note: mmap.mmap) -> Outcome:
-    if isinstance(report, Failure) or (report is not None and exit_code == 0):
-        return report
-    if exit_code == 0:
-        rule = "ended with exit status 0 and without a report before it was done; something in it called os._exit."
-        return Failure(rank, 1, rule, is_silent=True)
-    return Failure(rank, exit_code, _cause_of_death(exit_code, note, was_done=report is not None), is_silent=True)
-
-
-def _cause_of_death(exit_code: int, note: mmap.mmap, *, was_done: bool) -> str:
-    """Describes the end of a process that left no report of its failure."""
-    if exit_code > 0:
-        when = "after it was done" if was_done else "and without a report"
-        return f"ended with exit code {exit_code} {when}; its own output may say why."
-    number = -exit_code
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    files = crash_notes.truncated_files(note) if name == "SIGBUS" else ""
-    hints = {"SIGKILL": " (out of memory, or killed from outside)", "SIGBUS": f" (a file that it read was truncated){files}"}
-    return f"was ended by {name}{' after it was done' if was_done else hints.get(name, '')}."
 
 
 def _pidfd(pid: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from megabridge.errors import LONGEST, STOPPED_EXIT_CODE, MegabridgeError, plain, said
+from megabridge.storage import crash_notes
 
 CONFIG_ERROR: Final = 2
 """Exit status of a config that can't work."""
@@ -129,6 +131,28 @@ def decoded(text: str | bytes) -> Outcome | None:
         return _checked(content["failure"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def of_exit(rank: int, exit_code: int, report: Outcome | None, note: mmap.mmap) -> Outcome:
+    """Judges a process that has ended with `exit_code`, by its `report` (None: it left none) and its crash `note`."""
+    if isinstance(report, Failure) or (report is not None and exit_code == 0):
+        return report
+    if exit_code == 0:
+        rule = "ended with exit status 0 and without a report before it was done; something in it called os._exit."
+        return Failure(rank, 1, rule, is_silent=True)
+    return Failure(rank, exit_code, _cause_of_death(exit_code, note, was_done=report is not None), is_silent=True)
+
+
+def _cause_of_death(exit_code: int, note: mmap.mmap, *, was_done: bool) -> str:
+    """Describes the end of a process that left no report of its failure."""
+    if exit_code > 0:
+        when = "after it was done" if was_done else "and without a report"
+        return f"ended with exit code {exit_code} {when}; its own output may say why."
+    number = -exit_code
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    files = crash_notes.truncated_files(note) if name == "SIGBUS" else ""
+    hints = {"SIGKILL": " (out of memory, or killed from outside)", "SIGBUS": f" (a file that it read was truncated){files}"}
+    return f"was ended by {name}{' after it was done' if was_done else hints.get(name, '')}."
 
 
 def first(failures: Iterable[Failure]) -> Failure:

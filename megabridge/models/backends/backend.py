@@ -40,7 +40,11 @@ class Backend(ABC):
         return "runs on CUDA only" if platform.is_cpu() and not self.on_cpu else None
 
     def lacks(self, get: Get) -> Mapping[str, str]:
-        """Settings with values that its layers don't support, each with what to set instead, or "" where the model needs it."""
+        """Settings with values that its layers don't support, each with what to set instead, or "" where the model needs it.
+
+        Sizes of the layout are among the settings (`context_parallel_size`, `sequence_parallel`). What ours can't do with
+        them is said in config/layout_rules.py, before ranks start.
+        """
         return {}
 
     def adjusted(self, settings: Mapping[str, Any], get: Get) -> dict[str, Any]:
