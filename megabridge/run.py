@@ -3,8 +3,8 @@
 torch is never imported here. Under torchrun or srun this process is a rank's supervisor instead: it composes the same
 config, on rank 0 makes the run directory, and starts the rank as its child.
 
-Exit status: 0 done; 1 a rank failed; 2 the config can't work; 128 + n a rank was ended by signal n; 130 Ctrl-C;
-143 SIGTERM.
+Exit status: 0 done; 1 a rank failed; 2 the config can't work; 75 stopped by a signal, after a save; 128 + n a rank was
+ended by signal n; 130 a second Ctrl-C, or one before the first step; 143 the same of SIGTERM.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ from megabridge.launchers.processes.forked import fork_ranks
 from megabridge.launchers.processes.outcome import CONFIG_ERROR, Failure, WorkerFailure
 from megabridge.parallel import process_groups
 from megabridge.platform import determinism
-from megabridge.storage import atomic_files, crash_notes
+from megabridge.storage import atomic_files, crash_notes, start_lines, stop_page
+from megabridge.storage.stop_page import StopPage
 
 Recipe = Callable[[Config], float | None]
 
@@ -78,10 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=int, required=True, help="descriptor of the resolved config, JSON")
     parser.add_argument("--outcome", type=int, required=True, help="descriptor of the file for the outcome")
     parser.add_argument("--note", type=int, required=True, help="descriptor of the file for the names of mapped files")
+    parser.add_argument("--stop", type=int, help="descriptor of the page on which a stop is asked for")
     parser.add_argument("--digest", help="digest of the config, if torchrun or srun started the ranks")
     parser.add_argument("--fork", type=int, help="number of ranks to fork")
     given = parser.parse_args(arguments)
     crash_notes.set_note(crash_notes.new_note(given.note))
+    if given.stop is not None:
+        stop_page.share(StopPage(given.stop))
 
     def work() -> float | None:
         values = json.loads(os.pread(given.config, os.fstat(given.config).st_size, 0))
@@ -94,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run_here(values: dict[str, Any], digest: str | None) -> float | None:
     """Runs this process as a rank; returns its objective."""
+    if os.environ["RANK"] == "0":
+        start_lines.say("imports done")
     if digest is None:
         return run_rank(values)
     try:
@@ -115,11 +121,14 @@ def run_rank(values: Mapping[str, Any]) -> float | None:
     if config.family is not None:
         families.register_named(config.family)
     recipe = load_recipe(config.recipe.target)
+    speaks = os.environ.get("RANK") == "0" and not config.recipe.single_process
     if config.deterministic:
         determinism.require()
     with _disk_errors(), _lost_ranks(config.timeout):
         if not config.recipe.single_process:
             process_groups.start(schema.processes(config, process_groups.world_size()), seed=config.seed, timeout=config.timeout)
+        if speaks and (count := process_groups.world_size()) > 1:
+            start_lines.say(f"{count} ranks connected")
         objective = objective_of(recipe(config), config.recipe.target)
     process_groups.stop()
     standard_streams.check()
@@ -189,6 +198,9 @@ def _fork(values: Mapping[str, Any], world_size: int) -> float | None:
         importlib.import_module(installed.backends()[config.backend.name].module)
     for module in _IMPORTED_LATE:
         importlib.import_module(module)
+
+    if not config.recipe.single_process:
+        start_lines.say("imports done")
 
     def target(rank: int, listener: socket.socket) -> float | None:
         process_groups.become_forked_rank(listener, threads=local.threads_each(world_size))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megabridge.config.schema import Config
-from megabridge.errors import ConfigError
-from megabridge.launchers import results, slurm, sweep
+from megabridge.launchers import preflight, results, slurm, sweep
 
 
 def main(config: Config) -> None:
@@ -20,7 +19,5 @@ def main(config: Config) -> None:
 
 
 def sweep_folder(config: Config) -> Path:
-    """Returns the folder that sweep=DIR names. Raises ConfigError when it isn't set."""
-    if config.sweep is None:
-        raise ConfigError("this recipe needs the directory of a sweep; give sweep=multirun/DATE/TIME.")
-    return Path(config.sweep).absolute()
+    """What sweep=DIR names. Raises MegabridgeError when that is no sweep's directory."""
+    return preflight.sweep_folder(config)

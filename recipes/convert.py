@@ -64,7 +64,7 @@ def export(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module], ta
     """Writes the whole model or, for adapters without peft.merge, their PEFT folder. Every rank calls it."""
     conversion = config.conversion
     rules: dict[str, Any] = {
-        "weight_dtype": conversion.export_dtype or ("source" if is_as_imported(config, bridge) else None),
+        "weight_dtype": bridge.export_dtype(conversion.export_dtype),
         "writer": conversion.writer,
         "verify": conversion.verify,
         "allow_nonfinite": conversion.allow_nonfinite,
@@ -103,13 +103,6 @@ def verify(config: Config) -> None:
         raise CheckpointError(f"{folder} differs in {len(problems)} places from what it should be; export it again.")
     with Reporter(config, build.loggers(config)) as report:
         report.say(checked)
-
-
-def is_as_imported(config: Config, bridge: AutoBridge) -> bool:
-    """Whether the weights are the source's and were never trained; they are then exported in the source's dtypes."""
-    if config.conversion.mode == "roundtrip":
-        return True
-    return bridge.state.record is not None and not checkpoint.read_info(checkpoint.locate(native_folder(config))).is_trained
 
 
 def native_folder(config: Config) -> Path:

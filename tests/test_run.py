@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megabridge.version import VERSION
 from tests.support.command import ROOT, WITHOUT_TORCH, command, environ
 from tests.support.free_port import free_port
 
@@ -102,6 +104,17 @@ def test_ctrl_c_while_it_is_imported_is_one_like_any_other(tmp_path: Path) -> No
     assert (answer.returncode, answer.stdout, answer.stderr) == (130, b"", b"")
 
 
+def test_the_version_is_ours(tmp_path: Path) -> None:
+    for flags in (["--version"], ["--version", "seed=1"]):
+        answer = command(*flags, cwd=tmp_path)
+        assert (answer.returncode, answer.stdout) == (0, f"megabridge {VERSION}\n") and not answer.stderr
+
+
+def test_settings_written_as_flags_are_explained(tmp_path: Path) -> None:
+    answer = command("--learning_rate", "1e-4", cwd=tmp_path)
+    assert answer.returncode == 2 and "settings are written key=value" in answer.stderr and "it is optimizer.lr" in answer.stderr
+
+
 def test_a_working_directory_that_is_gone_is_said(tmp_path: Path) -> None:
     line = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" -m megabridge.run --help'
     answer = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environ(), capture_output=True, text=True, timeout=60)
@@ -132,14 +145,23 @@ def test_a_run_and_a_sweep_leave_one_directory_each_and_no_secret(tmp_path: Path
     )
     out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
-    written = sorted(file for file in tmp_path.rglob("*") if file.is_file() and file.name not in ("rank0", ".run.lock"))
+    written = sorted(
+        file for file in tmp_path.rglob("*") if file.is_file() and file.name not in ("rank0", ".run.lock", "console.log")
+    )
     names = [str(file.relative_to(tmp_path).parent.name + "/" + file.name) for file in written]
-    assert names[:2] == ["0/config.yaml", "1/config.yaml"] and written[2].name == "multirun.yaml" and len(written) == 3
+    assert names == [
+        "0/commands.txt",
+        "0/config.yaml",
+        "1/commands.txt",
+        "1/config.yaml",
+        f"{written[-1].parent.name}/multirun.yaml",
+    ]
     for file in written:
         assert "hunter2secret" not in file.read_text() and "tok-123456789" not in file.read_text()
     assert "hunter2secret" not in out + err
-    config = yaml.safe_load(written[0].read_text())
-    assert config["seed"] == 1 and config["run_dir"] == str(written[0].parent)
+    assert "++logger.wandb.api_key='<redacted>'" in shlex.split(written[0].read_text())
+    config = yaml.safe_load(written[1].read_text())
+    assert config["seed"] == 1 and config["run_dir"] == str(written[1].parent)
     assert config["logger"]["wandb"]["api_key"] == "<redacted>"
     assert config["logger"]["wandb"]["entity"] == "${oc.env:SERVICE_TOKEN}"
     assert config["recipe"]["options"]["word"] == "<redacted>"
@@ -163,7 +185,8 @@ def test_ranks_of_srun_share_rank_zeros_directory(tmp_path: Path) -> None:
     ]
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
-    assert sorted(file.name for file in tmp_path.rglob("*")) == [".run.lock", "config.yaml", "rank0", "rank1", "run0"]
+    left = [".run.lock", "commands.txt", "config.yaml", "console.log", "rank0", "rank1", "run0"]
+    assert sorted(file.name for file in tmp_path.rglob("*")) == left
 
 
 def test_a_rank_of_torchrun_that_vanishes_counts_as_failed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -111,6 +112,12 @@ def save(source: ModelSource, state: BridgeState, model: Model, path: Path, *, b
     )
     with bytes_bar("export", show=show_progress and collectives.rank() == 0) as progress:
         return export_weights(export, write_assets=write, verify=verify, allow_nonfinite=allow_nonfinite, progress=progress)
+
+
+def export_size(source: ModelSource, model: Model, weight_dtype: torch.dtype | str | None) -> int:
+    """See AutoBridge.export_size."""
+    specs = export_specs(adapter_plan(source, model), dtype_named(weight_dtype), frozenset())
+    return sum(prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
 
 
 def _named(source: ModelSource, state: BridgeState, model: Model, plan: Plan) -> tuple[list[AdapterTarget], LoRA]:

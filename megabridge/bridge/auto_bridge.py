@@ -7,6 +7,7 @@ otherwise, methods that take a model are collective: every rank calls them. Each
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -325,6 +326,26 @@ class AutoBridge:
                     token=token or self.source.token,
                 ),
             )
+
+    def export_dtype(self, asked: str | None = None) -> str | None:
+        """The `weight_dtype` of an export where `asked` is conversion.export_dtype: by default the source's, tensor by tensor.
+
+        None, the parameters', where no weights were imported.
+        """
+        return asked or (None if self.state.record is None else "source")
+
+    def as_exported(self, model: Model, *, weight_dtype: WeightDtype = None) -> AbstractContextManager[None]:
+        """While entered, parameters have the values that an export in `weight_dtype` holds; afterwards their own bits. Collective.
+
+        What an export merges or quantises is left as it is.
+        """
+        return weights.as_exported(self.source, self.state, model, weight_dtype)
+
+    def export_size(self, model: Model, *, weight_dtype: WeightDtype = None, adapters_only: bool = False) -> int:
+        """Bytes of the tensors that an export of a model, or of its adapters alone, would have without quantisation. Collective."""
+        if adapters_only:
+            return adapters.export_size(self.source, model, weight_dtype)
+        return weights.export_size(self.source, self.state, model, weight_dtype)
 
     # ------------------------------------------------------------------ to other programs, without files
 

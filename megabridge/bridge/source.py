@@ -11,7 +11,7 @@ from typing import Any, Final, override
 import torch
 
 from megabridge.bridge import sessions
-from megabridge.config.value_types import shown
+from megabridge.config.value_types import differences, shown
 from megabridge.conversion import first_values
 from megabridge.errors import CheckpointError, ConfigError, listed
 from megabridge.families import Family, family_for
@@ -153,9 +153,10 @@ def check_same(source: ModelSource, config: dict[str, Any], what: str) -> None:
         )
     theirs = source.family.native(config, ignore=source.ignore_keys)
     different = [
-        f"{name}={theirs[name]!r}, here {value!r}"
+        f"{part}={shown(other)}, here {shown(own)}"
         for name, value in source.native.items()
-        if name not in _FREE and theirs[name] != value
+        if name not in _FREE
+        for part, own, other in differences(value, theirs[name], name)
     ]
     if different:
         raise ConfigError(f"{what} must have this bridge's settings, or be given its own bridge; it has {listed(different)}.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -31,7 +32,7 @@ from megabridge.conversion.stream import Stream
 from megabridge.conversion.tasks import Box, ConversionTask
 from megabridge.errors import ConfigError, MappingError, listed
 from megabridge.hf import assets, resolve
-from megabridge.hf.dtypes import Casts, counted
+from megabridge.hf.dtypes import Casts, counted, holds
 from megabridge.hf.dtypes import name as name_of
 from megabridge.hf.quantised_weights import find_weights
 from megabridge.hf.safetensors_format import TensorInfo
@@ -226,7 +227,39 @@ def _export(source: ModelSource, state: BridgeState, plan: Plan, path: Path, wri
             allow_nonfinite=options.allow_nonfinite,
             progress=progress,
         )
-    return replace(report, rounded=casts)
+    return replace(report, rounded=casts, cast=_lossy(plan, specs))
+
+
+def _lossy(plan: Plan, specs: Mapping[str, TensorSpec]) -> Casts:
+    """The tensors that are written in a dtype which can't hold their parameters' values."""
+    held = _held(plan, list(specs))
+    return {name: (held[name], spec.dtype) for name, spec in specs.items() if not holds(spec.dtype, held[name])}
+
+
+@contextmanager
+def as_exported(source: ModelSource, state: BridgeState, model: Model, weight_dtype: WeightDtype) -> Iterator[None]:
+    """See AutoBridge.as_exported."""
+    plan = model_plan(source, state, model)
+    dtypes = {name: spec.dtype for name, spec in export_specs(plan, _dtypes(state, plan, weight_dtype), frozenset()).items()}
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for item in plan.items:
+        data, written = item.local.data, {dtypes[name] for name in item.hf}
+        if len(written) == 1 and not holds(dtype := written.pop(), data.dtype):
+            kept.append((data, data.to("cpu", copy=True)))
+            data.copy_(data.to(dtype))
+    try:
+        yield
+    finally:
+        for data, own in kept:
+            data.copy_(own)
+
+
+def export_size(source: ModelSource, state: BridgeState, model: Model, weight_dtype: WeightDtype) -> int:
+    """See AutoBridge.export_size."""
+    plan = model_plan(source, state, model)
+    specs = export_specs(plan, _dtypes(state, plan, weight_dtype), _aliases(state, plan))
+    own = sum(prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
+    return own + sum(info.nbytes for info in state.passthrough.infos.values())
 
 
 def _casts(state: BridgeState, plan: Plan, specs: Mapping[str, TensorSpec]) -> Casts:

@@ -51,7 +51,6 @@ class Evaluate(Callback):
         self.policy, self.timeout = on_error, timeout  # `on_error` is a hook
         self.tasks: dict[str, evaluation.Task] = {}
         self._is_stopping = False
-        self._last: str | None = None
 
     @override
     def on_start(self, trainer: Trainer) -> None:
@@ -77,11 +76,6 @@ class Evaluate(Callback):
     @override
     def on_stop(self, trainer: Trainer) -> None:
         self._is_stopping = True
-
-    @override
-    def on_end(self, trainer: Trainer) -> None:
-        if self._last is not None:
-            trainer.summary.append(self._last)
 
     def _is_chosen(self, trainer: Trainer, step: int) -> bool:
         """Whether the save of `step` is evaluated; depends on the step alone, so that a resumed run chooses the same."""
@@ -130,7 +124,6 @@ class Evaluate(Callback):
                     f"{failure}\nEverything was saved; correct the cause and continue with checkpoint.resume=auto, or set "
                     "callbacks.evaluate.on_error=warn."
                 )
-            self._last = failure
             trainer.say(failure)
 
     def _wait(
@@ -161,8 +154,7 @@ class Evaluate(Callback):
         trainer.log(figures | {"evaluation/seconds": seconds})
         if results.generations:
             trainer.table(evaluation.TABLE, results.generations)
-        self._last = f"evaluation of step {trainer.step}: {results.line()}"
-        trainer.say(self._last)
+        trainer.say(f"evaluation of step {trainer.step}: {results.line()}")
 
     def _write(self, step: Path, results: evaluation.Results) -> str:
         """Writes the results beside the export. Returns an error message where that fails, which doesn't end the run."""

@@ -46,37 +46,44 @@ class HFExport(Callback):
             self.on_save(trainer, trainer.step, step)
 
     @override
+    def save_bytes(self, trainer: Trainer) -> int:
+        if not trainer.config.checkpoint.hf or trainer.bridge is None:
+            return 0
+        peft, asked = trainer.config.peft, trainer.config.conversion.export_dtype
+        if peft.name != "none" and not peft.merge:
+            return trainer.bridge.export_size(trainer.chunks, weight_dtype=asked, adapters_only=True)
+        return trainer.bridge.export_size(trainer.chunks, weight_dtype=trainer.bridge.export_dtype(asked))
+
+    @override
     def on_save(self, trainer: Trainer, step: int, folder: Path) -> None:
         if not trainer.config.checkpoint.hf or trainer.bridge is None:
             return
         conversion = trainer.config.conversion
         rules: dict[str, Any] = {
-            "weight_dtype": conversion.export_dtype,
             "writer": conversion.writer,
             "verify": conversion.verify,
             "allow_nonfinite": conversion.allow_nonfinite,
         }
         peft = trainer.config.peft
         if peft.name != "none" and not peft.merge:
-            report = trainer.bridge.save_hf_adapter(trainer.chunks, folder / ADAPTER_FOLDER, **rules)
+            report = trainer.bridge.save_hf_adapter(
+                trainer.chunks, folder / ADAPTER_FOLDER, weight_dtype=conversion.export_dtype, **rules
+            )
             line = f"adapters of step {step} in {folder / ADAPTER_FOLDER}: {report}"
         else:
-            target = folder / FOLDER
+            target, dtype = folder / FOLDER, trainer.bridge.export_dtype(conversion.export_dtype)
             report = trainer.bridge.save_hf_pretrained(
                 trainer.chunks,
                 target,
+                weight_dtype=dtype,
                 quantization=conversion.export_quantization,
                 max_shard_size=conversion.max_shard_size,
                 strict=conversion.strict,
                 **rules,
             )
             trainer.exports.append(target)
-            line = f"export of step {step}: {report}" + compare_logits(trainer, target, self.logits_tokens, prefix="parity")
+            with trainer.bridge.as_exported(trainer.chunks, weight_dtype=dtype):
+                parity = compare_logits(trainer, target, self.logits_tokens, prefix="parity")
+            line = f"export of step {step}: {report}{parity}"
         trainer.log({f"export/{name}": value for name, value in report.metrics().items()})
         trainer.say(line)
-        trainer.summary.append(line)
-
-    @override
-    def on_end(self, trainer: Trainer) -> None:
-        if trainer.exports:
-            trainer.summary.append(f"Hugging Face folder: {trainer.exports[-1]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, override
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from megabridge.training.loop import Trainer
 
 
+_NO_KL: Final = 1e-6
+"""Nats per token below which two models in float32 say the same."""
 LOGITS_TOKENS: Final = 64
 """Default number of tokens on which logits are compared."""
 
@@ -41,7 +44,6 @@ class ImportParity(Callback):
         if bridge is not None and bridge.source.location is not None:
             line += _with_source(trainer, bridge, self.logits_tokens)
         trainer.say(line)
-        trainer.summary.append(line)
 
 
 def _with_source(trainer: Trainer, bridge: AutoBridge, length: int) -> str:
@@ -71,7 +73,13 @@ def compare_logits(trainer: Trainer, folder: Path, length: int, *, prefix: str) 
     tokens = (torch.arange(length) * 7919 % size)[None]
     figures = logits_parity(gather_logits(trainer.chunks, tokens), folder, tokens, dtype=trainer.config.model.dtype)
     trainer.log({f"{prefix}/{name}": value for name, value in figures.items()})
-    return (
-        f"; logits against transformers: max abs difference {figures['logits_max_abs_diff']:.2g}, "
-        f"KL {figures['logits_kl']:.2g}, top-1 agreement {figures['logits_top1_agreement']:.1%}"
-    )
+    return f"; logits {described(figures)}"
+
+
+def described(figures: Mapping[str, float]) -> str:
+    """How logits compare with transformers', as the end of a sentence about them."""
+    distance, divergence, agreement = (figures[f"logits_{name}"] for name in ("max_abs_diff", "kl", "top1_agreement"))
+    if divergence < _NO_KL and agreement == 1:
+        return f"equal transformers'{f' to {distance:.1g}' if distance else ''}"
+    kl = f"{divergence:.2g}" if divergence >= _NO_KL else "0"
+    return f"against transformers': max abs difference {distance:.2g}, KL {kl}, top-1 agreement {agreement:.1%}"

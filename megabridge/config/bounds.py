@@ -89,6 +89,7 @@ def check_paths(config: Config) -> None:
         "conversion.folder": conversion.folder,
         "conversion.source": conversion.source,
         "checkpoint.path": checkpoint.path,
+        "checkpoint.spare_path": checkpoint.spare_path,
         "checkpoint.resume": checkpoint.resume,
         "peft.path": config.peft.path,
         "prepare.output": config.prepare.output,

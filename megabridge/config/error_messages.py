@@ -21,6 +21,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from megabridge.config import synonyms
 from megabridge.config.schema import OPEN_NODES, Config
 from megabridge.config.validation import nearest
 
@@ -35,6 +36,14 @@ MOVED: Final = {
     "conversion.logits_tokens": "callbacks.import_parity.logits_tokens and callbacks.hf_export.logits_tokens",
 }
 """Former keys, and their current names."""
+
+
+_AS_SETTING: Final = {
+    "parallel": " Any other size: parallel.tp=... parallel.pp=...",
+    "model": " Any other: model=auto model.path=<folder or hub id>.",
+    "data": " Rows of your own: data=chat data.path=<file, folder or hub id>.",
+}
+"""What is given by a setting instead of a choice, by group."""
 
 
 def explain(error: BaseException, conf: Path, others: Sequence[str] = ()) -> str:
@@ -101,7 +110,10 @@ def _missing_choice(error: MissingConfigException) -> str:
     options = sorted(error.options or [])
     if not group or not options:
         return _one_line(str(error))
-    more = " Any other size: parallel.tp=... parallel.pp=..." if group == "parallel" else ""
+    ours = synonyms.of_choice(group, choice)
+    if ours in options:
+        return f"{group}={choice} does not exist: it is {group}={ours} here."
+    more = _AS_SETTING.get(group, "")
     return f"{group}={choice} does not exist{nearest(choice, options)} It is one of: {', '.join(options)}.{more}"
 
 
@@ -118,6 +130,8 @@ def _unknown_key(key: str, conf: Path, others: Sequence[str]) -> str:
     """Returns the message for a key that the schema, or the chosen file of an open node, does not have."""
     if key in MOVED:
         return f"unknown key '{key}': it is {MOVED[key]} now; set that."
+    if said := synonyms.of_key(key):
+        return f"unknown key '{key}': {said}."
     parent = key.rpartition(".")[0]
     inside = next((f"{node}." for node in OPEN_NODES if key.startswith(f"{node}.")), "")
     known = [each for each in {*_known_keys(key, conf), *others} if each.startswith(inside)]
@@ -153,7 +167,7 @@ def _known_keys(key: str, conf: Path) -> Iterator[str]:
     if group in {node.partition(".")[0] for node in OPEN_NODES}:
         for file in sorted((conf / group).glob("*.yaml")):
             content = OmegaConf.load(file)
-            if isinstance(content, DictConfig):
+            if isinstance(content, DictConfig) and "@package _global_" not in file.read_text(encoding="utf-8").partition("\n")[0]:
                 yield from _nested_keys(OmegaConf.to_container(content, resolve=False), group)
 
 

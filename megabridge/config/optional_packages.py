@@ -18,6 +18,11 @@ class Extra:
     purpose: str
     install: str
 
+    @property
+    def missing(self) -> str:
+        """What to say where it is needed and not installed."""
+        return f"{self.purpose} needs the package {self.module}, which is not installed; {self.install}"
+
     def is_installed(self) -> bool:
         """Whether it can be imported; it is not imported."""
         return find_spec(self.module) is not None
@@ -45,4 +50,4 @@ def require(module: str) -> None:
     """Raises ConfigError, with the command that installs `module`, when it is missing."""
     extra = EXTRAS[module]
     if not extra.is_installed():
-        raise ConfigError(f"{extra.purpose} needs the package {module}, which is not installed; {extra.install}.")
+        raise ConfigError(f"{extra.missing}.")

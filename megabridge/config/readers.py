@@ -54,12 +54,17 @@ def _of(group: str, names: str) -> tuple[str, ...]:
     return tuple(f"{group}.{name}" for name in names.split())
 
 
+def recipe_name(config: Config) -> str | None:
+    """The name of the run's recipe; None where it is one of the user's own."""
+    module, _, function = config.recipe.target.partition(":")
+    name = module.removeprefix("recipes.")
+    return name if module.startswith("recipes.") and name in RECIPES and function == "main" else None
+
+
 def _recipe(*names: str) -> Callable[[Config], bool]:
     def reads(config: Config) -> bool:
-        module, _, function = config.recipe.target.partition(":")
-        name = module.removeprefix("recipes.")
-        is_ours = module.startswith("recipes.") and name in RECIPES and function == "main"
-        return not is_ours or name in names
+        name = recipe_name(config)
+        return name is None or name in names
 
     return reads
 
@@ -147,7 +152,7 @@ READERS: Final[tuple[Reader, ...]] = (
     ),
     Reader(
         (
-            *_of("checkpoint", "save_every save_at_end native hf keep_last keep_best accept_changes path"),
+            *_of("checkpoint", "save_every save_at_end native hf keep_last keep_best accept_changes path on_full_disk spare_path"),
             *("recipe.epochs", "recipe.eval_every", "recipe.log_every", "policy", "scheduler"),
         ),
         "recipe=finetune and recipe=pretrain",

@@ -106,7 +106,7 @@ class ConversionConfig:
     dedupe: bool = False
     """Whether the ranks of a host read each part of a checkpoint only once between them, through 64 MiB of shared memory."""
     export_dtype: str | None = field(default=None, metadata={"choices": DTYPES})
-    """Dtype of exported tensors. Null: that of the parameters."""
+    """Precision of exported tensors. Null: each tensor's in the source; without imported weights the parameters' own."""
     export_quantization: str | None = field(default=None, metadata={"choices": ("fp8_block",)})
     """fp8_block: exports have the linears of layers in DeepSeek's block-scaled FP8. Null: nothing is quantised."""
     max_shard_size: str | None = None
@@ -135,6 +135,12 @@ class CheckpointConfig:
     """Changes, as a refused resume names them, that the run continues with: settings of the data's order, different inputs."""
     path: str | None = None
     """Folder of the checkpoints. Null: `checkpoints` in the run directory."""
+    on_full_disk: str = choice("wait", "fail")
+    """What follows where there is no room for a save, nor in spare_path. wait: one on the way is left out, the last one waits for
+    room and says how much; fail: the run ends."""
+    spare_path: str | None = None
+    """Folder on another disk for saves that find no room in `path`; each run has a folder of its own there, and
+    checkpoint.resume=auto looks there, too."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 from megabridge.config import layout_rules
-from megabridge.config.schema import CONFIG_FORMAT, Config
+from megabridge.config.schema import CONFIG_FORMAT, Config, OptimizerConfig, SchedulerConfig
 from megabridge.errors import ConfigError, listed
 from megabridge.parallel.topology import Topology
 
@@ -145,10 +145,44 @@ def check_training(config: Config) -> None:
         )
     if "rollback" in (policy.nonfinite, policy.spike) and not (checkpoint.native and checkpoint.save_every):
         problems.append("policy rollback needs saved steps to go back to; set checkpoint.native=true and checkpoint.save_every")
+    if is_training(config):
+        problems += schedule_problems(config.optimizer, config.scheduler, config.recipe.steps)
     if checkpoint.keep_best and not checkpoint.native:
         problems.append(f"checkpoint.keep_best={checkpoint.keep_best} keeps native steps; set checkpoint.native=true")
     if problems:
         raise ConfigError(listed(problems))
+
+
+def is_training(config: Config) -> bool:
+    """Whether the run's recipe is one of ours that trains."""
+    return config.recipe.target in ("recipes.finetune:main", "recipes.pretrain:main")
+
+
+def schedule_problems(optimizer: OptimizerConfig, scheduler: SchedulerConfig, steps: int) -> list[str]:
+    """What keeps the learning rate from going through its shape in a run of `steps`, a sentence each."""
+    problems = []
+    over = decay_steps(scheduler, steps)
+    if scheduler.name == "wsd" and (last := wsd_steps(scheduler, steps)) > over:
+        problems.append(f"scheduler.decay_steps={last} must be at most recipe.steps={steps} for scheduler.name=wsd; lower it")
+    if scheduler.warmup_steps >= over:
+        problems.append(
+            f"scheduler.warmup_steps={scheduler.warmup_steps} must be less than the {over} steps over which the rate decays; "
+            "shorten the warm-up or raise recipe.steps"
+        )
+    if scheduler.min_lr > optimizer.lr:
+        problems.append(f"scheduler.min_lr={scheduler.min_lr} must be at most optimizer.lr={optimizer.lr}; lower it")
+    return problems
+
+
+def decay_steps(scheduler: SchedulerConfig, steps: int) -> int:
+    """The steps over which the rate goes through its shape, warm-up and all."""
+    over = max(steps, 1) if scheduler.name == "wsd" or scheduler.decay_steps is None else scheduler.decay_steps
+    return max(over, scheduler.warmup_steps + 1) if scheduler.name == "constant" else over
+
+
+def wsd_steps(scheduler: SchedulerConfig, steps: int) -> int:
+    """The steps of the last part of wsd."""
+    return max(1, steps // 10) if scheduler.decay_steps is None else scheduler.decay_steps
 
 
 def check_layout(config: Config, topology: Topology, sizes: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Final, Self, override
@@ -31,6 +31,18 @@ class _Short(reprlib.Repr):
 def shown(value: object) -> str:
     """Returns a value as text for a message: on one line, shortened if long."""
     return _Short().repr(value)
+
+
+def differences(ours: object, theirs: object, name: str = "") -> Iterator[tuple[str, object, object]]:
+    """(name, our value, their value) of every part in which two values of JSON differ, by the dotted name of the part."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping) and (ours or theirs):
+        for key in dict.fromkeys([*ours, *theirs]):
+            yield from differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else str(key))
+    elif isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == len(theirs):
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from differences(*pair, f"{name}[{index}]")
+    elif ours != theirs:
+        yield name, ours, theirs
 
 
 @dataclass(frozen=True)

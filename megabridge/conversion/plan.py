@@ -19,6 +19,7 @@ import torch
 from megabridge.conversion.parameters import LocalParameter, ParameterRecord
 from megabridge.errors import MappingError, listed
 from megabridge.families import Family
+from megabridge.hf import checkpoint_kinds
 from megabridge.hf.safetensors_format import TensorInfo
 from megabridge.mapping import Cut, Dims, Resolved, Transfer, natural, transfers
 from megabridge.mapping.tiling import Flaw, flaw, hf_boxes
@@ -320,5 +321,8 @@ def check_source(
             problems.append(f"unexpected: {name} {infos[name].shape}, which no rule of {plan.family.architecture} consumes")
     if problems:
         folder = next(iter(infos.values())).file.parent if infos else "the source"
-        raise MappingError(f"{folder} must hold exactly the tensors of its config:\n  " + listed(problems))
+        kind = checkpoint_kinds.described(names, plan.tensors)
+        raise MappingError(
+            f"{folder} must hold exactly the tensors of its config. {kind}".rstrip(". ") + ":\n  " + listed(problems)
+        )
     return frozenset(absent)

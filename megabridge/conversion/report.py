@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megabridge.hf.dtypes import Casts
+from megabridge.hf.dtypes import Casts, name
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Report:
     `bytes_kept` what an export found written already by one that was killed. `seconds` is the time without verification.
     `mismatched` names tensors whose bits differ after the cast to the target's dtype. `rounded` has by name the tensors that an
     import rounded, or that an export has with less precision than its source: the dtype that they had, and the one that can't hold
-    it. `dtypes` counts tensors by their dtype in the files.
+    it. `cast` are those of an export whose parameters have more precision than the files: bits are compared after the cast.
+    `dtypes` counts tensors by their dtype in the files.
     """
 
     tensors: int
@@ -28,6 +30,7 @@ class Report:
     max_abs_diff: float
     is_verified: bool
     rounded: Casts = field(default_factory=dict)
+    cast: Casts = field(default_factory=dict)
     dtypes: Mapping[str, int] = field(default_factory=dict)
     bytes_kept: int = 0
     copied_by_rank: tuple[int, ...] = ()
@@ -45,16 +48,21 @@ class Report:
             "verify_seconds": self.verify_seconds,
             "mismatched_tensors": len(self.mismatched),
             "rounded_tensors": len(self.rounded),
+            "cast_tensors": len(self.cast),
             "max_abs_diff": self.max_abs_diff,
         }
 
     def __str__(self) -> str:
         verified = (
-            f"{len(self.mismatched)} mismatched, max abs difference {self.max_abs_diff:g}" if self.is_verified else "not verified"
+            f"{len(self.mismatched)} mismatched{f', max abs difference {self.max_abs_diff:g}' if self.max_abs_diff else ''}"
+            if self.is_verified
+            else "not verified"
         )
         kept = f" ({self.bytes_kept / 1e6:.1f} MB were there already)" if self.bytes_kept else ""
         mixed = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items()) if len(self.dtypes) > 1 else ""
         rounded = f"; {len(self.rounded)} rounded" if self.rounded else ""
+        kinds = Counter(self.cast.values()).most_common()
+        rounded += "".join(f"; {count} rounded from {name(before)} to {name(now)}" for (before, now), count in kinds)
         return (
             f"{self.tensors} tensors{f' ({mixed})' if mixed else ''}, {self.bytes / 1e6:.1f} MB{kept} in {self.seconds:.2f} s, "
             f"{verified}{rounded}"

@@ -15,6 +15,7 @@ from megabridge.data.module import Batch, DataModule
 from megabridge.data.packing import filling
 from megabridge.data.reading import Read, read
 from megabridge.errors import ConfigError, listed
+from megabridge.storage import data_files
 
 
 class Finetuning(DataModule):
@@ -50,7 +51,7 @@ class Finetuning(DataModule):
             problems.append(f"data.overlong={overlong!r} must be one of {', '.join(OVERLONG)}.")
         if not 0 <= validation_share < 1:
             problems.append(f"data.validation_share={validation_share} must be at least 0 and less than 1, e.g. 0.05.")
-        if validation_path is not None and validation_split is not None and sources.local_files(validation_path):
+        if validation_path is not None and validation_split is not None and data_files.local_files(validation_path):
             problems.append("data.validation_split is for data sets of the hub, but data.validation_path is local; remove one.")
         if packing not in (True, False, "auto"):
             problems.append(f"data.packing={packing!r} must be auto, true or false.")

@@ -19,19 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megabridge.errors import ConfigError
-from megabridge.storage import crash_notes, regular_files
+from megabridge.storage import crash_notes, data_files, regular_files
 
 _MAGIC: Final = b"MMIDIDX\x00\x00"
 _HEAD: Final = struct.Struct("<9sQBQQ")
 _DTYPES: Final[dict[int, type[np.generic]]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-
-
-def files(prefix: str | Path) -> tuple[Path, Path]:
-    """Returns the .bin and .idx files of a prefix, or of the name of one of the two files."""
-    name = str(regular_files.expand(prefix))
-    for suffix in (".bin", ".idx"):
-        name = name.removesuffix(suffix)
-    return Path(f"{name}.bin"), Path(f"{name}.idx")
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
@@ -44,10 +36,7 @@ class Indexed:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        self._bin, index = files(prefix)
-        for file in (self._bin, index):
-            if not regular_files.exists(file):
-                raise ConfigError(f"data.paths: {file} does not exist; make it with recipe=prepare_data, or mend the path.")
+        self._bin, index = data_files.check_indexed(prefix)
         dtype, self._lengths, self._offsets, self._bounds = _read_index(index)
         self._dtype = np.dtype(dtype)
         self._check(index)
@@ -127,7 +116,7 @@ def write_index(file: Path, lengths: Sequence[int] | NDArray[np.int64], dtype: t
 
 def write(prefix: str | Path, documents: Iterable[Sequence[int]], vocab_size: int) -> None:
     """Writes both files for documents in memory."""
-    dtype, (content, index) = token_dtype(vocab_size), files(prefix)
+    dtype, (content, index) = token_dtype(vocab_size), data_files.indexed_files(prefix)
     lengths = []
     with content.open("wb") as stream:
         for document in documents:

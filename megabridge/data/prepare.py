@@ -20,7 +20,7 @@ from megabridge.data.invalid_rows import EMPTY, ENCODING, FORMAT, MISSING, BadRo
 from megabridge.data.text import TextEncoder
 from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, MegabridgeError
-from megabridge.storage import regular_files
+from megabridge.storage import data_files, regular_files
 
 RANGE: Final = 8 << 20
 """Bytes of a file of lines that one task tokenises."""
@@ -70,16 +70,17 @@ def prepare(
     Both files appear only when they are complete. Raises ConfigError where no file is named, the output exists, too many rows are
     bad, or a token is not in the model's vocabulary.
     """
-    places = indexed.files(output)
+    places = data_files.indexed_files(output)
     for place in places:
         if place.exists():
             raise ConfigError(f"{place} exists; remove it, or set another prepare.output.")
     found: list[Path] = []
     for path in paths:
-        files = sources.local_files(path)
+        files = data_files.local_files(path)
         if files is None:
             raise ConfigError(
-                f"prepare.paths: {path} names no {', '.join(sources.SUFFIXES)} file; data sets of the hub are for data=streaming."
+                f"prepare.paths: {path} names no {', '.join(data_files.SUFFIXES)} file; data sets of the hub are for "
+                "data=streaming."
             )
         found += files
     if not found:

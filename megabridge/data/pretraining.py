@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from megabridge.data import digests
 from megabridge.data.batches import Batching, Row, text_row
-from megabridge.data.indexed import Indexed, files
+from megabridge.data.indexed import Indexed
 from megabridge.data.module import Batch, DataModule
 from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, listed
+from megabridge.storage import data_files
 
 _BLOCK: Final = 4096
 """Positions that are assigned to sets at once."""
@@ -206,7 +207,7 @@ class IndexedTokens(DataModule):
 
     @override
     def digest(self) -> str:
-        return digests.of_files([file for path in self._paths for file in files(path)])
+        return digests.of_files([file for path in self._paths for file in data_files.indexed_files(path)])
 
     @override
     def describe(self) -> str:

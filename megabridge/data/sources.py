@@ -5,7 +5,6 @@ A row that can't be read is replaced by a BadRow, so that the caller can count i
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,35 +13,13 @@ from typing import Any, Final
 from megabridge.data.invalid_rows import ENCODING, FORMAT, BadRow
 from megabridge.errors import ConfigError
 from megabridge.storage import regular_files
+from megabridge.storage.data_files import local_files
 
 type Found = tuple[str, Mapping[str, Any] | BadRow]
 """(place, row): the place is file:line or file:row."""
 
-SUFFIXES: Final = (".jsonl", ".ndjson", ".parquet", ".txt")
 TEXT: Final = "text"
 """Column of a plain-text row that holds the text."""
-
-
-def local_files(path: str) -> list[Path] | None:
-    """Returns the local files that `path` names, sorted: a file, a folder of such files, or a pattern. None: no local file.
-
-    None is also returned for a folder without such files, which `datasets` may be able to load. Raises ConfigError for a file of
-    another kind, CheckpointError for one that isn't a regular file.
-    """
-    place = regular_files.expand(path)
-    if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and regular_files.exists(file))
-        return found or None
-    # Path.glob doesn't accept absolute patterns.
-    found = [place] if place.is_file() else sorted(Path(name) for name in glob.glob(str(place), recursive=True))  # noqa: PTH207
-    for file in found:
-        regular_files.opened(file).close()
-    others = [str(file) for file in found if file.suffix not in SUFFIXES]
-    if others:
-        raise ConfigError(f"{others[0]} must be {', '.join(SUFFIXES)}; convert it.")
-    if not found and (place.suffix in SUFFIXES or place.is_absolute() or "*" in path):
-        raise ConfigError(f"{path} names no file; check the path.")
-    return found or None
 
 
 def read(file: Path) -> Iterator[Found]:

@@ -18,6 +18,7 @@ from megabridge.data.invalid_rows import SOON, BadRow, Tally, check_share
 from megabridge.data.module import Batch, DataModule
 from megabridge.data.vocabulary import check_ids
 from megabridge.errors import ConfigError, listed
+from megabridge.storage import data_files
 
 
 class StreamedText(DataModule):
@@ -81,7 +82,7 @@ class StreamedText(DataModule):
             self._unusable.judge(self._max_bad_share, f"data.path={self._path}")
 
     def _load(self, split: str) -> Any:
-        files = sources.local_files(self._path)
+        files = data_files.local_files(self._path)
         if files is None:
             return sources.load(self._path, split=split, streaming=True, **self._source)
         return sources.stream_files(files)
@@ -141,7 +142,7 @@ class StreamedText(DataModule):
     @override
     def digest(self) -> str:
         """Returns the digest of the held-out rows and of local files; the rows of a hub's data set follow from its revision."""
-        local = sources.local_files(self._path)
+        local = data_files.local_files(self._path)
         held_out = digests.of_samples(*self._validation)
         return held_out if local is None else f"{held_out} {digests.of_files(local)}"
 

@@ -25,9 +25,9 @@ from typing import Any, Final
 from megabridge.config import optional_packages
 from megabridge.errors import CheckpointError
 from megabridge.hf import llama_gguf
-from megabridge.storage import folders
+from megabridge.storage import folders, model_folders
 
-HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_ID: Final = model_folders.QUICKSTART
 MODEL: Final = "SmolLM2-135M-Instruct"
 # As published on the hub; the values in the GGUF agree with it.
 CONFIG: Final[dict[str, Any]] = {

@@ -10,13 +10,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from megabridge.errors import CheckpointError
 from megabridge.hf import assets, quickstart
-from megabridge.storage import regular_files
+from megabridge.storage import model_folders
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -26,7 +25,6 @@ TIMEOUT: Final = 5.0
 Patterns = tuple[str, ...]
 WEIGHTS: Final = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PICKLES: Final = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
-_HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def resolve(
@@ -51,11 +49,8 @@ def resolve(
     Raises CheckpointError for a path that is no folder with a config.json, and for a hub id that is unknown, gated or unreachable.
     """
     name = str(path)
-    local = regular_files.expand(path)
-    if name and local.exists():
-        return _checked(local)
-    if _is_path(name) or not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name!r} must be an existing folder, or a hub id such as org/name{_nearest(local)}.")
+    if (local := model_folders.local(path)) is not None:
+        return local
     is_quickstart = name == quickstart.HUB_ID and revision is None
     if is_quickstart and quickstart.folder().is_dir():
         return quickstart.folder()
@@ -82,30 +77,6 @@ class _UnreachableError(CheckpointError):
         self.reason = reason
 
 
-def _checked(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} must be a folder with a Hugging Face model, not a file; name the folder that it lies in.")
-    if not (folder / "config.json").is_file():
-        inside = sorted(entry.name for entry in folder.iterdir())
-        below = next((entry for entry in sorted(folder.glob("*/config.json"))), None)
-        hint = f"; {below.parent} has one" if below else f"; it holds {', '.join(inside[:8]) or 'nothing'}"
-        raise CheckpointError(f"{folder} must hold a config.json to be a Hugging Face model{hint}.")
-    return folder
-
-
-def _is_path(name: str) -> bool:
-    """Whether `name` can only be a local path."""
-    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
-
-
-def _nearest(local: Path) -> str:
-    """A hint at a folder beside `local` with a similar name, or ""."""
-    if not local.parent.is_dir():
-        return ""
-    close = get_close_matches(local.name, [entry.name for entry in local.parent.iterdir() if entry.is_dir()], n=1)
-    return f"; is {local.parent / close[0]} meant?" if close else ""
-
-
 def commit_of(folder: Path) -> str | None:
     """Returns the commit of a folder in the hub's cache; None for any other folder."""
     return folder.name if folder.parent.name == "snapshots" else None
@@ -129,8 +100,8 @@ def _from_hub(
         raise _gated(name, constants.ENDPOINT) from error
     except hub.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{name} is neither a local folder nor a model on the hub{_nearest(Path(name).expanduser())}; check the spelling, or "
-            "set HF_TOKEN if it is private."
+            f"{name} is {model_folders.UNKNOWN}{model_folders.nearest(Path(name).expanduser())}; check the spelling, or set "
+            "HF_TOKEN if it is private."
         ) from error
     except hub.RevisionNotFoundError as error:
         raise CheckpointError(f"{name} has no revision {revision!r} on the hub; name a branch, a tag or a commit.") from error
@@ -141,7 +112,7 @@ def _from_hub(
             raise _gated(name, constants.ENDPOINT) from error
         lines = str(error).splitlines() or [type(error).__name__]
         return _from_cache(name, f"the hub can't be reached ({lines[0]})", weights, revision=revision)
-    return _checked(Path(folder))
+    return model_folders.with_config(Path(folder))
 
 
 def _gated(name: str, endpoint: str) -> CheckpointError:
@@ -180,7 +151,7 @@ def _from_cache(name: str, reason: str, weights: tuple[Patterns, ...], *, revisi
         folder = Path(file).parent
         if not weights or any(_has_weights(folder, *kind) for kind in weights):
             return folder
-    raise _UnreachableError(name, reason, nearest=_nearest(Path(name).expanduser()))
+    raise _UnreachableError(name, reason, nearest=model_folders.nearest(Path(name).expanduser()))
 
 
 def _has_weights(folder: Path, single: str, _: str, many: str) -> bool:

@@ -16,10 +16,11 @@ from typing import Final
 
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
-from megabridge.launchers import chosen_layout, local, run_lock
+from megabridge.launchers import chosen_layout, local, preflight, run_lock
 from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.processes import children
 from megabridge.launchers.processes.children import Child
+from megabridge.launchers.processes.outcome import Failure
 from megabridge.launchers.settings import LocalSettings
 from megabridge.launchers.sweep import RUNNING, SweepJob
 from megabridge.layouts.devices import Machine
@@ -29,6 +30,7 @@ OUTPUT: Final = "output.log"
 """The output of a point that ran beside others, in its run directory."""
 _POLL: Final = 0.02
 _GRACE: Final = 10.0  # seconds for a point's process to end its ranks, which takes up to twice local's own grace
+_STOPPING: Final = 600.0  # seconds for points that are told to stop: they end a step and save
 
 
 def runner(settings: LocalSettings) -> LocalRunner:
@@ -61,6 +63,7 @@ class LocalRunner:
         """Chooses the platform as for a single run on this host."""
         found = hardware.visible_gpus(), hardware.memory_bytes()
         job.platform = choose_platform(job.config, job.topology, gpus=found[0], memory=found[1], overrides=job.point.overrides)
+        preflight.check(job.config, platform=job.platform)
 
     def run(self, jobs: Sequence[SweepJob], folder: Path, save: Callable[[], None]) -> None:
         """Runs all jobs and returns when they have ended. On Ctrl-C and SIGTERM the running ones are ended first."""
@@ -86,7 +89,13 @@ class LocalRunner:
                     save()
 
     def _end(self) -> None:
-        children.end([each.child for each in self._running], _GRACE)
+        if self._running:
+            print("the points that run end their step and save; once more ends them at once", flush=True)
+        children.end([each.child for each in self._running], _STOPPING)
+        for each in self._running:
+            outcome = each.child.ended_with()
+            if isinstance(outcome, Failure) and outcome.is_stop:
+                each.job.point.finish(outcome)
 
 
 def _needed(job: SweepJob) -> int:
@@ -115,6 +124,8 @@ def _start(job: SweepJob, gpus: list[str], cores: list[int], *, alone: bool) -> 
     print(f"{job.point.title} starts{'' if alone else f'; it prints to {output}'}", flush=True)
     job.point.state = RUNNING
 
+    typed = [*job.point.overrides]
+
     def work() -> float | None:
         os.sched_setaffinity(0, cores)
         if gpus:
@@ -122,7 +133,9 @@ def _start(job: SweepJob, gpus: list[str], cores: list[int], *, alone: bool) -> 
         with run_lock.claimed(output.parent) as lock:
             if not alone:
                 _print_to(output)
-            return local.launch(job.values, world_size=job.topology.world_size, platform=job.platform, pass_fds=(lock,))
+            return local.launch(
+                job.values, world_size=job.topology.world_size, platform=job.platform, pass_fds=(lock,), overrides=typed
+            )
 
     return _Running(job, children.fork(-1, work), gpus, cores)
 

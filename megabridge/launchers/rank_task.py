@@ -23,13 +23,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from megabridge.errors import STOPPED_EXIT_CODE, MegabridgeError
-from megabridge.launchers import job_files, local, rank_environment, run_lock
+from megabridge.errors import MegabridgeError
+from megabridge.launchers import job_files, local, rank_environment, resuming, run_lock
 from megabridge.launchers.processes import children, standard_streams
 from megabridge.launchers.processes.children import Child
 from megabridge.launchers.processes.ending import send
 from megabridge.launchers.processes.outcome import Done, Failure, Outcome
 from megabridge.launchers.rank_environment import RankEnvironment
+from megabridge.storage.stop_page import StopPage
 
 _POLL: Final = 0.05
 _SETTLE: Final = 1.0
@@ -42,15 +43,17 @@ def main() -> int:
     standard_streams.settle()
     folder = Path(sys.argv[1])
     here = rank_environment.find(os.environ) or RankEnvironment.all_on_this_host(1)[0]
-    received = _received()
+    received = _received(*_SIGNALS)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         with contextlib.ExitStack() as stack:
             values, platform = job_files.read(folder, os.environ)
             pass_fds = [stack.enter_context(run_lock.claimed(Path(values["run_dir"])))] if here.rank == 0 else []
             _continue(values)
+            page = stack.enter_context(contextlib.closing(StopPage.new()))
+            count = here.local_world_size
             ranks = local.started(
-                values, [here], world_size=here.local_world_size, platform=platform, blocked=_SIGNALS, pass_fds=pass_fds
+                values, [here], world_size=count, platform=platform, blocked=_SIGNALS, pass_fds=pass_fds, page=page
             )
             found = _wait(stack.enter_context(ranks)[0], received, lambda _: _another_failed(folder, here))
     except MegabridgeError as error:  # it could not be started
@@ -58,34 +61,45 @@ def main() -> int:
     return 1 if found is None else _left(folder, here, found)
 
 
-def supervise(values: Mapping[str, Any], here: RankEnvironment, *, digest: str, pass_fds: Sequence[int] = ()) -> int:
+def supervise(
+    values: Mapping[str, Any],
+    here: RankEnvironment,
+    *,
+    digest: str,
+    pass_fds: Sequence[int] = (),
+    overrides: Sequence[str] | None = None,
+) -> int:
     """Starts the rank `here` of torchrun or srun as a child and waits for it; returns the exit status of this process.
 
-    The rank inherits the descriptors `pass_fds`.
+    The rank inherits the descriptors `pass_fds`. Where it ends early, each host's first rank says how the run is continued, by the
+    command's `overrides`.
     """
-    received = _received()
+    received = _received(*_SIGNALS, signal.SIGINT)
     count, platform = here.local_world_size, values["platform"]
-    with local.started(
-        values, [here], world_size=count, platform=platform, digest=digest, blocked=_SIGNALS, pass_fds=pass_fds
-    ) as workers:
+    page = StopPage.new()
+    ranks = local.started(
+        values, [here], world_size=count, platform=platform, digest=digest, blocked=_SIGNALS, pass_fds=pass_fds, page=page
+    )
+    with contextlib.closing(page), ranks as workers:
         rank = workers[0]
         found = _wait(rank, received, lambda is_told: len(received) > 1 if is_told else not _takes_signals(rank))
+        if found is not None and not isinstance(found, Done):
+            _show(found)
+        if overrides is not None and here.local_rank == 0 and not isinstance(found, Done):
+            resuming.say(resuming.hint(values, overrides, page, found))
     if found is None:
         return 128 + received[-1]
-    if isinstance(found, Failure):
-        _show(found)
-        return found.status
-    return 0
+    return found.status if isinstance(found, Failure) else 0
 
 
-def _received() -> list[int]:
-    """Returns the list to which signals are added as they arrive, oldest first."""
+def _received(*numbers: int) -> list[int]:
+    """The signals of these `numbers` that arrive from now on, oldest first."""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    for number in _SIGNALS:
+    for number in numbers:
         signal.signal(number, receive)
     return received
 
@@ -120,8 +134,8 @@ def _continue(values: dict[str, Any]) -> None:
 
 
 def _left(folder: Path, here: RankEnvironment, found: Outcome) -> int:
-    """Writes the outcome to the point's folder, and prints a failure; returns the exit status."""
-    is_stopped = isinstance(found, Failure) and _is_stopped(found)
+    """Leaves the outcome in the point's folder, and shows a failure; returns the exit status."""
+    is_stopped = isinstance(found, Failure) and found.is_stop
     if is_stopped:
         found = Done()
     if isinstance(found, Failure):  # wall-clock time, to compare failures of several hosts
@@ -141,13 +155,8 @@ def _left(folder: Path, here: RankEnvironment, found: Outcome) -> int:
     return found.status
 
 
-def _is_stopped(failure: Failure) -> bool:
-    """Whether the run was saved after a signal, which the run itself has reported."""
-    return failure.exit_code == STOPPED_EXIT_CODE and not failure.is_silent
-
-
 def _show(failure: Failure) -> None:
-    if failure.error and not _is_stopped(failure):
+    if failure.error and not failure.is_stop:
         print(f"megabridge: {failure.text()}", file=sys.stderr, flush=True)
 
 

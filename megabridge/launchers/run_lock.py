@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -36,6 +37,12 @@ def claimed(folder: Path, key: str = "run_dir") -> Iterator[int]:
         os.close(descriptor)
 
 
+def check(folder: Path, key: str = "run_dir") -> None:
+    """Raises ConfigError where another run has `folder`; makes nothing."""
+    if regular_files.exists(folder / LOCK):
+        os.close(take(folder, key))
+
+
 def take(folder: Path, key: str = "run_dir") -> int:
     """Locks as `claimed` does, until all processes that have the descriptor have closed it."""
     try:
@@ -49,7 +56,7 @@ def take(folder: Path, key: str = "run_dir") -> int:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BlockingIOError:
-        holder = plain(os.pread(descriptor, 300, 0).decode(errors="replace")).strip()
+        holder = _holder(descriptor)
         os.close(descriptor)
         raise ConfigError(
             f"{key}={folder} is in use by another run{f' ({holder})' if holder else ''}; wait for it to end, or give this one its "
@@ -75,6 +82,16 @@ def _lock(descriptor: int, what: str) -> None:
         try:
             return locks.take(descriptor, locks.EXCLUSIVE, what)
         except BlockingIOError:
-            if time.monotonic() > until:
+            if time.monotonic() > until or _is_alive(_holder(descriptor)):
                 raise
         time.sleep(_POLL)
+
+
+def _holder(descriptor: int) -> str:
+    return plain(os.pread(descriptor, 300, 0).decode(errors="replace")).strip()
+
+
+def _is_alive(holder: str) -> bool:
+    """Whether the process that wrote its name into the lock is one of this host that runs: its ranks don't leave then."""
+    found = re.fullmatch(r"process (\d+) on (.*)", holder)
+    return found is not None and found[2] == socket.gethostname() and Path("/proc", found[1]).exists()

@@ -69,7 +69,8 @@ class SweepRun:
         """Records how it ended, and prints its error."""
         if isinstance(outcome, Failure):
             self.state, self.error, self.status = FAILED, outcome.text(), outcome.status
-            print(f"megabridge: {self.title} failed: {self.error}", file=sys.stderr, flush=True)
+            word = "is stopped" if outcome.is_stop else "failed"
+            print(f"megabridge: {self.title} {word}: {self.error}", file=sys.stderr, flush=True)
         else:
             self.state, self.objective = DONE, outcome.objective
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, override
@@ -11,22 +10,23 @@ from rich.console import Console as RichConsole
 
 from megabridge.config.schema import Config
 from megabridge.loggers.logger import Logger
+from megabridge.storage import start_lines
 
-# Label and format of a metric in a line; others are printed under their own names.
-_SHORT: Final[dict[str, tuple[str, str]]] = {
-    "train/loss": ("loss", ".4f"),
-    "train/grad_norm": ("gradient norm", ".3f"),
-    "train/learning_rate": ("lr", ".2e"),
-    "train/tokens_per_second": ("tokens/s", ",.0f"),
-    "train/padding": ("pad", ".0%"),
-    "train/tflops_per_device": ("TFLOP/s", ".1f"),
-    "train/mfu": ("MFU", ".1%"),
-    "train/memory_gib": ("GiB", ".1f"),
-    "train/skipped_steps": ("skipped", ".0f"),
-    "train/loss_scale": ("loss scale", ".0f"),
-    "validation/perplexity": ("perplexity", ".3f"),
-    "validation/loss": ("validation loss", ".4f"),
-    "validation/tokens": ("over tokens", ",.0f"),
+# How a metric is written in a line; those that matter most come first. Others come last, under their own names.
+_SHORT: Final[dict[str, str]] = {
+    "train/loss": "loss {:.4f}",
+    "train/learning_rate": "lr {:.2e}",
+    "train/tokens_per_second": "{:,.0f} tokens/s",
+    "train/padding": "pad {:.0%}",
+    "train/skipped_steps": "{:.0f} skipped",
+    "train/grad_norm": "norm {:.3g}",
+    "train/mfu": "MFU {:.1%}",
+    "train/memory_gib": "{:.1f} GiB",
+    "train/loss_scale": "scale {:.0f}",
+    "train/tflops_per_device": "{:.1f} TFLOP/s",
+    "validation/loss": "validation loss {:.4f}",
+    "validation/perplexity": "perplexity {:.3f}",
+    "validation/tokens": "{:,.0f} tokens",
 }
 # Metrics that follow from others in the line, that a callback prints itself, or that only files need.
 _HIDDEN: Final = (
@@ -40,8 +40,10 @@ _HIDDEN: Final = (
     "parity/",
     "evaluation/",
 )
-_WHERE_THERE_IS_SOME: Final = ("train/padding",)
-"""Metrics that a line leaves out where they are less than a hundredth."""
+_ZEROS: Final = ("0.0 TFLOP/s", "MFU 0.0%", "pad 0%")
+"""What says nothing: a CPU's, or a tiny model's, or of rows without padding."""
+_WIDTH: Final = 80
+"""Columns of a step's line where it isn't a terminal's; metrics.jsonl has what finds no place."""
 _ROWS: Final = 2
 """Number of a table's rows that are printed; files have all."""
 
@@ -50,24 +52,39 @@ stdout: Final = RichConsole(highlight=False, soft_wrap=True)
 
 
 class Console(Logger):
-    """Prints to standard output, with colours and bars on a terminal and as plain lines elsewhere."""
+    """Prints to standard output, with colours and bars on a terminal and as plain lines elsewhere, and keeps it in console.log."""
 
     def __init__(self) -> None:
         self._steps = 0
-        self._started = time.monotonic()
+        self._first: tuple[int, float] | None = None
 
     @override
     def start(self, run_dir: Path, config: Config) -> None:
-        self._steps = config.recipe.steps
-        self._started = time.monotonic()
+        self._steps, self._first = config.recipe.steps, None
+        start_lines.keep_in(run_dir)
         self.say(f"run directory {run_dir}")
 
     @override
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        shown = [pair for pair in metrics.items() if not pair[0].startswith(_HIDDEN)]
-        parts = [_written(name, value) for name, value in shown if value >= 0.01 or name not in _WHERE_THERE_IS_SOME]
-        if parts:
-            self.say(f"step {step}/{self._steps}  {'  '.join(parts)}")
+        shown = {name: value for name, value in metrics.items() if not name.startswith(_HIDDEN)}
+        if not shown:
+            return
+        places = {name: place for place, name in enumerate(_SHORT)}
+        parts = [_written(name, shown[name]) for name in sorted(shown, key=lambda name: places.get(name, len(places)))]
+        parts = [part for part in parts if part not in _ZEROS]
+        if "train/loss" in metrics and (left := self._left(step, metrics)):
+            parts.insert(1, left)
+        width = stdout.width if stdout.is_terminal else _WIDTH
+        self.say(_fitting(f"step {step}/{self._steps}", parts, width - len(start_lines.line(""))))
+
+    def _left(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The time that the steps after this one will take, at the pace of all until now."""
+        now = start_lines.elapsed()
+        first, began = self._first or (step - 1, now - metrics.get("train/step_seconds", 0.0))
+        self._first = first, began
+        if step >= self._steps:
+            return ""
+        return f"{start_lines.duration((now - began) / (step - first) * (self._steps - step))} left"
 
     @override
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
@@ -78,9 +95,19 @@ class Console(Logger):
 
     @override
     def say(self, line: str) -> None:
-        stdout.print(f"[{time.monotonic() - self._started:7.1f} s] {line}", markup=False)
+        text = start_lines.line(line)
+        stdout.print(text, markup=False)
+        start_lines.record(text)
 
 
 def _written(name: str, value: float) -> str:
-    short, form = _SHORT.get(name, (name, ".4g"))
-    return f"{short} {value:{form}}"
+    return _SHORT[name].format(value) if name in _SHORT else f"{name} {value:.4g}"
+
+
+def _fitting(head: str, parts: Sequence[str], width: int) -> str:
+    """`head` and as many of `parts`, in their order, as find a place in `width` columns; the first one always does."""
+    line = head
+    for number, part in enumerate(parts):
+        if number == 0 or len(line) + 2 + len(part) <= width:
+            line += f"  {part}"
+    return line

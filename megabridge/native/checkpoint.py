@@ -13,7 +13,7 @@ import random
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -46,6 +46,7 @@ FORMAT: Final = 1
 _RNG: Final = "rng_state"
 _FP8: Final = "fp8_scales"
 _COMMON: Final = "megabridge"
+_ADAPTER: Final = ".adapter."  # in the names of adapters' parameters
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,24 @@ def _publish(folder: Path, write_assets: Callable[[Path], None] | None, number: 
     folders.commit(folder)
 
 
+def size(chunks: Sequence[torch.nn.Module], optimizer: Any = None) -> int:
+    """Bytes of the tensors that a `save` would write, told without making the optimizer's state. Every rank calls it."""
+    state = _model_state(chunks)
+    trained = sum(data.numel() for data in _written(state) if isinstance(data, torch.nn.Parameter) and data.requires_grad)
+    each = 0 if optimizer is None else optimizer_state.bytes_each(optimizer)
+    return sum(all_gather(_bytes(state) + trained * each))
+
+
 def _bytes(state: Mapping[str, Any]) -> int:
     """Bytes of the tensors that this rank writes."""
-    tensors = (entry for entry in nested_values(dict(state)) if isinstance(entry, ShardedTensor | ShardedTensorFactory))
-    return sum(entry.data.nbytes for entry in tensors if is_main_replica(entry.replica_id) and entry.data is not None)
+    return sum(data.nbytes for data in _written(state))
+
+
+def _written(state: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that this rank writes."""
+    for entry in nested_values(dict(state)):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and is_main_replica(entry.replica_id) and entry.data is not None:
+            yield entry.data
 
 
 def load(
@@ -326,9 +341,20 @@ def _check_names(source: reader.NativeReader, state: Mapping[str, Any], *, ignor
     wrong += [f"{name}: in the checkpoint, not in the model" for name in sorted(extra) if not name.startswith(ignored)]
     if wrong:
         raise CheckpointError(
-            f"{source.folder} doesn't fit this model; use the configuration it was written with:\n  {listed(wrong)}"
+            f"{source.folder} doesn't fit this model; {_kind(stored, everyones)}use the configuration it was written with:\n  "
+            f"{listed(wrong)}"
         )
     return {key: pair for _, _, found in everyones for key, pair in found.items()}
+
+
+def _kind(stored: Collection[str], everyones: Sequence[tuple[set[str], object, object]]) -> str:
+    """Where one of checkpoint and model has adapters and the other has none."""
+    has, asks = (any(_ADAPTER in name for name in names) for names in (stored, set().union(*(names for names, _, _ in everyones))))
+    if has == asks:
+        return ""
+    if has:
+        return "it holds adapters, so set peft=lora (or dora) as in its run; "
+    return "it holds a whole model, and this run trains adapters: set peft=none, or export it and give that as model.path; "
 
 
 def _own(key: str, state: Any) -> Any:

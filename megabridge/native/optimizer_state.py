@@ -60,6 +60,13 @@ def seed(optimizer: Any) -> None:
             }
 
 
+def bytes_each(optimizer: Any) -> int:
+    """Bytes of state that a checkpoint has for each trained element: moments, and where there is one the float32 master."""
+    own = parts(optimizer)
+    moments = 2 if any("betas" in group for part in own for group in part.optimizer.param_groups) else 1
+    return 4 * (moments + int(not all(isinstance(part, FP32Optimizer) for part in own)))
+
+
 def common(optimizer: Any) -> dict[str, Any]:
     """The state that is equal on all ranks: the number of updates, and FP16's loss scale."""
     values: dict[str, Any] = {"step": _steps_taken(optimizer)}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from megabridge.errors import CheckpointError, said
+from megabridge.errors import CheckpointError, ConfigError, listed, said
 from megabridge.storage import atomic_files, folders, regular_files
 from megabridge.storage.folders import (
     LOCK_SUFFIX,
@@ -20,6 +23,17 @@ from megabridge.storage.folders import (
 )
 
 VALIDATION: Final = "validation.json"
+CHECKPOINTS: Final = "checkpoints"
+
+
+def places(run_dir: Path, path: str | None, spare_path: str | None) -> list[Path]:
+    """Where the steps of the run in `run_dir` are: checkpoint.path or its own folder, then its part of checkpoint.spare_path."""
+    found = [Path(path) if path else run_dir / CHECKPOINTS]
+    if spare_path:
+        # Runs may share a spare disk, and their directories' last names are often equal.
+        number = sha256(os.fsencode(run_dir.absolute())).hexdigest()[:8]
+        found.append(Path(spare_path).expanduser() / f"{run_dir.name}-{number}")
+    return found
 
 
 def invalid(checkpoints: Path) -> dict[int, str]:
@@ -112,3 +126,44 @@ def keep(checkpoints: Path, *, last: int, best: int) -> list[str]:
         except OSError as error:
             problems.append(f"{step.name} can't be removed ({error.strerror}); remove it by hand")
     return problems
+
+
+def source(resume: str, last_step: int, places: Sequence[Path]) -> Path | None:
+    """The native folder that checkpoint.resume means in a run of `last_step` steps, or None to begin at step 0.
+
+    `places` are where the run's steps are; of one that is in several the first counts. Raises ConfigError where the run would later
+    meet steps that another run left there, or what is no step.
+    """
+    saved: dict[int, Path] = {}
+    for place in reversed(places):
+        saved |= committed_steps(place)
+    checkpoints = places[0]
+    if resume == "auto":
+        start = max(saved, default=0)
+        found = saved.get(start)
+    elif resume == "none":
+        found, start = None, 0
+    else:
+        found = regular_files.expand(resume)
+        if not is_committed(found) and is_committed(found / NATIVE):
+            found = found / NATIVE
+        if not is_committed(found):
+            raise ConfigError(
+                f"checkpoint.resume={resume} must be none, auto or the folder of a saved step; there is no complete "
+                "native checkpoint there."
+            )
+        here = [step for step, folder in saved.items() if folder.resolve() == found.resolve()]
+        start = here[0] if here else 0
+    others = [each for place in places for each in invalid(place).items()]
+    if in_the_way := [line for step, line in others if start < step <= last_step]:
+        raise ConfigError(
+            f"{checkpoints} must have room for the steps that this run saves after step {start}; remove or rename what is in the "
+            f"way:\n  {listed(in_the_way)}"
+        )
+    later = sorted(step for step in saved if step > start)
+    if later:
+        raise ConfigError(
+            f"checkpoint.resume={resume} would run over step_{later[0]} that is already in {saved[later[0]].parents[1]}; use "
+            "checkpoint.resume=auto to continue it, or another run directory."
+        )
+    return found

@@ -22,9 +22,10 @@ from megabridge.hf import assets, byte_tokenizer, resolve
 from megabridge.loggers import Logger
 from megabridge.models.provider import ModelProvider
 from megabridge.parallel import process_groups
-from megabridge.parallel.collectives import on_rank_zero, raise_together
+from megabridge.parallel.collectives import on_rank_zero, raise_together, rank
 from megabridge.parallel.topology import SETTINGS, Topology
 from megabridge.peft import LoRA
+from megabridge.storage import start_lines
 from megabridge.training import freezing
 from megabridge.training.hooks import Callback
 
@@ -108,6 +109,8 @@ def _import(config: Config, bridge: AutoBridge, chunks: list[torch.nn.Module]) -
         dedupe=conversion.dedupe,
         digest=config.peft.name != "none",  # adapters resume only on the weights that they were started on
     )
+    if rank() == 0:
+        start_lines.say("weights read")
     return chunks
 
 

@@ -41,8 +41,15 @@ class Callback:
     def before_save(self, trainer: Trainer, step: int) -> None:
         """Called before a save writes anything."""
 
+    def save_bytes(self, trainer: Trainer) -> int:
+        """How many bytes `on_save` will write, all ranks together, as far as that matters for the room that a save needs."""
+        return 0
+
     def on_save(self, trainer: Trainer, step: int, folder: Path) -> None:
-        """Called after the native checkpoint (if any) of `step` is committed; `folder` is checkpoints/step_N, for more files."""
+        """Called after the native checkpoint (if any) of `step` is committed; `folder` is checkpoints/step_N, for more files.
+
+        A CheckpointError for want of room has it called again, where or when there is some.
+        """
 
     def on_stop(self, trainer: Trainer) -> None:
         """Called when a signal ends the run early, before the last save."""

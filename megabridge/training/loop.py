@@ -15,7 +15,7 @@ from megabridge.hf.dtypes import described
 from megabridge.loggers import Logger, Reporter
 from megabridge.native import checkpoint
 from megabridge.parallel.collectives import all_gather, on_rank_zero, raise_together
-from megabridge.storage import folders, steps
+from megabridge.storage import folders, steps, stop_page
 from megabridge.training import batches, optimizer_step, resume, saving
 from megabridge.training.flags import SharedFlag
 from megabridge.training.hooks import Callback
@@ -65,7 +65,9 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.report = Reporter(config, loggers)
         self.run_dir = Path(config.run_dir)
-        self.checkpoints = Path(config.checkpoint.path) if config.checkpoint.path else self.run_dir / "checkpoints"
+        self.places = steps.places(self.run_dir, config.checkpoint.path, config.checkpoint.spare_path)
+        """Where saves go: the first that has room counts."""
+        self.checkpoints = self.places[0]
         self.step = 0
         self.consumed_samples = 0
         self.summary: list[str] = []
@@ -113,7 +115,7 @@ class Trainer:
         """Trains, and returns the last validation loss (None without validation data).
 
         Raises TrainingError for a loss or gradient that is not finite, which is never saved (`config.policy` can skip such steps),
-        and Stopped (exit code 75) after the save that SIGTERM or SIGUSR1 asked for.
+        and Stopped (exit code 75) after the save that a signal asked for.
         """
         try:
             with self.stop as stop:
@@ -131,6 +133,8 @@ class Trainer:
         validation = self._validation_batches()
         if self.config.recipe.eval_at_start:
             self._validate(validation)
+        saving.check_room(self)
+        stop_page.own().is_training = True
         stopped = self._train(validation, stop)
         self._parameter_gather.pause()
         if line := self.data.left_out():
@@ -138,9 +142,14 @@ class Trainer:
         if self.step != self._last_validated() and not stopped:
             self._validate(validation)
         if (self.config.checkpoint.save_at_end or stopped) and self._saved_step != self.step:
-            self._save()
+            self._save(is_last=True)
+        # A signal during the last save leaves out what is done after it.
+        stopped = stopped or (self._saved_step == self.step and self._stop_flag.now(stop.received))
+        stop_page.own().is_training = False
         if stopped:
-            self.say(f"stopped by a signal after step {self.step}, saved; continue with checkpoint.resume=auto")
+            settings = self.config.checkpoint
+            is_saved = "saved" if settings.native or settings.hf else "not saved (checkpoint.native=false, checkpoint.hf=false)"
+            self.say(f"stopped by a signal after step {self.step}, {is_saved}")
             raise Stopped(self.step)
         self._finish()
         return self.validation_losses[-1][1] if self.validation_losses else None
@@ -151,7 +160,7 @@ class Trainer:
             self.say(line)
         self._call("on_start")
         self.settings = resume.settings(self.config, self.bridge, self.data)
-        source = on_rank_zero("looking for a checkpoint", lambda: resume.source(self.config, self.checkpoints))
+        source = on_rank_zero("looking for a checkpoint", self._source)
         if source is not None:
             self._resume(source)
         elif self.bridge is not None and self.bridge.import_report is not None:
@@ -164,6 +173,9 @@ class Trainer:
         self._lock = folders.lock(self.checkpoints)
         problems = steps.remove_orphans(self.checkpoints)
         return problems + [f"{line}; it is ignored" for line in steps.invalid(self.checkpoints).values()]
+
+    def _source(self) -> Path | None:
+        return steps.source(self.config.checkpoint.resume, self.config.recipe.steps, self.places)
 
     def _resume(self, source: Path) -> None:
         changed: list[str] = []
@@ -333,20 +345,20 @@ class Trainer:
         )
         self._call("after_validation", loss)
 
-    def _save(self) -> None:
+    def _save(self, *, is_last: bool = False) -> None:
         started = time.perf_counter()
         self._parameter_gather.pause()
         self._call("before_save", self.step)
-        folder = saving.write(self)
-        self._call("on_save", self.step, folder)
-        self._saved_step = self.step
-        if self.config.checkpoint.native:
-            self._good = folder / folders.NATIVE
-        saving.prune(self, folder)
+        folder = saving.write(self, is_last=is_last or self.step == self.config.recipe.steps)
+        if folder is not None:
+            self._saved_step = self.step
+            if self.config.checkpoint.native:
+                self._good = folder / folders.NATIVE
+            saving.prune(self, folder)
         self._clock.skip(time.perf_counter() - started)
 
     def _finish(self) -> None:
-        if self.validation_losses:
+        if len(self.validation_losses) > 1:
             first, last = self.validation_losses[0][1], self.validation_losses[-1][1]
             self.summary.insert(0, f"validation loss: {first:.4f} before, {last:.4f} after ({last / first - 1:+.1%})")
         self._call("on_end")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from megabridge.config import redaction
 from megabridge.config.schema import Config
-from megabridge.errors import ConfigError, listed, plain
+from megabridge.config.value_types import differences
+from megabridge.errors import ConfigError, plain
 from megabridge.parallel import process_groups
 from megabridge.parallel.collectives import on_rank_zero
-from megabridge.storage import folders, regular_files, steps
 from megabridge.training import input_digests
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ _FREE: Final = ("data.pad_to",)
 """What may change below these: a row's padding says nothing about which rows come."""
 _NOT_COMPARED: Final = ("checkpoint.resume", "checkpoint.accept_changes", "config_format")
 """The only settings that are not compared: they say how a run is resumed or recorded, and nothing about the run."""
+_PARTS: Final = 8  # parts of a setting that are shown
 _LONGEST: Final = 200  # characters of a value in a message
 
 
@@ -84,7 +85,14 @@ def _fixed(name: str) -> str | None:
 
 
 def _line(name: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    return f"{name}: {_shown(saved, name)} -> {_shown(current, name)}"
+    """Which parts of a setting differ, and how."""
+    if name in saved and name in current:
+        parts = [(part, {part: old}, {part: new}) for part, old, new in differences(saved[name], current[name], name)]
+    else:
+        parts = [(name, dict(saved), dict(current))]
+    return "; ".join(f"{part}: {_shown(old, part)} -> {_shown(new, part)}" for part, old, new in parts[:_PARTS]) + (
+        f"; and {len(parts) - _PARTS} more" if len(parts) > _PARTS else ""
+    )
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
@@ -123,41 +131,3 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
         else:
             out[f"{prefix}{name}"] = value
     return out
-
-
-def source(config: Config, checkpoints: Path) -> Path | None:
-    """Returns the native checkpoint to continue from, or None to begin at step 0.
-
-    Raises ConfigError where `checkpoints` has steps or other things that the run's later saves would collide with.
-    """
-    saved = folders.committed_steps(checkpoints)
-    resume = config.checkpoint.resume
-    if resume == "auto":
-        found = folders.latest(checkpoints)
-        start = max(saved, default=0)
-    elif resume == "none":
-        found, start = None, 0
-    else:
-        found = regular_files.expand(resume)
-        if not folders.is_committed(found) and folders.is_committed(found / folders.NATIVE):
-            found = found / folders.NATIVE
-        if not folders.is_committed(found):
-            raise ConfigError(
-                f"checkpoint.resume={resume} must be none, auto or the folder of a saved step; there is no complete "
-                "native checkpoint there."
-            )
-        here = [step for step, folder in saved.items() if folder.resolve() == found.resolve()]
-        start = here[0] if here else 0
-    invalid = steps.invalid(checkpoints).items()
-    if in_the_way := [line for step, line in invalid if start < step <= config.recipe.steps]:
-        raise ConfigError(
-            f"{checkpoints} must have room for the steps that this run saves after step {start}; remove or rename what is in the "
-            f"way:\n  {listed(in_the_way)}"
-        )
-    later = [step for step in saved if step > start]
-    if later:
-        raise ConfigError(
-            f"checkpoint.resume={resume} would run over step_{later[0]} that is already in {checkpoints}; use "
-            "checkpoint.resume=auto to continue it, or another run directory."
-        )
-    return found

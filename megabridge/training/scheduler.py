@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megabridge.config import validation
 from megabridge.config.schema import OptimizerConfig, SchedulerConfig
-from megabridge.errors import ConfigError
+from megabridge.errors import ConfigError, listed
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -15,23 +16,10 @@ def build_scheduler(built: Any, optimizer: OptimizerConfig, scheduler: Scheduler
 
     Raises ConfigError where the warm-up, the decay and the number of steps don't fit together.
     """
-    decay_steps = max(steps, 1)
-    wsd_steps = None
-    if scheduler.name == "wsd":
-        wsd_steps = max(1, steps // 10) if scheduler.decay_steps is None else scheduler.decay_steps
-        if wsd_steps > decay_steps:
-            raise ConfigError(f"scheduler.decay_steps={wsd_steps} must be at most recipe.steps={steps} for scheduler.name=wsd.")
-    elif scheduler.decay_steps is not None:
-        decay_steps = scheduler.decay_steps
-    if scheduler.name == "constant":
-        decay_steps = max(decay_steps, scheduler.warmup_steps + 1)
-    if scheduler.warmup_steps >= decay_steps:
-        raise ConfigError(
-            f"scheduler.warmup_steps={scheduler.warmup_steps} must be less than the {decay_steps} steps over which the rate "
-            "decays; shorten the warm-up or raise recipe.steps."
-        )
-    if scheduler.min_lr > optimizer.lr:
-        raise ConfigError(f"scheduler.min_lr={scheduler.min_lr} must be at most optimizer.lr={optimizer.lr}.")
+    if problems := validation.schedule_problems(optimizer, scheduler, steps):
+        raise ConfigError(listed(problems))
+    wsd_steps = validation.wsd_steps(scheduler, steps) if scheduler.name == "wsd" else None
+    decay_steps = validation.decay_steps(scheduler, steps)
     return OptimizerParamScheduler(
         built,
         # The warm-up starts at peak / (warmup_steps + 1), not at 0: a step at 0 would be lost.

@@ -8,10 +8,11 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
 from megabridge.errors import STOPPED_EXIT_CODE
+from megabridge.storage import stop_page
 
 
 class Stopped(SystemExit):
-    """Raised by `Trainer.fit` after the last save of a run that SIGTERM or SIGUSR1 ended."""
+    """Raised by `Trainer.fit` after the last save of a run that a signal ended."""
 
     def __init__(self, step: int) -> None:
         super().__init__(STOPPED_EXIT_CODE)
@@ -21,6 +22,9 @@ class Stopped(SystemExit):
 class StopSignal:
     """Context manager: the first SIGTERM or SIGUSR1 sets `received`, a second one has its default effect at once.
 
+    So does whoever started this process, on the page that they share (megabridge.storage.stop_page): the first signal after that
+    is the second.
+
     Dying in the middle of a save does no harm: a checkpoint that is not committed is ignored. In a process that was started with
     these signals blocked they are unblocked only here, so that none comes too early, and a second one has no effect: the process
     that started it supervises it, and ends it when necessary.
@@ -29,7 +33,7 @@ class StopSignal:
     SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.received = False
+        self._is_signalled = False
         self._before: dict[signal.Signals, Any] = {}
         self._blocked: set[int] = set()
 
@@ -46,10 +50,18 @@ class StopSignal:
             signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
         self._restore()
 
+    @property
+    def received(self) -> bool:
+        """Whether a stop is asked for."""
+        return self._is_signalled or stop_page.own().is_asked
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        is_second = stop_page.own().is_asked
+        self._is_signalled = True
         if not self._blocked:
             self._restore()
+            if is_second:
+                signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -315,22 +316,46 @@ def test_too_few_devices_says_what_is_missing_and_what_would_work() -> None:
     text = refusal("model=llama32_1b", "parallel=tp8pp2")
     assert "needs 16 GPUs, but this host has none" in text
     assert "torchrun --nnodes=2 --nproc-per-node=8" in text and "-m megabridge.run model=llama32_1b parallel=tp8pp2" in text
-    assert "megabridge.run model=tiny_llama parallel=tp8pp2" in text
+    assert "megabridge.run model=tiny_llama parallel.tp=8 parallel.pp=2" in text
     text = refusal("model=llama32_1b", "parallel=tp8pp2", gpus=4)
-    assert "this host has 4" in text and "model=llama32_1b parallel.tp=4 parallel.pp=1" in text
+    assert "this host has 4" in text and "model=llama32_1b parallel=tp8pp2 parallel.tp=4 parallel.pp=1" in text
     assert "megabridge.run model=tiny_llama parallel=tp2 platform=cpu" in refusal("model=tiny_llama", "parallel=tp2", gpus=1)
     assert "at least 120 GiB, but this host has 24" in refusal("model=llama31_8b", "platform=cpu")
     assert "needs 1 GPU, but this host has none" in refusal("platform=cuda")
 
 
+def suggested(text: str, place: str) -> list[str]:
+    """The overrides of the command that a refusal has for a place; empty where it has none."""
+    lines = [line for line in text.splitlines() if line.strip().startswith(f"{place}: ")]
+    return shlex.split(lines[0].partition("megabridge.run ")[2]) if lines else []
+
+
 def test_suggested_commands_work() -> None:
-    """The smaller layout and the CPU command that a refusal names are accepted by the same checks."""
-    text = refusal("model=llama32_3b", "parallel=tp8pp2", gpus=5)
-    line = next(line for line in text.splitlines() if "on this host:" in line)
-    overrides = line.partition("megabridge.run ")[2].split()
-    assert platform_of(*overrides, gpus=5) == "cuda"
-    run = typed(*overrides)
-    validation.check_layout(run, schema.topology(run.parallel), known_sizes(run.model))
+    """Each composes, passes the checks, and has the layout that was asked for, or one of its kind that fits."""
+    cases = {
+        ("model=llama32_3b", "parallel=tp8pp2"): (5, 4, 16),
+        ("experiment=llama31_8b_sft", "data.path=x"): (2, 2, 8),
+        ("experiment=qwen3_30b_a3b_sft", "data.path=x"): (4, 4, 16),
+        ("model=llama32_1b", "parallel.tp=2", "parallel.dp=4"): (0, 0, 8),
+        ("model=llama32_1b", "parallel=tp2pp2vpp2", "recipe.global_batch_size=4"): (1, 1, 4),
+        ("model=llama32_1b", "parallel.tp=2", "parallel.cp=2", "platform=cuda"): (0, 0, None),
+        ("model=llama32_1b", "parallel.pp=48"): (0, 0, None),
+    }
+    for overrides, (gpus, here, cpu) in cases.items():
+        if (smaller := suggested(refusal(*overrides, gpus=gpus), "on this host")) or here:
+            assert platform_of(*smaller, gpus=gpus) == "cuda", overrides
+            run = typed(*smaller)
+            validation.check_layout(run, schema.topology(run.parallel), known_sizes(run.model))
+        text = refusal(*overrides)
+        tiny = suggested(text, "the same layout on this host's CPU")
+        assert bool(tiny) == (cpu is not None), (overrides, text)
+        if tiny:
+            run = typed(*tiny)
+            layout = schema.topology(run.parallel)
+            validation.check_layout(run, layout, known_sizes(run.model))
+            assert platform_of(*tiny) == "cpu" and layout.world_size == cpu, (overrides, tiny)
+            asked = typed(*overrides).parallel
+            assert str(layout) == str(schema.topology(asked)) or asked.dp is None, (overrides, tiny)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,14 @@ def test_a_setting_that_training_changed_to_something_unwritable_is_refused() ->
 def test_unknown_architectures_show_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'LlamaForCausalML' is not supported; did you mean LlamaForCausalLM"):
         family_for({"architectures": ["LlamaForCausalML"]})
+    with pytest.raises(ConfigError, match=r"did you mean LlamaForCausalLM") as misspelt:
+        family_for({"architectures": ["LlamaModel"], "model_type": "llama"})
+    assert " are: docs/models.md" not in str(misspelt.value)
+    for name in ("BloomForCausalLM", "MPTForCausalLM", "RwkvForCausalLM", "T5ForConditionalGeneration"):
+        with pytest.raises(ConfigError) as caught:
+            family_for({"architectures": [name]})
+        assert "did you mean" not in str(caught.value), name
+        assert f"; {len(all_families())} are: docs/models.md and AutoBridge.list_supported_models() name them." in str(caught.value)
     with pytest.raises(ConfigError, match="must name an architecture"):
         family_for({"model_type": "nothing"})
     assert family_for({"model_type": "llama", "architectures": None}) is FAMILY

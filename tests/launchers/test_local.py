@@ -46,7 +46,10 @@ def test_the_first_error_is_shown_once_and_the_rank_named(tmp_path: Path) -> Non
     command += [f"run_dir={tmp_path / 'a run with spaces'}"]
     done = subprocess.run(command, cwd=ROOT, env=environ(), capture_output=True, text=True, timeout=180, start_new_session=True)
     assert done.returncode == 1
-    assert done.stderr.strip() == "megabridge: rank 1: the answer must be 42; use 42." and not done.stdout.strip()
+    assert done.stderr.strip() == "megabridge: rank 1: the answer must be 42; use 42."
+    said = [line.partition(" s] ")[2] for line in done.stdout.splitlines()]
+    assert said[:2] == ["starting 2 ranks on this host's CPU", "imports done"]
+    assert done.stderr.strip() in (tmp_path / "a run with spaces" / "console.log").read_text()
 
 
 def test_a_killed_rank_is_the_cause_not_those_that_lost_it(ranks: RankServer, tmp_path: Path) -> None:

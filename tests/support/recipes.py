@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, override
@@ -65,6 +66,16 @@ class Killed(Callback):
     def on_save(self, trainer: Any, step: int, folder: Path) -> None:
         if step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Slow(Callback):
+    """Says that the second step has begun, which then takes ten minutes."""
+
+    @override
+    def before_step(self, trainer: Any) -> None:
+        if trainer.step == 1:
+            (trainer.run_dir / "slow").touch()
+            time.sleep(600)
 
 
 def make_source(folder: str, *, tokenizer: bool = False) -> None:

@@ -282,7 +282,7 @@ class NoRoom(Callback):
 
 def without_room(run_dir: str) -> dict[str, Any]:
     """A run whose disk is full for a while, and again in its last save; and a source that can't be written."""
-    config = tiny.config(run_dir, steps=6, save_every=3)
+    config = tiny.config(run_dir, steps=6, save_every=3, on_full_disk="fail")
     callback, printed = NoRoom(), io.StringIO()
     trainer = tiny.trainer(config, callbacks=[callback], loggers=[JsonLines()])
     failed = ""
@@ -327,7 +327,7 @@ def _no_space(*args: Any, **kwargs: Any) -> None:
 
 def save_without_space(run_dir: str) -> tuple[str, int]:
     """The error of a save that fails on one rank, and the step the trainer is at."""
-    trainer = tiny.trainer(tiny.config(run_dir, steps=2), callbacks=[FullDisk()])
+    trainer = tiny.trainer(tiny.config(run_dir, steps=2, on_full_disk="fail"), callbacks=[FullDisk()])
     try:
         trainer.fit()
     except CheckpointError as error:

@@ -13,7 +13,7 @@ from megabridge.storage import crash_notes
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name in ("--config", "--outcome", "--note", "--fork"):
+    for name in ("--config", "--outcome", "--note", "--fork", "--stop"):
         parser.add_argument(name, type=int)
     parser.add_argument("--digest")
     given = parser.parse_args()

@@ -27,7 +27,7 @@ def known_sizes(model: ModelConfig) -> Mapping[str, Any]:
 
 
 def _of_folder(path: str | None) -> Mapping[str, Any]:
-    if path is None or not regular_files.is_folder(Path(path)):
+    if path is None or not regular_files.is_folder(Path(path)) or not (Path(path) / "config.json").exists():
         return {}
     file = Path(path) / "config.json"
     try:

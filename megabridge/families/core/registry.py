@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Final
 
 from megabridge.config import instantiate
 from megabridge.config.value_types import shown
@@ -21,6 +23,7 @@ _OURS = (
     "llama4", "minimax_m2", "mistral", "mixtral", "nemotron", "olmo", "olmoe", "phi3", "phimoe", "qwen", "qwen_moe",
     "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
+_SUFFIX: Final = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel|Model)$")
 _registered: dict[str, Family] = {}
 
 
@@ -81,7 +84,7 @@ def architecture_of(hf: Json, *, among: Mapping[str, Family] | None = None) -> s
             return family.architecture
     raise ConfigError(
         f"config.json must name an architecture; it has architectures={shown(hf.get('architectures'))} and "
-        f"model_type={shown(hf.get('model_type'))}, which no family knows; known: {', '.join(sorted(families))}."
+        f"model_type={shown(hf.get('model_type'))}, which no family knows; {_list(families)}"
     )
 
 
@@ -97,9 +100,21 @@ def family_for(hf: Json, *, among: Mapping[str, Family] | None = None) -> Family
         )
     if architecture in known:
         return known[architecture]
-    near = get_close_matches(architecture, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    near = _near(architecture, kind, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else _list(known)
     raise ConfigError(
-        f"architecture {shown(architecture)} is not supported; {hint}supported: {', '.join(sorted(known))}. To add one, write a "
-        "Family and name it in the entry-point group 'megabridge.families'."
+        f"architecture {shown(architecture)} is not supported; {hint} To add one, write a Family and name it in the entry-point "
+        "group 'megabridge.families' (docs/adding-a-family.md)."
     )
+
+
+def _near(architecture: str, kind: object, known: Mapping[str, Family]) -> list[str]:
+    """The families that may be meant: of that model_type, or with a name that is nearly the same without what all names have."""
+    stems = {_SUFFIX.sub("", name).lower(): name for name in known}
+    alike = [stems[stem] for stem in get_close_matches(_SUFFIX.sub("", architecture).lower(), stems, n=3, cutoff=0.75)]
+    misspelt = get_close_matches(architecture, known, n=1, cutoff=0.9)
+    return list(dict.fromkeys([*(name for name, family in known.items() if family.model_type == kind), *misspelt, *alike]))
+
+
+def _list(known: Mapping[str, Family]) -> str:
+    return f"{len(known)} are: docs/models.md and AutoBridge.list_supported_models() name them."

@@ -152,6 +152,8 @@ def ended(children: Sequence[Child], seconds: float | None) -> list[Child]:
 def wait(children: Sequence[Child], *, until: float | None = None, settle: float = _SETTLE) -> Outcome:
     """Waits until all have succeeded, and returns the first one's report; or until one fails, and returns the cause.
 
+    One that was stopped after a save (`Failure.is_stop`) lets the others end, too, and is then what is returned.
+
     `until` is the time.monotonic() of a timeout, which is a failure. `settle` is the longest time in seconds between the end of a
     killed process's connections, which others may report, and its own.
     """
@@ -162,10 +164,10 @@ def wait(children: Sequence[Child], *, until: float | None = None, settle: float
             names = [child.rank for child in running]
             return Failure(-1, -signal.SIGKILL, f"timed out while ranks {names} were still running.", is_silent=True)
         gone = ended(running, left)
-        if any(child.failure() for child in gone):
+        if any(failure is not None and not failure.is_stop for failure in map(Child.failure, gone)):
             return _cause(children, settle)
         running = [child for child in running if child not in gone]
-    return children[0].ended_with()
+    return next((failure for child in children if (failure := child.failure()) is not None), children[0].ended_with())
 
 
 def _cause(children: Sequence[Child], settle: float) -> Failure:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from megabridge.errors import LONGEST, MegabridgeError, plain, said
+from megabridge.errors import LONGEST, STOPPED_EXIT_CODE, MegabridgeError, plain, said
 from megabridge.storage import crash_notes
 
 CONFIG_ERROR: Final = 2
@@ -72,6 +72,11 @@ class Failure:
     def is_cause(self) -> bool:
         """Whether it can't follow from another failure: no report was left, and it wasn't SIGABRT, which lost ranks can cause."""
         return self.is_silent and self.exit_code != -signal.SIGABRT
+
+    @property
+    def is_stop(self) -> bool:
+        """Whether it says that the run was saved after a signal, which the run has shown itself."""
+        return self.exit_code == STOPPED_EXIT_CODE and not self.is_silent
 
     @property
     def status(self) -> int:
@@ -155,7 +160,7 @@ def first(failures: Iterable[Failure]) -> Failure:
 
     A rank reports before its connections close and others fail.
     """
-    return min(failures, key=lambda failure: (not failure.is_cause, failure.is_silent, failure.time))
+    return min(failures, key=lambda failure: (failure.is_stop, not failure.is_cause, failure.is_silent, failure.time))
 
 
 def _left(error: SystemExit) -> tuple[int, str]:

@@ -1,9 +1,10 @@
 """Runs megatron-core's writer of torch_dist files in this process, and reports its errors and what it writes.
 
-Replaces parts of megatron/core/dist_checkpointing/strategies/filesystem_async.py: `_results_queue` (:49; it would start a process
-to serve a queue between processes), `_process_memory` (:658; it measures memory for a debug line, and raises without psutil),
-`_write_item` (:394-420, torch's: no other place has the data and the file of an item), and its logger, which gets errors that are
-not raised. megatron-core 0.19.
+Stands for parts of megatron/core/dist_checkpointing/strategies/filesystem_async.py: `_results_queue` (:49; it would start a process
+that serves a queue between processes), `_process_memory` (:658; it measures memory for a debug line, and raises where psutil is
+missing), `_write_item` (:394-420, torch's: what is written to which file is nowhere else to be had; and a file that refuses a write
+ends the process at the next garbage collection, see _Held), and its logger, which is told of an error that is not raised.
+megatron-core 0.19.
 """
 
 from __future__ import annotations
@@ -33,6 +34,32 @@ class _Errors(logging.Filter):
         return False
 
 
+class _Held:
+    """A file whose error waits until torch's frames are gone: they hold a buffer of io.BytesIO, at which CPython's collector
+    crashes where it finds the two in a cycle, as an error and its frames are."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self._try(lambda: self.stream.write(data))
+        return len(data)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self.error is None:
+            try:
+                act()
+            except OSError as error:
+                self.error = error.with_traceback(None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 @contextmanager
 def installed(note: Callable[[str, int, Any], None], errors: list[str]) -> Iterator[None]:
     """Within the block `note(file, offset, data)` is called for each written item, and error messages are added to `errors`."""
@@ -44,8 +71,11 @@ def installed(note: Callable[[str, int, Any], None], errors: list[str]) -> Itera
 
     @wraps(write)  # the caller inspects its signature
     def noting(*args: Any, **kwargs: Any) -> Any:
-        result = write(*args, **kwargs)
-        _, _, data, _, file = args
+        transforms, stream, data, item, file = args
+        held = _Held(stream)
+        result = write(transforms, held, data, item, file, **kwargs)
+        if held.error is not None:
+            raise held.error
         note(file, result.storage_data.offset, data)
         return result
 
