@@ -59,6 +59,7 @@ _GROUPS: Final[Mapping[str, str]] = {
     "+logger.wandb.project": "wandb_project project project_name",
     "+logger.wandb.name": "wandb_name wandb_run_name run_name wandb_run_id exp_name experiment_name",
     "+logger.wandb.entity": "wandb_entity",
+    "recipe.epochs": "num_train_epochs num_epochs epochs n_epochs max_epochs epoch",
     "callbacks.answer.max_new_tokens": "max_new_tokens",
     "timeout": "ddp_timeout distributed_timeout_minutes nccl_timeout",
     "conversion.max_shard_size": "max_shard_size shard_size",
@@ -77,9 +78,6 @@ _OTHERWISE: Final[Mapping[str, str]] = {
     "gradient_accumulation_steps grad_accum gradient_accumulation accumulate_grad_batches grad_accum_steps "
     "gradient_accumulation_factor": (
         "set recipe.global_batch_size = recipe.micro_batch_size x data-parallel ranks x gradient_accumulation_steps"
-    ),
-    "num_train_epochs num_epochs epochs n_epochs max_epochs epoch": (
-        "set recipe.steps = epochs x samples / recipe.global_batch_size"
     ),
     "warmup_ratio lr_warmup_ratio warmup_fraction lr_warmup_fraction": "set scheduler.warmup_steps = warmup_ratio x recipe.steps",
     "warmup_steps num_warmup_steps lr_warmup_steps lr_warmup_iters warmup_iters": "it is scheduler.warmup_steps",
