@@ -145,7 +145,7 @@ def check_training(config: Config) -> None:
         )
     if "rollback" in (policy.nonfinite, policy.spike) and not (checkpoint.native and checkpoint.save_every):
         problems.append("policy rollback needs saved steps to go back to; set checkpoint.native=true and checkpoint.save_every")
-    if is_training(config):
+    if is_training(config) and config.recipe.steps and config.recipe.epochs is None:  # else the steps follow from the data
         problems += schedule_problems(config.optimizer, config.scheduler, config.recipe.steps)
     if checkpoint.keep_best and not checkpoint.native:
         problems.append(f"checkpoint.keep_best={checkpoint.keep_best} keeps native steps; set checkpoint.native=true")

@@ -101,7 +101,7 @@ def test_a_name_that_the_hub_does_not_know_is_told_at_once(tmp_path: Path, hub: 
 
 def test_the_start_is_told_line_by_line(ranks: RankServer, tmp_path: Path) -> None:
     done = ranks.program(
-        ["experiment=tiny_smoke", "recipe.steps=1", "parallel=dp2", "callbacks=none", "checkpoint=none", "run_dir=run"],
+        ["experiment=tiny_smoke", "recipe.steps=2", "parallel=dp2", "callbacks=none", "checkpoint=none", "run_dir=run"],
         cwd=tmp_path,
     )
     lines = [line.partition(" s] ")[2] for line in done.stdout.splitlines()]
