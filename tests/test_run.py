@@ -208,7 +208,7 @@ def test_a_rank_of_torchrun_that_vanishes_counts_as_failed(tmp_path: Path) -> No
     ]
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
-    assert errors[1].startswith("megabridge: rank 1: ended with exit status 0 and without a report, before it was done;")
+    assert errors[1].startswith("megabridge: rank 1: ended with exit status 0 and without a report before it was done;")
     assert errors[0].startswith("megabridge: rank 0: the connection to another rank was lost")
 
 
