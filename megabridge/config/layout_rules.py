@@ -1,4 +1,4 @@
-"""Rules of parallel layouts: what a model's sizes allow, what a backend supports, how batches divide evenly. No torch.
+"""Rules of parallel layouts: what a model's sizes allow, how the vocabulary is padded, how batches divide evenly. No torch.
 
 The parent process checks them before anything starts, the provider when it is finalized, the conformance checks for every layout
 that they try. `get` returns a setting of the model by its name in TransformerConfig; None is one that is off or not known. Without

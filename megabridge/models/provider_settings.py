@@ -1,4 +1,4 @@
-"""Settings of a ModelProvider: names, defaults, vocabulary padding and other derived values, and the rules `finalize` checks."""
+"""Settings of a ModelProvider: names, defaults, derived values, and the rules that `finalize` checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Estimates the device memory of a run before it starts (recipe=plan), without weights or processes.
+"""Traces the device memory of a run before it starts (recipe=plan), without weights or processes; by arithmetic: layouts/memory.py.
 
 Parameters, gradients and optimizer state are counted. Activations are traced: one micro-batch passes through the layers of a rank
 on the meta device, and the tensors that autograd saves are added up. Attention counts as its CUDA kernels do, on any device; every
