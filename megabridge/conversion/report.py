@@ -62,7 +62,7 @@ class Report:
         mixed = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items()) if len(self.dtypes) > 1 else ""
         rounded = f"; {len(self.rounded)} rounded" if self.rounded else ""
         kinds = Counter(self.cast.values()).most_common()
-        rounded += "".join(f"; {count} rounded from {name(before)} to {name(now)}" for (before, now), count in kinds)
+        rounded += "".join(f"; {count} cast from {name(before)} to {name(now)}" for (before, now), count in kinds)
         return (
             f"{self.tensors} tensors{f' ({mixed})' if mixed else ''}, {self.bytes / 1e6:.1f} MB{kept} in {self.seconds:.2f} s, "
             f"{verified}{rounded}"

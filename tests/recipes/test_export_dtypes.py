@@ -39,7 +39,7 @@ def test_exports_have_their_sources_dtypes_and_say_what_they_rounded(ranks: Rank
 
     found, said = trained(ranks, tmp_path / "run", source)
     assert {name: tensor.dtype for name, tensor in found.items()} == {name: tensor.dtype for name, tensor in tensors.items()}
-    assert f"0 mismatched; {len(tensors) - 1} rounded from float32 to bfloat16" in said
+    assert f"0 mismatched; {len(tensors) - 1} cast from float32 to bfloat16" in said
     assert json.loads((tmp_path / "run/checkpoints/step_2/hf/config.json").read_text()) == config
     (export,) = metrics(tmp_path / "run", "export/")
     assert export["export/cast_tensors"] == len(tensors) - 1 and export["export/mismatched_tensors"] == 0
@@ -48,5 +48,5 @@ def test_exports_have_their_sources_dtypes_and_say_what_they_rounded(ranks: Rank
     assert "; logits equal transformers' to " in said
 
     asked, said = trained(ranks, tmp_path / "asked", source, conversion={"export_dtype": "float32"}, checkpoint={"save_every": 1})
-    assert {tensor.dtype for tensor in asked.values()} == {torch.float32} and " rounded from " not in said
+    assert {tensor.dtype for tensor in asked.values()} == {torch.float32} and " cast from " not in said
     assert all(torch.equal(asked[name].to(tensor.dtype), tensor) for name, tensor in found.items()), "the run itself is not rounded"
