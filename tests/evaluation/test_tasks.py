@@ -95,7 +95,7 @@ def test_all_faults_of_all_tasks_are_named_at_once(tmp_path: Path, monkeypatch: 
         "tasks.i: prompts or path must be given",
         "tasks.j: tasks must name at least one",
         "tasks.j: include_path=",
-        "kind lm_eval needs the package lm_eval, which is not installed; pip install 'megabridge[eval]'",
+        "kind lm_eval needs the package lm_eval_is_not_there, which is not installed; pip install 'megabridge[eval]'",
         "tasks.k=5 must be a task with a kind",
         "tasks.l/m: the name must consist of letters",
     ):

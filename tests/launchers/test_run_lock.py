@@ -106,7 +106,7 @@ def test_a_file_system_without_locks_is_said(
     monkeypatch.setattr(locks, "_said", set())
     with run_lock.claimed(tmp_path), run_lock.claimed(tmp_path):
         folders.lock(tmp_path).close()
-    assert capfd.readouterr().err.count("is on a file system without locks (No locks available); see to it") == 1
+    assert capfd.readouterr().err.count("is on a file system without locks (No locks available); make sure that nothing else") == 1
 
 
 def test_a_queued_points_first_rank_holds_its_directory(tmp_path: Path) -> None:
