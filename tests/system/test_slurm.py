@@ -200,4 +200,11 @@ def test_the_plain_batch_script(tmp_path: Path, environ: dict[str, str]) -> None
     done = subprocess.run(command, cwd=tmp_path, env=environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
     logs = "".join(file.read_text() for file in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stderr + logs
-    assert sorted(file.name for file in tmp_path.glob("outputs/*/*")) == [".run.lock", "config.yaml", "rank0", "rank1"]
+    assert sorted(file.name for file in tmp_path.glob("outputs/*/*")) == [
+        ".run.lock",
+        "commands.txt",
+        "config.yaml",
+        "console.log",
+        "rank0",
+        "rank1",
+    ]

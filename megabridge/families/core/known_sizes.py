@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def known_sizes(model: ModelConfig) -> Mapping[str, Any]:
 
 
 def _of_folder(path: str | None) -> Mapping[str, Any]:
-    if path is None or not regular_files.is_folder(Path(path)) or not (Path(path) / "config.json").exists():
+    if path is None or not regular_files.is_folder(Path(path)) or not os.path.lexists(Path(path) / "config.json"):
         return {}
     file = Path(path) / "config.json"
     try:

@@ -82,7 +82,7 @@ def test_output_on_a_full_disk_is_a_failure_when_all_is_done(tmp_path: Path) -> 
     found, said = run(work, tmp_path, stdout=full)
     os.close(full)
     assert isinstance(found, Failure) and found.is_expected and (tmp_path / "done").exists()
-    assert found.error.startswith("standard output could not be written (No space left on device); all was done")
+    assert found.error.startswith("standard output could not be written (No space left on device); everything was done")
     assert said.count("\n") == 1 and "No space left on device" in said
 
 
