@@ -23,7 +23,7 @@ from megabridge.layouts.search import Candidate
 from megabridge.loggers import Reporter
 from megabridge.planning import memory
 from megabridge.planning.all_ranks import AllRanksPlan, RankCost, plan_all_ranks
-from megabridge.planning.layout_search import Ranked, ranked, with_layout
+from megabridge.planning.layout_search import Ranked, ranked
 from megabridge.planning.storage_time import StorageTime, storage_times
 from megabridge.training import build
 from megabridge.training.throughput import GIB
@@ -52,7 +52,7 @@ def main(config: Config) -> float | None:
             found = ranked(config, bridge)
             best, said = found.layouts[0], _choice(found, config, report)
             per_host = found.found.machine.device.per_host
-            config = with_layout(config, best.layout)
+            config = best.layout.config(config)
         said |= _one_layout(config, bridge, report, per_host)
         file = Path(config.run_dir) / "plan.json"
         file.write_text(json.dumps(said, indent=2) + "\n")

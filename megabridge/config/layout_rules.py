@@ -218,20 +218,3 @@ def has_experts(get: Get, layer: int) -> bool:
     if pattern is None:
         return True
     return layer % pattern == 0 if isinstance(pattern, int) else bool(pattern[layer])
-
-
-def parameters(get: Get) -> int | None:
-    """Returns the number of parameters of a decoder with an MLP, or experts, in each layer; None: not known.
-
-    It is exact for a dense model without biases.
-    """
-    layers, hidden, heads, vocab = (get(name) for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"))
-    if None in (layers, hidden, heads, vocab):
-        return None
-    experts = get("num_moe_experts")
-    width = ffn_width(get) if experts is None else experts * (get("moe_ffn_hidden_size") or ffn_width(get))
-    channels = get("kv_channels") or hidden // heads
-    attention = 2 * hidden * (heads + (get("num_query_groups") or heads)) * channels
-    layer = attention + (3 if get("gated_linear_unit") else 2) * hidden * width + 2 * hidden
-    tables = 1 if get("share_embeddings_and_output_weights") else 2
-    return int(layers * layer + vocab * hidden * tables + hidden)

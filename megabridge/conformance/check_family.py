@@ -20,7 +20,7 @@ from megabridge.bridge.auto_bridge import AutoBridge
 from megabridge.config.schema import Config
 from megabridge.conformance.check_config import check_config
 from megabridge.conformance.findings import Finding, failed, over_ranks, problems_of
-from megabridge.conformance.layouts import ParallelLayout, legal_layouts
+from megabridge.conformance.layouts import legal_layouts
 from megabridge.conformance.tiny_model import GRADIENTS, Reference, read_reference, tiny_config, write_tiny_model
 from megabridge.conversion import verify
 from megabridge.conversion.plan import Plan
@@ -30,6 +30,7 @@ from megabridge.families.core.quantization import KEY
 from megabridge.hf import assets
 from megabridge.hf.quantised_weights import find_weights
 from megabridge.hf.tensor_files import Reader, find_tensors, native_box
+from megabridge.layouts.parallel_layout import ParallelLayout
 from megabridge.models.logits import gather_logits
 from megabridge.parallel import collectives, process_groups
 from megabridge.training import build

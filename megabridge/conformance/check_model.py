@@ -15,7 +15,7 @@ from megabridge.config.schema import Config
 from megabridge.conformance.check_config import check_config
 from megabridge.conformance.check_family import LOGITS_TOLERANCE, folder_differences
 from megabridge.conformance.findings import Finding, failed, over_ranks
-from megabridge.conformance.layouts import ParallelLayout, legal_layouts
+from megabridge.conformance.layouts import legal_layouts
 from megabridge.conformance.tiny_model import quiet
 from megabridge.conversion.parameters import collect_parameters
 from megabridge.conversion.parity import load_hf
@@ -25,6 +25,7 @@ from megabridge.families import family_for
 from megabridge.hf import resolve
 from megabridge.hf.quantised_weights import find_weights
 from megabridge.hf.safetensors_format import TensorInfo
+from megabridge.layouts.parallel_layout import ParallelLayout
 from megabridge.models.logits import gather_logits
 from megabridge.parallel import collectives, process_groups
 from megabridge.parallel.hardware import memory_bytes

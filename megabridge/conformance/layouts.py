@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
 
 from megabridge.bridge.auto_bridge import AutoBridge
 from megabridge.config import layout_rules
 from megabridge.config.schema import Config
+from megabridge.layouts.parallel_layout import ParallelLayout
 from megabridge.parallel.topology import Topology
-
-
-@dataclass(frozen=True)
-class ParallelLayout:
-    """Sizes of the parallel dimensions, and whether sequence parallelism is on."""
-
-    topology: Topology
-    sequence_parallel: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.topology}sp" if self.sequence_parallel else str(self.topology)
-
-    def config(self, config: Config) -> Config:
-        """Returns `config` with this layout."""
-        sizes: dict[str, Any] = {**self.topology.sizes()}
-        parallel = replace(config.parallel, **sizes, sequence_parallel=self.sequence_parallel, layout=None)
-        return replace(config, parallel=parallel)
 
 
 def legal_layouts(config: Config, bridge: AutoBridge, world_size: int) -> list[ParallelLayout]:

@@ -20,10 +20,11 @@ from megabridge.errors import ConfigError
 from megabridge.families.core.known_sizes import known_sizes
 from megabridge.layouts import devices
 from megabridge.layouts.devices import Machine
+from megabridge.layouts.parallel_layout import ParallelLayout
 from megabridge.layouts.search import GIB, Found, fixed_sizes, problems_of, search
-from megabridge.layouts.work import Layout, work_of
+from megabridge.layouts.work import work_of
 from megabridge.parallel.topology import SETTINGS, Topology
-from megabridge.storage import folders
+from megabridge.storage import steps
 
 _OWN: Final = re.compile(r"\+*(recipe=|plan\.|plan=|parallel=|run_dir=|hydra[./])")
 """Overrides of a plan that the run which it plans for doesn't have. Those of single sizes say which are given."""
@@ -62,12 +63,10 @@ def settle(
         return replace(config, plan=replace(config.plan, arguments=arguments))
     layout, said = _choose(config, overrides, machine)
     print(f"megabridge: {said}", flush=True)
-    chosen: dict[str, Any] = {**layout.topology.sizes(), "etp": layout.topology.etp}
-    chosen |= {"sequence_parallel": layout.sequence_parallel, "auto": False}
-    values["parallel"] |= chosen
+    values["parallel"] |= layout.settings
     with read_write(cfg), open_dict(cfg):
-        cfg.parallel = OmegaConf.merge(cfg.parallel, chosen)
-    return replace(config, parallel=replace(config.parallel, **chosen))
+        cfg.parallel = OmegaConf.merge(cfg.parallel, layout.settings)
+    return layout.config(config)
 
 
 def _check(config: Config, overrides: Sequence[str], found_here: Machine) -> None:
@@ -76,7 +75,7 @@ def _check(config: Config, overrides: Sequence[str], found_here: Machine) -> Non
         search(config, sizes, found_here, fixed_sizes(config.parallel, overrides), is_enough=True).best  # noqa: B018
 
 
-def _choose(config: Config, overrides: Sequence[str], machine: Callable[[], Machine]) -> tuple[Layout, str]:
+def _choose(config: Config, overrides: Sequence[str], machine: Callable[[], Machine]) -> tuple[ParallelLayout, str]:
     """Returns the layout, and the line that says which and why."""
     sizes, found_here = known_sizes(config.model), machine()
     work_of(config, sizes)  # its refusals come first
@@ -111,7 +110,9 @@ def _searched(config: Config, sizes: Mapping[str, Any], machine: Machine, fixed:
         raise error
 
 
-def _before(config: Config, sizes: Mapping[str, Any], machine: Machine, fixed: Mapping[str, Any]) -> tuple[Layout | None, str]:
+def _before(
+    config: Config, sizes: Mapping[str, Any], machine: Machine, fixed: Mapping[str, Any]
+) -> tuple[ParallelLayout | None, str]:
     """Returns the layout of the run to be resumed, or None, and the reason where it can't be kept."""
     if fixed:
         return None, ""
@@ -128,19 +129,19 @@ def _directories(config: Config) -> Iterator[Path]:
     """Yields the folders where the config.yaml of the run to be resumed may be."""
     resume = config.checkpoint.resume
     if resume == "auto":
-        checkpoints = Path(config.checkpoint.path or Path(config.run_dir, "checkpoints"))
-        if folders.committed_steps(checkpoints):
-            yield from (Path(config.run_dir), checkpoints.parent)
+        places = steps.places(Path(config.run_dir), config.checkpoint.path, config.checkpoint.spare_path)
+        if steps.saved_in(places):
+            yield from (Path(config.run_dir), places[0].parent)
     elif resume != "none":
         yield from list(Path(resume).absolute().parents)[:_ABOVE]
 
 
-def _layout(parallel: Mapping[str, Any], count: int) -> Layout | None:
+def _layout(parallel: Mapping[str, Any], count: int) -> ParallelLayout | None:
     """Returns the layout of a written config over `count` processes; None where they can't have it."""
     sizes = {name: parallel.get(name) for name in SETTINGS}
     if not all(type(size) is int or (name == "etp" and size is None) for name, size in sizes.items()):
         return None
     try:
-        return Layout(Topology.for_world(count, **sizes), parallel.get("sequence_parallel") is True)
+        return ParallelLayout(Topology.for_world(count, **sizes), parallel.get("sequence_parallel") is True)
     except ConfigError:
         return None

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Final
@@ -125,15 +126,17 @@ def _version(name: str) -> str | None:
 
 def _torch() -> dict[str, Any] | str:
     """What torch says in a process of its own, or why it can't."""
+    command = [sys.executable, "-c", _PROBE]
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=_TORCH_SECONDS, stdin=subprocess.DEVNULL
-        )
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        return found
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TORCH_SECONDS, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return f"importing it took more than {_TORCH_SECONDS:.0f} s"
-    except (OSError, ValueError, IndexError):
+    except OSError as error:
+        return f"no process can be started ({error.strerror})"
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
+    except (ValueError, IndexError):
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
 
 
@@ -162,14 +165,14 @@ def _devices(probe: dict[str, Any] | str) -> Iterator[Finding]:
 def _backends(probe: dict[str, Any] | str) -> Iterator[Finding]:
     has_te = optional_packages.is_installed("transformer_engine")
     is_cuda = not isinstance(probe, str) and bool(probe["available"])
-    usable = ["torch", *(["te"] if has_te and is_cuda else []), "local"]
+    usable = [name for name in installed.OURS if name != "te" or (has_te and is_cuda)]
     yield Finding("backends", f"{', '.join([*usable, *installed.backends()])}; auto is {'te' if 'te' in usable else 'torch'}")
 
 
 def _hub() -> Iterator[Finding]:
     token = "a token is there" if model_folders.has_token() else "no token, so no gated or private models"
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    endpoint = model_folders.endpoint()
+    if model_folders.is_offline():
         yield Finding("hub", f"HF_HUB_OFFLINE is set: only what {model_folders.cache()} holds; {token}")
         return
     problem = _unreachable(endpoint)
@@ -185,7 +188,7 @@ def _unreachable(endpoint: str) -> str:
     try:
         with contextlib.suppress(urllib.error.HTTPError):  # an answer, too
             urllib.request.urlopen(f"{endpoint}/api/models?limit=1", timeout=_HUB_SECONDS).close()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         return "no answer in time" if isinstance(reason, TimeoutError | socket.timeout) else str(reason)
     return ""

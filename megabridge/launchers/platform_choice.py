@@ -15,6 +15,7 @@ from megabridge.errors import ConfigError
 from megabridge.families.core.known_sizes import known_sizes
 from megabridge.launchers.prepare import conf_folder
 from megabridge.layouts import commands
+from megabridge.layouts.shape import is_known, shape_of
 from megabridge.parallel.topology import SETTINGS, Topology
 
 LARGEST_ON_CPU: Final = 500_000_000
@@ -42,7 +43,8 @@ def choose_platform(config: Config, topology: Topology, *, gpus: int, memory: in
             f"parallel {topology} needs {world} processes, and one host starts at most {MOST_RANKS}; start them on several hosts "
             "with torchrun or srun, or see what each would do with recipe=plan."
         )
-    parameters = layout_rules.parameters(known_sizes(config.model).get)
+    get = known_sizes(config.model).get
+    parameters = shape_of(get).parameters if is_known(get) else None
     least = 0 if parameters is None or config.recipe.steps == 0 else parameters * BYTES_PER_PARAMETER
     size = "" if parameters is None else f" (about {parameters / 1e9:.2f}B parameters)"
     name = f"{config.model.name}{size} with parallel {topology}"

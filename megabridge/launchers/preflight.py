@@ -10,8 +10,10 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from megabridge.config import layout_rules, optional_packages, readers
 from megabridge.config.schema import Config
@@ -118,13 +120,12 @@ def _adapter(path: str) -> None:
 
 def _is_unknown(kind: str, name: str) -> bool:
     """Whether the hub answers that it has nothing of this name. False where it doesn't answer at once."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if model_folders.is_offline():
         return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(f"{endpoint}/api/{kind}/{name}")
+    request = urllib.request.Request(f"{model_folders.endpoint()}/api/{kind}/{quote(name)}")
     if token := os.environ.get("HF_TOKEN"):
         request.add_header("Authorization", f"Bearer {token}")
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, HTTPException):
         try:
             urllib.request.urlopen(request, timeout=_TIMEOUT).close()
         except urllib.error.HTTPError as error:

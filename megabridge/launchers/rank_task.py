@@ -30,6 +30,7 @@ from megabridge.launchers.processes.children import Child
 from megabridge.launchers.processes.ending import send
 from megabridge.launchers.processes.outcome import Done, Failure, Outcome
 from megabridge.launchers.rank_environment import RankEnvironment
+from megabridge.storage import steps
 from megabridge.storage.stop_page import StopPage
 
 _POLL: Final = 0.05
@@ -128,9 +129,10 @@ def _takes_signals(rank: Child) -> bool:
 
 def _continue(values: dict[str, Any]) -> None:
     """Makes a requeued run resume from its last save; another checkpoint.resume holds for the first start only."""
-    checkpoints = Path(values["checkpoint"]["path"] or Path(values["run_dir"], "checkpoints"))
-    if values["checkpoint"]["resume"] == "none" or any(checkpoints.glob("step_*")):
-        values["checkpoint"]["resume"] = "auto"
+    checkpoint = values["checkpoint"]
+    places = steps.places(Path(values["run_dir"]), checkpoint["path"], checkpoint.get("spare_path"))
+    if checkpoint["resume"] == "none" or any(any(place.glob("step_*")) for place in places):
+        checkpoint["resume"] = "auto"
 
 
 def _left(folder: Path, here: RankEnvironment, found: Outcome) -> int:

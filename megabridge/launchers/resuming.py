@@ -31,11 +31,10 @@ _PLAIN: Final = re.compile(r"[\w./@%+~:-][\w./@%+~: -]*")
 def last_save(values: Mapping[str, Any]) -> Path | None:
     """The newest native checkpoint of the run of these settings, wherever its saves go."""
     places = steps.places(Path(values["run_dir"]), values["checkpoint"]["path"], values["checkpoint"]["spare_path"])
-    found: dict[int, Path] = {}
     with contextlib.suppress(MegabridgeError, OSError):
-        for place in reversed(places):
-            found |= folders.committed_steps(place)
-    return found[max(found)] if found else None
+        found = steps.saved_in(places)
+        return found[max(found)] if found else None
+    return None
 
 
 def hint(values: Mapping[str, Any], overrides: Sequence[str], page: StopPage, failure: Failure | None = None) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from megabridge.layouts.parallel_layout import ParallelLayout
 from megabridge.layouts.shape import Matrix
-from megabridge.layouts.work import FP32, Layout, Work
+from megabridge.layouts.work import FP32, Work
 from megabridge.parallel.topology import Topology
 
 
@@ -53,7 +54,7 @@ def in_flight(topology: Topology, stage: int, micro_batches: int) -> list[int]:
     return [rounds * pp + min(pp, max(0, rest - chunk * pp)) for chunk in range(vpp)]
 
 
-def expected(work: Work, layout: Layout) -> dict[int, ExpectedMemory]:
+def expected(work: Work, layout: ParallelLayout) -> dict[int, ExpectedMemory]:
     """Returns the estimate by stage, for the stages among which the heaviest is."""
     topology = layout.topology
     dealt = work.dealt(topology)
@@ -103,7 +104,9 @@ def state_ranks(work: Work, topology: Topology) -> tuple[int, int]:
     return topology.dp * topology.cp, topology.stage_size // (topology.expert_tp * topology.ep)
 
 
-def _stage(work: Work, layout: Layout, stage: int, chunks: Sequence[tuple[int, int]], layers: tuple[int, ...]) -> ExpectedMemory:
+def _stage(
+    work: Work, layout: ParallelLayout, stage: int, chunks: Sequence[tuple[int, int]], layers: tuple[int, ...]
+) -> ExpectedMemory:
     """`chunks` are (dense layers, mixtures) of the stage's, `layers` the bytes that one of either kind keeps of a micro-batch."""
     topology, own = layout.topology, held(work, layout.topology, stage)
     numbers = work.moments + (work.width < FP32)
@@ -133,17 +136,17 @@ def _stage(work: Work, layout: Layout, stage: int, chunks: Sequence[tuple[int, i
     )
 
 
-def _stream(work: Work, layout: Layout) -> int:
+def _stream(work: Work, layout: ParallelLayout) -> int:
     """Returns the bytes of a micro-batch's hidden states between layers."""
     return cut_tokens(work, layout) * work.shape.hidden * work.width
 
 
-def cut_tokens(work: Work, layout: Layout) -> int:
+def cut_tokens(work: Work, layout: ParallelLayout) -> int:
     """Returns the tokens of a micro-batch on a rank where they are cut along the sequence."""
     return work.tokens(layout.topology) // (layout.topology.tp if layout.sequence_parallel else 1)
 
 
-def _layer(work: Work, layout: Layout, is_mixture: int) -> int:
+def _layer(work: Work, layout: ParallelLayout, is_mixture: int) -> int:
     """Returns the bytes that autograd saves for a micro-batch in a layer."""
     shape, tp, width = work.shape, layout.topology.tp, work.width
     whole, cut = work.tokens(layout.topology), cut_tokens(work, layout)
@@ -166,7 +169,7 @@ _EXPERT_ACTIVATIONS: Final = 4
 """Tensors of an expert's width that its gated activation keeps beside its input, in several kernels and with the token's weight."""
 
 
-def _attention(work: Work, layout: Layout) -> float:
+def _attention(work: Work, layout: ParallelLayout) -> float:
     """Returns the bytes saved of queries, keys, values, what attention makes of them, and the logarithm of its sum."""
     shape, tp, width = work.shape, layout.topology.tp, work.width
     whole, cut = work.tokens(layout.topology), cut_tokens(work, layout)
@@ -183,7 +186,7 @@ def _attention(work: Work, layout: Layout) -> float:
     return whole * ((fused + turned + out + normed) * width + heads * FP32)
 
 
-def _head(work: Work, layout: Layout) -> int:
+def _head(work: Work, layout: ParallelLayout) -> int:
     """Returns the bytes saved after the last layer: the norm's input and output, and the logits, overwritten by their gradient."""
     shape, topology = work.shape, layout.topology
     logits = work.tokens(topology) * shape.padded_vocabulary(topology.tp) // topology.tp * work.width

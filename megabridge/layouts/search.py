@@ -15,8 +15,9 @@ from megabridge.errors import ConfigError
 from megabridge.layouts import memory, step_time
 from megabridge.layouts.devices import Machine
 from megabridge.layouts.memory import ExpectedMemory
+from megabridge.layouts.parallel_layout import ParallelLayout
 from megabridge.layouts.step_time import StepTime
-from megabridge.layouts.work import Layout, Work, work_of
+from megabridge.layouts.work import Work, work_of
 from megabridge.parallel.topology import SETTINGS, Topology
 
 GIB: Final = 2**30
@@ -27,7 +28,7 @@ _NAMES: Final = (*SETTINGS, "dp", "sequence_parallel")
 class Candidate:
     """A layout with what it is expected to need and take. `memory` is of the stage that needs most."""
 
-    layout: Layout
+    layout: ParallelLayout
     memory: ExpectedMemory
     stage: int
     time: StepTime
@@ -152,7 +153,7 @@ def _order(candidate: Candidate) -> tuple[object, ...]:
     return round(candidate.time.total, 9), sizes["tp"] * sizes["pp"] * sizes["cp"], sizes["ep"], sizes["vpp"]
 
 
-def problems_of(config: Config, sizes: Mapping[str, Any], layout: Layout) -> list[str]:
+def problems_of(config: Config, sizes: Mapping[str, Any], layout: ParallelLayout) -> list[str]:
     """Returns every rule that a layout breaks: the model's, the backend's, the batches'."""
     return _Rules(config, sizes).of(layout)
 
@@ -165,10 +166,10 @@ class _Rules:
         self.configs = {is_cut: _with_sequence(config, is_cut) for is_cut in (False, True)}
         self.gets = {is_cut: layout_rules.of_run(run, sizes) for is_cut, run in self.configs.items()}
 
-    def of_model(self, layout: Layout) -> list[str]:
+    def of_model(self, layout: ParallelLayout) -> list[str]:
         return layout_rules.model_problems(self.gets[layout.sequence_parallel], layout.topology, backend=self.backend)
 
-    def of(self, layout: Layout) -> list[str]:
+    def of(self, layout: ParallelLayout) -> list[str]:
         return [*self.of_model(layout), *layout_rules.step_problems(self.configs[layout.sequence_parallel], layout.topology)]
 
 
@@ -176,7 +177,7 @@ def _with_sequence(config: Config, is_cut: bool) -> Config:
     return replace(config, parallel=replace(config.parallel, sequence_parallel=is_cut, layout=None))
 
 
-def legal_layouts(config: Config, sizes: Mapping[str, Any], count: int, fixed: Mapping[str, Any]) -> Iterator[Layout]:
+def legal_layouts(config: Config, sizes: Mapping[str, Any], count: int, fixed: Mapping[str, Any]) -> Iterator[ParallelLayout]:
     """Yields every layout of `count` ranks that breaks no rule, with the `fixed` sizes."""
     rules = _Rules(config, sizes)
     layers = rules.gets[False]("num_layers")
@@ -188,7 +189,7 @@ def legal_layouts(config: Config, sizes: Mapping[str, Any], count: int, fixed: M
 
     def passes(sp: Sequence[bool], **given: int) -> bool:
         """Whether a part of a layout breaks no rule that it would break as a whole, too."""
-        return any(not rules.of_model(Layout(Topology(**given), is_cut)) for is_cut in sp)
+        return any(not rules.of_model(ParallelLayout(Topology(**given), is_cut)) for is_cut in sp)
 
     for tp in allowed("tp", layout_rules.divisors(count)):
         sp = _sequence_choices(tp, fixed)
@@ -206,7 +207,7 @@ def legal_layouts(config: Config, sizes: Mapping[str, Any], count: int, fixed: M
                 for ep, etp in _expert_sizes(tp * cp * dp, tp, allowed, passes, sp, has_experts=has_experts):
                     for vpp in allowed("vpp", range(1, _most_chunks(layers, pp) + 1)):
                         topology = Topology(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp)
-                        legal = (each for is_cut in sp if not rules.of(each := Layout(topology, is_cut)))
+                        legal = (each for is_cut in sp if not rules.of(each := ParallelLayout(topology, is_cut)))
                         if (layout := next(legal, None)) is None:
                             break  # what forbids some chunks forbids more
                         yield layout
@@ -248,7 +249,7 @@ def _nothing_legal(config: Config, sizes: Mapping[str, Any], count: int, fixed: 
     found: list[tuple[int, str, list[str]]] = []
     for tp in layout_rules.divisors(count):
         for pp in layout_rules.divisors(count // tp):
-            layout = Layout(Topology(tp=tp, pp=pp, dp=count // (tp * pp)), tp > 1)
+            layout = ParallelLayout(Topology(tp=tp, pp=pp, dp=count // (tp * pp)), tp > 1)
             problems = rules.of(layout)
             given = {**layout.topology.sizes(), "sequence_parallel": layout.sequence_parallel}
             problems += [f"parallel.{name}={value} is given." for name, value in fixed.items() if given[name] != value]

@@ -118,8 +118,17 @@ def seen(seq_length: int, window: int | None) -> float:
     return most - most * most / (2 * seq_length)
 
 
+SIZES: Final = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+"""Native settings without which nothing is known of a decoder's shape."""
+
+
+def is_known(get: Get) -> bool:
+    """Returns whether the settings say a decoder's shape."""
+    return all(get(name) is not None for name in SIZES)
+
+
 def shape_of(get: Get) -> Shape:
-    """Returns the shape that native settings describe; `num_layers` and the other sizes of a decoder must be among them."""
+    """Returns the shape that native settings describe, which must be known."""
     hidden, heads = get("hidden_size"), get("num_attention_heads")
     is_gated, is_latent = bool(get("gated_linear_unit")), bool(get("multi_latent_attention"))
     experts, mtp = get("num_moe_experts") or 0, get("mtp_num_layers") or 0

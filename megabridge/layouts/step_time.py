@@ -11,8 +11,9 @@ from typing import Final
 from megabridge.layouts import links, memory
 from megabridge.layouts.devices import Machine
 from megabridge.layouts.links import Group
+from megabridge.layouts.parallel_layout import ParallelLayout
 from megabridge.layouts.shape import Kind, Matrix, seen
-from megabridge.layouts.work import FP32, Layout, Work
+from megabridge.layouts.work import FP32, Work
 
 MATRIX_SHARE: Final = 0.81
 """Share of a device's matrix FLOP/s that large matrix products reach: 801 of 989 TFLOP/s on the measured H100."""
@@ -121,7 +122,7 @@ class Model:
         """Returns the seconds of element-wise kernels that read or write `count` elements together."""
         return count * self.work.width / (self.bandwidth * ELEMENT_SHARE)
 
-    def step(self, layout: Layout) -> StepTime:
+    def step(self, layout: ParallelLayout) -> StepTime:
         """Returns the expected time of a step in a legal layout."""
         topology, work = layout.topology, self.work
         count = work.micro_batches(topology)
@@ -143,13 +144,13 @@ class Model:
 
     # ------------------------------------------------------------------ a stage
 
-    def _layers_of(self, layout: Layout, kinds: tuple[tuple[Kind, int], ...]) -> Cost:
+    def _layers_of(self, layout: ParallelLayout, kinds: tuple[tuple[Kind, int], ...]) -> Cost:
         cost = Cost()
         for kind, number in kinds:
             cost = cost.plus(self._layer(layout, kind).times(number))
         return cost
 
-    def _ends(self, layout: Layout, stage: int, cost: Cost) -> Cost:
+    def _ends(self, layout: ParallelLayout, stage: int, cost: Cost) -> Cost:
         """Returns the cost of a stage, whose layers cost `cost`: the first embeds, the last has the output layer."""
         topology = layout.topology
         if stage == 0:
@@ -158,7 +159,7 @@ class Model:
             cost = cost.plus(self._head(layout))
         return cost
 
-    def _layer(self, layout: Layout, kind: Kind) -> Cost:
+    def _layer(self, layout: ParallelLayout, kind: Kind) -> Cost:
         topology = layout.topology
         key = (topology.tp, topology.cp, topology.ep, topology.expert_tp, layout.sequence_parallel, kind)
         if key not in self._layers:
@@ -179,7 +180,7 @@ class Model:
         """Returns the number of products per weight: forward, the gradient of its input, and, where it is trained, its own."""
         return 2 if self.work.rank else 3
 
-    def _products(self, layout: Layout, kind: Kind) -> float:
+    def _products(self, layout: ParallelLayout, kind: Kind) -> float:
         work, topology = self.work, layout.topology
         whole, cut = work.tokens(topology), memory.cut_tokens(work, layout)
         seconds = 0.0
@@ -196,7 +197,7 @@ class Model:
                     seconds += here * rows * columns * (2 * FP32 + work.width) / (self.bandwidth * OPTIMIZER_SHARE)
         return seconds
 
-    def _attention(self, layout: Layout, kind: Kind) -> float:
+    def _attention(self, layout: ParallelLayout, kind: Kind) -> float:
         work, shape = self.work, self.work.shape
         width = shape.key_width + shape.value_width
         tokens = work.tokens(layout.topology)
@@ -205,7 +206,7 @@ class Model:
         share = ATTENTION_SHARE * width / (width + 2 * ATTENTION_WIDTH)
         return operations / (self.flops * share)
 
-    def _elements(self, layout: Layout, kind: Kind) -> float:
+    def _elements(self, layout: ParallelLayout, kind: Kind) -> float:
         work, shape, topology = self.work, self.work.shape, layout.topology
         whole, cut = work.tokens(topology), memory.cut_tokens(work, layout)
         turned = (shape.heads + shape.groups) * shape.key_width + shape.groups * shape.value_width
@@ -227,7 +228,7 @@ class Model:
         rows, columns = matrix.local(tp)
         return ADAPTER_PASSES * (rows + matrix.parts * columns) if matrix.parts else 0.0
 
-    def _tensor(self, layout: Layout, kind: Kind, products: float, again: float) -> float:
+    def _tensor(self, layout: ParallelLayout, kind: Kind, products: float, again: float) -> float:
         """Returns the exposed seconds of all-gathers and reduce-scatters around attention and MLP, or of all-reduces.
 
         Of the backward pass's those that megatron-core runs beside a product wait only where they take longer.
@@ -247,13 +248,13 @@ class Model:
         exposed = forward * (1 + again) + (halves * once if layout.sequence_parallel else 0.0)
         return shared + exposed + max(0.0, behind - products * (self._passes() - 1) / self._passes())
 
-    def _gather(self, layout: Layout) -> float:
+    def _gather(self, layout: ParallelLayout) -> float:
         """Returns the seconds of gathering a micro-batch's hidden states over the tensor-parallel ranks."""
         work, topology = self.work, layout.topology
         bytes_ = work.tokens(topology) * work.shape.hidden * work.width
         return links.ring(bytes_, Group(topology.tp, 1), self.machine.device)
 
-    def _expert(self, layout: Layout, kind: Kind, again: float) -> float:
+    def _expert(self, layout: ParallelLayout, kind: Kind, again: float) -> float:
         """Returns the seconds of dispatching tokens to experts and combining them, forward and backward."""
         if not kind.is_mixture:
             return 0.0
@@ -263,14 +264,14 @@ class Model:
         once += links.ring(bytes_ * topology.expert_tp, Group(topology.expert_tp, 1), device)
         return once * (4 + 2 * again)
 
-    def _context(self, layout: Layout, again: float) -> float:
+    def _context(self, layout: ParallelLayout, again: float) -> float:
         """Returns the seconds of passing keys, values and their gradients round the context-parallel ranks."""
         work, topology = self.work, layout.topology
         width = work.shape.groups * (work.shape.key_width + work.shape.value_width) / topology.tp
         bytes_ = work.tokens(topology) * topology.cp * width * work.width
         return links.ring(bytes_, Group(topology.cp, topology.tp), self.machine.device) * (3 + again)
 
-    def _head(self, layout: Layout) -> Cost:
+    def _head(self, layout: ParallelLayout) -> Cost:
         """Returns the cost of the output layer and the loss; once more for every layer of multi-token prediction."""
         work, topology = self.work, layout.topology
         rows = work.shape.padded_vocabulary(topology.tp) // topology.tp
@@ -281,7 +282,7 @@ class Model:
 
     # ------------------------------------------------------------------ between stages and replicas
 
-    def _messages(self, layout: Layout) -> float:
+    def _messages(self, layout: ParallelLayout) -> float:
         """Returns the seconds that a stage waits for messages, for each micro-batch."""
         topology, work = layout.topology, self.work
         if topology.pp == 1:
@@ -290,7 +291,7 @@ class Model:
         once = links.send(bytes_, distance=topology.stage_size, world=topology.world_size, device=self.machine.device)
         return 2 * once * topology.vpp * (INTERLEAVED_SHARE if topology.vpp > 1 else 1.0)
 
-    def _data(self, layout: Layout, computing: float) -> float:
+    def _data(self, layout: ParallelLayout, computing: float) -> float:
         """Returns the exposed seconds of reducing gradients and gathering parameters.
 
         `computing` are the seconds that a stage computes for one micro-batch, which collectives can overlap.
@@ -318,7 +319,7 @@ class Model:
             + tied
         )
 
-    def _optimizer(self, layout: Layout) -> float:
+    def _optimizer(self, layout: ParallelLayout) -> float:
         """Returns the seconds of the optimizer on the stage with most parameters."""
         work, topology = self.work, layout.topology
         of_dense, of_experts = memory.state_ranks(work, topology)

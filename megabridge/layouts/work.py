@@ -11,7 +11,7 @@ from megabridge.config import layout_rules
 from megabridge.config.pipeline_split import split_layers
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
-from megabridge.layouts.shape import Kind, Shape, shape_of
+from megabridge.layouts.shape import Kind, Shape, is_known, shape_of
 from megabridge.parallel.topology import Topology
 
 FP32: Final = 4
@@ -51,27 +51,6 @@ class Dealt:
         for stage, own in enumerate(chunks):
             heaviest.setdefault(own, stage)
         return cls(kinds, chunks, tuple(sorted({0, *heaviest.values(), topology.pp - 1})))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A topology, and whether activations are cut along the sequence over its tp ranks."""
-
-    topology: Topology
-    sequence_parallel: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.topology}sp" if self.sequence_parallel else str(self.topology)
-
-    @property
-    def overrides(self) -> list[str]:
-        """Overrides that choose it on the command line."""
-        sizes = self.topology.sizes()
-        given = {name: sizes[name] for name in ("tp", "pp", "vpp", "cp", "ep", "dp") if sizes[name] > 1}
-        if self.topology.etp is not None:
-            given["etp"] = self.topology.expert_tp
-        texts = [f"parallel.{name}={size}" for name, size in given.items()] or ["parallel=single"]
-        return [*texts, *["parallel.sequence_parallel=true"] * self.sequence_parallel]
 
 
 @dataclass(frozen=True)
@@ -125,7 +104,7 @@ def work_of(config: Config, sizes: Mapping[str, Any]) -> Work:
     Raises ConfigError where the sizes aren't known, or the user says how layers are dealt to stages.
     """
     get = layout_rules.of_run(config, sizes)
-    if any(get(name) is None for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")):
+    if not is_known(get):
         raise ConfigError(
             f"a layout can be chosen only for a model whose sizes are known before anything is fetched, but nothing says those of "
             f"model={config.model.name}; name a model of conf/model, or a local folder in model.path."

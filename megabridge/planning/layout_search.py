@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from megabridge.bridge.auto_bridge import AutoBridge
 from megabridge.config.schema import Config
 from megabridge.layouts import devices, search
 from megabridge.layouts.search import Candidate, Found
-from megabridge.layouts.work import Layout, Work
+from megabridge.layouts.work import Work
 from megabridge.planning.memory import expected_memory
 from megabridge.training import build
 
@@ -28,15 +28,6 @@ class Ranked:
     traced: int
     seconds: float
     """That it took."""
-
-
-def with_layout(config: Config, layout: Layout) -> Config:
-    """Returns `config` in this layout."""
-    topology = layout.topology
-    sizes: dict[str, Any] = {**topology.sizes(), "etp": topology.etp}
-    return replace(
-        config, parallel=replace(config.parallel, **sizes, auto=False, layout=None, sequence_parallel=layout.sequence_parallel)
-    )
 
 
 def ranked(config: Config, bridge: AutoBridge) -> Ranked:
@@ -65,7 +56,7 @@ def ranked(config: Config, bridge: AutoBridge) -> Ranked:
 
 
 def _traced(config: Config, bridge: AutoBridge, work: Work, candidate: Candidate) -> Candidate:
-    placed = with_layout(config, candidate.layout)
+    placed = candidate.layout.config(config)
     stages = work.dealt(candidate.layout.topology).heaviest
     exact = expected_memory(placed, bridge, build.provider(placed, bridge), stages)
     stage = max(range(len(stages)), key=lambda number: exact[number].total)

@@ -76,6 +76,16 @@ def has_token() -> bool:
     return bool(os.environ.get("HF_TOKEN")) or regular_files.exists(Path(os.environ.get("HF_TOKEN_PATH", _home() / "token")))
 
 
+def endpoint() -> str:
+    """The hub's address, without a slash at its end."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def is_offline() -> bool:
+    """Whether this user wants the hub not to be asked."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def _home() -> Path:
     return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
 

@@ -36,6 +36,14 @@ def places(run_dir: Path, path: str | None, spare_path: str | None) -> list[Path
     return found
 
 
+def saved_in(places: Sequence[Path]) -> dict[int, Path]:
+    """Returns the native folders of a run's committed steps, by step; of one that is in several `places` the first counts."""
+    saved: dict[int, Path] = {}
+    for place in reversed(places):
+        saved |= committed_steps(place)
+    return saved
+
+
 def invalid(checkpoints: Path) -> dict[int, str]:
     """Returns what is wrong with entries of `checkpoints` that have a step's name but are none, by step, lowest first.
 
@@ -134,10 +142,7 @@ def source(resume: str, last_step: int, places: Sequence[Path]) -> Path | None:
     `places` are where the run's steps are; of one that is in several the first counts. Raises ConfigError where the run would later
     meet steps that another run left there, or what is no step.
     """
-    saved: dict[int, Path] = {}
-    for place in reversed(places):
-        saved |= committed_steps(place)
-    checkpoints = places[0]
+    saved, checkpoints = saved_in(places), places[0]
     if resume == "auto":
         start = max(saved, default=0)
         found = saved.get(start)

@@ -20,6 +20,7 @@ from torch import Tensor
 import megabridge.platform as platform
 from megabridge.conversion.plan import Plan
 from megabridge.data import Batch
+from megabridge.layouts import devices
 from megabridge.training.freezing import frozen_names
 
 from megatron.core import parallel_state
@@ -31,12 +32,8 @@ PEAKS: Final[tuple[tuple[str, float], ...]] = (
     ("GB300", 2500e12),
     ("B300", 2250e12),
     ("GB200", 2500e12),
-    ("B200", 2250e12),
-    ("H200", 989e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
     ("A800", 312e12),
     ("L40S", 362e12),
     ("L4", 121e12),
@@ -44,14 +41,17 @@ PEAKS: Final[tuple[tuple[str, float], ...]] = (
     ("A10", 125e12),
     ("V100", 125e12),
 )
-"""(part of a device's name, its dense BF16 or FP16 matrix FLOP/s), from the vendors' data sheets. The first match is taken."""
+"""(part of a device's name, its dense BF16 or FP16 matrix FLOP/s), from the vendors' data sheets, of devices that
+layouts/devices.yaml doesn't know. Of all names that fit the longest is taken: an A100 has A10 in its name, a GB200 B200."""
 
 
 def peak(device: str, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s of a device of this name with 16-bit matrices; None for a device that isn't in the table, and for FP32."""
     if dtype not in (torch.bfloat16, torch.float16):
         return None
-    return next((flops for name, flops in PEAKS if name in device), None)
+    known = ((part, figures["tflops_16bit"] * 1e12) for figures in devices.known().values() for part in figures["names"])
+    fitting = [(len(name), flops) for name, flops in (*PEAKS, *known) if name in device]
+    return max(fitting)[1] if fitting else None
 
 
 def flops_per_token(plan: Plan, config: Any, *, seq_length: int, frozen: Container[str] = ()) -> float:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from megabridge.config import layout_rules, schema, validation
+from megabridge.config import schema, validation
 from megabridge.config.schema import Config
 from megabridge.errors import ConfigError
 from megabridge.families.core.known_sizes import known_sizes
 from megabridge.families.gpt2 import FAMILY as GPT2
 from megabridge.launchers.platform_choice import choose_platform
 from megabridge.launchers.prepare import conf_folder, resolve
+from megabridge.layouts.shape import shape_of
 from megabridge.parallel import hardware
 from megabridge.parallel.topology import Topology
 from tests.support.compose import compose
@@ -127,7 +128,7 @@ def test_the_question_is_the_recipes_choice_of_callbacks() -> None:
 def test_shapes(name: str) -> None:
     sizes = known_sizes(typed(f"model={name}").model)
     assert (sizes["num_layers"], sizes["num_attention_heads"], sizes["num_query_groups"]) == MODELS[name]
-    assert name not in PARAMETERS or layout_rules.parameters(sizes.get) == PARAMETERS[name]
+    assert name not in PARAMETERS or shape_of(sizes.get).parameters == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

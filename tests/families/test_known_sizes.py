@@ -11,15 +11,15 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from omegaconf import OmegaConf
-from megabridge.config import layout_rules
 from megabridge.config.schema import ModelConfig
 from megabridge.launchers import run
 from megabridge.launchers.prepare import conf_folder
+from megabridge.layouts.shape import shape_of
 from megabridge.families.core.known_sizes import known_sizes
 first = known_sizes(ModelConfig(hf={"architectures": ["GPT2LMHeadModel"]}))
 models = {file.stem: OmegaConf.to_container(OmegaConf.load(file)) for file in sorted((conf_folder() / "model").glob("*.yaml"))}
 sizes = {name: dict(known_sizes(ModelConfig(hf=model["hf"]))) for name, model in models.items() if "hf" in model}
-parameters = {name: layout_rules.parameters(each.get) for name, each in sizes.items()}
+parameters = {name: shape_of(each.get).parameters for name, each in sizes.items()}
 loaded = sorted({"torch", "megatron", "transformers", "numpy"} & set(sys.modules))
 print(json.dumps({"first": first, "sizes": sizes, "parameters": parameters, "loaded": loaded}))
 """

@@ -94,6 +94,11 @@ def test_a_name_that_the_hub_does_not_know_is_told_at_once(tmp_path: Path, hub: 
     assert answer.returncode == 2
     assert "model.path=org/name is neither a local folder nor a model on the hub; check the spelling" in answer.stderr
     assert "data.path=org/rows is neither a local file or folder nor a data set on the hub" in answer.stderr
+    answer = command(*arguments[:-1], "data.path='my rows ü'", cwd=tmp_path, env=where)
+    assert (
+        answer.returncode == 2
+        and "data.path=my rows ü is neither a local file or folder nor a data set on the hub" in answer.stderr
+    )
     known = "model=auto model.path=org/known data=chat data.path=org/rows-known checkpoint.resume=no".split()
     answer = command(*known, cwd=tmp_path, env=where)
     assert len(answer.stderr.strip().splitlines()) == 1 and "checkpoint.resume=no must be" in answer.stderr

@@ -39,17 +39,15 @@ def command_in(said: str) -> list[str]:
     return words[words.index("megabridge.run") + 1 :] if "megabridge.run" in words else words[1:]
 
 
+def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "megabridge.run", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def test_the_first_ctrl_c_saves_and_the_command_that_it_says_goes_on(ranks: RankServer, tmp_path: Path) -> None:
     run_dir = tmp_path / "a run"
     arguments = [*RUN, "parallel=dp2", "recipe.steps=100000", f"run_dir={run_dir}"]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "megabridge.run", *arguments],
-        cwd=tmp_path,
-        env=environ(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    run = start(arguments, tmp_path)
     until = time.monotonic() + 180
     while len(steps(run_dir)) < 3 and time.monotonic() < until:
         time.sleep(0.05)
@@ -70,15 +68,8 @@ def test_the_first_ctrl_c_saves_and_the_command_that_it_says_goes_on(ranks: Rank
 
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
     """In a step that would take minutes; before that there is no save to go on from."""
-    run = subprocess.Popen(
-        [sys.executable, "-m", "megabridge.run", *RUN, "recipe.steps=9", "+callbacks.slow._target_=tests.support.recipes.Slow"]
-        + [f"run_dir={tmp_path}/run"],
-        cwd=tmp_path,
-        env=environ(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = [*RUN, "recipe.steps=9", "+callbacks.slow._target_=tests.support.recipes.Slow", f"run_dir={tmp_path}/run"]
+    run = start(arguments, tmp_path)
     until = time.monotonic() + 180
     while not (tmp_path / "run/slow").exists() and time.monotonic() < until:
         time.sleep(0.05)

@@ -26,11 +26,8 @@ def test_every_figure_is_there_and_has_its_source() -> None:
     assert all(len(line.partition("#")[2].strip()) > 5 for line in figures_lines)
 
 
-def test_peaks_are_those_that_mfu_is_taken_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(devices.__file__).parents[1] / "training" / "throughput.py").read_text()
+def test_a_device_is_known_by_its_name() -> None:
     for name in ("h100", "h200", "a100", "b200"):
-        peak = float(text.partition(f'("{name.upper()}", ')[2].partition(")")[0])
-        assert peak == devices.device(name).tflops_16bit * 1e12
         assert devices.called(f"NVIDIA {name.upper()} 80GB HBM3").name == name
     with pytest.raises(ConfigError, match="nothing is known of this host's NVIDIA L40S; name the device"):
         devices.called("NVIDIA L40S")

@@ -12,7 +12,8 @@ from megabridge.config.schema import Config, ParallelConfig
 from megabridge.errors import ConfigError
 from megabridge.families.core.known_sizes import known_sizes
 from megabridge.layouts import memory, search
-from megabridge.layouts.work import Layout, work_of
+from megabridge.layouts.parallel_layout import ParallelLayout
+from megabridge.layouts.work import work_of
 from megabridge.parallel.topology import Topology
 from tests.support.layouts import FULL, config, found, machine
 
@@ -32,7 +33,7 @@ def brute(run: Config, count: int) -> set[str]:
     numbers = range(1, count + 1)
     chunks = range(1, sizes["num_layers"] + 3)
     has_experts = sizes.get("num_moe_experts") is not None
-    legal: dict[Topology, Layout] = {}
+    legal: dict[Topology, ParallelLayout] = {}
     for tp, pp, cp, vpp in product(numbers, numbers, numbers, chunks):
         if count % (tp * pp * cp):
             continue
@@ -41,7 +42,7 @@ def brute(run: Config, count: int) -> set[str]:
                 topology = Topology(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=count // (tp * pp * cp))
             except ConfigError:
                 continue
-            layout = Layout(topology, is_cut)
+            layout = ParallelLayout(topology, is_cut)
             if not search.problems_of(run, sizes, layout):
                 legal.setdefault(topology, layout)
     return {str(layout) for layout in legal.values()}
@@ -124,11 +125,11 @@ def test_the_rules_are_named_where_nothing_is_legal() -> None:
 
 
 def test_a_layout_says_its_overrides() -> None:
-    layout = Layout(Topology(tp=2, pp=2, ep=2, etp=1, dp=2), True)
+    layout = ParallelLayout(Topology(tp=2, pp=2, ep=2, etp=1, dp=2), True)
     assert layout.overrides == [
         *(f"parallel.{name}=2" for name in ("tp", "pp", "ep", "dp")), "parallel.etp=1", "parallel.sequence_parallel=true",
     ]  # fmt: skip
-    assert Layout(Topology()).overrides == ["parallel=single"] and str(layout) == "tp2pp2ep2dp2etp1sp"
+    assert ParallelLayout(Topology()).overrides == ["parallel=single"] and str(layout) == "tp2pp2ep2dp2etp1sp"
 
 
 def test_layers_are_dealt_as_the_provider_deals_them() -> None:

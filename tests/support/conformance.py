@@ -13,13 +13,13 @@ from megabridge.config import schema
 from megabridge.config.schema import Config
 from megabridge.conformance import check_config, check_family, draft, layer_parity, tiny_model
 from megabridge.conformance.findings import problems_of
-from megabridge.conformance.layouts import ParallelLayout
 from megabridge.errors import MegabridgeError
 from megabridge.families import Family, all_families, register
 from megabridge.families.core.fields import Field, FieldLike, Fixed
 from megabridge.families.core.parts import LAYER, attention, embeddings, gated_mlp, pre_norms
 from megabridge.families.llama import FAMILY
 from megabridge.hf.tensor_files import find_tensors
+from megabridge.layouts.parallel_layout import ParallelLayout
 from megabridge.mapping import WeightMap, block
 from megabridge.parallel import process_groups
 from megabridge.training import build

@@ -12,8 +12,8 @@ from megabridge import AutoBridge, platform
 from megabridge.config import schema
 from megabridge.conformance import check_family, tiny_model
 from megabridge.conformance.findings import problems_of
-from megabridge.conformance.layouts import ParallelLayout
 from megabridge.families import all_families
+from megabridge.layouts.parallel_layout import ParallelLayout
 from megabridge.parallel import process_groups
 from tests.support import steady
 from tests.support.convert import provide

@@ -7,9 +7,9 @@ from typing import Any
 
 from megabridge.bridge.auto_bridge import AutoBridge
 from megabridge.layouts import memory
-from megabridge.layouts.work import Layout, work_of
+from megabridge.layouts.parallel_layout import ParallelLayout
+from megabridge.layouts.work import work_of
 from megabridge.parallel.topology import Topology
-from megabridge.planning.layout_search import with_layout
 from megabridge.planning.memory import expected_memory
 from megabridge.training import build
 from tests.support import layouts
@@ -29,8 +29,8 @@ def both(cases: list[dict[str, Any]], recipe: dict[str, Any]) -> list[tuple[dict
             run = replace(run, model=replace(run.model, dtype=dtype))
         sizes = dict(case["parallel"])
         is_cut = sizes.pop("sequence_parallel", False)
-        layout = Layout(Topology(**sizes), is_cut)
-        placed = with_layout(run, layout)
+        layout = ParallelLayout(Topology(**sizes), is_cut)
+        placed = layout.config(run)
         bridge = AutoBridge.from_hf_config(run.model.hf, dtype=run.model.dtype)
         work = work_of(placed, bridge.source.native)
         stages = work.dealt(layout.topology).heaviest

@@ -11,7 +11,8 @@ from megabridge.config.schema import Config, typed
 from megabridge.families.core.known_sizes import known_sizes
 from megabridge.layouts import devices, memory, search, step_time
 from megabridge.layouts.devices import Device, Machine
-from megabridge.layouts.work import Layout, work_of
+from megabridge.layouts.parallel_layout import ParallelLayout
+from megabridge.layouts.work import work_of
 from megabridge.parallel.topology import Topology
 from tests.support.command import ROOT
 
@@ -38,17 +39,17 @@ def model(config: Config, count: int = 1, device: Device | None = None) -> step_
     return step_time.Model(work_of(config, known_sizes(config.model)), Machine(count, device or devices.device("h100")))
 
 
-def seconds(config: Config, layout: Layout, device: Device | None = None) -> step_time.StepTime:
+def seconds(config: Config, layout: ParallelLayout, device: Device | None = None) -> step_time.StepTime:
     return model(config, layout.topology.world_size, device).step(layout)
 
 
 def speed(config: Config, topology: Topology | None = None) -> float:
     """Tokens per second that are expected on H100s."""
-    layout = Layout(topology or Topology())
+    layout = ParallelLayout(topology or Topology())
     return config.recipe.global_batch_size * config.recipe.seq_length / seconds(config, layout).total
 
 
-def gib(config: Config, layout: Layout) -> float:
+def gib(config: Config, layout: ParallelLayout) -> float:
     """Of the stage that is expected to need most."""
     needs = memory.expected(work_of(config, known_sizes(config.model)), layout)
     return max(one.total for one in needs.values()) / 2**30

@@ -13,9 +13,9 @@ from megabridge import AutoBridge
 from megabridge.config import schema
 from megabridge.conformance import check_family, tiny_model
 from megabridge.conformance.findings import problems_of
-from megabridge.conformance.layouts import ParallelLayout
 from megabridge.errors import MegabridgeError
 from megabridge.families import all_families
+from megabridge.layouts.parallel_layout import ParallelLayout
 from megabridge.parallel import process_groups
 from tests.support.convert import provide
 
